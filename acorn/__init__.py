@@ -1,0 +1,26 @@
+"""The parts that train.py, sample.py and prepare share; each module can be read alone."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message is one clear sentence: what was wrong, where, and what to do next."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: 0, or the code it returns; after bad input, one sentence and exit code 2.
+
+    Any other exception is a programming error and keeps its traceback.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130  # what a shell reports for a program that Ctrl-C ended
+    except BrokenPipeError:  # the reader of our output went away, as in `python sample.py | head`
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)

@@ -1,0 +1,206 @@
+"""The machine: which device, which precision, compiled or not, and the processes that train together.
+
+Everything that `auto` chooses comes with its reason, in a sentence that the run prints.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from acorn import UserError
+
+# Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations a second, from the makers' data sheets.
+# The first name that stands in the device's own is its row.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10": 125,
+    "L40S": 362,
+    "L4": 121,
+    "V100": 125,
+    "T4": 65,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
+}
+
+
+@dataclass
+class Runtime:
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; parameters stay in float32 while training
+    compile: bool
+    notes: list[str]  # what was chosen, and why
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self):
+        """The context in which the model runs forward."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        """The array on the device; to a GPU it is copied while the work that was queued before goes on."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def peak_flops(self) -> float | None:
+        """Peak operations a second of all devices together at 16 bits; None where this table does not know."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((1e12 * peak * self.world_size for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed over the processes."""
+        if self.world_size > 1:
+            values = values.to(self.device)
+            torch.distributed.all_reduce(values)
+        return values
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock that is read next tells the truth."""
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+    def peak_memory(self) -> int:
+        """The most bytes that were in use: on the GPU, or resident in this process on a CPU; 0 where unknown."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto") -> Runtime:
+    """Choose device and precision, and join the other processes where `torchrun` started several.
+
+    Raises UserError for a device that this machine or this torch does not have.
+    """
+    notes = []
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, notes)
+    if world_size > 1:
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if backend == "auto" or chosen.type != "cuda":
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend)
+        notes.append(f"{world_size} processes over {backend}")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
+    precision = choose_dtype(dtype, chosen, notes)
+    return Runtime(chosen, precision, choose_compile(compile, chosen, notes), notes, rank, world_size)
+
+
+def choose_device(device: str, notes: list[str]) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            notes.append(f"device cuda (auto: {torch.cuda.get_device_name()})")
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            notes.append("device mps (auto: the GPU of this Mac)")
+            return torch.device("mps")
+        notes.append(f"device cpu (auto: torch sees no GPU; {torch.get_num_threads()} threads)")
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device = {device!r} is none that torch knows; use auto, cpu, cuda, cuda:1 or mps") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        raise UserError(f"device = {device!r}, but {why}; use --device=auto or --device=cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device = {device!r}, but there are only {torch.cuda.device_count()} CUDA devices")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device = 'mps', but this torch sees no Apple GPU; use --device=auto or --device=cpu")
+    notes.append(f"device {chosen}")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dtype:
+    if dtype == "float16" and device.type != "cuda":
+        notes.append(f"dtype float32 (float16 needs its gradients scaled, which only CUDA has; this is {device.type})")
+        return torch.float32
+    if dtype != "auto":
+        notes.append(f"dtype {dtype}")
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            notes.append("dtype bfloat16 (auto: this GPU has it)")
+            return torch.bfloat16
+        notes.append("dtype float16 (auto: this GPU has no bfloat16)")
+        return torch.float16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        notes.append("dtype bfloat16 (auto: this CPU multiplies in it)")
+        return torch.bfloat16
+    notes.append(f"dtype float32 (auto: no faster bfloat16 on this {device.type})")
+    return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX); elsewhere it is emulated,
+    which is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) -> bool:
+    if compile != "auto":
+        notes.append("compiled" if compile else "not compiled")
+        return bool(compile)
+    if device.type == "cuda":
+        import importlib.util
+
+        able = importlib.util.find_spec("triton") is not None
+        notes.append("compiled (auto)" if able else "not compiled (auto: triton is not installed)")
+        return able
+    if device.type == "cpu":
+        able = shutil.which(os.environ.get("CXX", "g++")) is not None
+        notes.append("compiled (auto)" if able else "not compiled (auto: there is no C++ compiler)")
+        return able
+    notes.append(f"not compiled (auto: {device.type})")
+    return False
+
+
+def compile_or_eager(model: torch.nn.Module, trial: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
+    """`model` compiled; or, where `trial` of that fails, as it is, with one warning.
+
+    `trial` takes the model one step through what it will do, in the shapes of the run, since torch compiles at the
+    first call and not before.
+    """
+    compiled = torch.compile(model)
+    try:
+        trial(compiled)
+        return compiled
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0][:200]
+        print(f"warning: torch.compile failed ({type(error).__name__}: {first_line}); going on without", flush=True)
+        torch._dynamo.reset()
+        return model

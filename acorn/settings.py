@@ -1,0 +1,134 @@
+"""Settings: a dataclass with the defaults, then config files, then `--key=value` on the command line.
+
+A config file is plain Python: each public name in it that is not a module, function or class is a setting. Names
+that start with an underscore are the file's own.
+"""
+
+import dataclasses
+import difflib
+import math
+import runpy
+import types
+import typing
+from pathlib import Path
+
+from acorn import UserError
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def parse(cls: type, argv: list[str]) -> dict:
+    """What the person set, by name: from the config files in `argv`, then from its `--key=value`; later ones win.
+
+    `--help` prints the fields of the dataclass `cls`, each with the comment behind it, and exits. An unknown name, a
+    value of the wrong type or a config file that does not run raise UserError.
+    """
+    if "--help" in argv or "-h" in argv:
+        print_help(cls)
+    types_of = typing.get_type_hints(cls)
+    given, appended = {}, set()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            given.update(read_config(word, types_of))
+            continue
+        key, equals, value = word.lstrip("-").partition("=")  # the value may hold further equals signs
+        key = key.replace("-", "_")
+        if not word.startswith("--") or not key:
+            raise UserError(f"{word!r} is neither a config file nor of the form --key=value")
+        check_name(key, types_of, "on the command line")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                if types_of[key] is not bool and True not in typing.get_args(types_of[key]):
+                    raise UserError(f"--{key} has no value; write --{key}=VALUE")
+                value = "True"
+            else:
+                value = words.pop(0)
+        if typing.get_origin(types_of[key]) is list:
+            before = given.get(key, []) if key in appended else []  # the first one replaces a config file's
+            given[key] = [*before, value]
+            appended.add(key)
+        else:
+            given[key] = convert(value, types_of[key], f"--{key}")
+    return given
+
+
+def read_config(path: str, types_of: dict) -> dict:
+    """Run a config file, looked for from here and then in the repo; returns its settings."""
+    file = next((f for f in (Path(path), REPO / path) if f.is_file()), None)
+    if file is None:
+        near = difflib.get_close_matches(Path(path).name, [f.name for f in (REPO / "config").glob("*.py")], n=1)
+        hint = f"did you mean config/{near[0]}?" if near else "give the path of one, such as config/quickstart.py"
+        raise UserError(f"there is no config file {path}; {hint}")
+    try:
+        names = runpy.run_path(str(file))
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        trace = error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == str(file):
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        where = f"{path}, line {line}" if line else path
+        raise UserError(f"the config file does not run: {where}: {type(error).__name__}: {error}") from error
+    settings = {}
+    for name, value in names.items():
+        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue
+        check_name(name, types_of, f"in {path}; the name of a helper variable starts with an underscore")
+        settings[name] = convert(value, types_of[name], f"{name} in {path}")
+    return settings
+
+
+def check_name(name: str, types_of: dict, where: str) -> None:
+    if name not in types_of:
+        near = difflib.get_close_matches(name, types_of, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists them all"
+        raise UserError(f"there is no setting {name!r} ({where}); {hint}")
+
+
+def convert(value, kind, name: str):
+    """`value`, a string from the command line or a value from a config file, as the type `kind`."""
+    text = value.strip() if isinstance(value, str) else None
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if text is not None and text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(text) if text is not None else value
+        except ValueError:
+            try:
+                number = float(text)  # 1e3 is a fine way to write an int
+            except ValueError:
+                number = math.nan
+        if isinstance(number, (int, float)) and math.isfinite(number) and kind(number) == number:
+            return kind(number)
+    elif typing.get_origin(kind) is typing.Literal:
+        for choice in typing.get_args(kind):
+            if (value == choice and type(value) is type(choice)) or (text is not None and text == str(choice)):
+                return choice
+        raise UserError(f"{name} = {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
+    elif typing.get_origin(kind) is list and isinstance(value, (str, list, tuple)):
+        items = [value] if isinstance(value, str) else value
+        return [convert(item, typing.get_args(kind)[0], name) for item in items]
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}.get(kind, "a list")
+    raise UserError(f"{name} = {value!r} should be {expected}")
+
+
+def print_help(cls: type) -> None:
+    """Print the fields of `cls` with their comments, and exit."""
+    import tyro
+
+    tyro.cli(cls, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+
+
+def build(cls: type, *layers: dict):
+    """An instance of the dataclass `cls` from its defaults and these layers, the later over the earlier. Names that
+    `cls` does not have, as in a checkpoint of another version, are left out."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for layer in layers for name, value in layer.items() if name in names})

@@ -1,0 +1,473 @@
+"""Token shards: the files between `prepare` and the training loop, and the batches that are cut from them.
+
+A dataset is a folder of shards `train_000000.bin`, `val_000000.bin`, ... and a `meta.json`, written last, so that its
+existence means complete. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then the
+tokens. There are two layouts, those of llm.c and modded-nanogpt: uint16, and uint32 for vocabularies that need it.
+
+A batch is a pure function of (seed, position in the data): see `sample_windows`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from acorn import UserError
+from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, tokenizer_hash
+
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+LAYOUTS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, type of a token)
+SHARD_TOKENS = 100_000_000
+SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
+PARTIAL = ".acorn_partial"  # inside a dataset's folder: the new shards, until all of them are whole
+REPO = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class ShardWriter:
+    """Writes the shards of one split into `folder`; a context manager.
+
+    A shard grows under a temporary name and gets its own only when it is whole and on the disk. After an exception the
+    unfinished one is removed. `tokens` counts what was written; `shards` describes the finished files for meta.json.
+    """
+
+    def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
+        self.folder, self.split, self.vocab_size, self.shard_tokens = Path(folder), split, vocab_size, shard_tokens
+        self.magic = 20240520 if vocab_size <= 2**16 else 20240801
+        self.version, self.dtype = LAYOUTS[self.magic]
+        self.tokens = 0
+        self.shards: list[dict] = []
+        self._file = None
+        self._in_shard = 0
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids, an integer array of one dimension. An id outside the vocabulary is refused, never wrapped."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise UserError(
+                f"a token id lies outside the vocabulary of {self.vocab_size}: the ids to write lie between "
+                f"{ids.min()} and {ids.max()}; this tokenizer cannot have made them"
+            )
+        while len(ids):
+            if self._file is None:
+                self._file = open(self._temporary, "wb")  # noqa: SIM115 (it stays open between calls)
+                self._write_header()
+            part, ids = np.split(ids, [self.shard_tokens - self._in_shard])
+            self._file.write(part.astype(self.dtype).data)
+            self._in_shard += len(part)
+            self.tokens += len(part)
+            if self._in_shard == self.shard_tokens:
+                self._finish_shard()
+
+    @property
+    def _name(self) -> str:
+        return f"{self.split}_{len(self.shards):06d}.bin"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / (self._name + ".tmp")
+
+    def _write_header(self) -> None:
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = self.magic, self.version, self._in_shard
+        self._file.write(header.data)
+
+    def _finish_shard(self) -> None:
+        self._file.seek(0)
+        self._write_header()  # again, now that the count is known
+        _sync(self._file)
+        self._file.close()
+        self._file = None
+        sha256 = file_sha256(self._temporary)
+        os.replace(self._temporary, self.folder / self._name)
+        _sync_folder(self.folder)
+        self.shards.append({"file": self._name, "tokens": self._in_shard, "sha256": sha256})
+        self._in_shard = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            if error_type is None and self._file is not None:
+                self._finish_shard()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses
+                    self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_meta(folder: str | Path, meta: dict) -> None:
+    """Write meta.json, whole or not at all."""
+    temporary = Path(folder) / "meta.json.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        _sync(file)
+    os.replace(temporary, Path(folder) / "meta.json")
+    _sync_folder(folder)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: str | Path) -> None:
+    """Put renames on the disk. Windows opens no folders, and needs none opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Shard(NamedTuple):
+    path: Path
+    dtype: np.dtype  # of a token in the file
+    offset: int  # of the first token, in bytes
+    tokens: int
+
+
+class Tokens:
+    """The tokens of one split: a read-only stream over its shards, memory mapped.
+
+    `name` is how messages call the split. The maps are opened when needed and dropped now and then, since every page
+    that they brought in counts as resident memory until then.
+    """
+
+    DROP_AFTER = 1 << 25  # tokens brought in
+
+    def __init__(self, shards: Sequence[Shard], vocab_size: int, name: str = "train"):
+        self.shards, self.vocab_size, self.name = list(shards), vocab_size, name
+        counts = [shard.tokens for shard in self.shards]
+        self._ends = np.cumsum(counts, dtype=np.int64)  # of each shard, in the stream
+        self._starts = (self._ends - counts).tolist()
+        self._maps: dict[int, np.ndarray] = {}
+        self._brought_in = 0
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.shards else 0
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The windows [start, start + length) as int64, shape (len(starts), length). A window may cross shards.
+
+        A window that leaves the stream is an IndexError; a token outside the vocabulary is a UserError.
+        """
+        starts = np.asarray(starts, dtype=np.int64)
+        if starts.size and (starts.min() < 0 or starts.max() + length > len(self)):
+            raise IndexError(f"a window of {length} leaves the {self.name} split of {len(self)} tokens")
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        first_shards = np.searchsorted(self._ends, starts, side="right")
+        for window, start, shard in zip(windows, starts.tolist(), first_shards.tolist(), strict=True):
+            filled = 0
+            while filled < length:
+                begin = start + filled - self._starts[shard]
+                part = self._map(shard)[begin : begin + length - filled]
+                window[filled : filled + len(part)] = part
+                filled += len(part)
+                shard += 1
+        self._drop_maps(windows)
+        if windows.size and windows.max() >= self.vocab_size:
+            raise UserError(
+                f"a token id {windows.max()} is outside the vocabulary of {self.vocab_size} in the {self.name} split: "
+                "its shards were made by another tokenizer; prepare the dataset again"
+            )
+        return windows
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            path, dtype, offset, tokens = self.shards[shard]
+            if not tokens:
+                return np.empty(0, dtype)
+            if len(self._maps) >= 256:  # each map holds a file open
+                self._maps = {}
+            self._maps[shard] = np.memmap(path, dtype, mode="r", offset=offset, shape=tokens).view(np.ndarray)
+        return self._maps[shard]
+
+    def _drop_maps(self, windows: np.ndarray) -> None:
+        self._brought_in += windows.size + 2**15 * len(windows)  # the kernel maps up to 64 KB around each fault
+        if self._brought_in > self.DROP_AFTER:
+            self._maps, self._brought_in = {}, 0
+
+
+def open_shard(path: str | Path) -> Shard:
+    """Read and check the header of a shard. A file that is not a whole shard is a UserError that names it."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4", count=-1 if size >= HEADER_BYTES else 0)
+    except OSError as error:
+        raise UserError(f"cannot read the token shard {path}: {error.strerror}; prepare the dataset again") from error
+    if not len(header) or int(header[0]) not in LAYOUTS:
+        raise UserError(f"{path} is not a token shard; run `python prepare ...` to make token shards from text")
+    magic, version, tokens = (int(value) for value in header[:3])
+    known_version, dtype = LAYOUTS[magic]
+    if version != known_version:
+        raise UserError(f"{path} is a token shard of version {version}, not {known_version}; prepare the dataset again")
+    if tokens < 0 or size != HEADER_BYTES + tokens * dtype.itemsize:
+        holds = (size - HEADER_BYTES) / dtype.itemsize
+        raise UserError(
+            f"{path} is truncated or damaged: its header says {tokens} tokens, the file holds {holds:g}; "
+            "prepare (or download) it again"
+        )
+    return Shard(path, dtype, HEADER_BYTES, tokens)
+
+
+@dataclass
+class Dataset:
+    name: str
+    path: Path
+    train: Tokens
+    val: Tokens | None  # None where the folder has no validation split
+    tokenizer: Tokenizer
+    vocab_size: int
+    meta: dict  # the whole meta.json; empty for folders that others made
+
+
+def load_dataset(name: str) -> Dataset:
+    """Open a dataset: a path, or the name of a folder in `data/` here or in the repository.
+
+    Reads what `prepare` wrote, nanoGPT's folders (headerless `train.bin`), and those of llm.c and modded-nanogpt
+    (`NAME_train_000001.bin`). Whatever is wrong with the dataset is a UserError.
+    """
+    candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
+    for path in candidates:
+        if (path / "meta.json").is_file():
+            return _load_prepared(name, path)
+        if (path / "train.bin").is_file():
+            return _load_nanogpt(name, path)
+        if path.is_dir() and any(path.glob("*_train_*.bin")):
+            return _load_llmc(name, path)
+    for path in candidates:
+        if path.is_dir() and ((path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())):
+            raise UserError(f"preparation of {path} was interrupted; run it again: {_prepare_command(name)}")
+    found = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
+    there_are = f" (the datasets here: {', '.join(found)})" if found else ""
+    raise UserError(f"there is no dataset '{name}'{there_are}; make it with {_prepare_command(name)}")
+
+
+def _prepare_command(name: str) -> str:
+    if name == "shakespeare_char":
+        return "`python prepare tinyshakespeare --name shakespeare_char`"
+    if name == "shakespeare":
+        return (
+            "`python prepare shakespeare` (all the plays, by character), or, as nanoGPT's dataset of that name, "
+            "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
+        )
+    if name in ("plays", "shakespeare_plays"):
+        return f"`python prepare shakespeare --name {name}`"
+    if name in ("tinyshakespeare", "stdlib"):
+        return f"`python prepare {name}`"
+    return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
+
+
+def _load_prepared(name: str, path: Path) -> Dataset:
+    meta_path = path / "meta.json"
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        if meta["format"] != 1:
+            raise UserError(f"{meta_path} has format {meta['format']!r:.20}, not 1; prepare the dataset again")
+        tokenizer, vocab_size = from_dict(meta["tokenizer"]), meta["vocab_size"]
+        same = meta["tokenizer_hash"] == tokenizer_hash(tokenizer) and vocab_size == tokenizer.n_vocab
+        splits = {
+            split: [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in meta[split]["shards"]]
+            for split in ("train", "val")
+        }
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{meta_path} is truncated or damaged; prepare the dataset again with --overwrite") from error
+    if not same:
+        raise UserError(f"the tokenizer in {meta_path} is not the one its shards were made with; prepare it again")
+
+    opened = {}
+    for split, entries in splits.items():
+        opened[split] = []
+        for file, tokens, sha256 in entries:
+            if not SHARD_NAME.fullmatch(file):
+                raise UserError(f"{meta_path} lists {file!r:.60}, which is no shard's name; prepare the dataset again")
+            shard = open_shard(path / file)
+            # hashing small shards costs nothing; of big ones the count has to do
+            other = shard.tokens != tokens or (tokens <= 10_000_000 and file_sha256(shard.path) != sha256)
+            if other:
+                raise UserError(
+                    f"{shard.path} is not the shard that {meta_path} lists: one of the two belongs to another dataset; "
+                    "prepare the dataset again with --overwrite"
+                )
+            opened[split].append(shard)
+    return _dataset(name, path, opened["train"], opened["val"], tokenizer, meta)
+
+
+def _load_nanogpt(name: str, path: Path) -> Dataset:
+    """`train.bin` and `val.bin`, headerless uint16; `meta.pkl` holds the characters, else the tokens are GPT-2's."""
+
+    def shards(file: Path) -> list[Shard]:
+        size = file.stat().st_size
+        if size % 2:
+            raise UserError(f"{file} is truncated: {size} bytes is no whole number of uint16 tokens; prepare it again")
+        return [Shard(file, np.dtype("<u2"), 0, size // 2)]
+
+    meta_pkl = path / "meta.pkl"
+    tokenizer = _read_meta_pkl(meta_pkl) if meta_pkl.exists() else GPT2Tokenizer()
+    val = shards(path / "val.bin") if (path / "val.bin").is_file() else []
+    return _dataset(name, path, shards(path / "train.bin"), val, tokenizer, {})
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds dicts, lists, strings and numbers. A pickle runs code by naming a class or function: none is to be had."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_meta_pkl(path: Path) -> CharTokenizer:
+    try:
+        with open(path, "rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        return from_dict({"kind": "char", "vocab": [itos[i] for i in range(len(itos))]})
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise UserError(
+            f"{path} is not nanoGPT's meta.pkl, a plain dict with the characters in 'itos' ({error}); "
+            "nothing in it was run; prepare the dataset again"
+        ) from error
+
+
+def _load_llmc(name: str, path: Path) -> Dataset:
+    """`NAME_train_000001.bin`, `NAME_val_000000.bin`: shards without a meta.json, whose tokens are GPT-2's."""
+    train, val = ([open_shard(file) for file in sorted(path.glob(f"*_{split}_*.bin"))] for split in ("train", "val"))
+    for shard in train + val:
+        if shard.dtype.itemsize != 2:
+            raise UserError(f"{shard.path} holds uint32 tokens of an unknown tokenizer, and {path} has no meta.json")
+    return _dataset(name, path, train, val, GPT2Tokenizer(), {})
+
+
+def _dataset(name: str, path: Path, train: list[Shard], val: list[Shard], tokenizer: Tokenizer, meta: dict) -> Dataset:
+    streams = [
+        Tokens(shards, tokenizer.n_vocab, f"{split} ({path})") for split, shards in (("train", train), ("val", val))
+    ]
+    return Dataset(name, path, streams[0], streams[1] if val else None, tokenizer, tokenizer.n_vocab, meta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+#
+# N tokens make N - 1 pairs: pair p has the input token p and the target token p + 1. An epoch e lays the pairs out on a
+# ring, starts at its own offset o, and cuts n = ceil((N - 1) / T) windows of T pairs; window j holds the pairs
+# o + j T, ..., o + j T + T - 1 (mod N - 1). The last window goes past the end of the ring; there its targets are
+# masked. So an epoch has every pair once and none twice. The windows come in an order that a seeded permutation gives.
+
+
+def split_windows(tokens: Tokens, block_size: int) -> int:
+    """How many windows of `block_size` (token, next token) pairs cover the split: one epoch."""
+    if len(tokens) < 2:
+        raise UserError(f"the {tokens.name} split has {len(tokens)} tokens; training needs 2 or more: add text to it")
+    return -(-(len(tokens) - 1) // block_size)
+
+
+def sample_windows(tokens: Tokens, block_size: int, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples first, ..., first + count - 1 of the endless shuffled stream: inputs x and targets y, int64.
+
+    Both have the shape (count, block_size); a target of -1 is masked. A pure function of its arguments; the first
+    epoch is samples 0, ..., n - 1 (n from `split_windows`), the next epoch follows, and a batch may straddle the two.
+    """
+    n = split_windows(tokens, block_size)
+    pairs = len(tokens) - 1
+    samples = np.arange(first, first + count)
+    epochs, ranks = np.divmod(samples, n)
+    keys = _mix(_mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + epochs.astype(np.uint64))
+    windows = permute(ranks, n, keys)
+    offsets = (_mix(~keys) % np.uint64(pairs)).astype(np.int64)
+    starts = (offsets + windows * block_size) % pairs
+
+    x = np.empty((count, block_size), dtype=np.int64)
+    y = np.empty((count, block_size), dtype=np.int64)
+    whole = starts + block_size <= pairs  # does not wrap around the end of the ring
+    read = tokens.read(starts[whole], block_size + 1)
+    if len(read) == count:  # nearly always
+        x[:], y[:] = read[:, :-1], read[:, 1:]
+    else:
+        x[whole], y[whole] = read[:, :-1], read[:, 1:]
+        for row in np.flatnonzero(~whole):
+            x[row], y[row] = tokens.read((starts[row] + np.arange(block_size)) % pairs, 2).T
+    y[windows == n - 1, pairs - (n - 1) * block_size :] = -1
+    return x, y
+
+
+def sequential_windows(tokens: Tokens, block_size: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows first, ..., first + count - 1 of the split in order, for evaluation: x and y as in `sample_windows`.
+
+    Where the split ends, inside its last window, x is padded with 0 and y with -1; windows beyond are all padding.
+    """
+    split_windows(tokens, block_size)  # refuses a split that is too short
+    pairs = len(tokens) - 1
+    x = np.zeros((count, block_size), dtype=np.int64)
+    y = np.full((count, block_size), -1, dtype=np.int64)
+    starts = np.arange(first, first + count) * block_size
+    whole = int((starts + block_size <= pairs).sum())
+    read = tokens.read(starts[:whole], block_size + 1)
+    x[:whole], y[:whole] = read[:, :-1], read[:, 1:]
+    if whole < count and starts[whole] < pairs:
+        rest = pairs - starts[whole]
+        read = tokens.read(starts[whole : whole + 1], rest + 1)[0]
+        x[whole, :rest], y[whole, :rest] = read[:-1], read[1:]
+    return x, y
+
+
+def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """A pseudo-random bijection of [0, n) for each uint64 key, applied to `index`, without a table.
+
+    A Feistel network over pairs (left, right) in a x b >= n: each round adds to one half a hash of the other, which can
+    be undone, so the network permutes the a x b pairs. A result outside [0, n) is sent through again until it falls
+    inside. With a x b this close to n that is rare.
+    """
+    a = np.uint64(np.ceil(np.sqrt(n)))
+    b = np.uint64(-(-n // int(a)))
+    result = index.astype(np.uint64)
+    keys = np.broadcast_to(keys, result.shape)
+    todo = np.arange(len(result))
+    while len(todo):
+        left, right = np.divmod(result[todo], b)
+        key = keys[todo]
+        for _ in range(3):
+            key = key + _GOLDEN
+            left = (left + _mix(right + key)) % a
+            right = (right + _mix(left ^ key)) % b
+        result[todo] = left * b + right
+        todo = todo[result[todo] >= n]
+    return result.astype(np.int64)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Hash uint64 to uint64: the step of the generator splitmix64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,340 @@
+"""The whole model: a decoder-only Transformer (GPT), its configuration and its key-value cache.
+
+The defaults of GPTConfig are GPT-2 exactly; the switches make it the Llama family or the recipe of the speedruns.
+Shapes in the comments: B rows (sequences), T tokens in each, C = n_embd channels, H heads of D channels, V words in
+the vocabulary, S slots in the cache.
+
+References:
+- GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+- Transformer: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them; without is a bit faster, and no worse
+    pos: str = "learned"  # learned | sinusoidal | rope
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    mlp: str = "gelu_tanh"  # gelu_tanh (GPT-2's) | gelu (nanoGPT's) | relu2 | swiglu
+    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: as many as n_head
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64
+    qk_norm: bool = False  # normalize queries and keys, which keeps attention logits bounded
+    tie_weights: bool = True  # the head shares its matrix with the token embedding
+    logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
+    zero_init: bool = False  # start with every block, and an untied head, at zero output
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        """Fill in what 0 stands for. Raises ValueError, with one sentence, where no model has this shape."""
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.mlp == "swiglu":
+            self.n_hidden = self.n_hidden or 64 * math.ceil(self.n_embd * 8 / 3 / 64)
+        self.n_hidden = self.n_hidden or 4 * self.n_embd
+
+        choices = {
+            "pos": ("learned", "sinusoidal", "rope"),
+            "norm": ("layernorm", "rmsnorm"),
+            "mlp": ("gelu_tanh", "gelu", "relu2", "swiglu"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise ValueError(f"pos = 'rope' needs an even n_embd / n_head, which is {self.head_dim}")
+        if self.pos == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"pos = 'sinusoidal' needs an even n_embd, which is {self.n_embd}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of at most `size` tokens each, preallocated.
+
+    The caller owns it: `GPT.forward` writes the new tokens' keys and values behind each row's `length` and leaves
+    `length` alone; advancing it is what makes them count, so rows of unequal length live side by side.
+
+    k, v: (n_layer, B, n_kv_head, size, head_dim); length: (B,), tokens held in each row.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, size: int, device=None, dtype=torch.float32):
+        shape = (config.n_layer, batch_size, config.n_kv_head, size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked slot must not hold a NaN
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch_size, device=device, dtype=torch.long)
+
+    @property
+    def size(self) -> int:
+        return self.k.size(3)
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, n_kv_head, T, D) at `positions` (B, T); returns all keys and values of the layer."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer], self.v[layer]
+
+
+def sinusoidal_positions(positions: Tensor, n_embd: int) -> Tensor:
+    """Section 3.5 of https://arxiv.org/abs/1706.03762. positions: (...) -> (..., C), in float32."""
+    frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, device=positions.device, dtype=torch.float32) / n_embd)
+    angle = positions[..., None] * frequency  # (..., C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # sin and cos alternate: (..., C)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding, https://arxiv.org/abs/2104.09864. positions: (...) -> cos, sin: (..., D/2)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel i of x (..., T, D) against channel i + D/2, the pairing that Llama's checkpoints have."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Norm(nn.Module):
+    """LayerNorm (its bias optional) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        has_bias = config.bias and config.norm == "layernorm"
+        self.bias = nn.Parameter(torch.empty(config.n_embd)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rmsnorm":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token gathers from itself and those before it; query heads may share key-value heads in groups
+    (grouped-query attention, https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_channels = config.n_kv_head * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_channels, bias=config.bias)  # q, k, v in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rotary=None, cache: KVCache | None = None, positions=None, mask=None) -> Tensor:
+        B, T, C = x.shape
+        cfg = self.config
+        q, k, v = self.c_attn(x).split((C, cfg.n_kv_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim), dim=2)
+        q = q.view(B, T, cfg.n_head, cfg.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        if cfg.qk_norm:
+            q, k = F.rms_norm(q, (cfg.head_dim,)), F.rms_norm(k, (cfg.head_dim,))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.write(self.layer, positions, k, v)  # (B, H_kv, S, D)
+            q = q.to(k.dtype)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=cfg.dropout if self.training else 0.0,
+            enable_gqa=cfg.n_kv_head != cfg.n_head,
+        )  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return F.dropout(self.c_proj(y), cfg.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        gates = 2 if config.mlp == "swiglu" else 1  # swiglu's gate and value come from one matrix
+        self.c_fc = nn.Linear(config.n_embd, gates * config.n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, x = self.config.mlp, self.c_fc(x)
+        if kind == "gelu_tanh":
+            x = F.gelu(x, approximate="tanh")
+        elif kind == "gelu":
+            x = F.gelu(x)
+        elif kind == "relu2":  # https://arxiv.org/abs/2109.08668
+            x = F.relu(x).square()
+        else:  # swiglu, https://arxiv.org/abs/2002.05202
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = Norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary=None, cache: KVCache | None = None, positions=None, mask=None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache, positions, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Parameter names are GPT-2's: `transformer.h.0.attn.c_attn.weight` and so on."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == "learned":
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer.ln_f = Norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """All initialization. GPT-2's: normal with std 0.02, and the projections that write into the residual
+        stream smaller by sqrt(2 * n_layer), the number of them, so that its variance does not grow with depth."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:  # the scale of a norm
+                p.fill_(1.0)
+            elif name.endswith("c_proj.weight"):
+                p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name == "lm_head.weight" and self.config.zero_init:  # untied: a tied one is named after wte
+                p.zero_()
+            else:
+                p.normal_(std=0.02)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+        last: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the token after each of `idx` (B, T).
+
+        With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
+        targets that are not masked ("mean", 0 where all are masked; "sum"; or "none": (B, T), 0 at masked ones).
+        Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
+        With a `cache`, idx continues its rows: row b stands at position cache.length[b].
+        """
+        B, T = idx.shape
+        cfg = self.config
+        x, rotary, mask, positions = self.transformer.wte(idx), None, None, None  # (B, T, C)
+        if cache is None:
+            if T > cfg.block_size:
+                raise ValueError(f"a sequence of {T} tokens does not fit the block size of {cfg.block_size}")
+            at = torch.arange(T, device=idx.device)  # (T,)
+        else:
+            at = positions = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            mask = torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        if cfg.pos == "learned":
+            x = x + self.transformer.wpe(at)
+        elif cfg.pos == "sinusoidal":  # the embedding scaled as in section 3.4 of the paper, to the size of the sines
+            x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
+        else:
+            cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
+            rotary = (cos, sin) if cache is None else (cos[:, None], sin[:, None])
+
+        x = F.dropout(x, cfg.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, rotary, cache, positions, mask)
+        x = self.transformer.ln_f(x)  # (B, T, C)
+
+        if targets is None:  # only the logits that the next token is drawn from
+            x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
+        logits = self.lm_head(x)  # (B, T or 1, V)
+        if cfg.logit_softcap:
+            logits = cfg.logit_softcap * torch.tanh(logits.float() / cfg.logit_softcap)
+        if targets is None:
+            return logits, None
+
+        flat = logits.view(B * T, -1).float()
+        if reduction == "none":
+            return logits, F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction="none").view(B, T)
+        loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction="sum")
+        if reduction == "mean":
+            loss = loss / (targets != -1).sum().clamp(min=1)
+        return logits, loss
+
+    def num_params(self, non_embedding: bool = False) -> int:
+        """Parameters, tied ones once; `non_embedding` leaves out those that are only looked up, not multiplied."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            if self.config.pos == "learned":
+                n -= self.transformer.wpe.weight.numel()
+            if not self.config.tie_weights:
+                n -= self.transformer.wte.weight.numel()
+        return n
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the longest sequence, for example of a GPT-2 checkpoint, to `block_size` tokens."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size = {block_size} is beyond the model's {self.config.block_size}")
+        self.config.block_size = block_size
+        if self.config.pos == "learned":
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+            wpe.num_embeddings = block_size
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
+        """AdamW with decay on matrices and embeddings only, not on biases and norms; fused where the device has it."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
+
+    def flops_per_token(self) -> int:
+        """Floating point operations of one token's forward and backward pass, as counted in appendix B of PaLM,
+        https://arxiv.org/abs/2204.02311: 6 a parameter, and 12 * n_layer * n_embd * block_size for attention."""
+        cfg = self.config
+        return 6 * self.num_params(non_embedding=True) + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None) -> float | None:
+        """Model flops utilization: the share of `peak_flops` (per second, of the devices together) that
+        `fwdbwd_per_iter` sequences of block_size tokens in `dt` seconds amount to; None where the peak is unknown."""
+        if not peak_flops:
+            return None
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops

@@ -1,0 +1,135 @@
+"""Turn text into token shards: python prepare CORPUS [options]"""
+
+import argparse
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run as `python prepare`: the first entry is this folder, the imports are from the one above
+    sys.path[0] = str(ROOT)
+
+import acorn  # noqa: E402
+import prepare  # noqa: E402
+from acorn import UserError  # noqa: E402
+from acorn.tokenizer import KINDS  # noqa: E402
+from prepare import pipeline  # noqa: E402
+
+CORPORA = [
+    module.name for module in pkgutil.iter_modules(prepare.__path__) if module.name not in ("__main__", "pipeline")
+]
+
+
+def main() -> int:
+    try:
+        prepare_corpus(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def prepare_corpus(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-") and argv[0] not in CORPORA:
+        raise UserError(_unknown_corpus(argv[0]))
+    corpora = {name: importlib.import_module(f"prepare.{name}") for name in CORPORA}
+    args, unknown = _parser(corpora).parse_known_args(argv)
+    if unknown:
+        options = [f"--{name}" for name in vars(args)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--"), options, 1)
+        hint = f"did you mean {near[0]}?" if near else f"`python prepare {args.corpus} --help` lists the options"
+        if not unknown[0].startswith("-"):
+            hint = "files stand together, before the options"
+        raise UserError(f"prepare {args.corpus} does not know what to do with {unknown[0]}; {hint}")
+
+    corpus = corpora[args.corpus]
+    name = args.name or (corpus.default_name(args) if hasattr(corpus, "default_name") else args.corpus)
+    if name in (".", "..") or os.path.basename(name) != name:
+        raise UserError(f"the name '{name}' is a path; give a plain --name, and the place with --out DIR")
+    out = Path(args.out) if args.out else Path("data") / name
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a folder; choose another place with --out")
+    if (out / "meta.json").exists() and not args.overwrite:  # said before a download or a long read
+        raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
+
+    description = corpus.__doc__.splitlines()[0]
+    meta = pipeline.prepare(
+        corpus.documents(args),
+        out,
+        name=name,
+        tokenizer=args.tokenizer,
+        source={"corpus": args.corpus, "description": description},
+        val_fraction=args.val_fraction,
+        overwrite=args.overwrite,
+    )
+    print(summary(meta, out, dataset=str(out) if args.out else name))
+
+
+def summary(meta: dict, out: Path, dataset: str) -> str:
+    train, val = meta["train"], meta["val"]
+    tokens, size = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
+    kind = meta["tokenizer"]["kind"]
+    if dataset == "shakespeare_char" and kind == "char":
+        command = "python train.py config/train_shakespeare_char.py"
+    elif dataset == "shakespeare" and kind == "char":
+        command = "python train.py config/quickstart.py"
+    else:
+        command = f"python train.py config/quickstart.py --dataset={dataset} --out_dir=out/{meta['name']}"
+    return "\n".join(
+        [
+            f"documents        {meta['documents']:,}",
+            f"bytes            {size:,}",
+            f"tokens           {tokens:,} ({train['tokens']:,} train, {val['tokens']:,} val)",
+            f"bytes per token  {size / tokens:.2f}",
+            f"vocabulary       {meta['vocab_size']:,} ({kind})",
+            f"written to       {out}",
+            f"train next       {command}",
+        ]
+    )
+
+
+def _parser(corpora: dict) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python prepare", description=__doc__.split(":")[0], allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
+    for name, corpus in corpora.items():
+        first_line = corpus.__doc__.splitlines()[0]
+        sub = subparsers.add_parser(
+            name,
+            help=first_line,
+            description=corpus.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if hasattr(corpus, "add_arguments"):
+            corpus.add_arguments(sub)
+        add = sub.add_argument
+        add("--tokenizer", choices=KINDS, default=corpus.TOKENIZER, help="default: %(default)s")
+        add("--val_fraction", type=float, default=0.1, help="how much of the end is for validation; default: 0.1")
+        add("--name", help="the name of the dataset; default: " + _default_name(corpus, name))
+        add("--out", metavar="DIR", help="where to write it; default: data/NAME")
+        add("--overwrite", action="store_true", help="replace a dataset that is there already")
+        add(
+            "--errors",
+            choices=("strict", "replace"),
+            default="strict",
+            help="bytes that are not UTF-8; default: strict",
+        )
+    return parser
+
+
+def _default_name(corpus, name: str) -> str:
+    return "after the first file" if hasattr(corpus, "default_name") else name
+
+
+def _unknown_corpus(name: str) -> str:
+    if os.path.exists(name):
+        return f"'{name}' is a path, not a corpus; you want `python prepare text {name}`"
+    near = difflib.get_close_matches(name, CORPORA, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no corpus '{name}'; {hint}the corpora are {', '.join(CORPORA)}"
+
+
+if __name__ == "__main__":
+    acorn.run(main)

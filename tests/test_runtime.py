@@ -1,0 +1,51 @@
+"""acorn/runtime.py: what auto chooses and says, and what is refused."""
+
+import pytest
+import torch
+
+from acorn import UserError, runtime
+
+
+def test_auto_chooses_something_that_works_and_says_why():
+    r = runtime.setup("auto", "auto", "auto")
+    assert len(r.notes) == 3 and all("auto" in note for note in r.notes)
+    with r.autocast():
+        product = torch.ones(2, 2, device=r.device) @ torch.ones(2, 2, device=r.device)
+    assert product.dtype == r.dtype and product.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+
+
+def test_float16_on_a_cpu_becomes_float32_with_a_note():
+    r = runtime.setup("cpu", "float16", False)
+    assert r.dtype == torch.float32 and "float16 needs" in r.notes[1]
+
+
+@pytest.mark.parametrize(
+    "device, word", [("cuda", "--device=auto"), ("cuda:7", "CUDA"), ("gpu", "none that torch knows")]
+)
+def test_a_device_that_is_not_there_is_refused(device, word):
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UserError, match=word):
+        runtime.setup(device, "auto", False)
+
+
+def test_a_compile_that_fails_falls_back_with_one_warning(capsys):
+    model = torch.nn.Linear(2, 2)
+
+    def failing_trial(compiled):
+        assert compiled is not model
+        raise RuntimeError("no compiler\nand a long trace")
+
+    assert runtime.compile_or_eager(model, failing_trial) is model
+    said = capsys.readouterr().out
+    assert said.count("warning:") == 1 and "no compiler" in said and "long trace" not in said
+
+
+def test_peak_rates_are_known_by_name(monkeypatch):
+    r = runtime.Runtime(torch.device("cuda"), torch.bfloat16, False, [], world_size=2)
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert r.peak_flops() == 2 * peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Unknown GPU")
+    assert r.peak_flops() is None
+    assert runtime.setup("cpu", "float32", False).peak_flops() is None

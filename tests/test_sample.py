@@ -1,0 +1,111 @@
+"""sample.py as a person runs it."""
+
+import json
+
+import pytest
+from conftest import refused, script
+
+
+@pytest.fixture(scope="module")
+def sample(trained, tmp_path_factory):
+    """Run sample.py on the trained model from a folder without any data: the tokenizer comes with the checkpoint."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+
+    def call(*words, **kwargs):
+        return script("sample.py", f"--out_dir={trained}", "--device=cpu", *words, cwd=cwd, **kwargs)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory):
+    """A run on bytes, where a Chinese character is three tokens."""
+    cwd = tmp_path_factory.mktemp("bytes")
+    (cwd / "t.txt").write_text("今天天气很好。我们去公园。" * 60)
+    assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=cwd).returncode == 0
+    words = "--block_size=32 --batch_size=4 --gradient_accumulation_steps=1 --n_layer=2 --n_head=1 --n_embd=32"
+    run = "--max_iters=200 --warmup_iters=0 --learning_rate=1e-2 --eval_interval=200 --log_interval=50 --eval_iters=1"
+    machine = "--device=cpu --dtype=float32 --compile=False"
+    result = script("train.py", *words.split(), *run.split(), *machine.split(), "--dataset=d", "--out_dir=out", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "out"
+
+
+def as_json(result):
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_the_same_seed_draws_the_same_samples_whatever_runs_beside_them(sample):
+    three = as_json(sample("--num_samples=3", "--max_new_tokens=30", "--json=True", "--start=ANNA"))
+    one = as_json(sample("--num_samples=1", "--max_new_tokens=30", "--json=True", "--start=ANNA"))
+    later = as_json(sample("--num_samples=1", "--max_new_tokens=30", "--json=True", "--start=ANNA", "--seed=1339"))
+    assert three[0] == one[0] and three[2] == later[0]
+    assert len({s["text"] for s in three}) == 3
+    assert all(s["n_tokens"] == 30 and s["stopped_by"] == "max_new_tokens" for s in three)
+
+
+def test_text_comes_with_its_prompt_and_streamed_text_is_the_same(sample):
+    whole = sample("--num_samples=1", "--max_new_tokens=40", "--start=BORIS:")
+    assert whole.stdout.startswith("BORIS:") and whole.stdout.endswith("\n---------------\n")
+    assert sample("--num_samples=1", "--max_new_tokens=40", "--start=BORIS:", "--stream=True").stdout == whole.stdout
+    assert "slides along" in whole.stderr  # 46 tokens in a block of 32
+
+
+def test_a_file_of_prompts_is_one_batch_equal_to_one_by_one(sample, tmp_path):
+    prompts = ["ANNA:", "take the letter, and", "B"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+    words = ["--temperature=0", "--max_new_tokens=20", "--json=True"]
+    batch = as_json(sample(*words, f"--prompts={tmp_path}/p.txt"))
+    assert batch == as_json(sample(*words, f"--prompts={tmp_path}/p.jsonl"))
+    assert [s["prompt"] for s in batch] == prompts
+    alone = as_json(sample(*words, f"--start={prompts[1]}", "--num_samples=1"))
+    assert alone[0] == batch[1]
+
+
+def test_prompt_from_a_file_stop_strings_and_logprobs(sample, tmp_path):
+    (tmp_path / "p.txt").write_text("CLARA:\n")
+    words = [f"--start=FILE:{tmp_path}/p.txt", "--num_samples=1", "--json=True", "--logprobs=True"]
+    (result,) = as_json(sample(*words, "--stop=e", "--stop=the", "--max_new_tokens=200"))
+    assert result["prompt"] == "CLARA:\n"
+    assert "e" not in result["text"] and result["stopped_by"] in ("e", "the")
+    assert len(result["tokens"]) == len(result["logprobs"]) == result["n_tokens"]
+    assert all(p <= 0 for p in result["logprobs"])
+
+
+def test_interactive_asks_until_the_end(sample):
+    result = sample("--interactive=True", "--max_new_tokens=5", input="ANNA\nBORIS\n")
+    assert result.returncode == 0
+    assert result.stdout.count("---------------") == 2 and "ANNA" in result.stdout and "BORIS" in result.stdout
+
+
+def test_chinese_goes_in_and_out_whole(bytes_model):
+    prompt = "今天天气很好。"
+    words = ["--device=cpu", "--json=True", "--num_samples=2", f"--start={prompt}", "--temperature=0"]
+    for n in (1, 2, 10):  # also where the last character is not complete
+        for result in as_json(
+            script("sample.py", f"--out_dir={bytes_model}", *words, f"--max_new_tokens={n}", cwd="/")
+        ):
+            assert result["prompt"] == prompt and "\ufffd" not in result["text"]
+    streamed = script(
+        "sample.py", f"--out_dir={bytes_model}", *words[:1], *words[3:], "--num_samples=1", "--stream", cwd="/"
+    )
+    assert streamed.stdout.startswith(prompt) and "\ufffd" not in streamed.stdout
+
+
+def test_bad_input_is_one_sentence(sample, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    for words, said in (
+        (["--start=€"], "U+20AC"),
+        (["--start="], "empty"),
+        (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+        ([f"--start=FILE:{tmp_path}/bad.txt"], "byte 3"),
+        ([f"--prompts={tmp_path}/empty.txt"], "is empty"),
+        (["--temperature=-1"], "must not be negative"),
+        (["--top_p=0"], "above 0"),
+        (["--checkpoint=step_000001"], "no step_000001"),
+        (["--out_dir=nowhere"], "there is no folder nowhere"),
+    ):
+        refused(sample(*words), said)

@@ -1,0 +1,134 @@
+"""acorn/settings.py: where a setting comes from, and how a wrong one is refused."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from acorn import UserError
+from acorn.settings import build, parse
+
+
+@dataclass
+class Settings:
+    """Settings for these tests."""
+
+    out_dir: str = "out"  # where things go
+    max_iters: int = 10  # updates
+    learning_rate: float = 6e-4  # the highest
+    bias: bool = False  # biases
+    compile: Literal["auto", True, False] = "auto"  # compiled
+    stop: list[str] = field(default_factory=list)  # texts to end at
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text("import time\nfrom math import sqrt\n_half = 3\nmax_iters = 2 * _half\nout_dir = 'from-file'\n")
+    given = parse(Settings, [str(config), "--out_dir=from-line"])
+    assert given == {"max_iters": 6, "out_dir": "from-line"}
+    assert build(Settings, given) == Settings(out_dir="from-line", max_iters=6)
+    assert parse(Settings, ["--max_iters=1", str(config)])["max_iters"] == 6  # in the order given, as nanoGPT
+
+
+@pytest.mark.parametrize(
+    "word, name, value",
+    [
+        ("--out_dir=a=b", "out_dir", "a=b"),
+        ("--out_dir=", "out_dir", ""),
+        ("--out_dir=-5", "out_dir", "-5"),
+        ("--out-dir=x", "out_dir", "x"),
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--learning_rate=3e-4", "learning_rate", 3e-4),
+        ("--max_iters=1e3", "max_iters", 1000),
+        ("--max_iters=600_000", "max_iters", 600000),
+        ("--bias=True", "bias", True),
+        ("--bias=false", "bias", False),
+        ("--bias", "bias", True),
+        ("--compile=False", "compile", False),
+        ("--compile=auto", "compile", "auto"),
+    ],
+)
+def test_a_value_on_the_command_line(word, name, value):
+    given = parse(Settings, [word])
+    assert given == {name: value} and type(given[name]) is type(value)
+
+
+def test_a_value_may_follow_its_name():
+    assert parse(Settings, ["--max_iters", "5", "--out_dir", "x"]) == {"max_iters": 5, "out_dir": "x"}
+
+
+def test_a_repeated_list_grows_and_replaces_the_files(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text("stop = ['file']\nlearning_rate = 1\n")
+    given = parse(Settings, [str(config), "--stop=a", "--stop=b"])
+    assert given["stop"] == ["a", "b"]
+    assert type(given["learning_rate"]) is float  # an int where a float is due is fine
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("--max_itres=3", "did you mean 'max_iters'"),
+        ("--max_iters=3.5", "a whole number"),
+        ("--max_iters=many", "a whole number"),
+        ("--max_iters=True", "a whole number"),
+        ("--learning_rate=nan", "a number"),
+        ("--learning_rate=fast", "a number"),
+        ("--bias=maybe", "True or False"),
+        ("--compile=perhaps", "not one of auto, True, False"),
+        ("--max_iters", "has no value"),
+        ("-x", "neither a config file"),
+        ("config/quickstrat.py", "config/quickstart.py"),
+        ("nothing.py", "there is no config file nothing.py"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_what_is_right(word, said):
+    with pytest.raises(UserError, match=said):
+        parse(Settings, [word])
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("max_itres = 3", "did you mean 'max_iters'"),
+        ("max_iters = '3x'", "a whole number"),
+        ("bias = 1.5", "True or False"),
+        ("out_dir = 3", "a string"),
+        ("max_iters = 3\nout_dir = undefined\n", "line 2: NameError"),
+        ("max_iters = = 3", "line 1: SyntaxError"),
+    ],
+)
+def test_a_wrong_config_file_is_refused_with_its_name(tmp_path, text, said):
+    config = tmp_path / "wrong.py"
+    config.write_text(text)
+    with pytest.raises(UserError, match=said) as refusal:
+        parse(Settings, [str(config)])
+    assert "wrong.py" in str(refusal.value)
+
+
+def test_the_repos_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    assert parse(train.TrainSettings, ["config/train_gpt2.py"])["gradient_accumulation_steps"] == 40
+
+
+def test_help_lists_every_field_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Settings, ["--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for words in (
+        "--out_dir",
+        "where things go",
+        "--max_iters",
+        "the highest",
+        "--bias",
+        "compiled",
+        "texts to end at",
+    ):
+        assert words in text
+
+
+def test_build_leaves_out_names_of_another_version():
+    assert build(Settings, {"max_iters": 3, "from_the_future": 1}) == Settings(max_iters=3)

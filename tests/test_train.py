@@ -1,0 +1,290 @@
+"""train.py as a person runs it: exact resume, every split of the batch, signals, refusals, nanoGPT's commands."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, refused, script
+from safetensors.torch import load_file
+
+
+def metrics(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(out_dir):
+    """All that a run measured, without what depends on the clock."""
+    clocks = ("seconds", "tokens_per_second", "mfu")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in metrics(out_dir)]
+
+
+def train(cwd, dataset, *words, **kwargs):
+    return script("train.py", *TINY, f"--dataset={dataset}", *words, cwd=cwd, **kwargs)
+
+
+def start(cwd, *words) -> subprocess.Popen:
+    command = [sys.executable, str(REPO / "train.py"), *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(trained):
+    lines = numbers(trained)
+    updates = [m for m in lines if "loss" in m]
+    evaluations = [m for m in lines if "val_loss" in m]
+    assert [m["step"] for m in updates] == list(range(40))  # max_iters updates, and not one more
+    assert [m["step"] for m in evaluations] == [0, 10, 20, 30, 40]
+    assert updates[0]["lr"] > 0
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
+    assert {"train_loss", "val_perplexity", "val_bits_per_byte"} <= evaluations[0].keys()
+    assert {"grad_norm", "skipped"} <= updates[0].keys()
+    names = {f.name for f in trained.iterdir()}
+    assert names == {"latest", "best", "loss.png", "metrics.jsonl", "step_000030", "step_000040"}
+    state = json.loads((trained / "step_000040" / "state.json").read_text())
+    assert state["step"] == 40 and state["position"] == 40 * 8
+
+
+def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp_path):
+    """Stopped by --max_iters, by SIGINT and by SIGTERM at steps of no interval, on the way to the same end."""
+    process = start(tmp_path, *TINY, f"--dataset={dataset}", "--out_dir=b", "--max_iters=100000", "--lr_decay_iters=40")
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate()[0]
+    assert process.returncode == 130
+    assert "python train.py --init_from=resume --out_dir=b" in rest
+    stopped_at = int((tmp_path / "b" / "latest").read_text()[5:])
+    assert 6 < stopped_at < 40
+
+    process = start(tmp_path, "--init_from=resume", "--out_dir=b")  # the settings come along
+    for line in process.stdout:
+        if line.startswith(f"step {stopped_at + 3}/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    assert process.returncode == 143
+    stopped_again = int((tmp_path / "b" / "latest").read_text()[5:])
+    assert stopped_again > stopped_at + 3
+
+    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=40", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    if stopped_again < 40:
+        assert numbers(tmp_path / "b") == numbers(trained)
+    else:  # a very fast machine: the runs are the same as far as both went
+        assert numbers(tmp_path / "b")[:44] == numbers(trained)[:44]
+
+    result = script("train.py", "--init_from=resume", "--out_dir=b", cwd=tmp_path)
+    assert result.returncode == 0 and "has its 40 updates already" in result.stdout
+
+
+def test_evaluation_only_on_resume_measures_and_writes_nothing(trained, dataset, tmp_path):
+    before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
+    result = script("train.py", "--init_from=resume", f"--out_dir={trained}", "--eval_only=True", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    val = metrics(trained)[-1]["val_loss"]
+    assert f"val loss {val:.4f}" in result.stdout
+    assert before == {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
+
+
+@pytest.mark.parametrize("split", [(1, 8), (8, 1)])
+def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, split):
+    accumulation, batch_size = split
+    common = ["--max_iters=6", "--dropout=0", "--eval_interval=3", "--eval_iters=0"]
+    for out, words in (
+        ("a", []),
+        ("b", [f"--gradient_accumulation_steps={accumulation}", f"--batch_size={batch_size}"]),
+    ):
+        result = train(tmp_path, dataset, *common, *words, f"--out_dir={out}")
+        assert result.returncode == 0, result.stderr
+    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(trained, dataset, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*TINY, f"--dataset={dataset}", "--dropout=0", "--max_iters=6", "--eval_interval=3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*torchrun, REPO / "train.py", *words, "--out_dir=b"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert script("train.py", *words, "--out_dir=a", cwd=tmp_path).returncode == 0
+    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert result.stdout.count("step 3:") == 1  # only one process speaks
+    refusal = subprocess.run(
+        [*torchrun, REPO / "train.py", *words, "--out_dir=c", "--gradient_accumulation_steps=3"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert refusal.returncode != 0 and "--gradient_accumulation_steps=4 can" in refusal.stderr
+
+
+def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tmp_path):
+    words = [
+        "--always_save_checkpoint=False",
+        "--max_iters=7",
+        "--learning_rate=0.3",
+        "--warmup_iters=0",
+        "--decay_lr=False",
+    ]
+    result = train(tmp_path, dataset, *words, "--eval_interval=2", "--out_dir=o")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "o" / "latest").read_text() == "step_000007\n"
+    evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]
+    state = json.loads((tmp_path / "o" / "step_000007" / "state.json").read_text())
+    assert state["best_loss"] == min(m["val_loss"] for m in evaluations)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_reason(dataset, tmp_path):
+    result = train(tmp_path, dataset, "--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=3", "--out_dir=o")
+    assert result.returncode == 1
+    assert "3 updates in a row had no finite gradient" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(dataset, tmp_path):
+    result = train(tmp_path, dataset, "--dry_run=True", "--out_dir=o")
+    assert result.returncode == 0, result.stderr
+    for words in ("parameters", "epochs", "updates of 256 tokens", "memory:", "time:", "nothing was written"):
+        assert words in result.stdout
+    assert not (tmp_path / "o").exists()
+
+
+def test_fine_tuning_starts_from_the_weights_of_another_run(trained, dataset, tmp_path):
+    words = [
+        "--block_size=16",
+        "--max_iters=2",
+        "--eval_interval=1",
+        "--learning_rate=0",
+        "--min_lr=0",
+        "--sample_interval=1",
+    ]
+    result = train(tmp_path, dataset, f"--init_from={trained}", *words, "--out_dir=o")
+    assert result.returncode == 0, result.stderr
+    assert "a sample at step 1" in result.stdout
+    old = load_file(trained / "step_000040" / "model.safetensors")
+    new = load_file(tmp_path / "o" / "step_000002" / "model.safetensors")
+    assert torch.equal(new["transformer.wpe.weight"], old["transformer.wpe.weight"][:16])
+    assert torch.equal(new["transformer.wte.weight"], old["transformer.wte.weight"])
+    result = train(tmp_path, dataset, f"--init_from={trained}", "--block_size=64", "--out_dir=p")
+    refused(result, "block_size = 64", "32")
+    result = train(tmp_path, dataset, f"--init_from={trained}", "--n_layer=3", "--out_dir=p")
+    refused(result, "n_layer = 3", "keeps its shape")
+    assert not (tmp_path / "p").exists()
+
+
+def test_another_run_is_not_written_over(trained, dataset, tmp_path):
+    before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
+    refused(train(tmp_path, dataset, f"--out_dir={trained}"), "holds a run already", "--overwrite=True")
+    assert before == {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
+    assert train(tmp_path, dataset, "--out_dir=o", "--max_iters=2").returncode == 0
+    (tmp_path / "o" / "notes.txt").write_text("mine")
+    assert train(tmp_path, dataset, "--out_dir=o", "--max_iters=1", "--overwrite=True").returncode == 0
+    names = {f.name for f in (tmp_path / "o").iterdir()}
+    assert "step_000001" in names and "step_000002" not in names and "notes.txt" in names
+
+
+def test_bad_input_is_one_sentence(trained, dataset, tmp_path):
+    for words, said in (
+        (["--max_itres=3"], "did you mean 'max_iters'"),
+        (["--n_head=3"], "multiple of n_head"),
+        (["--batch_size=0"], "at least 1"),
+        (["--dataset=nowhere"], "python prepare"),
+        (["--init_from=nowhere", "--out_dir=x"], "nowhere"),
+        (["--init_from=resume", "--out_dir=nowhere"], "there is no folder nowhere"),
+    ):
+        refused(train(tmp_path, dataset, *words), said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
+    (tmp_path / "t.txt").write_text("quite another text with other characters: 0123456789" * 20)
+    for tokenizer in ("char", "byte"):
+        script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={tokenizer}", cwd=tmp_path)
+        result = script(
+            "train.py", "--init_from=resume", f"--out_dir={trained}", f"--dataset={tokenizer}", cwd=tmp_path
+        )
+        refused(result, "tokenizer")
+
+
+def test_wandb_offline(dataset, tmp_path):
+    pytest.importorskip("wandb")
+    result = train(tmp_path, dataset, "--wandb_log=True", "--max_iters=2", "--out_dir=o")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list((tmp_path / "o" / "wandb").glob("offline-run-*"))
+    state = json.loads((tmp_path / "o" / "step_000002" / "state.json").read_text())
+    assert state["wandb_id"]
+
+
+def test_nanogpts_config_files_run_unchanged(dataset, tmp_path):
+    """Settings as in nanoGPT's published files, at toy size by the command line, with its `import time`."""
+    (tmp_path / "config.py").write_text(
+        "import time\n\nout_dir = 'out-x'\neval_interval = 5\neval_iters = 40\nwandb_log = False\n"
+        "wandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare_char'\ninit_from = 'scratch'\n"
+        "always_save_checkpoint = False\nbatch_size = 1\ngradient_accumulation_steps = 32\nlearning_rate = 3e-5\n"
+        "decay_lr = False\nbackend = 'nccl'\n"
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shakespeare_char").symlink_to(dataset)
+    words = "--device=cpu --compile=False --eval_iters=2 --max_iters=3 --block_size=8 --n_layer=1 --n_head=1 --n_embd=8"
+    result = script("train.py", "config.py", *words.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {m["lr"] for m in metrics(tmp_path / "out-x") if "lr" in m} == {3e-5}
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_losses_of_eager(dataset, tmp_path):
+    for out, compile in (("a", False), ("b", True)):
+        result = train(tmp_path, dataset, "--dropout=0", "--max_iters=10", f"--compile={compile}", f"--out_dir={out}")
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stdout
+    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_instants_change_nothing(trained, dataset, tmp_path):
+    """kill -9, twenty times; each time the run resumes, and its end is that of the run never killed."""
+    chance, kills = random.Random(0), 0
+    words = [*TINY, f"--dataset={dataset}", "--out_dir=o", "--eval_interval=2", "--eval_iters=3"]
+    whole = script("train.py", *words[:-3], "--out_dir=whole", "--eval_interval=2", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    while kills < 20:
+        resumable = (tmp_path / "o").exists() and list((tmp_path / "o").glob("step_*/state.json"))
+        how = ["--init_from=resume"] if resumable else ["--overwrite=True"]
+        process = start(tmp_path, *words, *how)
+        time.sleep(chance.uniform(2.0, 5.0))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+            process.wait()
+        else:
+            assert process.returncode == 0, process.stdout.read()
+            if (
+                tmp_path / "o" / "latest"
+            ).read_text() == "step_000040\n":  # it reached its end: once more from the start
+                assert numbers(tmp_path / "o") == numbers(tmp_path / "whole")
+                subprocess.run(["rm", "-r", tmp_path / "o"], check=True)
+    resumable = (tmp_path / "o").exists() and list((tmp_path / "o").glob("step_*/state.json"))
+    script("train.py", *words, "--init_from=resume" if resumable else "--overwrite=True", cwd=tmp_path)
+    assert numbers(tmp_path / "o") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_training_on_a_gpu(dataset, tmp_path, dtype):
+    result = train(tmp_path, dataset, "--device=cuda", f"--dtype={dtype}", "--compile=True", "--out_dir=o")
+    assert result.returncode == 0, result.stderr
+    evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5

@@ -1,0 +1,410 @@
+"""Train a GPT, from scratch or from a checkpoint.
+
+On one device:       python train.py config/quickstart.py --batch_size=32
+On four GPUs:        torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
+From where it ended: python train.py --init_from=resume --out_dir=out/quickstart
+
+This file reads from top to bottom: settings, machine, data, model, optimizer, loop.
+"""
+
+import dataclasses
+import functools
+import math
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from acorn import UserError, checkpoint, report, run, runtime, settings
+from acorn.evaluate import evaluate
+from acorn.generate import sample_text
+from acorn.optim import learning_rate_at
+from acorn.shards import Dataset, load_dataset, sample_windows, split_windows
+from acorn.tokenizer import from_dict, tokenizer_hash
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainSettings:
+    """Train a GPT: python train.py [CONFIG.py ...] [--key=value ...]"""
+
+    # input and output
+    out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go
+    overwrite: bool = False  # start anew in an out_dir that holds a run, removing that run
+    eval_interval: int = 2000  # updates between evaluations
+    log_interval: int = 1  # updates between lines on the console and in metrics.jsonl
+    eval_iters: int = 200  # batches of each split that an evaluation looks at; 0: the whole val split
+    eval_only: bool = False  # evaluate once and exit
+    always_save_checkpoint: bool = True  # save after each evaluation; if False, only where the val loss is the best yet
+    keep_checkpoints: int = 2  # how many of the newest checkpoints stay; the best stays as well
+    sample_interval: int = 0  # updates between samples shown on the console; 0: none
+    init_from: str = "scratch"  # scratch | resume | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-medium, ...
+    dry_run: bool = False  # say what the run would take, after a few timed updates, and write nothing
+    # wandb logging
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # its run
+    # data
+    dataset: str = "openwebtext"  # a folder that `python prepare` made: its path, or its name in data/
+    gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
+    batch_size: int = 12  # sequences in a micro-batch
+    block_size: int = 1024  # tokens in a sequence
+    seed: int = 1337  # of initialization, the order of the data, and dropout
+    # model
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels
+    dropout: float = 0.0  # 0 is good for pretraining; for fine-tuning and small data try 0.1 to 0.2
+    bias: bool = False  # biases in Linear and LayerNorm
+    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu: 8/3)
+    pos: Literal["learned", "sinusoidal", "rope"] = "learned"  # positions
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
+    mlp: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # activation; nanoGPT's is gelu
+    qk_norm: bool = False  # normalize queries and keys
+    tie_weights: bool = True  # head and token embedding share a matrix
+    logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
+    zero_init: bool = False  # blocks, and an untied head, start at zero output
+    # AdamW
+    learning_rate: float = 6e-4  # the highest
+    max_iters: int = 600000  # updates made in all
+    weight_decay: float = 1e-1  # on matrices and embeddings
+    beta1: float = 0.9  # decay of AdamW's mean of gradients
+    beta2: float = 0.95  # decay of AdamW's mean of squared gradients
+    grad_clip: float = 1.0  # clip the norm of the gradient at this; 0: do not
+    max_bad_steps: int = 20  # give up after so many updates in a row without a finite gradient
+    # learning rate
+    decay_lr: bool = True  # warm up and decay; if False, learning_rate throughout
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
+    warmup_iters: int = 2000  # updates of linear warmup
+    lr_decay_iters: int = 0  # the update at which min_lr is reached; 0: max_iters
+    min_lr: float = 6e-5  # usually learning_rate / 10
+    cooldown_frac: float = 0.4  # wsd: the last part of lr_decay_iters, over which the rate falls
+    # machine
+    backend: str = "auto"  # of several processes: nccl | gloo
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    compile: Literal["auto", True, False] = "auto"  # torch.compile the model
+
+
+# the settings that are fields of GPTConfig too
+SHAPE = {f.name for f in dataclasses.fields(TrainSettings)} & {f.name for f in dataclasses.fields(GPTConfig)}
+
+
+def check(s: TrainSettings) -> None:
+    """Raise UserError for a number that no run can have."""
+    for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size"):
+        if getattr(s, name) < 1:
+            raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
+    for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "sample_interval", "grad_clip"):
+        if getattr(s, name) < 0:
+            raise UserError(f"{name} = {getattr(s, name)} must not be negative")
+    for name in ("learning_rate", "min_lr", "weight_decay"):
+        if getattr(s, name) < 0:
+            raise UserError(f"{name} = {getattr(s, name)} must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(s, name) < 1:
+            raise UserError(f"{name} = {getattr(s, name)} must be at least 0 and below 1")
+    if not 0 < s.cooldown_frac <= 1:
+        raise UserError(f"cooldown_frac = {s.cooldown_frac} must be above 0 and at most 1")
+    for name in ("keep_checkpoints", "max_bad_steps"):
+        if getattr(s, name) < 1:
+            raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
+
+
+def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Dataset) -> tuple[GPT, str]:
+    """The model that a run starts from when not from scratch, and a word on where it comes from. The settings of its
+    shape in `s` follow it; one that the person gave and that differs raises UserError, as does a dataset whose
+    tokens mean something else to it. Only dropout is free, and block_size may be smaller."""
+    if s.init_from == "resume":
+        model, tokenizer, source = checkpoint.build_model(folder, state), from_dict(state["tokenizer"]), str(folder)
+    else:
+        model, tokenizer, source = checkpoint.load_model(s.init_from)
+    if tokenizer and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+        raise UserError(
+            f"{source} was trained with another tokenizer ({tokenizer.kind}, {tokenizer.n_vocab} tokens) than the one "
+            f"of {data.path} ({data.tokenizer.kind}, {data.tokenizer.n_vocab}); prepare the data with the same one"
+        )
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(f"{data.path} has {data.vocab_size} token ids, but {source} only {model.config.vocab_size}")
+    for name in sorted(SHAPE - {"dropout"}):
+        has, wanted = getattr(model.config, name), given.get(name)
+        free = wanted is None or wanted == has or (name in ("n_kv_head", "n_hidden") and wanted == 0)
+        if name == "block_size" and wanted is not None and wanted < has:
+            model.crop_block_size(wanted)
+        elif not free:
+            raise UserError(f"{name} = {wanted}, but {source} has {has}, and a checkpoint keeps its shape")
+        setattr(s, name, getattr(model.config, name))
+    model.config.dropout = s.dropout
+    return model, source
+
+
+def request_stop(signals: list[int], number: int, frame) -> None:
+    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once."""
+    signals.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print("\nstopping after this update, with a checkpoint; once more to stop at once", flush=True)
+
+
+def main() -> int:
+    # ---- settings: the defaults, then the checkpoint's when resuming, then the config file, then the command line
+    given = settings.parse(TrainSettings, sys.argv[1:])
+    s = settings.build(TrainSettings, given)
+    out_dir = Path(s.out_dir)
+    folder, state = None, {}  # of the checkpoint that this run goes on from
+    if s.init_from == "resume":
+        folder, state = checkpoint.find(out_dir)
+        for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
+        s = settings.build(TrainSettings, state["settings"], for_this_time, given)
+    check(s)
+    writes = not (s.eval_only or s.dry_run)
+    if writes and s.init_from != "resume" and not s.overwrite and checkpoint.holds_run(out_dir):
+        raise UserError(
+            f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
+            "or give another --out_dir"
+        )
+
+    # ---- machine
+    r = runtime.setup(s.device, s.dtype, s.compile, s.backend)
+    say = functools.partial(print, flush=True) if r.is_main else lambda *words: None
+    say("; ".join(r.notes))
+    if s.gradient_accumulation_steps % r.world_size:
+        nearest = math.ceil(s.gradient_accumulation_steps / r.world_size) * r.world_size
+        raise UserError(
+            f"gradient_accumulation_steps = {s.gradient_accumulation_steps} cannot be shared out among "
+            f"{r.world_size} processes; --gradient_accumulation_steps={nearest} can"
+        )
+
+    # ---- data and model
+    data = load_dataset(s.dataset)
+    if data.val is None:
+        raise UserError(f"{data.path} has no validation shards; put a val_000000.bin beside its training shards")
+    torch.manual_seed(s.seed)
+    if s.init_from == "scratch":
+        # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
+        vocab_size = data.vocab_size if data.vocab_size < 1024 else 64 * math.ceil(data.vocab_size / 64)
+        try:
+            model = GPT(GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE}))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        source = "scratch"
+    else:
+        model, source = load_initial(s, given, folder, state, data)
+    raw_model = model.to(r.device)  # `model` may become a compiled and distributed form of it
+
+    windows_per_step = s.gradient_accumulation_steps * s.batch_size
+    tokens_per_step = windows_per_step * s.block_size
+    epochs = s.max_iters * windows_per_step / split_windows(data.train, s.block_size)
+    say(f"data: {data.path}, {len(data.train):,} tokens to train on and {len(data.val):,} to validate")
+    say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")
+    say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {epochs:.3g} epochs, into {out_dir}")
+
+    # ---- optimizer
+    optimizer = raw_model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), r.device.type)
+    scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
+    if s.init_from == "resume":
+        saved = checkpoint.load_optimizer_state(folder)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        del saved  # its memory
+
+    # ---- where the run stands; all of it goes into state.json
+    at = dict(step=0, position=0, seconds=0.0, bad_steps=0, skipped=0)  # position: windows drawn from the data
+    at |= dict(best_loss=None, val_loss=None, evaluated_at=None, wandb_id=None)
+    at |= {name: state[name] for name in at if name in state}
+    saved_at = at["step"] if s.init_from == "resume" else None
+    if at["step"] >= s.max_iters and not s.eval_only:
+        say(f"{out_dir} has its {at['step']} updates already; a larger --max_iters goes on")
+        return 0
+
+    # ---- compiled, and distributed
+    def one_pass(some_model: torch.nn.Module) -> None:
+        x = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=r.device)
+        with r.autocast():
+            some_model(x, x, reduction="sum")[1].backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    if r.compile and not s.eval_only:
+        say("compiling ...")
+        model = runtime.compile_or_eager(model, one_pass)
+    if r.world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
+
+    # ---- from here on the run writes
+    metrics = None
+    if writes and r.is_main:
+        if s.overwrite and s.init_from != "resume":
+            checkpoint.remove_run(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        wandb_run = None
+        if s.wandb_log:
+            named = (s.wandb_project, s.wandb_run_name, dataclasses.asdict(s), out_dir, at["wandb_id"])
+            wandb_run = report.start_wandb(*named)
+            at["wandb_id"] = wandb_run.id
+        metrics = report.Metrics(out_dir, at["step"], at["evaluated_at"], wandb_run)
+
+    def save(best: bool = False) -> None:
+        if metrics is not None:
+            progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
+            moments = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best)
+
+    signals = []  # those that asked this process to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, functools.partial(request_stop, signals))
+
+    # ---- the loop
+    local_steps = s.gradient_accumulation_steps // r.world_size  # micro-batches of this process in an update
+    token_bytes = data.tokenizer.token_bytes()
+    first_step, stop = at["step"], False
+    began = time.perf_counter() - at["seconds"]
+    clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
+    model.train()
+    while True:
+        step = at["step"]
+        if stop:
+            if saved_at != step:
+                save()
+            again = f"{Path(sys.argv[0]).name} --init_from=resume --out_dir={shlex.quote(s.out_dir)}"
+            say(f"stopped at step {step}, saved; go on with: python {again}")
+            return 128 + (signals[0] if signals else signal.SIGTERM)
+
+        # evaluate, and save a checkpoint
+        due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
+        if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
+            n_val = min(s.eval_iters * s.batch_size, split_windows(data.val, s.block_size)) or None
+            n_train = n_val or split_windows(data.val, s.block_size)  # as many windows of the larger split
+            train = evaluate(raw_model, data.train, r, s.batch_size, s.block_size, n_train, token_bytes)
+            val = evaluate(raw_model, data.val, r, s.batch_size, s.block_size, n_val, token_bytes)
+            best = at["best_loss"] is None or val["loss"] < at["best_loss"]
+            at.update(evaluated_at=step, val_loss=val["loss"], seconds=time.perf_counter() - began)
+            at["best_loss"] = val["loss"] if best else at["best_loss"]
+            per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
+            say(
+                f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}, "
+                f"perplexity {val['perplexity']:.2f}{per_byte}"
+            )
+            if s.eval_only:
+                return 0
+            if metrics is not None:
+                values = {f"val_{name}": value for name, value in val.items()}
+                metrics.write(step=step, train_loss=train["loss"], **values, seconds=at["seconds"])
+                report.draw_curve(report.read_metrics(metrics.path), out_dir / "loss.png")
+            if step > 0 and (best or s.always_save_checkpoint):
+                save(best)
+                saved_at = step
+        if s.sample_interval and step % s.sample_interval == 0 and step > first_step and metrics is not None:
+            say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
+        if due:
+            clock, clock_step = time.perf_counter(), step
+        if step == s.max_iters:
+            if saved_at != step:  # the last weights, even where they are not the best
+                save()
+            say(f"done, best val loss {at['best_loss']:.4f}; python sample.py --out_dir={shlex.quote(s.out_dir)}")
+            return 0
+
+        # forward and backward: the loss is a sum over this step's targets, of all micro-batches and processes,
+        # divided by their number, so however the batch is split, the step is the same
+        micro_batches = []
+        for i in range(local_steps):
+            first = at["position"] + (i * r.world_size + r.rank) * s.batch_size
+            micro_batches.append(sample_windows(data.train, s.block_size, first, s.batch_size, s.seed))
+        n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
+        n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
+        stop = n_signals > 0  # known to all processes, so that all end at the same step
+        torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
+        nats = torch.zeros((), device=r.device)
+        for i, (x, y) in enumerate(micro_batches):
+            if r.world_size > 1:  # gradients are averaged over the processes at the last backward pass
+                model.require_backward_grad_sync = i == local_steps - 1
+            with r.autocast():
+                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum")
+            scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
+            nats += loss.detach()
+
+        # update
+        lr = s.learning_rate
+        if s.decay_lr:
+            decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
+            lr = learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf).item()
+        if math.isfinite(grad_norm):
+            scaler.step(optimizer)
+            at["bad_steps"] = 0
+        else:
+            at["bad_steps"] += 1
+            at["skipped"] += 1
+            say(f"step {step}: the gradient is not finite; this update is skipped ({at['skipped']} so far)")
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
+        if at["bad_steps"] >= s.max_bad_steps:
+            say(
+                f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
+                "lower the learning rate or look at the data, then go on from the last checkpoint"
+            )
+            return 1
+
+        # a dry run ends after a few updates, of which the first, which warms up, does not count
+        if s.dry_run and step - first_step in (0, 4):
+            r.synchronize()
+            if step == first_step:
+                clock, clock_step = time.perf_counter(), step + 1
+                continue
+            dt = (time.perf_counter() - clock) / (step + 1 - clock_step)
+            clock = time.perf_counter()
+            evaluate(raw_model, data.val, r, s.batch_size, s.block_size, s.batch_size, token_bytes)
+            n_batches = 2 * (s.eval_iters or math.ceil(split_windows(data.val, s.block_size) / s.batch_size))
+            n_evaluations = math.ceil((s.max_iters - first_step) / s.eval_interval) + 1
+            evaluating = (time.perf_counter() - clock) * n_batches * n_evaluations
+            training = dt * (s.max_iters - first_step)
+            fixed = sum(p.numel() * p.element_size() for p in raw_model.parameters()) * 4
+            say(
+                f"memory: {report.size(fixed)} for parameters, gradients and AdamW's two moments; "
+                f"at its peak the process used {report.size(r.peak_memory())}\n"
+                f"time: {1000 * dt:.0f} ms an update, {tokens_per_step / dt:,.0f} tokens/s; about "
+                f"{report.duration(training)} for the updates and {report.duration(evaluating)} for the evaluations\n"
+                "this was a dry run: nothing was written"
+            )
+            return 0
+
+        # say how it goes
+        if step % s.log_interval == 0 and not s.dry_run:
+            r.synchronize()
+            dt = (time.perf_counter() - clock) / (step + 1 - clock_step)  # seconds an update
+            clock, clock_step = time.perf_counter(), step + 1
+            loss = r.sum(nats).item() / max(n_targets, 1)
+            mfu = raw_model.estimate_mfu(windows_per_step, dt, r.peak_flops())
+            left = report.duration(dt * (s.max_iters - step - 1))
+            say(
+                f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
+                f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
+            )
+            if metrics is not None:
+                values = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=tokens_per_step / dt)
+                metrics.write(**values, mfu=mfu, skipped=at["skipped"], seconds=at["seconds"])
+
+
+def main_or_advice() -> int:
+    """main, with advice where the device's memory runs out."""
+    try:
+        return main()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "
+            "which keeps the updates the same, or make --block_size or the model smaller"
+        ) from error
+
+
+if __name__ == "__main__":
+    run(main_or_advice)
