@@ -2,19 +2,16 @@
 # make test: the test suite        make slow: the long tests too        make lint: ruff
 
 # an environment that is active is used; otherwise one is made in .venv
-ifdef VIRTUAL_ENV
-  PYTHON := python
-else
-  PYTHON := .venv/bin/python
-endif
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+PYTHON := $(if $(ACTIVE),python,.venv/bin/python)
 SYSTEM_PYTHON ?= python3
-# stamps beside the environment say which requirements are installed in it
-STAMPS := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+# stamps inside the environment say which requirements are installed in it
+STAMPS := $(or $(ACTIVE),.venv)
 
 .PHONY: demo test slow lint
 
 demo: $(STAMPS)/.acorn-requirements
-	@test -f data/shakespeare/meta.json || $(PYTHON) prepare shakespeare
+	@test -f data/plays/meta.json || $(PYTHON) prepare shakespeare
 	$(PYTHON) train.py config/quickstart.py --overwrite=True
 	$(PYTHON) sample.py --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=300
 	@echo
@@ -35,7 +32,7 @@ lint: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m ruff format --check .
 
 $(STAMPS)/.acorn-requirements: requirements.txt
-	@test -n "$(VIRTUAL_ENV)" || test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv .venv
+	@test -n "$(ACTIVE)" || test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv .venv
 	$(PYTHON) -m pip install --disable-pip-version-check -q --progress-bar on -r requirements.txt
 	@touch $@
 

@@ -56,6 +56,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+            if getattr(self, name) > (10_000 if name == "n_layer" else 1_000_000_000):
+                raise ValueError(f"{name} = {getattr(self, name)} is beyond what any machine holds")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
         if self.n_embd % self.n_head:

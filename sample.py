@@ -61,13 +61,13 @@ def check(s: SampleSettings) -> None:
         raise UserError(f"min_p = {s.min_p} must be from 0 to 1")
     if s.repetition_penalty <= 0:
         raise UserError(f"repetition_penalty = {s.repetition_penalty} must be above 0")
-    if s.seed < 0:
-        raise UserError(f"seed = {s.seed} must not be negative")
+    if not 0 <= s.seed < 2**62:
+        raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
 
 
 def read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -76,17 +76,18 @@ def read_text(path: str) -> str:
 
 def read_prompts(path: str) -> list[str]:
     """The prompts in a file: a line each, or, of a .jsonl file, the "prompt" of each line's object."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    numbered = enumerate(read_text(path).split("\n"), 1)
+    lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
     if not lines:
         raise UserError(f"the prompt file {path} is empty; write a prompt a line")
     if not path.endswith(".jsonl"):
-        return lines
+        return [line for _, line in lines]
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             value = json.loads(line)
             prompts.append(value if isinstance(value, str) else value["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{path}, line {number} is neither a JSON string nor an object with a "prompt"') from error
         if not isinstance(prompts[-1], str):
             raise UserError(f'{path}, line {number}: "prompt" should be a string')
@@ -122,6 +123,7 @@ def continue_prompts(
         sample = dict(prompt=prompts[row], text=texts[row] + rest, seed=seed, n_tokens=len(tokens[row]))
         sample["stopped_by"] = stream.stopped_by or "max_new_tokens"
         if s.logprobs:
+            sample["ids"] = [token for token, _ in tokens[row]]
             sample["tokens"] = [tokenizer.decode([token]) for token, _ in tokens[row]]
             sample["logprobs"] = [round(logprob, 5) for _, logprob in tokens[row]]
         samples.append(sample)
@@ -129,6 +131,7 @@ def continue_prompts(
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a sample
     given = settings.parse(SampleSettings, sys.argv[1:])
     s = settings.build(SampleSettings, given)
     check(s)
@@ -149,6 +152,8 @@ def main() -> int:
 
     # ---- prompts
     start = read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
+    if "start" not in given and tokenizer.kind == "char" and "\n" not in tokenizer.to_dict()["vocab"]:
+        start = tokenizer.decode([0])  # this vocabulary has no line break to begin with
     prompts = read_prompts(s.prompts) if s.prompts else [start]
     num_samples = 1 if s.prompts and "num_samples" not in given else s.num_samples
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + s.max_new_tokens
@@ -166,13 +171,7 @@ def main() -> int:
             print(text, end="", flush=True)
 
     # ---- samples
-    while True:
-        if s.interactive:
-            try:
-                prompts = [input("> ")]
-            except EOFError:
-                return 0
-            num_samples = num_samples if "num_samples" in given else 1
+    def answer(prompts: list[str], num_samples: int) -> None:
         for k in range(num_samples):
             show(prompts[0])
             for sample in continue_prompts(model, tokenizer, prompts, s.seed + k, s, compile, show):
@@ -184,8 +183,17 @@ def main() -> int:
                     for token, logprob in zip(sample["tokens"], sample["logprobs"], strict=True):
                         print(f"{logprob:9.4f}  {token!r}")
                 print("---------------", flush=True)
-        if not s.interactive:
+
+    if not s.interactive:
+        answer(prompts, num_samples)
+        return 0
+    while True:
+        try:
+            answer([input("> ")], num_samples if "num_samples" in given else 1)
+        except EOFError:
             return 0
+        except UserError as error:  # a slip of the pen should not end the conversation
+            print(error)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ This file reads from top to bottom: settings, machine, data, model, optimizer, l
 import dataclasses
 import functools
 import math
+import os
 import shlex
 import signal
 import sys
@@ -21,10 +22,10 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, report, run, runtime, settings
+from acorn import UserError, checkpoint, files, report, run, runtime, settings
 from acorn.evaluate import evaluate
 from acorn.generate import sample_text
-from acorn.optim import learning_rate_at
+from acorn.optim import learning_rate_at, load_state, make_optimizers
 from acorn.shards import Dataset, load_dataset, sample_windows, split_windows
 from acorn.tokenizer import from_dict, tokenizer_hash
 from model import GPT, GPTConfig
@@ -71,7 +72,9 @@ class TrainSettings:
     tie_weights: bool = True  # head and token embedding share a matrix
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, start at zero output
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices in the blocks, beside AdamW for the rest
+    muon_lr: float = 0.02  # the highest rate of Muon, scheduled as learning_rate is
     learning_rate: float = 6e-4  # the highest
     max_iters: int = 600000  # updates made in all
     weight_decay: float = 1e-1  # on matrices and embeddings
@@ -87,7 +90,7 @@ class TrainSettings:
     min_lr: float = 6e-5  # usually learning_rate / 10
     cooldown_frac: float = 0.4  # wsd: the last part of lr_decay_iters, over which the rate falls
     # machine
-    backend: str = "auto"  # of several processes: nccl | gloo
+    backend: Literal["auto", "nccl", "gloo", "mpi"] = "auto"  # between several processes
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile the model
@@ -105,7 +108,7 @@ def check(s: TrainSettings) -> None:
     for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "sample_interval", "grad_clip"):
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")
-    for name in ("learning_rate", "min_lr", "weight_decay"):
+    for name in ("learning_rate", "muon_lr", "min_lr", "weight_decay"):
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")
     for name in ("beta1", "beta2"):
@@ -116,6 +119,14 @@ def check(s: TrainSettings) -> None:
     for name in ("keep_checkpoints", "max_bad_steps"):
         if getattr(s, name) < 1:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
+    if not 0 <= s.dropout < 1:
+        raise UserError(f"dropout = {s.dropout} must be at least 0 and below 1")
+    if not 0 <= s.seed < 2**62:
+        raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
+    if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**40:
+        raise UserError("gradient_accumulation_steps x batch_size x block_size tokens are too many for any machine")
+    if not s.out_dir:
+        raise UserError("out_dir is empty; name a folder")
 
 
 def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Dataset) -> tuple[GPT, str]:
@@ -150,7 +161,17 @@ def request_stop(signals: list[int], number: int, frame) -> None:
     signals.append(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    print("\nstopping after this update, with a checkpoint; once more to stop at once", flush=True)
+    # not print, which may itself be what was interrupted
+    os.write(2, b"\nstopping after this update, with a checkpoint; once more to stop at once\n")
+
+
+def command(script: str, words: str, out_dir: str) -> str:
+    """The command that goes on with `out_dir`, for a person to copy."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torchrun = f"torchrun --standalone --nproc_per_node={processes}"
+    python = torchrun if processes > 1 and script == "train.py" else "python"
+    where = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
+    return " ".join(filter(None, [python, where, words, f"--out_dir={shlex.quote(out_dir)}"]))
 
 
 def main() -> int:
@@ -162,8 +183,16 @@ def main() -> int:
     if s.init_from == "resume":
         folder, state = checkpoint.find(out_dir)
         for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
-        s = settings.build(TrainSettings, state["settings"], for_this_time, given)
+        s = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]), for_this_time, given)
+        if (out_dir / "state.json").exists():
+            raise UserError(f"{out_dir} is one checkpoint of a run; resume with --out_dir={out_dir.parent}")
     check(s)
+    if s.decay_lr and s.min_lr > s.learning_rate:
+        if "min_lr" in given:
+            raise UserError(
+                f"min_lr = {s.min_lr} is above learning_rate = {s.learning_rate}; it should be a tenth of it"
+            )
+        s.min_lr = s.learning_rate / 10
     writes = not (s.eval_only or s.dry_run)
     if writes and s.init_from != "resume" and not s.overwrite and checkpoint.holds_run(out_dir):
         raise UserError(
@@ -173,7 +202,16 @@ def main() -> int:
 
     # ---- machine
     r = runtime.setup(s.device, s.dtype, s.compile, s.backend)
-    say = functools.partial(print, flush=True) if r.is_main else lambda *words: None
+    signals = []  # those that asked this process to stop
+
+    def say(text: str) -> None:
+        if r.is_main:
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # whoever read this went away, as in `python train.py | head`
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                signals.append(signal.SIGTERM)
+
     say("; ".join(r.notes))
     if s.gradient_accumulation_steps % r.world_size:
         nearest = math.ceil(s.gradient_accumulation_steps / r.world_size) * r.world_size
@@ -186,6 +224,11 @@ def main() -> int:
     data = load_dataset(s.dataset)
     if data.val is None:
         raise UserError(f"{data.path} has no validation shards; put a val_000000.bin beside its training shards")
+    if state.get("data") not in (None, data.identity()):
+        raise UserError(
+            f"{data.path} is not the data that {out_dir} was trained on, so its position means nothing there; "
+            f"start from its weights with --init_from={out_dir} into a new --out_dir"
+        )
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
@@ -204,32 +247,36 @@ def main() -> int:
     epochs = s.max_iters * windows_per_step / split_windows(data.train, s.block_size)
     say(f"data: {data.path}, {len(data.train):,} tokens to train on and {len(data.val):,} to validate")
     say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")
-    say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {epochs:.3g} epochs, into {out_dir}")
+    if not s.eval_only:
+        say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {epochs:.3g} epochs, into {out_dir}")
 
     # ---- optimizer
-    optimizer = raw_model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), r.device.type)
+    rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
+    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
     if s.init_from == "resume":
         saved = checkpoint.load_optimizer_state(folder)
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        load_state(optimizers, saved.get("optimizers") if isinstance(saved, dict) else None)
+        if scaler.is_enabled() and saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
         del saved  # its memory
 
     # ---- where the run stands; all of it goes into state.json
     at = dict(step=0, position=0, seconds=0.0, bad_steps=0, skipped=0)  # position: windows drawn from the data
-    at |= dict(best_loss=None, val_loss=None, evaluated_at=None, wandb_id=None)
+    at |= dict(best_loss=None, val_loss=None, evaluated_at=None, wandb_id=None, data=None)
     at |= {name: state[name] for name in at if name in state}
     saved_at = at["step"] if s.init_from == "resume" else None
-    if at["step"] >= s.max_iters and not s.eval_only:
+    if (at["step"] > s.max_iters or at["evaluated_at"] == at["step"] == s.max_iters) and not s.eval_only:
         say(f"{out_dir} has its {at['step']} updates already; a larger --max_iters goes on")
         return 0
+    at["data"] = data.identity()
 
     # ---- compiled, and distributed
     def one_pass(some_model: torch.nn.Module) -> None:
         x = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=r.device)
         with r.autocast():
-            some_model(x, x, reduction="sum")[1].backward()
-        optimizer.zero_grad(set_to_none=True)
+            some_model(x, x.clone(), reduction="sum")[1].backward()
+        raw_model.zero_grad(set_to_none=True)
 
     if r.compile and not s.eval_only:
         say("compiling ...")
@@ -240,9 +287,10 @@ def main() -> int:
     # ---- from here on the run writes
     metrics = None
     if writes and r.is_main:
-        if s.overwrite and s.init_from != "resume":
-            checkpoint.remove_run(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
+        lock = files.lock(out_dir, "training into")  # noqa: F841 (held until this process ends)
+        if s.init_from != "resume":
+            checkpoint.remove_run(out_dir)  # only with overwrite does this find more than a run without a checkpoint
         wandb_run = None
         if s.wandb_log:
             named = (s.wandb_project, s.wandb_run_name, dataclasses.asdict(s), out_dir, at["wandb_id"])
@@ -253,12 +301,12 @@ def main() -> int:
     def save(best: bool = False) -> None:
         if metrics is not None:
             progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-            moments = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
             checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best)
 
-    signals = []  # those that asked this process to stop
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, functools.partial(request_stop, signals))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP") if writes else ():
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
     # ---- the loop
     local_steps = s.gradient_accumulation_steps // r.world_size  # micro-batches of this process in an update
@@ -272,18 +320,16 @@ def main() -> int:
         if stop:
             if saved_at != step:
                 save()
-            again = f"{Path(sys.argv[0]).name} --init_from=resume --out_dir={shlex.quote(s.out_dir)}"
-            say(f"stopped at step {step}, saved; go on with: python {again}")
+            say(f"stopped at step {step}, saved; go on with: {command('train.py', '--init_from=resume', s.out_dir)}")
             return 128 + (signals[0] if signals else signal.SIGTERM)
 
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
-            n_val = min(s.eval_iters * s.batch_size, split_windows(data.val, s.block_size)) or None
-            n_train = n_val or split_windows(data.val, s.block_size)  # as many windows of the larger split
-            train = evaluate(raw_model, data.train, r, s.batch_size, s.block_size, n_train, token_bytes)
-            val = evaluate(raw_model, data.val, r, s.batch_size, s.block_size, n_val, token_bytes)
-            best = at["best_loss"] is None or val["loss"] < at["best_loss"]
+            n = s.eval_iters * s.batch_size or split_windows(data.val, s.block_size)  # windows of each split
+            train = evaluate(raw_model, data.train, r, s.batch_size, s.block_size, n, token_bytes)
+            val = evaluate(raw_model, data.val, r, s.batch_size, s.block_size, n, token_bytes)
+            best = math.isfinite(val["loss"]) and (at["best_loss"] is None or val["loss"] < at["best_loss"])
             at.update(evaluated_at=step, val_loss=val["loss"], seconds=time.perf_counter() - began)
             at["best_loss"] = val["loss"] if best else at["best_loss"]
             per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
@@ -304,10 +350,11 @@ def main() -> int:
             say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
-        if step == s.max_iters:
+        if step == s.max_iters and not s.dry_run:
             if saved_at != step:  # the last weights, even where they are not the best
                 save()
-            say(f"done, best val loss {at['best_loss']:.4f}; python sample.py --out_dir={shlex.quote(s.out_dir)}")
+            best_loss = "none" if at["best_loss"] is None else f"{at['best_loss']:.4f}"
+            say(f"done, best val loss {best_loss}; sample from it with: {command('sample.py', '', s.out_dir)}")
             return 0
 
         # forward and backward: the loss is a sum over this step's targets, of all micro-batches and processes,
@@ -334,33 +381,36 @@ def main() -> int:
         if s.decay_lr:
             decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
             lr = learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
+            scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf).item()
         if math.isfinite(grad_norm):
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
             at["bad_steps"] = 0
         else:
             at["bad_steps"] += 1
             at["skipped"] += 1
             say(f"step {step}: the gradient is not finite; this update is skipped ({at['skipped']} so far)")
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
         if at["bad_steps"] >= s.max_bad_steps:
-            say(
+            print(
                 f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
-                "lower the learning rate or look at the data, then go on from the last checkpoint"
+                "lower the learning rate, or look at the data",
+                file=sys.stderr,
             )
             return 1
 
         # a dry run ends after a few updates, of which the first, which warms up, does not count
-        if s.dry_run and step - first_step in (0, 4):
+        if s.dry_run and step == first_step:
             r.synchronize()
-            if step == first_step:
-                clock, clock_step = time.perf_counter(), step + 1
-                continue
+            clock, clock_step = time.perf_counter(), step + 1
+        if s.dry_run and step == first_step + 4:
+            r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)
             clock = time.perf_counter()
             evaluate(raw_model, data.val, r, s.batch_size, s.block_size, s.batch_size, token_bytes)
@@ -396,10 +446,14 @@ def main() -> int:
 
 
 def main_or_advice() -> int:
-    """main, with advice where the device's memory runs out."""
+    """main, with advice where memory runs out."""
     try:
-        return main()
-    except torch.OutOfMemoryError as error:
+        code = main()
+        runtime.leave()
+        return code
+    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
         raise UserError(
             "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "
             "which keeps the updates the same, or make --block_size or the model smaller"

@@ -23,4 +23,7 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `python sample.py | head`
         sys.stderr.close()
         code = 0
+    except OSError as error:  # no permission, a full disk, a name that is too long
+        print(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", file=sys.stderr)
+        code = 2
     sys.exit(code or 0)

@@ -15,19 +15,24 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import sys
+import typing
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError
+from acorn import UserError, files, settings
 from acorn import tokenizer as tokenizers
 from acorn.shards import load_dataset
 from model import GPT, GPTConfig
 
 FORMAT = 1  # of state.json
+STEP_NAME = re.compile(r"step_[0-9]{6,18}")
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
 
 
 class Damaged(Exception):
@@ -36,35 +41,43 @@ class Damaged(Exception):
 
 def save(out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: int, best: bool) -> Path:
     """Write `out_dir/step_NNNNNN` for state["step"], point `latest` (and `best`) at it, and remove all but the newest
-    `keep` and the best. Raises OSError where the disk does not take it; what was there before is still whole then."""
+    `keep` and the best. Raises UserError where the disk does not take it; what was there before is still whole then."""
     final = out_dir / f"step_{state['step']:06d}"
-    beside = out_dir / f".writing-{final.name}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside, replaced = out_dir / f".writing-{final.name}", out_dir / f".replaced-{final.name}"
     try:
+        for leftover in (beside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
         save_file(parameters(model), beside / "model.safetensors")
         torch.save(optimizer_state, beside / "optimizer.pt")
-        hashes = {name: file_hash(beside / name) for name in ("model.safetensors", "optimizer.pt")}
-        state = {"format": FORMAT, "config": dataclasses.asdict(model.config), **state, "sha256": hashes}
-        (beside / "state.json").write_text(json.dumps(state, indent=1))
+        state = {"format": FORMAT, "config": dataclasses.asdict(model.config), **state}
+        hashes = {name: files.sha256(beside / name) for name in ("model.safetensors", "optimizer.pt")}
+        hashes["state"] = state_hash(state)
+        (beside / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
         for file in beside.iterdir():
-            fsync(file)
-        fsync(beside)
+            files.sync(file)
+        files.sync(beside)
         if final.exists():  # the same step once more, after a resume
-            os.rename(final, out_dir / f".replaced-{final.name}")
+            os.rename(final, replaced)
         os.rename(beside, final)
-        shutil.rmtree(out_dir / f".replaced-{final.name}", ignore_errors=True)
-        fsync(out_dir)
-    except BaseException:
+        files.sync(out_dir)
+        if best:  # before `latest`, which says that all is done
+            files.replace(out_dir / "best", final.name + "\n")
+        files.replace(out_dir / "latest", final.name + "\n")
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(beside, ignore_errors=True)
-        raise
-    point(out_dir / "latest", final.name)
-    if best:
-        point(out_dir / "best", final.name)
-    stay = {read_pointer(out_dir / "best"), *(folder.name for folder in step_folders(out_dir)[:keep])}
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"the checkpoint of step {state['step']} could not be written into {out_dir} ({reason}); those before it "
+            "are whole: make room, and go on with --init_from=resume"
+        ) from error
+    shutil.rmtree(replaced, ignore_errors=True)
+    # those beyond this step were damaged, or the run would have gone on from them
+    earlier = [folder for folder in step_folders(out_dir) if step_of(folder) <= state["step"]]
+    stay = {out_dir / (read_pointer(out_dir / "best") or ""), *earlier[:keep]}
     for folder in step_folders(out_dir):
-        if folder.name not in stay:
-            shutil.rmtree(folder)
+        if folder not in stay or folder not in earlier:
+            shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
@@ -73,47 +86,33 @@ def parameters(model: GPT) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
-def point(pointer: Path, name: str) -> None:
-    beside = pointer.with_name(f".{pointer.name}.writing")
-    beside.write_text(name + "\n")
-    fsync(beside)
-    os.replace(beside, pointer)
-    fsync(pointer.parent)
+def state_hash(state: dict) -> str:
+    """SHA-256 (hex) of what state.json says, but for the hashes in it."""
+    canonical = json.dumps({k: v for k, v in state.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def read_pointer(pointer: Path) -> str | None:
+    """The name of the step folder that `latest` or `best` gives; None where that is not there."""
     try:
-        name = pointer.read_text().strip()
+        name = pointer.read_text()[:100].strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return name if (pointer.parent / name / "state.json").is_file() and Path(name).name == name else None
+    return name if STEP_NAME.fullmatch(name) and (pointer.parent / name).is_dir() else None
 
 
-def fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def step_folders(out_dir: Path) -> list[Path]:
     """The checkpoints in `out_dir`, the newest first."""
-    return sorted((f for f in out_dir.glob("step_*") if f.name[5:].isdigit()), key=lambda f: -int(f.name[5:]))
+    return sorted((f for f in out_dir.glob("step_*") if STEP_NAME.fullmatch(f.name)), key=step_of, reverse=True)
 
 
 def holds_run(out_dir: Path) -> bool:
-    return bool(step_folders(out_dir)) or (out_dir / "metrics.jsonl").exists() or (out_dir / "ckpt.pt").exists()
+    """Whether a run would be lost by another one in `out_dir`: it has a checkpoint, acorn's or nanoGPT's."""
+    return bool(step_folders(out_dir)) or any((out_dir / name).exists() for name in ("ckpt.pt", "state.json"))
 
 
 def remove_run(out_dir: Path) -> None:
@@ -125,22 +124,36 @@ def remove_run(out_dir: Path) -> None:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json of a step folder, its files checked against their hashes. Raises Damaged."""
+    """state.json of a step folder, all files checked against their hashes. Raises Damaged."""
+    path = folder / "state.json"
     try:
-        state = json.loads((folder / "state.json").read_text())
-        hashes = state["sha256"]
-        for name in ("step", "config", "settings", "tokenizer"):
-            if name not in state:
-                raise Damaged(f"{folder / 'state.json'} has no {name!r}")
+        state = json.loads(path.read_text())
+        whole = state["sha256"]["state"] == state_hash(state)
     except OSError as error:
-        raise Damaged(f"{folder / 'state.json'} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder / 'state.json'} is not whole") from error
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path} is not whole") from error
+    if not whole:
+        raise Damaged(f"{path} is not what was written: its SHA-256 differs from the one in it")
+    if state.get("format") != FORMAT:
+        raise Damaged(f"{path} has format {state.get('format')!r:.20}, which this version does not read")
+    # a stranger's file may be whole and still hold anything
+    number, count = (int, float, type(None)), int
+    kinds = dict(config=dict, settings=dict, tokenizer=dict, step=count, position=count, skipped=count, bad_steps=count)
+    kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
+    for name, kind in kinds.items():
+        value = state.get(name)
+        if name in state and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise Damaged(f"{path}: {name} = {value!r:.40} is not as it should be")
+        if kind is count and not 0 <= state.get(name, 0) < 2**62:
+            raise Damaged(f"{path}: {name} = {value!r:.40} is not as it should be")
+    if missing := {"config", "settings", "tokenizer", "step"} - state.keys():
+        raise Damaged(f"{path} has no {min(missing)}")
     for name in ("model.safetensors", "optimizer.pt"):
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{file} is missing")
-        if file_hash(file) != hashes.get(name):
+        if files.sha256(file) != state["sha256"].get(name):
             raise Damaged(f"{file} is not what was written: its SHA-256 differs from the one in state.json")
     return state
 
@@ -148,69 +161,84 @@ def read_state(folder: Path) -> dict:
 def find(out_dir: Path, which: str = "latest") -> tuple[Path, dict]:
     """The folder and the state of a whole checkpoint in `out_dir`: `which` is "latest", "best" or a folder's name.
 
-    Where it is damaged, a sentence says so and the newest whole one before it is taken. Raises UserError where there
-    is none.
+    Where it is damaged, a sentence says so and the newest whole one is taken. Raises UserError where there is none.
     """
     if not out_dir.is_dir():
         raise UserError(f"there is no folder {out_dir}; train first, or give --out_dir where a checkpoint lies")
+    for moved in out_dir.glob(".replaced-step_*"):  # a kill while a step was saved again
+        with contextlib.suppress(OSError):
+            os.rename(moved, out_dir / moved.name.removeprefix(".replaced-"))  # fails, rightly, where the new one is
+    folders = step_folders(out_dir)
     if (out_dir / "state.json").exists():  # a step folder itself
-        folders = [out_dir]
+        folders, first = [out_dir], out_dir
+    elif which in ("latest", "best"):
+        pointer = out_dir / which
+        if pointer.exists() and not read_pointer(pointer):
+            print(f"warning: {pointer} names no checkpoint that is here", file=sys.stderr)
+        first = out_dir / (read_pointer(pointer) or "")
     else:
-        first = read_pointer(out_dir / which) or which
-        folders = [f for f in step_folders(out_dir) if f.name == first]
-        if which.startswith("step_") and not folders:
-            raise UserError(
-                f"there is no {which} in {out_dir}; it has {', '.join(f.name for f in step_folders(out_dir))}"
-            )
-        folders += [f for f in step_folders(out_dir) if f not in folders]
-    for folder in folders:
+        first = out_dir / which
+        if first not in folders:
+            there = ", ".join(["best", "latest", *(folder.name for folder in folders)])
+            raise UserError(f"there is no {which} in {out_dir}; choose one of {there}")
+    for folder in sorted(folders, key=lambda folder: folder != first):  # the one asked for, then the newest
         try:
             state = read_state(folder)
-            if folder != folders[0]:
-                print(f"going back to {folder} instead", flush=True)
-            return folder, state
         except Damaged as damage:
-            print(f"warning: {damage}", flush=True)
+            print(f"warning: {damage}; going back to another checkpoint", file=sys.stderr)
+            continue
+        return folder, state
     if folders:
         raise UserError(f"no checkpoint in {out_dir} is whole; train again with --overwrite=True")
+    if (out_dir / "ckpt.pt").exists():
+        raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from it with --init_from={out_dir / 'ckpt.pt'}")
     raise UserError(
-        f"there is no checkpoint in {out_dir} yet; a run saves its first at its first evaluation and its end"
+        f"there is no checkpoint in {out_dir} yet: a run saves its first at its first evaluation, or at its end"
     )
 
 
 def build_model(folder: Path, state: dict) -> GPT:
     """The model of a checkpoint, on the CPU in float32."""
+    path = folder / "model.safetensors"
     try:
-        config = GPTConfig(**state["config"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'state.json'} describes no model of this version: {error}") from error
-    try:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
-    return fill(GPT(config), tensors, str(folder / "model.safetensors"))
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return fill(state["config"], tensors, str(path))
 
 
-def fill(model: GPT, tensors: dict[str, torch.Tensor], source: str) -> GPT:
-    """Copy `tensors` into the model's parameters; raises UserError unless names and shapes are the model's."""
+def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
+    """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
+    are the model's, which is known before any memory is taken."""
+    types = typing.get_type_hints(GPTConfig)
+    try:
+        config = GPTConfig(**{name: settings.convert(value, types[name], name) for name, value in shape.items()})
+        with torch.device("meta"):
+            model = GPT(config)
+    except (TypeError, ValueError, KeyError, OverflowError, RuntimeError, UserError) as error:
+        raise UserError(f"{source} belongs to no model of this version ({error})") from error
     own = dict(model.named_parameters())
-    if model.config.tie_weights:
+    if config.tie_weights:
         tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         word = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this model does not"
         raise UserError(f"{source} is a checkpoint of another shape: it {word}")
-    with torch.no_grad():
-        for name, p in own.items():
-            if p.shape != tensors[name].shape:
-                shapes = f"{list(tensors[name].shape)} instead of {list(p.shape)}"
-                raise UserError(f"{source} is a checkpoint of another shape: its {name} is {shapes}")
-            p.copy_(tensors[name])
+    for name, p in own.items():
+        if p.shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)} instead of {list(p.shape)}"
+            raise UserError(f"{source} is a checkpoint of another shape: its {name} is {shapes}")
+    model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, strict=False, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
 def load_optimizer_state(folder: Path) -> dict:
-    return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # its hash is right, so a stranger made it: a pickle of something else
+        raise UserError(f"{folder / 'optimizer.pt'} is not an optimizer's state; nothing in it was run") from error
 
 
 def load_nanogpt(path: Path) -> tuple[GPT, dict]:
@@ -224,34 +252,43 @@ def load_nanogpt(path: Path) -> tuple[GPT, dict]:
     except Exception as error:  # a damaged file fails in many ways
         raise UserError(f"{path} cannot be read as a nanoGPT checkpoint; is it whole?") from error
     try:
-        config = GPTConfig(**checkpoint["model_args"], mlp="gelu")  # nanoGPT trains with the exact GELU
+        shape = {**checkpoint["model_args"], "mlp": "gelu"}  # nanoGPT trains with the exact GELU
         tensors = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        whole = all(isinstance(t, torch.Tensor) for t in tensors.values())
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks model_args or model") from error
-    return fill(GPT(config), tensors, str(path)), checkpoint
+    if not whole:
+        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds more than tensors")
+    return fill(shape, tensors, str(path)), checkpoint
 
 
 def load_model(source: str, which: str = "best") -> tuple[GPT, object, str]:
     """The model, its tokenizer (None where it is not known) and a word on what was loaded, from an acorn out_dir or
     step folder, a nanoGPT `ckpt.pt` or a folder with one, or GPT-2 weights in Hugging Face's form by name or folder."""
     path = Path(source)
-    if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
-        path = path / "ckpt.pt"
-    if path.suffix in (".pt", ".pth") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"there is no file {path}")
-        model, checkpoint = load_nanogpt(path)
-        dataset, tokenizer = checkpoint.get("config", {}).get("dataset"), None
-        with contextlib.suppress(UserError):  # its vocabulary lies beside the data that it was trained on
-            tokenizer = load_dataset(dataset).tokenizer if dataset else None
-        if tokenizer is None and model.config.vocab_size in (50257, 50304):
-            tokenizer = tokenizers.get_tokenizer("gpt2")
-        return model, tokenizer, f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
-    if source.startswith("gpt2") or (path / "config.json").exists():
+    if (path / "config.json").exists() or (source in PUBLISHED and not path.exists()):
         from acorn import hub
 
         model, tokenizer = hub.load(source)
         return model, tokenizer, f"the published weights {source}"
+    if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
+        path = path / "ckpt.pt"
+    if path.is_file():
+        model, checkpoint = load_nanogpt(path)
+        config, tokenizer = checkpoint.get("config"), None
+        dataset = config.get("dataset") if isinstance(config, dict) else None
+        with contextlib.suppress(UserError):  # its vocabulary lies beside the data that it was trained on
+            tokenizer = load_dataset(dataset).tokenizer if isinstance(dataset, str) else None
+        if tokenizer is None or tokenizer.n_vocab > model.config.vocab_size:
+            is_gpt2 = model.config.vocab_size in (50257, 50304)
+            tokenizer = tokenizers.get_tokenizer("gpt2") if is_gpt2 else None
+        if tokenizer is None:
+            print(
+                f"note: the vocabulary of {path} lies with its dataset {dataset!r}, which is not here; "
+                "run this where data/ holds it, or prepare it again",
+                file=sys.stderr,
+            )
+        return model, tokenizer, f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
     folder, state = find(path, which)
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
     model = build_model(folder, state)

@@ -35,11 +35,13 @@ def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tenso
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
-    """Rule out each token that would complete an n-gram which `row` already has. logits: (V,)."""
+    """Rule out each token that would complete an n-gram which `row` already has, unless that is all. logits: (V,)."""
     if len(row) < n:
         return logits
     prefix = row[len(row) - n + 1 :]
     banned = {row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == prefix}
+    if len(banned) == len(logits):
+        return logits
     return logits.index_fill(0, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -torch.inf)
 
 
@@ -57,7 +59,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The fewest likeliest tokens of (V,) whose probabilities reach `p` together, at least one, the rest -inf; of
     equal ones the lowest ids come first. Nucleus sampling, https://arxiv.org/abs/1904.09751."""
     descending, order = logits.sort(descending=True, stable=True)
-    probs = descending.double().softmax(0)
+    probs = descending.softmax(0)
     before = probs.cumsum(0) - probs  # the probability of all that are likelier
     drop = before >= p
     drop[0] = False
@@ -66,29 +68,32 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """The tokens of (V,) at least `p` times as likely as the likeliest, https://arxiv.org/abs/2407.01082."""
-    probs = logits.double().softmax(0)
+    probs = logits.softmax(0)
     return logits.masked_fill(probs < p * probs.max(), -torch.inf)
 
 
 def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator) -> int:
-    """The next token for a `row` of ids, from its logits (V,) in float32. `random` is a generator on the CPU, so that
-    the same seed draws the same on every device."""
+    """The next token for a `row` of ids, from its logits (V,). `random` is a generator on the CPU, so that the same
+    seed draws the same on every device. Raises UserError where a logit is not a number."""
+    if logits.isnan().any():
+        raise UserError("the model's logits are not numbers: this checkpoint is broken; choose an earlier one")
+    logits = logits.double()
     if how.repetition_penalty != 1:
         logits = penalize_repetition(logits, row, how.repetition_penalty)
     if how.no_repeat_ngram_size:
         logits = ban_repeated_ngrams(logits, row, how.no_repeat_ngram_size)
     if how.temperature == 0:
         return int(logits.argmax())
-    logits = logits / how.temperature
+    logits = (logits - logits.max()) / how.temperature  # the difference, so that no temperature makes an infinity
     if how.top_k:
         logits = keep_top_k(logits, how.top_k)
     if how.top_p < 1:
         logits = keep_top_p(logits, how.top_p)
     if how.min_p > 0:
         logits = keep_min_p(logits, how.min_p)
-    # Where a uniform number falls among the summed probabilities; float32 there stays below 1 when multiplied in
-    # float64, and `right` steps over tokens of probability 0.
-    cumulative = logits.double().softmax(0).cumsum(0).cpu()
+    # Where a uniform number falls among the summed probabilities. Drawn in float32 and multiplied in float64 it stays
+    # below the sum, and `right` steps over tokens of probability 0.
+    cumulative = logits.softmax(0).cumsum(0).cpu()
     at = torch.rand((), generator=random).double() * cumulative[-1]
     return int(torch.searchsorted(cumulative, at, right=True))
 
@@ -123,7 +128,15 @@ def generate(
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
+    was_training = model.training
     model.eval()
+    try:
+        return _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile)
+    finally:
+        model.train(was_training)
+
+
+def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile) -> list[list[int]]:
     one_token = torch.compile(model) if compile else model
     block_size = model.config.block_size
     rows = [list(prompt) for prompt in prompts]

@@ -1,6 +1,9 @@
 """Hugging Face checkpoints of the GPT-2 and Llama families, as acorn models."""
 
+import dataclasses
+
 import torch
+from safetensors import SafetensorError
 
 from acorn import UserError
 from acorn import tokenizer as tokenizers
@@ -17,12 +20,17 @@ def load(source: str) -> tuple[GPT, object]:
         raise UserError(f"{source} is a Hugging Face checkpoint: pip install transformers to load it") from error
     transformers.logging.set_verbosity_error()
     try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"the checkpoint {source} cannot be had ({reason}); without network, give the folder of a copy"
         ) from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:  # transformers would go on with random numbers there
+        raise UserError(f"the checkpoint {source} lacks {wrong[0]}; get it again")
     model = from_hf(theirs)
     return model, tokenizers.get_tokenizer("gpt2") if model.config.vocab_size == 50257 else None
 
@@ -36,7 +44,7 @@ def from_hf(theirs) -> GPT:
         config, tensors = from_llama(theirs.config, theirs.state_dict())
     else:
         raise UserError(f"a checkpoint of the family {family!r} cannot be loaded; gpt2 and llama can")
-    return fill(GPT(config), tensors, f"the {family} checkpoint")
+    return fill(dataclasses.asdict(config), tensors, f"the {family} checkpoint")
 
 
 def from_gpt2(c, tensors: dict[str, torch.Tensor]) -> tuple[GPTConfig, dict[str, torch.Tensor]]:

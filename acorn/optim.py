@@ -1,6 +1,117 @@
-"""Learning-rate schedules."""
+"""Optimizers, AdamW and Muon, and learning-rate schedules."""
 
 import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from acorn import UserError
+from model import GPT
+
+
+def make_optimizers(
+    model: GPT,
+    optimizer: str,
+    learning_rate: float,
+    muon_lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    device_type: str,
+) -> list[torch.optim.Optimizer]:
+    """The optimizers that update the model together: AdamW for everything ("adamw"), or Muon for the matrices inside
+    the blocks and AdamW for embeddings, head and norms ("muon"). Each group's "peak_lr" is what a schedule scales."""
+    if optimizer == "adamw":
+        optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
+    else:
+        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
+        inside = set(matrices)
+        others = [p for p in model.parameters() if p not in inside and p.requires_grad]
+        fused = device_type in ("cuda", "cpu", "mps")
+        adamw = torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused)
+        optimizers = [adamw, Muon(matrices, muon_lr, weight_decay=weight_decay)]
+    for group in (group for each in optimizers for group in each.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def load_state(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
+    """Restore what each optimizer remembers; rates and decay stay those that it has now.
+
+    The state may come from a stranger, and a fused kernel trusts its shapes: anything but one tensor of the
+    parameter's shape, or one number, for each thing remembered raises UserError.
+    """
+    try:
+        for optimizer, state in zip(optimizers, saved, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            order = [i for group in state["param_groups"] for i in group["params"]]
+            sizes = [len(group["params"]) for group in state["param_groups"]]
+            fits = sizes == [len(group["params"]) for group in optimizer.param_groups]
+            for i, moments in state["state"].items():
+                shape = params[order.index(i)].shape
+                for value in moments.values():
+                    fits = fits and isinstance(value, Tensor) and value.is_floating_point()
+                    fits = fits and value.layout == torch.strided and value.shape in (shape, ())
+                names = {name for name, value in moments.items() if value.shape == shape}
+                fits = fits and ({"exp_avg", "exp_avg_sq"} <= names or names == {"momentum"})
+            if not fits:
+                raise ValueError("a shape differs")
+            now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(
+                {
+                    **state,
+                    "param_groups": [
+                        {**g, "params": p["params"]} for g, p in zip(now, state["param_groups"], strict=True)
+                    ],
+                }
+            )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(
+            "the saved optimizer state is of another model or optimizer; start from the weights alone with "
+            "--init_from=OUT_DIR into a new --out_dir"
+        ) from error
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices: https://kellerjordan.github.io/posts/muon/
+
+    Every direction of the weight then moves equally far, also those in which the gradient is small. Matrices of the
+    same shape are stacked and orthogonalized together, which is what makes it cheap for small models.
+    """
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape[p.shape].append(p)
+            for (rows, columns), params in same_shape.items():
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+                updates = orthogonalize(torch.stack(nesterov)).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrix to each of x (N, rows, columns), roughly: singular values end up around 1, from
+    0.7 to 1.2. A quintic Newton-Schulz iteration in bfloat16, with the coefficients of Muon's authors."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x.bfloat16()
+    tall = x.size(1) > x.size(2)
+    if tall:  # so that x @ x.mT is the smaller product
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def learning_rate_at(

@@ -1,10 +1,11 @@
 """What a run says: console lines, metrics.jsonl, the loss curve loss.png, and Weights & Biases when asked."""
 
 import json
+import math
 import os
 from pathlib import Path
 
-from acorn import UserError
+from acorn import UserError, files
 
 
 class Metrics:
@@ -21,11 +22,11 @@ class Metrics:
             for line in read_metrics(self.path)
             if line["step"] < step or ("val_loss" in line and line["step"] == step == evaluated_at)
         ]
-        beside = out_dir / ".metrics.writing"
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, self.path)
+        files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values) -> None:
+        """Append a line; a number that is not finite, which JSON does not have, becomes null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
         if self.wandb_run is not None:
@@ -39,7 +40,7 @@ def read_metrics(path: Path) -> list[dict]:
         for text in path.read_text(errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
@@ -54,8 +55,8 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    updates = [m for m in metrics if "loss" in m]
-    evaluations = [m for m in metrics if "val_loss" in m]
+    updates = [m for m in metrics if m.get("loss") is not None]
+    evaluations = [m for m in metrics if m.get("val_loss") is not None]
     if updates:
         axes.plot([m["step"] for m in updates], [m["loss"] for m in updates], color="0.75", lw=1, label="batch")
     for name, color in (("train", "tab:blue"), ("val", "tab:orange")):

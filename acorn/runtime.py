@@ -120,6 +120,13 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto") -
     return Runtime(chosen, precision, choose_compile(compile, chosen, notes), notes, rank, world_size)
 
 
+def leave() -> None:
+    """Wait for the other processes, so that none goes while another still talks to it, and part."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def choose_device(device: str, notes: list[str]) -> torch.device:
     if device == "auto":
         if torch.cuda.is_available():
@@ -134,6 +141,8 @@ def choose_device(device: str, notes: list[str]) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device = {device!r} is none that torch knows; use auto, cpu, cuda, cuda:1 or mps") from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device = {device!r} is not supported; use auto, cpu, cuda, cuda:1 or mps")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
         raise UserError(f"device = {device!r}, but {why}; use --device=auto or --device=cpu")

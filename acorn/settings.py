@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def parse(cls: type, argv: list[str]) -> dict:
-    """What the person set, by name: from the config files in `argv`, then from its `--key=value`; later ones win.
+    """What the person set, by name, in the config files and `--key=value` words of `argv`; later ones win.
 
     `--help` prints the fields of the dataclass `cls`, each with the comment behind it, and exits. An unknown name, a
     value of the wrong type or a config file that does not run raise UserError.
@@ -110,7 +110,9 @@ def convert(value, kind, name: str):
             return kind(number)
     elif typing.get_origin(kind) is typing.Literal:
         for choice in typing.get_args(kind):
-            if (value == choice and type(value) is type(choice)) or (text is not None and text == str(choice)):
+            if (value == choice and type(value) is type(choice)) or (
+                text is not None and text.lower() == str(choice).lower()
+            ):
                 return choice
         raise UserError(f"{name} = {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
     elif typing.get_origin(kind) is list and isinstance(value, (str, list, tuple)):
@@ -125,6 +127,12 @@ def print_help(cls: type) -> None:
     import tyro
 
     tyro.cli(cls, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+
+
+def checked(cls: type, values: dict) -> dict:
+    """The values that `cls` has a field for, as the types of its fields. Raises UserError for one that is not."""
+    types_of = typing.get_type_hints(cls)
+    return {name: convert(value, types_of[name], name) for name, value in values.items() if name in types_of}
 
 
 def build(cls: type, *layers: dict):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from acorn import UserError
+from acorn import UserError, files
 from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, tokenizer_hash
 
 HEADER_INTS = 256
@@ -29,7 +29,7 @@ LAYOUTS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 SHARD_TOKENS = 100_000_000
 SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
 PARTIAL = ".acorn_partial"  # inside a dataset's folder: the new shards, until all of them are whole
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent  # its data/ is found from anywhere
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,12 +86,13 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         self._file.seek(0)
         self._write_header()  # again, now that the count is known
-        _sync(self._file)
+        self._file.flush()
         self._file.close()
         self._file = None
-        sha256 = file_sha256(self._temporary)
+        files.sync(self._temporary)
+        sha256 = files.sha256(self._temporary)
         os.replace(self._temporary, self.folder / self._name)
-        _sync_folder(self.folder)
+        files.sync(self.folder)
         self.shards.append({"file": self._name, "tokens": self._in_shard, "sha256": sha256})
         self._in_shard = 0
 
@@ -111,36 +112,7 @@ class ShardWriter:
 
 def write_meta(folder: str | Path, meta: dict) -> None:
     """Write meta.json, whole or not at all."""
-    temporary = Path(folder) / "meta.json.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        _sync(file)
-    os.replace(temporary, Path(folder) / "meta.json")
-    _sync_folder(folder)
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 (hex) of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: str | Path) -> None:
-    """Put renames on the disk. Windows opens no folders, and needs none opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    files.replace(Path(folder) / "meta.json", json.dumps(meta, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +192,8 @@ def open_shard(path: str | Path) -> Shard:
     """Read and check the header of a shard. A file that is not a whole shard is a UserError that names it."""
     path = Path(path)
     try:
+        if not path.is_file():
+            raise UserError(f"the token shard {path} is missing or is no file; prepare the dataset again")
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4", count=-1 if size >= HEADER_BYTES else 0)
@@ -250,6 +224,13 @@ class Dataset:
     vocab_size: int
     meta: dict  # the whole meta.json; empty for folders that others made
 
+    def identity(self) -> str:
+        """SHA-256 (hex) that tells datasets apart: of the shards' hashes, or, where none are known, of their sizes."""
+        splits = [self.train, self.val] if self.val else [self.train]
+        listed = [self.meta[split]["shards"] for split in ("train", "val")] if self.meta else None
+        sizes = [[shard.tokens for shard in split.shards] for split in splits]
+        return hashlib.sha256(json.dumps(listed or sizes, sort_keys=True).encode()).hexdigest()
+
 
 def load_dataset(name: str) -> Dataset:
     """Open a dataset: a path, or the name of a folder in `data/` here or in the repository.
@@ -265,7 +246,6 @@ def load_dataset(name: str) -> Dataset:
             return _load_nanogpt(name, path)
         if path.is_dir() and any(path.glob("*_train_*.bin")):
             return _load_llmc(name, path)
-    for path in candidates:
         if path.is_dir() and ((path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())):
             raise UserError(f"preparation of {path} was interrupted; run it again: {_prepare_command(name)}")
     found = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
@@ -277,12 +257,9 @@ def _prepare_command(name: str) -> str:
     if name == "shakespeare_char":
         return "`python prepare tinyshakespeare --name shakespeare_char`"
     if name == "shakespeare":
-        return (
-            "`python prepare shakespeare` (all the plays, by character), or, as nanoGPT's dataset of that name, "
-            "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
-        )
-    if name in ("plays", "shakespeare_plays"):
-        return f"`python prepare shakespeare --name {name}`"
+        return "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
+    if name == "plays":
+        return "`python prepare shakespeare`"
     if name in ("tinyshakespeare", "stdlib"):
         return f"`python prepare {name}`"
     return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
@@ -313,7 +290,7 @@ def _load_prepared(name: str, path: Path) -> Dataset:
                 raise UserError(f"{meta_path} lists {file!r:.60}, which is no shard's name; prepare the dataset again")
             shard = open_shard(path / file)
             # hashing small shards costs nothing; of big ones the count has to do
-            other = shard.tokens != tokens or (tokens <= 10_000_000 and file_sha256(shard.path) != sha256)
+            other = shard.tokens != tokens or (tokens <= 10_000_000 and files.sha256(shard.path) != sha256)
             if other:
                 raise UserError(
                     f"{shard.path} is not the shard that {meta_path} lists: one of the two belongs to another dataset; "

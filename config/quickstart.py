@@ -2,7 +2,7 @@
 # $ python prepare shakespeare
 
 out_dir = "out/quickstart"
-dataset = "shakespeare"
+dataset = "plays"
 
 # 16 sequences * 64 characters = 1,024 characters an update
 batch_size = 16

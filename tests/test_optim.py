@@ -1,10 +1,15 @@
-"""Learning-rate schedules against hand computations."""
+"""Muon against the singular value decomposition, learning-rate schedules against hand computations."""
 
+import copy
 import math
 
 import pytest
+import torch
 
-from acorn.optim import learning_rate_at
+from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
+from model import GPT, GPTConfig
+
+NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 COMMON = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
 
@@ -38,3 +43,60 @@ def test_wsd_holds_and_then_falls_over_the_last_part():
 
 def test_a_run_of_warmup_only():
     assert learning_rate_at(5, "cosine", 1.0, 0.1, warmup_iters=5, lr_decay_iters=5) == 0.1
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 48, 16), (2, 16, 64)):
+        x = torch.randn(shape)
+        y = orthogonalize(x).float()
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        values = torch.linalg.svdvals(y)
+        assert y.shape == x.shape and 0.5 < values.min() and values.max() < 1.4
+        cosine = torch.nn.functional.cosine_similarity((u @ vh).flatten(1), y.flatten(1))
+        assert cosine.min() > 0.95  # the direction is that of the polar factor, from the SVD
+
+
+def test_muon_steps_are_the_formula_matrix_by_matrix():
+    """Two updates of matrices of two shapes, stacked where equal, against one at a time."""
+    torch.manual_seed(0)
+    start = [torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 8)]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(2)]
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    muon = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.5)
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        muon.step()
+    for i, p in enumerate(start):
+        buffer = torch.zeros_like(p)
+        for step in grads:
+            buffer = 0.9 * buffer + 0.1 * step[i]
+            update = orthogonalize((0.1 * step[i] + 0.9 * buffer)[None])[0].float()
+            p = p * (1 - 0.1 * 0.5) - 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5 * update
+        torch.testing.assert_close(params[i].detach(), p, rtol=0.02, atol=2e-3)  # bfloat16 inside
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, tie_weights=False))
+    adamw, muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+    matrices = {name for name, p in model.named_parameters() if any(p is q for q in muon.param_groups[0]["params"])}
+    assert matrices == {f"transformer.h.{i}.{m}.weight" for i in (0, 1) for m in NAMES}
+    count = sum(len(group["params"]) for each in (adamw, muon) for group in each.param_groups)
+    assert count == len(list(model.parameters()))
+    assert [group["peak_lr"] for each in (adamw, muon) for group in each.param_groups] == [1e-3, 0.02]
+
+
+def test_muon_state_is_restored_to_the_bit():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    q = torch.nn.Parameter(p.detach().clone())
+    first, second = Muon([p]), Muon([q])
+    p.grad = torch.randn(6, 4)
+    first.step()
+    q.data.copy_(p.data)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    p.grad = q.grad = torch.randn(6, 4)
+    first.step()
+    second.step()
+    assert torch.equal(p, q)

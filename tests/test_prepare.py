@@ -313,7 +313,7 @@ def test_a_full_disk(monkeypatch, step):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if step == "write":
-        monkeypatch.setattr("acorn.shards._sync", full)
+        monkeypatch.setattr("acorn.files.sync", full)
     else:
         monkeypatch.setattr(pipeline, "write_meta", full)
     fails(r"the disk that holds data/mine is full: .* MB are needed .* MB are free", "text", "mine.txt")

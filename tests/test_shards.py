@@ -154,7 +154,7 @@ def test_load_dataset_finds_it_by_path_and_by_name(tmp_path, monkeypatch):
     [
         ("shakespeare_char", "python prepare tinyshakespeare --name shakespeare_char`"),
         ("shakespeare", "python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"),
-        ("shakespeare_plays", "python prepare shakespeare --name shakespeare_plays`"),
+        ("plays", "python prepare shakespeare`"),
         ("stdlib", "python prepare stdlib`"),
         ("novel", "python prepare text FILES --name novel`"),
         ("../../etc", "python prepare text FILES"),
@@ -207,7 +207,7 @@ def test_shards_of_another_tokenizer(tmp_path):
         ({"train": {}}, "damaged"),
         ({"train": {"shards": [{"file": "../b/train_000000.bin", "tokens": 5, "sha256": ""}]}}, "no shard's name"),
         ({"train": {"shards": [{"file": "train_000000.bin", "tokens": float("inf"), "sha256": ""}]}}, "damaged"),
-        ({"train": {"shards": [{"file": "train_000007.bin", "tokens": 5, "sha256": ""}]}}, "cannot read"),
+        ({"train": {"shards": [{"file": "train_000007.bin", "tokens": 5, "sha256": ""}]}}, "is missing"),
     ],
 )
 def test_a_wrong_meta_json(tmp_path, change, message):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 from conftest import REPO, TINY, refused, script
 from safetensors.torch import load_file
+
+from acorn import files
 
 
 def metrics(out_dir):
@@ -45,7 +48,7 @@ def test_a_run_learns_and_leaves_what_it_promises(trained):
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
     assert {"train_loss", "val_perplexity", "val_bits_per_byte"} <= evaluations[0].keys()
     assert {"grad_norm", "skipped"} <= updates[0].keys()
-    names = {f.name for f in trained.iterdir()}
+    names = {f.name for f in trained.iterdir() if f.name != ".lock"}
     assert names == {"latest", "best", "loss.png", "metrics.jsonl", "step_000030", "step_000040"}
     state = json.loads((trained / "step_000040" / "state.json").read_text())
     assert state["step"] == 40 and state["position"] == 40 * 8
@@ -60,7 +63,7 @@ def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp
             break
     rest = process.communicate()[0]
     assert process.returncode == 130
-    assert "python train.py --init_from=resume --out_dir=b" in rest
+    assert f"go on with: python {REPO / 'train.py'} --init_from=resume --out_dir=b" in rest
     stopped_at = int((tmp_path / "b" / "latest").read_text()[5:])
     assert 6 < stopped_at < 40
 
@@ -149,8 +152,67 @@ def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tm
 def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_reason(dataset, tmp_path):
     result = train(tmp_path, dataset, "--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=3", "--out_dir=o")
     assert result.returncode == 1
-    assert "3 updates in a row had no finite gradient" in result.stdout
+    assert "3 updates in a row had no finite gradient" in result.stderr
+    assert "NaN" not in (tmp_path / "o" / "metrics.jsonl").read_text()  # which JSON does not have
     assert "Traceback" not in result.stderr
+
+
+def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):
+    """The trained run has dropout; a sample must not switch it off, nor move any seed."""
+    result = train(tmp_path, dataset, "--sample_interval=3", "--max_iters=8", "--lr_decay_iters=40", "--out_dir=o")
+    assert result.returncode == 0, result.stderr
+    assert [m["loss"] for m in metrics(tmp_path / "o") if "loss" in m] == [
+        m["loss"] for m in metrics(trained) if "loss" in m
+    ][:8]
+
+
+def test_settings_given_on_resume_overrule_those_of_before(dataset, tmp_path):
+    losses = {}
+    for decay in ("0.1", "90"):
+        out = f"--out_dir=o{decay}"
+        assert train(tmp_path, dataset, "--max_iters=4", "--lr_decay_iters=40", out).returncode == 0
+        words = ["--init_from=resume", out, "--max_iters=8", f"--weight_decay={decay}"]
+        assert script("train.py", *words, cwd=tmp_path).returncode == 0
+        losses[decay] = [m["loss"] for m in metrics(tmp_path / f"o{decay}") if "loss" in m]
+    assert losses["0.1"][:5] == losses["90"][:5] and losses["0.1"][6:] != losses["90"][6:]
+
+
+def test_a_resumed_run_insists_on_its_data(trained, tmp_path):
+    (tmp_path / "t.txt").write_text("another text for the same tokenizer, quite unlike the first " * 20)
+    words = ["--tokenizer", trained, "--name", "other"]
+    text = "BORIS:\nbring the key, and bring it slowly.\n\n" * 20  # no character that the tokenizer lacks
+    (tmp_path / "t.txt").write_text(text)
+    assert script("prepare", "text", "t.txt", *words, cwd=tmp_path).returncode == 0
+    result = script("train.py", "--init_from=resume", f"--out_dir={trained}", "--dataset=other", cwd=tmp_path)
+    refused(result, "not the data", "--init_from=")
+    words = [f"--init_from={trained}", "--dataset=other", "--max_iters=1", "--out_dir=o"]
+    assert script("train.py", *words, "--batch_size=2", "--device=cpu", "--compile=False", cwd=tmp_path).returncode == 0
+
+
+def test_an_optimizer_state_of_other_shapes_is_refused(trained, tmp_path):
+    """A fused kernel that trusted it would write beyond its memory."""
+    shutil.copytree(trained, tmp_path / "o")
+    folder = tmp_path / "o" / "step_000040"
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    for moments in saved["optimizers"][0]["state"].values():
+        moments["exp_avg"] = moments["exp_avg_sq"] = torch.zeros(3)
+    torch.save(saved, folder / "optimizer.pt")
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["optimizer.pt"] = files.sha256(folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps(state))
+    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=50", cwd=tmp_path)
+    refused(result, "optimizer state")
+
+
+def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path):
+    process = start(tmp_path, *TINY, f"--dataset={dataset}", "--out_dir=o", "--max_iters=100000")
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    refused(train(tmp_path, dataset, "--out_dir=o", "--overwrite=True"), "is in use", str(process.pid))
+    process.kill()
+    process.communicate()
+    assert train(tmp_path, dataset, "--out_dir=o", "--overwrite=True", "--max_iters=1").returncode == 0
 
 
 def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(dataset, tmp_path):

@@ -1,0 +1,58 @@
+"""Files that survive a kill and a power cut: hashed, synced to the disk, and replaced whole or not at all."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+from acorn import UserError
+
+
+def lock(folder: Path, doing: str):
+    """Keep other processes that ask for the same lock out of `folder` for as long as the returned file is open; the
+    system opens it again when this process ends, however it ends. Raises UserError where another process has it."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (it stays open)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return file
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return file  # a file system without locks
+        file.seek(0)
+        holder = file.read(100).strip() or "another process"
+        raise UserError(f"{folder} is in use: {holder} is {doing} it; wait for it, or choose another folder") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    return file
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: str | Path) -> None:
+    """Put a file, or the names in a folder, on the disk. Windows opens no folders, and needs none opened."""
+    if os.name == "posix" or not os.path.isdir(path):
+        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    os.replace(beside, path)
+    sync(path.parent)

@@ -1,0 +1,121 @@
+"""Seconds to a loss: whole processes of acorn and of nanoGPT, from start to end, judged alike on the whole val split.
+
+$ python prepare tinyshakespeare --name shakespeare_char
+$ python benchmarks/time_to_loss.py --nanogpt PATH_OF_A_CHECKOUT --seeds 3
+
+nanoGPT makes its README's CPU run. The loss at which that ends, measured here over the whole val split in windows of
+64 tokens, is the target. acorn then runs config/quickstart.py on the same text, once for each seed; import,
+compilation, evaluation and saving all count. Without --nanogpt, --target says what to compare with.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bench
+import torch
+
+from acorn import checkpoint, runtime
+from acorn.evaluate import evaluate
+from acorn.shards import load_dataset
+
+REPO = Path(__file__).resolve().parent.parent
+README_RUN = (
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+).split()
+
+
+def whole_val_loss(out_dir: Path, dataset: str, block_size: int) -> float:
+    """The loss of the last checkpoint in `out_dir` over the whole val split, in float32."""
+    model, _, _ = checkpoint.load_model(str(out_dir), "latest")
+    r = runtime.setup("cpu", "float32", False)
+    return evaluate(model, load_dataset(dataset).val, r, 64, block_size)["loss"]
+
+
+def timed(command: list, cwd: Path) -> tuple[float, list[tuple[float, str]]]:
+    """Seconds of the whole process, and its lines with the second at which each came."""
+    start, lines = time.perf_counter(), []
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            lines.append((time.perf_counter() - start, line.rstrip()))
+    if process.returncode:
+        sys.exit("\n".join(line for _, line in lines[-20:]))
+    return time.perf_counter() - start, lines
+
+
+def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
+    """(second, val loss) of each evaluation that a run printed; both projects print them alike."""
+    return [
+        (second, float(line.split("val loss ")[1].split(",")[0]))
+        for second, line in lines
+        if line.startswith("step ") and "val loss" in line
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout whose data is prepared")
+    parser.add_argument("--target", type=float, default=0.0, help="a loss to reach, where there is no --nanogpt")
+    parser.add_argument("--config", default="config/quickstart.py")
+    parser.add_argument("--dataset", default="shakespeare_char")
+    parser.add_argument("--block_size", type=int, default=64, help="of the windows in which the val split is judged")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--picture", default="", help="draw loss against time into this PNG file")
+    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("settings", nargs="*", help="more settings for acorn's run, such as max_iters=500")
+    args = parser.parse_args()
+
+    dataset = str(load_dataset(args.dataset).path.resolve())
+    print(bench.machine(torch.device("cpu")))
+    rows, curves, runs = [], {}, []
+    target, peer_seconds = args.target, None
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(args.seeds):
+            if args.nanogpt and seed == 0:  # in turn with acorn's runs, so that both see the same machine
+                out = Path(scratch) / "nanogpt"
+                command = [sys.executable, "train.py", *README_RUN, f"--out_dir={out}"]
+                peer_seconds, lines = timed(command, Path(args.nanogpt))
+                target = whole_val_loss(out, dataset, args.block_size)
+                curves["nanoGPT"] = curve(lines)
+                rows.append({"run": "nanoGPT", "seconds": f"{peer_seconds:.1f}", "val loss": f"{target:.4f}"})
+            out = Path(scratch) / "acorn"
+            words = [args.config, f"--dataset={dataset}", f"--out_dir={out}", f"--seed={seed + 1}", "--device=cpu"]
+            words += [f"--{setting}" for setting in args.settings]
+            seconds, lines = timed([sys.executable, REPO / "train.py", *words], REPO)
+            loss = whole_val_loss(out, dataset, args.block_size)
+            curves[f"acorn, seed {seed + 1}"] = curve(lines)
+            row = {"run": f"acorn, seed {seed + 1}", "seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"}
+            if target:
+                row["reached"] = "yes" if loss <= target else "no"
+            if peer_seconds:
+                row["of nanoGPT's time"] = f"1/{peer_seconds / seconds:.1f}"
+            rows.append(row)
+            runs.append({"seed": seed + 1, "seconds": seconds, "loss": loss})
+            shutil.rmtree(out)
+    print(bench.table([{key: row.get(key, "") for key in rows[-1]} for row in rows]))
+    if args.picture:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        if target:
+            axes.axhline(target, color="0.6", ls="--", lw=1)
+        axes.set(xlabel="seconds since the process started", ylabel="val loss, as the run itself printed it")
+        axes.legend()
+        figure.savefig(args.picture, dpi=120)
+    result = {"machine": bench.machine(torch.device("cpu")), "target": target, "nanogpt_seconds": peer_seconds}
+    bench.write(args.json, **result, runs=json.loads(json.dumps(runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Milliseconds and tokens/s of one training step: acorn, Hugging Face GPT-2 and nanoGPT on the same shapes.
+
+$ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8,256
+
+A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+
+import bench
+import torch
+from bench import in_turn, machine, matmul_rate, median, table
+
+from acorn.optim import make_optimizers
+from model import GPT, GPTConfig
+
+MODERN = dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, tie_weights=False, zero_init=True)
+
+
+def step_of(model, forward, optimizers, dtype, device):
+    """One training step as a function of nothing. `forward` gives the loss."""
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = forward()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def acorn_step(shape, modern, dtype, compile, x, y):
+    L, C, H, B, T, V = shape
+    switches = MODERN if modern else {}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
+    optimizers = make_optimizers(model, "muon" if modern else "adamw", 6e-4, 0.02, 0.1, (0.9, 0.95), x.device.type)
+    forward = torch.compile(model) if compile else model
+    return step_of(model, lambda: forward(x, y, reduction="sum")[1] / (B * T), optimizers, dtype, x.device)
+
+
+def hugging_face_step(shape, dtype, x, y):
+    import transformers
+
+    L, C, H, _, T, V = shape
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = transformers.GPT2LMHeadModel(config).to(x.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
+    return step_of(model, lambda: model(x, labels=x).loss, [optimizer], dtype, x.device)
+
+
+def nanogpt_step(path, shape, dtype, compile, x, y):
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    L, C, H, _, T, V = shape
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = theirs.GPT(theirs.GPTConfig(T, V, L, H, C, dropout=0.0, bias=False)).to(x.device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), x.device.type)
+    forward = torch.compile(model) if compile else model
+    return step_of(model, lambda: forward(x, y)[1], [optimizer], dtype, x.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
+    parser.add_argument("--shape", default="6,384,6,8,256", help="layers, width, heads, batch, block")
+    parser.add_argument("--vocab", type=int, default=65)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="only contenders whose name has this in it")
+    parser.add_argument("--json", default="", help="also write the result here")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    shape = (*map(int, args.shape.split(",")), args.vocab)
+    L, C, H, B, T, V = shape
+    idx = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    contenders = {}
+    for name, dtype in dtypes.items():
+        for how, compile in (("eager", False), ("compiled", True)):
+            for form, modern in (("GPT-2", False), ("modern", True)):
+                make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y)  # noqa: E731
+                contenders[f"acorn {form}, {name} {how}"] = make
+            # nanoGPT runs in float32 on a CPU, whatever its dtype says
+            if args.nanogpt and (dtype == torch.float32 or device.type == "cuda"):
+                make = lambda d=dtype, c=compile: nanogpt_step(args.nanogpt, shape, d, c, x, y)  # noqa: E731
+                contenders[f"nanoGPT, {name} {how}"] = make
+        contenders[f"Hugging Face, {name} eager"] = lambda d=dtype: hugging_face_step(shape, d, x, y)
+    steps = {name: make() for name, make in contenders.items() if args.only in name}
+
+    print(machine(device))
+    print(f"{L} layers, {C} wide, {H} heads, {B} x {T} tokens, vocabulary {V}; medians of {args.rounds} rounds\n")
+    for _ in range(2):  # compile, and settle
+        in_turn(steps, 1, device)
+    seconds = {name: median(times) for name, times in in_turn(steps, args.rounds, device).items()}
+    peers = [s for name, s in seconds.items() if name.startswith("nanoGPT")]
+    with torch.device("meta"):
+        flops = GPT(GPTConfig(T, V, L, H, C, bias=False)).flops_per_token() * B * T
+    peak = {name: matmul_rate(device, dtype) for name, dtype in dtypes.items()}
+    rows = []
+    for name, s in sorted(seconds.items(), key=lambda item: item[1]):
+        row = {"contender": name, "ms a step": f"{1e3 * s:.1f}", "tokens/s": f"{B * T / s:,.0f}"}
+        if peers:
+            row["x nanoGPT's best"] = f"{min(peers) / s:.2f}"
+        row["of the matmul rate"] = f"{flops / s / peak['bf16' if 'bf16' in name else 'fp32']:.0%}"
+        rows.append(row)
+    print(table(rows))
+    print("\nmatmul rate: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in peak.items()))
+    bench.write(args.json, machine=machine(device), shape=args.shape, seconds=seconds, matmul_rate=peak)
+
+
+if __name__ == "__main__":
+    main()
