@@ -224,7 +224,7 @@ def main() -> int:
     data = load_dataset(s.dataset)
     if data.val is None:
         raise UserError(f"{data.path} has no validation shards; put a val_000000.bin beside its training shards")
-    if state.get("data") not in (None, data.identity()):
+    if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
         raise UserError(
             f"{data.path} is not the data that {out_dir} was trained on, so its position means nothing there; "
             f"start from its weights with --init_from={out_dir} into a new --out_dir"
@@ -448,9 +448,7 @@ def main() -> int:
 def main_or_advice() -> int:
     """main, with advice where memory runs out."""
     try:
-        code = main()
-        runtime.leave()
-        return code
+        return runtime.leave(main())
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise

@@ -120,11 +120,19 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto") -
     return Runtime(chosen, precision, choose_compile(compile, chosen, notes), notes, rank, world_size)
 
 
-def leave() -> None:
-    """Wait for the other processes, so that none goes while another still talks to it, and part."""
+def leave(code: int) -> int:
+    """Part from the other processes and end with `code`; alone, only return it.
+
+    None goes while another still talks to it, and none takes its process group down piece by piece: a peer that does
+    so a moment earlier would make this one abort.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def choose_device(device: str, notes: list[str]) -> torch.device:
