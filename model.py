@@ -156,8 +156,9 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, cfg.n_head, cfg.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
-        if cfg.qk_norm:
-            q, k = F.rms_norm(q, (cfg.head_dim,)), F.rms_norm(k, (cfg.head_dim,))
+        if cfg.qk_norm:  # in the model's kind of norm, without weights
+            norm = F.rms_norm if cfg.norm == "rmsnorm" else F.layer_norm
+            q, k = norm(q, (cfg.head_dim,)), norm(k, (cfg.head_dim,))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:

@@ -17,6 +17,7 @@ import torch
 
 from acorn import UserError, checkpoint, run, runtime, settings
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
+from acorn.matvec import pays_back, prepare_for_decoding
 from model import GPT
 
 
@@ -45,7 +46,8 @@ class SampleSettings:
     interactive: bool = False  # ask for prompts, one after the other
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
-    compile: Literal["auto", True, False] = "auto"  # torch.compile the step of one token
+    quantize: Literal["none", "int8"] = "none"  # int8: weights of a byte each, on a CPU: faster, and nearly as good
+    compile: Literal["auto", True, False] = "auto"  # torch.compile what one token takes; auto: where it pays back
 
 
 def check(s: SampleSettings) -> None:
@@ -140,14 +142,14 @@ def main() -> int:
     r = runtime.setup(s.device, s.dtype, s.compile)
     if s.dtype == "auto" and r.device.type == "cpu":
         r.dtype = torch.float32
-    compile = s.compile is True
-
     # ---- model
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
     model, tokenizer, source = checkpoint.load_model(load_from, s.checkpoint)
     if tokenizer is None:
         raise UserError(f"{source} comes without a tokenizer that this script knows")
     model.to(r.device, r.dtype)
+    if s.quantize != "none" and r.device.type != "cpu":
+        raise UserError(f"quantize = {s.quantize} is for CPUs; on {r.device} leave it out")
     print(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}", file=sys.stderr)
 
     # ---- prompts
@@ -163,6 +165,13 @@ def main() -> int:
             "the model sees a window that slides along",
             file=sys.stderr,
         )
+    if s.compile == "auto":
+        compile = r.device.type == "cpu" and pays_back(model, num_samples * s.max_new_tokens)
+    else:
+        compile = s.compile
+    if r.device.type == "cpu" and (compile or s.quantize != "none"):
+        model = prepare_for_decoding(model, s.quantize, compile)
+        compile = False  # what is worth compiling on a CPU now is
     stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
     stream = stream and not s.json and len(prompts) == 1
 

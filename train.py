@@ -201,7 +201,7 @@ def main() -> int:
         )
 
     # ---- machine
-    r = runtime.setup(s.device, s.dtype, s.compile, s.backend)
+    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd)
     signals = []  # those that asked this process to stop
 
     def say(text: str) -> None:

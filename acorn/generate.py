@@ -138,7 +138,7 @@ def generate(
 
 def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile) -> list[list[int]]:
     one_token = torch.compile(model) if compile else model
-    block_size = model.config.block_size
+    block_size, embedding = model.config.block_size, model.transformer.wte.weight
     rows = [list(prompt) for prompt in prompts]
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     going = [True] * len(rows)
@@ -149,7 +149,7 @@ def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, com
         if start != windows_start:  # at first, and whenever a window slides
             windows_start = start
             size = min(block_size, max(map(len, windows)) + max_new_tokens - n)
-            cache = KVCache(model.config, len(rows), size, model.lm_head.weight.device, model.lm_head.weight.dtype)
+            cache = KVCache(model.config, len(rows), size, embedding.device, embedding.dtype)
             logits = prefill(model, cache, windows)
         else:
             logits = decode(one_token, cache, [row[-1] for row in rows], going)

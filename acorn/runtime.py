@@ -5,7 +5,6 @@ Everything that `auto` chooses comes with its reason, in a sentence that the run
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,8 +97,9 @@ class Runtime:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto") -> Runtime:
-    """Choose device and precision, and join the other processes where `torchrun` started several.
+def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024) -> Runtime:
+    """Choose device and precision, and join the other processes where `torchrun` started several. `width` is that of
+    the model's matrices, in channels.
 
     Raises UserError for a device that this machine or this torch does not have.
     """
@@ -116,7 +116,7 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto") -
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
-    precision = choose_dtype(dtype, chosen, notes)
+    precision = choose_dtype(dtype, chosen, width, notes)
     return Runtime(chosen, precision, choose_compile(compile, chosen, notes), notes, rank, world_size)
 
 
@@ -162,7 +162,7 @@ def choose_device(device: str, notes: list[str]) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device, width: int, notes: list[str]) -> torch.dtype:
     if dtype == "float16" and device.type != "cuda":
         notes.append(f"dtype float32 (float16 needs its gradients scaled, which only CUDA has; this is {device.type})")
         return torch.float32
@@ -175,6 +175,9 @@ def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dt
             return torch.bfloat16
         notes.append("dtype float16 (auto: this GPU has no bfloat16)")
         return torch.float16
+    if device.type == "cpu" and cpu_has_bfloat16() and width < 256:
+        notes.append("dtype float32 (auto: for matrices this small, converting to bfloat16 costs more than it gains)")
+        return torch.float32
     if device.type == "cpu" and cpu_has_bfloat16():
         notes.append("dtype bfloat16 (auto: this CPU multiplies in it)")
         return torch.bfloat16
@@ -199,9 +202,8 @@ def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) 
         notes.append("compiled (auto)" if able else "not compiled (auto: triton is not installed)")
         return able
     if device.type == "cpu":
-        able = shutil.which(os.environ.get("CXX", "g++")) is not None
-        notes.append("compiled (auto)" if able else "not compiled (auto: there is no C++ compiler)")
-        return able
+        notes.append("not compiled (auto: on a CPU it gains a tenth, and takes half a minute to start)")
+        return False
     notes.append(f"not compiled (auto: {device.type})")
     return False
 

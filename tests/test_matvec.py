@@ -1,0 +1,83 @@
+"""Linear layers for generation against torch's own, and int8 weights against the loss on real text."""
+
+import math
+
+import pytest
+import torch
+from conftest import TEXT
+from torch import nn
+
+from acorn import checkpoint, runtime, shards
+from acorn.evaluate import evaluate
+from acorn.generate import Sampling, generate
+from acorn.matvec import DecodingLinear, multiply_and_sum, pays_back, plain, prepare_for_decoding
+from model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize("matvec", [plain, multiply_and_sum])
+@pytest.mark.parametrize("bias", [True, False])
+def test_float32_is_torchs_linear_for_one_row_and_for_many(matvec, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, bias=bias)
+    ours = DecodingLinear(linear.weight, linear.bias, "none", matvec)
+    for shape in ((1, 1, 24), (3, 1, 24), (2, 5, 24)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(ours(x), linear(x))
+
+
+def test_int8_is_within_half_a_step_of_each_weight():
+    torch.manual_seed(0)
+    weight = torch.randn(40, 24) * torch.logspace(-3, 3, 40)[:, None]  # channels of very different size
+    ours = DecodingLinear(weight, None, "int8", multiply_and_sum)
+    assert ours.weight.dtype == torch.int8
+    step = weight.abs().amax(1) / 127
+    assert ((ours.weight * ours.scale[:, None] - weight).abs() <= 0.501 * step[:, None]).all()
+    x = torch.randn(1, 1, 24)
+    one, many = ours(x), ours(x.expand(2, 1, 24))
+    torch.testing.assert_close(one[0], many[0])
+    assert ((one[0, 0] - weight @ x[0, 0]).abs() <= 0.501 * step * x.abs().sum()).all()
+
+
+def test_greedy_text_is_the_same():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    call = ([[1, 2, 3]], 20, Sampling(temperature=0), [0], lambda *token: False)
+    expected = generate(model, *call)
+    assert generate(prepare_for_decoding(model, compile=False), *call) == expected
+
+
+def test_int8_keeps_the_perplexity_of_a_trained_model_within_half_a_percent(trained, dataset):
+    model, tokenizer, _ = checkpoint.load_model(str(trained))
+    val, r = shards.load_dataset(str(dataset)).val, runtime.setup("cpu", "float32", False)
+    before = evaluate(model, val, r, 16, 32)["perplexity"]
+    after = evaluate(prepare_for_decoding(model, "int8", compile=False), val, r, 16, 32)["perplexity"]
+    assert before != after and math.isclose(before, after, rel_tol=0.005)
+    assert len(TEXT) > 10_000 and tokenizer.kind == "char"
+
+
+def test_compiling_pays_for_many_tokens_of_a_large_model_only():
+    with torch.device("meta"):
+        small, gpt2 = GPT(GPTConfig(64, 65, 2, 2, 128)), GPT(GPTConfig())
+    assert not pays_back(small, 5000) and not pays_back(gpt2, 50) and pays_back(gpt2, 500)
+
+
+def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    model = prepare_for_decoding(GPT(GPTConfig(8, 11, 1, 1, 8)))
+    assert model.lm_head.matvec is plain and "no compiler" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_compiled_product_is_the_same():
+    torch.manual_seed(0)
+    matvec = torch.compile(multiply_and_sum, dynamic=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for rows, columns in ((40, 24), (7, 129)):
+            weight, x = (10 * torch.randn(rows, columns)).to(dtype), torch.randn(columns)
+            torch.testing.assert_close(matvec(weight, x), weight.float() @ x)
