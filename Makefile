@@ -12,20 +12,20 @@ STAMPS := $(or $(ACTIVE),.venv)
 
 demo: $(STAMPS)/.acorn-requirements
 	@test -f data/plays/meta.json || $(PYTHON) prepare shakespeare
-	$(PYTHON) train.py config/quickstart.py --overwrite=True
+	$(PYTHON) train.py config/quickstart.py --max_iters=2000 --eval_interval=250 --sample_interval=500 --overwrite=True
 	$(PYTHON) sample.py --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=300
 	@echo
 	@echo "The loss curve is in out/quickstart/loss.png. To try next:"
 	@echo "  $(PYTHON) sample.py --out_dir=out/quickstart --interactive=True"
 	@echo "  $(PYTHON) prepare text YOUR_FILES --name mine --tokenizer char"
 	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
-	@echo "  $(PYTHON) train.py --init_from=resume --out_dir=out/quickstart --max_iters=2000"
+	@echo "  $(PYTHON) train.py --init_from=out/quickstart --out_dir=out/longer config/quickstart.py --max_iters=5000"
 
 test: $(STAMPS)/.acorn-requirements-dev
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 slow: $(STAMPS)/.acorn-requirements-dev
-	$(PYTHON) -m pytest -m "slow or not slow"
+	$(PYTHON) -m pytest -n 2 -m "not gpu"
 
 lint: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m ruff check .

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # two test processes side by side on two cores
 REPO = Path(__file__).resolve().parent.parent
 
 # a tiny run: some 30 thousand parameters, 40 updates of 256 tokens, a few seconds

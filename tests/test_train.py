@@ -274,10 +274,9 @@ def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
     (tmp_path / "t.txt").write_text("quite another text with other characters: 0123456789" * 20)
     for tokenizer in ("char", "byte"):
         script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={tokenizer}", cwd=tmp_path)
-        result = script(
-            "train.py", "--init_from=resume", f"--out_dir={trained}", f"--dataset={tokenizer}", cwd=tmp_path
-        )
-        refused(result, "tokenizer")
+        result = script("train.py", f"--init_from={trained}", "--out_dir=o", f"--dataset={tokenizer}", cwd=tmp_path)
+        refused(result, "another tokenizer", f"({tokenizer}, ")
+    assert not (tmp_path / "o").exists()
 
 
 def test_wandb_offline(dataset, tmp_path):
