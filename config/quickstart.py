@@ -22,7 +22,7 @@ tie_weights = False
 zero_init = True
 
 # Muon for the matrices in the blocks, AdamW with a high rate for the rest; after a short hold, a straight line to zero
-max_iters = 320
+max_iters = 340
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 1.5e-2
@@ -33,6 +33,6 @@ min_lr = 0.0
 weight_decay = 0.0
 beta2 = 0.99
 
-eval_interval = 160
+eval_interval = 170
 eval_iters = 20
-log_interval = 32
+log_interval = 34
