@@ -420,7 +420,7 @@ def main() -> int:
             training = dt * (s.max_iters - first_step)
             fixed = sum(p.numel() * p.element_size() for p in raw_model.parameters()) * 4
             say(
-                f"memory: {report.size(fixed)} for parameters, gradients and AdamW's two moments; "
+                f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
                 f"at its peak the process used {report.size(r.peak_memory())}\n"
                 f"time: {1000 * dt:.0f} ms an update, {tokens_per_step / dt:,.0f} tokens/s; about "
                 f"{report.duration(training)} for the updates and {report.duration(evaluating)} for the evaluations\n"

@@ -2,6 +2,9 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent  # whose config/ and data/ are found from anywhere
 
 
 class UserError(Exception):

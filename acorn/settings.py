@@ -12,9 +12,7 @@ import types
 import typing
 from pathlib import Path
 
-from acorn import UserError
-
-REPO = Path(__file__).resolve().parent.parent
+from acorn import REPO, UserError
 
 
 def parse(cls: type, argv: list[str]) -> dict:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from acorn import UserError, files
+from acorn import REPO, UserError, files
 from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, tokenizer_hash
 
 HEADER_INTS = 256
@@ -29,7 +29,6 @@ LAYOUTS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 SHARD_TOKENS = 100_000_000
 SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
 PARTIAL = ".acorn_partial"  # inside a dataset's folder: the new shards, until all of them are whole
-REPO = Path(__file__).resolve().parent.parent  # its data/ is found from anywhere
 
 
 # ---------------------------------------------------------------------------------------------------------------------
