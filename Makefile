@@ -1,5 +1,6 @@
 # make demo: from a fresh clone to a trained model, its loss curve and its samples, in a few minutes on a laptop
 # make test: the test suite        make slow: the long tests too        make lint: ruff
+# make gpu: on a CUDA machine, the tests marked gpu and the benchmarks at GPU sizes, under nine minutes
 
 # an environment that is active is used; otherwise one is made in .venv
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
@@ -8,7 +9,7 @@ SYSTEM_PYTHON ?= python3
 # stamps inside the environment say which requirements are installed in it
 STAMPS := $(or $(ACTIVE),.venv)
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow lint gpu
 
 demo: $(STAMPS)/.acorn-requirements
 	@test -f data/plays/meta.json || $(PYTHON) prepare shakespeare
@@ -30,6 +31,10 @@ slow: $(STAMPS)/.acorn-requirements-dev
 lint: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+# installs nothing: it runs with the torch that is there
+gpu:
+	$(or $(and $(ACTIVE),python),$(wildcard .venv/bin/python),$(SYSTEM_PYTHON)) benchmarks/gpu.py
 
 $(STAMPS)/.acorn-requirements: requirements.txt
 	@test -n "$(ACTIVE)" || test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv .venv

@@ -35,6 +35,8 @@ class GPTConfig:
     tie_weights: bool = True  # the head shares its matrix with the token embedding
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # start with every block, and an untied head, at zero output
+    ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too, added to the token's own
+    ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
@@ -53,10 +55,10 @@ class GPTConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden"):
+        for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-            if getattr(self, name) > (10_000 if name == "n_layer" else 1_000_000_000):
+            if getattr(self, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):
                 raise ValueError(f"{name} = {getattr(self, name)} is beyond what any machine holds")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
@@ -80,25 +82,19 @@ class KVCache:
     The caller owns it: `GPT.forward` writes the new tokens' keys and values behind each row's `length` and leaves
     `length` alone; advancing it is what makes them count, so rows of unequal length live side by side.
 
-    k, v: (n_layer, B, n_kv_head, size, head_dim); length: (B,), tokens held in each row.
+    layers: keys and values of each layer, both (B, n_kv_head, size, head_dim); idx: (B, size), the tokens themselves;
+    length: (B,), how many each row holds.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, size: int, device=None, dtype=torch.float32):
-        shape = (config.n_layer, batch_size, config.n_kv_head, size, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked slot must not hold a NaN
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, config.n_kv_head, size, config.head_dim)
+        self.size = size
+        self.layers = []
+        for _ in range(config.n_layer):  # zeros: a masked slot must not hold a NaN
+            k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            self.layers.append((k, v))
+        self.idx = torch.zeros(batch_size, size, device=device, dtype=torch.long)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.long)
-
-    @property
-    def size(self) -> int:
-        return self.k.size(3)
-
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, n_kv_head, T, D) at `positions` (B, T); returns all keys and values of the layer."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer], self.v[layer]
 
 
 def sinusoidal_positions(positions: Tensor, n_embd: int) -> Tensor:
@@ -122,6 +118,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class NgramEmbedding(nn.Module):
+    """Embeddings of the last 2, 3, ..., n tokens together, one hashed table for each length: what a small model would
+    have to compose in its first layer is looked up. Over-encoding, https://arxiv.org/abs/2501.16975."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
+
+    def forward(self, idx: Tensor, at: Tensor) -> Tensor:
+        """The sum of the embeddings (B, T, C) of the n-grams that end at positions `at` (B, T) of idx (B, S)."""
+        key, embedded = idx.gather(1, at), 0
+        for back, table in enumerate(self.tables, start=1):
+            before = torch.where(at >= back, idx.gather(1, (at - back).clamp(min=0)) + 1, 0)  # 0: before the beginning
+            key = key * 1_000_003 + before  # int64, which wraps around
+            embedded = embedded + table((key ^ (key >> 15)) % table.num_embeddings)
+        return embedded
+
+
 class Norm(nn.Module):
     """LayerNorm (its bias optional) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
 
@@ -142,14 +156,15 @@ class CausalSelfAttention(nn.Module):
     """Each token gathers from itself and those before it; query heads may share key-value heads in groups
     (grouped-query attention, https://arxiv.org/abs/2305.13245)."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         kv_channels = config.n_kv_head * config.head_dim
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_channels, bias=config.bias)  # q, k, v in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotary=None, cache: KVCache | None = None, positions=None, mask=None) -> Tensor:
+    def forward(self, x: Tensor, rotary=None, cache=None, positions=None, mask=None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values (B, H_kv, S, D), written at `positions`."""
         B, T, C = x.shape
         cfg = self.config
         q, k, v = self.c_attn(x).split((C, cfg.n_kv_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim), dim=2)
@@ -162,7 +177,10 @@ class CausalSelfAttention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k, v)  # (B, H_kv, S, D)
+            rows = torch.arange(B, device=x.device)[:, None]
+            for cached, new in zip(cache, (k, v), strict=True):
+                cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
+            k, v = cache  # (B, H_kv, S, D)
             q = q.to(k.dtype)
         y = F.scaled_dot_product_attention(
             q,
@@ -200,14 +218,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = Norm(config)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary=None, cache: KVCache | None = None, positions=None, mask=None) -> Tensor:
+    def forward(self, x: Tensor, rotary=None, cache=None, positions=None, mask=None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, cache, positions, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -222,7 +240,9 @@ class GPT(nn.Module):
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.pos == "learned":
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        if config.ngram > 1:
+            self.transformer.ngram = NgramEmbedding(config)
+        self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer.ln_f = Norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -242,6 +262,8 @@ class GPT(nn.Module):
                 p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif name == "lm_head.weight" and self.config.zero_init:  # untied: a tied one is named after wte
                 p.zero_()
+            elif name.startswith("transformer.ngram."):
+                p.zero_()  # an n-gram that training never sees adds nothing
             else:
                 p.normal_(std=0.02)
 
@@ -271,6 +293,11 @@ class GPT(nn.Module):
         else:
             at = positions = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             mask = torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        if cfg.ngram > 1 and cache is None:
+            x = x + self.transformer.ngram(idx, at.expand(B, T))
+        elif cfg.ngram > 1:
+            cache.idx.scatter_(1, positions, idx)
+            x = x + self.transformer.ngram(cache.idx, positions)
         if cfg.pos == "learned":
             x = x + self.transformer.wpe(at)
         elif cfg.pos == "sinusoidal":  # the embedding scaled as in section 3.4 of the paper, to the size of the sines
@@ -280,8 +307,8 @@ class GPT(nn.Module):
             rotary = (cos, sin) if cache is None else (cos[:, None], sin[:, None])
 
         x = F.dropout(x, cfg.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x, rotary, cache, positions, mask)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
         if targets is None:  # only the logits that the next token is drawn from
@@ -308,6 +335,8 @@ class GPT(nn.Module):
                 n -= self.transformer.wpe.weight.numel()
             if not self.config.tie_weights:
                 n -= self.transformer.wte.weight.numel()
+            if self.config.ngram > 1:
+                n -= sum(p.numel() for p in self.transformer.ngram.parameters())
         return n
 
     def crop_block_size(self, block_size: int) -> None:

@@ -72,6 +72,8 @@ class TrainSettings:
     tie_weights: bool = True  # head and token embedding share a matrix
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, start at zero output
+    ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too; for small models
+    ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices in the blocks, beside AdamW for the rest
     muon_lr: float = 0.02  # the highest rate of Muon, scheduled as learning_rate is

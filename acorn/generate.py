@@ -137,7 +137,8 @@ def generate(
 
 
 def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile) -> list[list[int]]:
-    one_token = torch.compile(model) if compile else model
+    # on CUDA as a graph of kernels, replayed by one call
+    one_token = torch.compile(model, mode="reduce-overhead") if compile else model
     block_size, embedding = model.config.block_size, model.transformer.wte.weight
     rows = [list(prompt) for prompt in prompts]
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -150,6 +151,9 @@ def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, com
             windows_start = start
             size = min(block_size, max(map(len, windows)) + max_new_tokens - n)
             cache = KVCache(model.config, len(rows), size, embedding.device, embedding.dtype)
+            if compile:  # a CUDA graph writes into the memory that it was recorded with
+                for tensor in (cache.idx, cache.length, *(t for layer in cache.layers for t in layer)):
+                    torch._dynamo.mark_static_address(tensor)
             logits = prefill(model, cache, windows)
         else:
             logits = decode(one_token, cache, [row[-1] for row in rows], going)

@@ -1,8 +1,9 @@
-"""Linear layers for generation: one row times a matrix, as fast as memory delivers the matrix.
+"""A model made ready to generate on a CPU: one token at a time, as fast as memory delivers the weights.
 
-Decoding one token reads every weight once and does little with it, so its speed is that of reading. A product with a
-single row leaves half of a CPU's memory bandwidth unused in torch's own kernels; a compiled multiply-and-sum over the
-rows of the matrix does not, and reads bfloat16 or int8 weights as they are, in a half or a quarter of the bytes.
+Decoding one token reads every weight once and does little with it, so its speed is that of reading. Torch's own product
+of a matrix with a single row leaves half of a CPU's memory bandwidth unused; a compiled multiply-and-sum over the rows
+of the matrix does not, and reads bfloat16 or int8 weights as they are, in a half or a quarter of the bytes. Whole
+blocks are compiled, all of them as one, so that what stands between the products costs little too.
 """
 
 import sys
@@ -11,18 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT
+from model import GPT, Block, KVCache
 
 
 class DecodingLinear(nn.Module):
-    """A Linear layer whose weight is kept in float32, bfloat16 or int8, with a fast way for a single row.
+    """A Linear layer whose weight is kept in float32, bfloat16 or int8.
 
     int8: each output channel has its own scale, the largest of its weights / 127 (symmetric, weights only).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, matvec):
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str):
         super().__init__()
-        self.matvec = matvec
         scale = None
         if quantize == "int8":
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (rows,)
@@ -32,40 +32,16 @@ class DecodingLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.size(-1):  # one row
-            y = self.matvec(self.weight, x.view(-1).float())
-            y = y if self.scale is None else y * self.scale
-            y = y if self.bias is None else y + self.bias
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        if self.scale is not None:
-            y = F.linear(x.float(), self.weight.float()) * self.scale
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
-
-
-def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = True) -> GPT:
-    """The model with its Linear layers, head included, replaced by DecodingLinear; it can generate, but not train.
-
-    `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast product for single
-    rows, which takes some seconds; without, or where that fails, torch's own is used.
-    """
-    matvec = plain
-    if compile:
-        try:
-            matvec = torch.compile(multiply_and_sum, dynamic=True)
-            matvec(torch.ones(3, 2), torch.ones(2))
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            print(
-                f"warning: torch.compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr
-            )
-            matvec = plain
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, DecodingLinear(child.weight, child.bias, quantize, matvec))
-    return model
+        """x: (..., columns) -> (..., rows), in the dtype of x."""
+        if x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            y = multiply_and_sum(self.weight, x.reshape(-1).float()).view(*x.shape[:-1], -1)
+        elif self.scale is not None:
+            y = F.linear(x.float(), self.weight.float())
+        else:
+            y = F.linear(x.to(self.weight.dtype), self.weight)
+        y = y if self.scale is None else y * self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype)
 
 
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
@@ -73,12 +49,53 @@ def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
     return (weight.float() * x).sum(-1)
 
 
+class OneTokenCompiled(nn.Module):
+    """A module with `compiled`, the compiled form of its class's forward, for one token of one row. What has more
+    tokens, a prompt or a batch, is bound by arithmetic, and takes the plain way."""
+
+    def __init__(self, module: nn.Module, compiled):
+        super().__init__()
+        self.module, self.compiled = module, compiled
+
+    def forward(self, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Tensor:
+        rest = () if mask is None else (rotary, cache, positions, mask)  # a Linear layer takes x alone
+        if x.numel() > x.size(-1):
+            return self.module(x, *rest)
+        for tensor in cache:
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # the size of a cache may change, and nothing else
+        if mask is not None:
+            torch._dynamo.maybe_mark_dynamic(mask, 3)
+        return self.compiled(self.module, x, *rest)
+
+
+def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = True) -> GPT:
+    """The model with its Linear layers, head included, replaced by DecodingLinear; it can generate, but not train.
+
+    `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast way for single tokens,
+    which takes some seconds; where that fails, a warning says so and it is done without.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, DecodingLinear(child.weight, child.bias, quantize))
+    if not compile:
+        return model
+    blocks, head, weight = model.transformer.h, model.lm_head, model.transformer.wte.weight
+    try:
+        one_block, product = (torch.compile(kind.forward) for kind in (Block, DecodingLinear))
+        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block) for block in blocks)
+        model.lm_head = OneTokenCompiled(head, product)
+        with torch.no_grad():  # torch compiles at the first call
+            model(torch.zeros(1, 1, dtype=torch.long), cache=KVCache(model.config, 1, 16, dtype=weight.dtype))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
+        model.transformer.h, model.lm_head = blocks, head
+    return model
+
+
 def pays_back(model: GPT, n_tokens: int) -> bool:
     """Whether compiling, some five seconds, gains that much over `n_tokens`: float32 weights are then read at 25
     instead of 12 GB/s, as measured on two cores by benchmarks/decode.py."""
     n_bytes = 4 * model.num_params(non_embedding=True) * n_tokens
     return n_bytes / 12e9 - n_bytes / 25e9 > 5
-
-
-def plain(weight: Tensor, x: Tensor) -> Tensor:
-    return weight.float() @ x

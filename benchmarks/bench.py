@@ -84,5 +84,6 @@ def table(rows: list[dict]) -> str:
 def write(path: str, **result) -> None:
     """Write the result as JSON to `path`, if one was given."""
     if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {path}")

@@ -2,13 +2,17 @@
 
 $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8,256
 
-A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch.
+A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch. With
+--memory, each contender runs alone in a process of its own as well, and the peak of that is shown.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import bench
@@ -70,6 +74,13 @@ def nanogpt_step(path, shape, dtype, compile, x, y):
     return step_of(model, lambda: forward(x, y)[1], [optimizer], dtype, x.device)
 
 
+def peak_memory(device: torch.device) -> float:
+    """The most bytes this process has held: on the GPU, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
@@ -77,7 +88,10 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=65)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too, each in its own process")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of such a process
     parser.add_argument("--json", default="", help="also write the result here")
     args = parser.parse_args()
 
@@ -88,7 +102,7 @@ def main() -> None:
     L, C, H, B, T, V = shape
     idx = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {name: {"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in args.dtypes.split(",")}
     contenders = {}
     for name, dtype in dtypes.items():
         for how, compile in (("eager", False), ("compiled", True)):
@@ -100,6 +114,12 @@ def main() -> None:
                 make = lambda d=dtype, c=compile: nanogpt_step(args.nanogpt, shape, d, c, x, y)  # noqa: E731
                 contenders[f"nanoGPT, {name} {how}"] = make
         contenders[f"Hugging Face, {name} eager"] = lambda d=dtype: hugging_face_step(shape, d, x, y)
+    if args.alone:
+        step = contenders[args.alone]()
+        for _ in range(3):
+            step()
+        print(peak_memory(device))
+        return
     steps = {name: make() for name, make in contenders.items() if args.only in name}
 
     print(machine(device))
@@ -116,11 +136,20 @@ def main() -> None:
         row = {"contender": name, "ms a step": f"{1e3 * s:.1f}", "tokens/s": f"{B * T / s:,.0f}"}
         if peers:
             row["x nanoGPT's best"] = f"{min(peers) / s:.2f}"
+        if args.memory:
+            alone = [sys.executable, __file__, *sys.argv[1:], "--alone", name]
+            output = subprocess.run(alone, capture_output=True, text=True, check=True).stdout
+            row["peak memory, MB"] = f"{float(output.split()[-1]) / 1e6:,.0f}"
         row["of the matmul rate"] = f"{flops / s / peak['bf16' if 'bf16' in name else 'fp32']:.0%}"
         rows.append(row)
     print(table(rows))
     print("\nmatmul rate: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in peak.items()))
-    bench.write(args.json, machine=machine(device), shape=args.shape, seconds=seconds, matmul_rate=peak)
+    results = {
+        row["contender"]: {"seconds": seconds[row["contender"]], "tokens_per_second": B * T / seconds[row["contender"]]}
+        | {"note": f"{row['of the matmul rate']} of the matmul rate"}
+        for row in rows
+    }
+    bench.write(args.json, machine=machine(device), shape=args.shape, results=results, matmul_rate=peak)
 
 
 if __name__ == "__main__":

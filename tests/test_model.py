@@ -19,6 +19,7 @@ SWITCHES = dict(
     tie_weights=(True, False),
     logit_softcap=(0.0, 15.0),
     bias=(True, False),
+    ngram=(1, 3),
 )
 
 
@@ -212,6 +213,25 @@ def test_zero_init_starts_every_block_as_the_identity_and_the_head_as_uniform():
     model = GPT(GPTConfig(**SMALL, zero_init=True, tie_weights=False))
     _, loss = model(tokens(), tokens())
     assert loss.item() == pytest.approx(math.log(37), rel=1e-6)
+
+
+def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
+    """What is added at a position depends on the last 3 tokens there, and on the beginning of the sequence."""
+    embedding = random_model(ngram=3, ngram_rows=4096).transformer.ngram
+    idx = torch.tensor([[5, 1, 2, 3, 7, 1, 2, 3, 0, 2, 3], [1, 2, 3, 2, 3, 1, 0, 3, 1, 2, 3]])
+    with torch.no_grad():
+        added = embedding(idx, torch.arange(11).expand(2, 11))
+    assert torch.equal(added[0, 3], added[0, 7]) and torch.equal(added[0, 3], added[1, 2])  # 1 2 3, wherever
+    others = [added[0, 10], added[1, 4], added[1, 7], added[1, 0]]  # 0 2 3, 3 2 3, 1 0 3, and 1 at the beginning
+    assert all(not torch.allclose(added[0, 3], other) for other in others)
+    assert not torch.allclose(added[1, 0], added[0, 1])  # 1 at the beginning, and after 5
+    by_hand = embedding.tables[0].weight[key_row(3 * 1_000_003 + 2 + 1)]
+    by_hand = by_hand + embedding.tables[1].weight[key_row((3 * 1_000_003 + 3) * 1_000_003 + 1 + 1)]
+    torch.testing.assert_close(added[0, 3], by_hand)
+
+
+def key_row(key: int) -> int:
+    return (key ^ (key >> 15)) % 4096
 
 
 def test_bias_false_leaves_no_bias_anywhere():

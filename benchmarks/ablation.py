@@ -1,0 +1,80 @@
+"""What each ingredient of config/quickstart.py gains: the same run with one of them changed, several seeds each.
+
+$ python prepare tinyshakespeare --name shakespeare_char
+$ python benchmarks/ablation.py --seeds 3
+
+Judged on the whole val split in windows of 64 tokens. Seconds are those of the loop, without imports.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import bench
+import torch
+from time_to_loss import REPO, timed, whole_val_loss
+
+from acorn import checkpoint
+from acorn.shards import load_dataset
+
+VARIANTS = {
+    "config/quickstart.py": [],
+    "without n-gram embeddings": ["ngram=1"],
+    "bigrams only": ["ngram=2"],
+    "AdamW (rate 5e-3) in place of Muon": ["optimizer=adamw", "learning_rate=5e-3"],
+    "learned positions": ["pos=learned"],
+    "GELU in place of squared ReLU": ["mlp=gelu_tanh"],
+    "without normalized queries and keys": ["qk_norm=False"],
+    "RMSNorm in place of LayerNorm": ["norm=rmsnorm"],
+    "tied head": ["tie_weights=True"],
+    "GPT-2's initialization": ["zero_init=False"],
+    "cosine in place of hold and line": ["lr_schedule=cosine"],
+    "logits capped at 15": ["logit_softcap=15"],
+    "no gradient clipping": ["grad_clip=0"],
+    "weight decay 0.1": ["weight_decay=0.1"],
+    "4 layers": ["n_layer=4"],
+    "all of GPT-2's form, AdamW 1e-3, cosine": (
+        "ngram=1 optimizer=adamw learning_rate=1e-3 pos=learned mlp=gelu_tanh qk_norm=False tie_weights=True "
+        "zero_init=False lr_schedule=cosine n_layer=4 n_head=4 weight_decay=0.1"
+    ).split(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="shakespeare_char")
+    parser.add_argument("--config", default="config/quickstart.py")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="only variants whose name has this in it, beside the first")
+    parser.add_argument("--json", default="", help="also write the result here")
+    args = parser.parse_args()
+
+    dataset = str(load_dataset(args.dataset).path.resolve())
+    print(bench.machine(torch.device("cpu")))
+    first = next(iter(VARIANTS))
+    variants = {name: words for name, words in VARIANTS.items() if name == first or args.only in name}
+    losses, seconds = {name: [] for name in variants}, {name: [] for name in variants}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(1, args.seeds + 1):
+            for name, words in variants.items():
+                out = Path(scratch) / f"{seed}-{len(losses[name])}-{len(words)}"
+                command = [sys.executable, REPO / "train.py", args.config, f"--dataset={dataset}", f"--out_dir={out}"]
+                command += [f"--seed={seed}", "--overwrite=True", "--device=cpu", "--eval_interval=1000000"]
+                timed([*command, *(f"--{word}" for word in words)], REPO)
+                losses[name].append(whole_val_loss(out, dataset, 64))
+                seconds[name].append(checkpoint.find(out)[1]["seconds"])
+    rows = []
+    for name in variants:
+        row = {"variant": name, "val loss": " ".join(f"{loss:.3f}" for loss in losses[name])}
+        row["mean"] = f"{statistics.mean(losses[name]):.3f}"
+        row["worse by"] = f"{statistics.mean(losses[name]) - statistics.mean(losses[first]):+.3f}"
+        row["seconds"] = f"{bench.median(seconds[name]):.1f}"
+        rows.append(row)
+    print(bench.table(rows))
+    bench.write(args.json, machine=bench.machine(torch.device("cpu")), losses=losses, seconds=seconds)
+
+
+if __name__ == "__main__":
+    main()
