@@ -1,4 +1,4 @@
-# The demo: a character-level GPT on Shakespeare's plays, in some ten seconds of training on two CPU cores.
+# The demo: a character-level GPT on Shakespeare's plays, in a few seconds of training on two CPU cores.
 # $ python prepare shakespeare
 # $ python train.py config/quickstart.py                     # or --max_iters=2000, for a minute and better text
 
@@ -21,8 +21,11 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 
+# the last two, three and four characters together have embeddings too: most of what so short a run can learn
+ngram = 4
+
 # Muon for the matrices in the blocks, AdamW with a high rate for the rest; after a short hold, a straight line to zero
-max_iters = 340
+max_iters = 100
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 1.5e-2
@@ -33,6 +36,6 @@ min_lr = 0.0
 weight_decay = 0.0
 beta2 = 0.99
 
-eval_interval = 170
-eval_iters = 20
-log_interval = 34
+eval_interval = 50
+eval_iters = 10
+log_interval = 10
