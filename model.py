@@ -9,12 +9,16 @@ References:
 - Transformer: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
 """
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 @dataclass
@@ -122,6 +126,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def document_positions(documents: Tensor) -> Tensor:
+    """How far each token stands from the first one of its document. documents, numbered in a row: (B, T) -> (B, T)."""
+    at = torch.arange(documents.size(1), device=documents.device)  # (T,)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    return at - torch.where(begins, at, 0).cummax(dim=1).values
+
+
+def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
+    """What each token attends to: those of its own document, from the first one to itself. documents: (B, T).
+
+    For scaled_dot_product_attention it is a boolean (B, 1, T, T); for flex attention, https://arxiv.org/abs/2412.05496,
+    which passes over blocks that are masked whole, a BlockMask.
+    """
+    if not flex:
+        return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+    def attends(b, h, query, key):
+        return (query >= key) & (documents[b, query] == documents[b, key])
+
+    B, T = documents.shape
+    return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` compiled, without which flex attention is slow; in a model that is compiled as a whole, as it is."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
+
+
+_compiled = functools.cache(torch.compile)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # what flex attention on a GPU is compiled with
+
+
 class Norm(nn.Module):
     """LayerNorm (its bias optional) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
 
@@ -164,15 +200,20 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.write(self.layer, positions, k, v)  # (B, H_kv, S, D)
             q = q.to(k.dtype)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=cfg.dropout if self.training else 0.0,
-            enable_gqa=cfg.n_kv_head != cfg.n_head,
-        )  # (B, H, T, D)
+        grouped = cfg.n_kv_head != cfg.n_head
+        if isinstance(mask, BlockMask):
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
+            y = compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=cfg.dropout if self.training else 0.0,
+                enable_gqa=grouped,
+            )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.c_proj(y), cfg.dropout, self.training)
 
@@ -250,6 +291,7 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
+        documents: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
         last: Tensor | None = None,
@@ -259,7 +301,8 @@ class GPT(nn.Module):
         With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
         targets that are not masked ("mean", 0 where all are masked; "sum"; or "none": (B, T), 0 at masked ones).
         Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
-        With a `cache`, idx continues its rows: row b stands at position cache.length[b].
+        With `documents` (B, T), which number the documents in each row, attention stays inside a document and positions
+        restart there. With a `cache`, idx continues its rows: row b stands at position cache.length[b]. Not both.
         """
         B, T = idx.shape
         cfg = self.config
@@ -268,7 +311,13 @@ class GPT(nn.Module):
             if T > cfg.block_size:
                 raise ValueError(f"a sequence of {T} tokens does not fit the block size of {cfg.block_size}")
             at = torch.arange(T, device=idx.device)  # (T,)
+            if documents is not None:
+                at = document_positions(documents)  # (B, T)
+                dropout = self.training and cfg.dropout > 0  # which flex attention does not have
+                mask = document_mask(documents, idx.is_cuda and HAS_TRITON and not dropout and cfg.head_dim >= 16)
         else:
+            if documents is not None:
+                raise ValueError("documents are told apart in whole sequences only, not with a cache")
             at = positions = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             mask = torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         if cfg.pos == "learned":
@@ -277,7 +326,7 @@ class GPT(nn.Module):
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
         else:
             cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
-            rotary = (cos, sin) if cache is None else (cos[:, None], sin[:, None])
+            rotary = (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
 
         x = F.dropout(x, cfg.dropout, self.training)
         for block in self.transformer.h:

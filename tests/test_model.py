@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import model as model_file
 from acorn.hub import from_hf
 from model import GPT, GPTConfig, KVCache, rotary_angles, rotate, sinusoidal_positions
 
@@ -126,6 +127,51 @@ def test_no_token_sees_a_later_one(pos, mlp):
     logits[0, 5].square().sum().backward()
     gradient = seen[0].grad[0].abs().sum(-1)  # (T,)
     assert (gradient[:6] > 0).all() and (gradient[6:] == 0).all()
+
+
+ROWS = [[5, 4, 3], [1, 11]]  # lengths of the documents in two rows of 12 tokens
+DOCUMENTS = torch.tensor([[n for n, length in enumerate(row) for _ in range(length)] for row in ROWS])
+
+
+@pytest.mark.parametrize("pos", SWITCHES["pos"])
+@pytest.mark.parametrize("n_kv_head", [0, 2])
+def test_documents_in_a_row_are_as_each_alone(pos, n_kv_head):
+    model = random_model(pos=pos, n_kv_head=n_kv_head, qk_norm=True)
+    idx = tokens()
+    with torch.no_grad():
+        logits, _ = model(idx, idx, documents=DOCUMENTS)
+        for row, lengths in enumerate(ROWS):
+            parts = idx[row : row + 1].split(lengths, dim=1)
+            alone = torch.cat([model(part, part)[0] for part in parts], dim=1)[0]
+            assert (logits[row] - alone).abs().max() < 1e-5
+        assert (model(idx, idx)[0] - logits).abs().max() > 0.1  # what it comes to without
+
+
+@pytest.mark.parametrize("pos", SWITCHES["pos"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_no_document_leaks_into_another(pos, dropout):
+    """The gradient of one document's loss with respect to the embeddings of the others is exactly zero."""
+    model = random_model(pos=pos, dropout=dropout).train()
+    idx, documents = tokens()[:1], DOCUMENTS[:1]
+    seen = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(out.retain_grad() or out))
+    for n in range(3):
+        _, nats = model(idx, idx.roll(-1), documents=documents, reduction="none")
+        nats[documents == n].sum().backward()
+        touched = seen.pop().grad[0].abs().sum(-1) > 0  # (T,)
+        assert torch.equal(touched, documents[0] == n)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_keeps_documents_apart_as_the_mask_does(monkeypatch):
+    model = random_model(pos="rope", n_kv_head=2, n_embd=64)
+    idx = tokens()
+    with torch.no_grad():
+        expected = model(idx, idx, documents=DOCUMENTS)[0]
+        blocks = model_file.document_mask
+        monkeypatch.setattr(model_file, "compiled", lambda function: function)  # compiling takes half a minute
+        monkeypatch.setattr(model_file, "document_mask", lambda documents, flex: blocks(documents, flex=True))
+        assert (model(idx, idx, documents=DOCUMENTS)[0] - expected).abs().max() < 1e-5
 
 
 def test_sinusoidal_positions_follow_the_papers_formula():
@@ -276,3 +322,22 @@ def test_gpu_logits_are_the_cpus():
         expected = model(idx, idx)[0]
         got = model.cuda()(idx.cuda(), idx.cuda())[0].cpu()
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_gpu_documents_are_the_cpus(compile):
+    """Flex attention on the GPU against the mask on the CPU: loss and gradients, with all that changes q and k."""
+    model = random_model(pos="rope", n_embd=64, n_kv_head=2, qk_norm=True, block_size=300)
+    idx = tokens(T=300)
+    documents = (tokens(T=300, V=20) == 0).cumsum(1)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        model.zero_grad()
+        forward = torch.compile(model) if compile and device == "cuda" else model
+        _, loss = forward(idx.to(device), idx.to(device), documents=documents.to(device))
+        loss.backward()
+        gradients.append([loss.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
