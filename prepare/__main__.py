@@ -172,7 +172,7 @@ def _default_name(corpus, name: str) -> str:
 def _unknown_corpus(name: str) -> str:
     if os.path.exists(name):
         return f"'{name}' is a path, not a corpus; you want `python prepare text {name}`"
-    near = difflib.get_close_matches(name, CORPORA, 1)
+    near = difflib.get_close_matches(name, [*CORPORA, "inspect"], 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no corpus '{name}'; {hint}the corpora are {', '.join(CORPORA)}"
 
