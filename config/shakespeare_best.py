@@ -1,5 +1,5 @@
-# The lowest loss on Tiny Shakespeare that ten minutes on two CPU cores reach, by character. nanoGPT's settings for a GPU
-# (config/train_shakespeare_char.py) end at 1.4697 in three minutes on an A100.
+# The lowest loss on Tiny Shakespeare that ten minutes on two CPU cores reach, by character. nanoGPT's settings for
+# a GPU (config/train_shakespeare_char.py) end at 1.4697, in three minutes on an A100.
 # $ python prepare tinyshakespeare --name shakespeare_char
 # $ python train.py config/shakespeare_best.py
 
