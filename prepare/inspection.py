@@ -26,7 +26,9 @@ SAMPLE_TOKENS = 48
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="its folder, or its name in data/")
     parser.add_argument(
-        "--verify", action="store_true", help="also check every shard, and the source, against the hashes in meta.json"
+        "--verify",
+        action="store_true",
+        help="also check every shard, and what source files meta.json lists, against its hashes",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; default: 3")
     parser.add_argument(
