@@ -40,6 +40,10 @@ class Tokenizer:
         """The ids of `text`: int32, one dimension."""
         raise NotImplementedError
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        return [self.encode(text) for text in texts]
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The UTF-8 bytes that the ids stand for. An id outside the vocabulary is a ValueError."""
         raise NotImplementedError

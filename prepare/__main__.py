@@ -17,12 +17,14 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError  # noqa: E402
-from acorn.shards import load_dataset  # noqa: E402
+from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import pipeline  # noqa: E402
 
 CORPORA = [
-    module.name for module in pkgutil.iter_modules(prepare.__path__) if module.name not in ("__main__", "pipeline")
+    module.name
+    for module in pkgutil.iter_modules(prepare.__path__)
+    if module.name not in ("__main__", "pipeline", "reading")
 ]
 
 
@@ -64,7 +66,11 @@ def prepare_corpus(argv: list[str]) -> None:
         name=name,
         tokenizer=tokenizer_of(args.tokenizer),
         source={"corpus": args.corpus, "description": description},
+        val_by=args.val_by,
         val_fraction=args.val_fraction,
+        val_tokens=args.val_tokens,
+        max_tokens=getattr(args, "max_tokens", None),
+        shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
     print(summary(meta, out, dataset=str(out) if args.out else name))
@@ -132,11 +138,25 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
         add(
             "--val_fraction",
             type=float,
-            default=0.1,
-            help="the part at the end that is for validation, between 0 and 1; default: 0.1",
+            default=getattr(corpus, "VAL_FRACTION", 0.1),
+            help="the part that is for validation, between 0 and 1; default: %(default)s",
         )
+        add(
+            "--val_by",
+            choices=("end", "document"),
+            help="what that part is: the end of the corpus, or whole documents by a hash of their text; "
+            "default: end for fewer than 100 files, else document",
+        )
+        add("--val_tokens", type=int, metavar="N", help="so many tokens at most for validation; the rest is trained on")
         add("--name", help="the name of the dataset; default: " + _default_name(corpus, name))
         add("--out", metavar="DIR", help="where to write it; default: data/NAME")
+        add(
+            "--shard_tokens",
+            type=int,
+            metavar="N",
+            default=SHARD_TOKENS,
+            help="tokens in a shard; after each whole one a stopped preparation can go on; default: %(default)s",
+        )
         add("--overwrite", action="store_true", help="replace a dataset that is there already")
         add(
             "--errors",
