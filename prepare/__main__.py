@@ -17,6 +17,7 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError  # noqa: E402
+from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import pipeline  # noqa: E402
@@ -77,17 +78,22 @@ def prepare_corpus(argv: list[str]) -> None:
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
-    """A kind of tokenizer, or the tokenizer itself of a dataset or of a run's newest checkpoint."""
-    if name in KINDS:
+    """A kind of tokenizer, or the tokenizer itself: of a tokenizer.json, of a dataset, of a run's newest checkpoint."""
+    if name.startswith("bpe:"):
+        tokenizers.bpe_size(name)  # said before a long read
+    if name in KINDS or name.startswith("bpe:"):
         return name
     states = sorted(Path(name).glob("step_*/state.json"))
+    if tokenizers.is_hf(name):
+        return tokenizers.load_hf(name)
     try:
         if states:
             return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
         return load_dataset(name).tokenizer
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--tokenizer {name} is neither {', '.join(KINDS)} nor a dataset nor the out_dir of a run with a checkpoint"
+            f"--tokenizer {name} is neither {', '.join(KINDS)} or bpe:8192, nor a tokenizer.json, nor a dataset, nor "
+            "the out_dir of a run with a checkpoint"
         ) from error
 
 
@@ -133,7 +139,8 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
         add(
             "--tokenizer",
             default=corpus.TOKENIZER,
-            help="char, byte, gpt2, or a dataset or out_dir whose tokenizer to use; default: %(default)s",
+            help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (learns so many tokens from the corpus), or a "
+            "tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
         )
         add(
             "--val_fraction",
