@@ -228,8 +228,8 @@ class HFTokenizer(Tokenizer):
     manner of sentencepiece with a token for each byte (Llama 2, TinyLlama, Gemma).
 
     `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. Many of the second sort put a space
-    before a text: `decode` drops it, `decode_bytes` and `token_bytes` have it. A tokenizer that cannot give back every
-    text is a UserError.
+    before a text: `decode` drops it, `decode_bytes` and `token_bytes` have it. Some of the first lack a few bytes that
+    are rare in text (SmolLM2 some control characters), and leave them out. One that changes text is a UserError.
     """
 
     def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
@@ -316,9 +316,9 @@ class HFTokenizer(Tokenizer):
     @functools.cached_property
     def _table(self) -> list[bytes]:
         of_bytes = byte_alphabet() if self._byte_level else {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        if not of_bytes.keys() <= self._vocab.keys():
+        if not self._byte_level and not of_bytes.keys() <= self._vocab.keys():
             raise UserError(
-                "the tokenizer.json lacks a token for each byte, so it cannot encode every text; use another"
+                "the tokenizer.json has neither byte-level tokens nor one for each byte; use another, as gpt2"
             )
         table = [b""] * self.n_vocab
         for token, i in self._vocab.items():
