@@ -82,7 +82,12 @@ def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
                 f"the checkpoint {source} has a head of its own, but its config.json ties it to the embedding; "
                 'put "tie_word_embeddings": false there'
             )
-    return model, tokenizer_of(folder, source, config)
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
+        tokenizer = tokenizers.get_tokenizer("gpt2")
+    if tokenizer is None:
+        print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
+    return model, tokenizer
 
 
 def download(name: str, wanted: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
@@ -266,20 +271,16 @@ def their_views(model: GPT, family: str) -> dict[str, Tensor]:
     return views
 
 
-def tokenizer_of(folder: Path, source: str, config: GPTConfig) -> tokenizers.Tokenizer | None:
-    """The tokenizer that lies in a checkpoint's folder; None, and a note, where none does."""
+def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a checkpoint, by its name on the hub or its folder; None where it comes without."""
+    folder = Path(source) if Path(source).is_dir() else download(source, TOKENIZER_FILES)
     if (folder / OWN).exists():
         return tokenizers.from_dict(read_json(folder / OWN))
-    if tokenizers.is_hf(folder):
-        return tokenizers.load_hf(folder)
-    if config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
-        return tokenizers.get_tokenizer("gpt2")
-    print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
-    return None
+    return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None
 
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
-    """What says it all of a tokenizer, by file name: to transformers, and to `tokenizer_of`."""
+    """What says it all of a tokenizer, by file name: to transformers, and to `load_tokenizer`."""
     own = {OWN: json.dumps(tokenizer.to_dict())}
     text = tokenizer_json(tokenizer)
     if text is None:

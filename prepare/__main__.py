@@ -78,12 +78,19 @@ def prepare_corpus(argv: list[str]) -> None:
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
-    """A kind of tokenizer, or the tokenizer itself: of a tokenizer.json, of a dataset, of a run's newest checkpoint."""
+    """A kind of tokenizer, or the tokenizer itself: of a Hugging Face checkpoint, of a tokenizer.json, of a
+    dataset, of a run's newest checkpoint."""
     if name.startswith("bpe:"):
         tokenizers.bpe_size(name)  # said before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
     states = sorted(Path(name).glob("step_*/state.json"))
+    if (Path(name) / "config.json").exists() or not Path(name).exists():
+        from acorn import checkpoint, hub  # here, for they import torch
+
+        published = (Path(name) / "config.json").exists() or checkpoint.is_on_hub(name)
+        if published and (tokenizer := hub.load_tokenizer(name)) is not None:
+            return tokenizer
     if tokenizers.is_hf(name):
         return tokenizers.load_hf(name)
     try:

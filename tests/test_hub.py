@@ -15,6 +15,7 @@ from acorn import UserError, checkpoint, hub
 from acorn.generate import Sampling, generate
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
+from prepare.__main__ import tokenizer_of as prepare_tokenizer_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -195,6 +196,10 @@ def test_the_hub_is_asked_for_what_is_not_here_and_its_refusals_are_sentences(tm
         with pytest.raises(UserError, match="there is no folder"):
             checkpoint.load_model(slip)
     assert len(asked) == 6  # no slip went to the hub
+
+    answers.append(None)
+    write_tokenizer(tmp_path / "copy")
+    assert prepare_tokenizer_of("owner/model").n_vocab == 262 and "model.safetensors" not in asked[-1][1]
 
 
 TEXT = "Naïve  café, it's 1234\n\n\t今天 😀  x "
