@@ -1,8 +1,8 @@
 """Documents -> pieces -> tokens -> shards, in bounded memory.
 
 The way of a document: `Reader` decides its split and cuts it into pieces; `_batches` packs pieces into batches of about
-a megabyte; `_encode` turns batches into ids, on all cores and in order; `_write` puts the ids into shards. After each
-finished shard `_write_shards` notes how far all this is, and from there the same command goes on after a kill.
+a megabyte; `_encode_ahead` turns batches into ids, on all cores and in order; `_write` puts the ids into shards. After
+each finished shard `_write_shards` notes how far all this is, and from there the same command goes on after a kill.
 """
 
 import contextlib
@@ -161,8 +161,8 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
                 before = chars
                 for block in _blocks(document):
                     chars += len(block)
-                    size += _size(block)
-                    bar.update(_size(block))
+                    size += (bytes_ := _size(block))
+                    bar.update(bytes_)
                     yield block
                 count += chars > before
         if count > 1:
@@ -232,7 +232,7 @@ class Reader:
         split = document.split if isinstance(document, Document) else None
         digest, chars = hashlib.sha256(), self.place.chars
         for i, block in enumerate(_blocks(document)):
-            digest.update(block.encode())
+            digest.update(_utf8(block))
             if i == 0:
                 if not split and self.cut is None:
                     split = "val" if int(digest.hexdigest()[:16], 16) < self.val_fraction * 2**64 else "train"
@@ -250,18 +250,17 @@ class Reader:
 
 
 def _blocks(document: str | Iterable[str] | Document) -> Iterator[str]:
-    """The blocks of a document that are not empty, each ready for UTF-8."""
+    """The blocks of a document that are not empty."""
     text = document.text if isinstance(document, Document) else document
-    for block in filter(None, [text] if isinstance(text, str) else text):
-        try:
-            block.encode()
-            yield block
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
-            yield block.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return filter(None, [text] if isinstance(text, str) else text)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # half a surrogate pair is no text; a tokenizer makes it U+FFFD
 
 
 def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
+    return len(text) if text.isascii() else len(_utf8(text))
 
 
 def _chain(sha256: str, document: str) -> str:
@@ -322,7 +321,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
                 writer.resume(progress["splits"][split])
         bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
         bar.update(counts["train"] + counts["val"])
-        for batch, ids in _encode(_batches(reader), tokenizer):
+        for batch, ids in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
             is_full = _write(batch, ids, tokenizer, writers, counts, command["val_tokens"], command["max_tokens"])
             bar.update(counts["train"] + counts["val"] - bar.n)
@@ -349,45 +348,49 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     }
 
 
-def _encode(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Encode on all cores, in order, a few batches ahead. Threads do: tokenizers work outside the interpreter lock."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         for batch in batches:
-            texts = [piece.text for piece in batch.pieces]
-            ahead.append((batch, pool.submit(tokenizer.encode_batch, texts) if texts else None))
+            ahead.append((batch, pool.submit(_encode, batch, tokenizer)))
             if len(ahead) > 2 * workers:
                 batch, ids = ahead.popleft()
                 yield batch, ids.result()
         for batch, ids in ahead:
-            yield batch, ids.result() if ids else []
+            yield batch, ids.result()
 
 
-def _write(batch: Batch, ids, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens, max_tokens) -> bool:
-    """Write a batch's ids; True when max_tokens are reached."""
+def _encode(batch: Batch, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """A batch's ids by split: int32, an end-of-text token before each document."""
     eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
     parts = {"train": [eot[:0]], "val": [eot[:0]]}
-    for piece, piece_ids in zip(batch.pieces, ids, strict=True):
-        if piece.starts_document:
-            parts[piece.split].append(eot)
-            counts["documents"] += 1
-        parts[piece.split].append(piece_ids)
+    for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
+        parts[piece.split] += [eot, ids] if piece.starts_document else [ids]
+    return {split: np.concatenate(arrays) for split, arrays in parts.items()}
+
+
+def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens, max_tokens) -> bool:
+    """Write a batch's ids and count; True when `max_tokens` are reached."""
+    train, val = ids["train"], ids["val"]
+    for piece in batch.pieces:
+        counts["documents"] += piece.starts_document
         counts[piece.split] += piece.size
-    train, val = (np.concatenate(parts[split]) for split in ("train", "val"))
     if val_tokens and len(val) > (room := val_tokens - writers["val"].tokens):
-        moved = _size_of(val[room:], tokenizer)
-        counts["val"] -= moved
-        counts["train"] += moved
+        size = _size_of(val[room:], tokenizer)
+        counts["val"] -= size
+        counts["train"] += size
         train, val = np.concatenate([train, val[room:]]), val[:room]
-    room = max_tokens - writers["train"].tokens - writers["val"].tokens if max_tokens else len(train) + len(val)
-    if len(train) + len(val) > room:
-        counts["train"] -= _size_of(train[max(0, room - len(val)) :], tokenizer)
+    is_full = False
+    if max_tokens and len(train) + len(val) >= (room := max_tokens - writers["train"].tokens - writers["val"].tokens):
+        is_full, keep = True, max(0, room - len(val))
+        counts["train"] -= _size_of(train[keep:], tokenizer)
         counts["val"] -= _size_of(val[room:], tokenizer)
-        train, val = train[: max(0, room - len(val))], val[:room]
+        train, val = train[:keep], val[:room]
     writers["train"].write(train)
     writers["val"].write(val)
-    return len(train) + len(val) == room and bool(max_tokens)
+    return is_full
 
 
 def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from acorn import UserError
 
-BLOCK = 1 << 22  # bytes; a longer text comes in blocks
+BLOCK = 1 << 20  # bytes; a longer text comes in blocks
 PACKED = (".gz", ".zst")
 
 
