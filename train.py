@@ -46,9 +46,7 @@ class TrainSettings:
     always_save_checkpoint: bool = True  # save after each evaluation; if False, only where the val loss is the best yet
     keep_checkpoints: int = 2  # how many of the newest checkpoints stay; the best stays as well
     sample_interval: int = 0  # updates between samples shown on the console; 0: none
-    init_from: str = (
-        "scratch"  # scratch | resume | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, owner/name on the hub, a folder
-    )
+    init_from: str = "scratch"  # scratch | resume | an out_dir | a nanoGPT ckpt.pt | gpt2, OWNER/NAME (hub), a folder
     dry_run: bool = False  # say what the run would take, after a few timed updates, and write nothing
     # wandb logging
     wandb_log: bool = False  # also log to Weights & Biases
@@ -66,6 +64,9 @@ class TrainSettings:
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
     dropout: float = 0.0  # 0 is good for pretraining; for fine-tuning and small data try 0.1 to 0.2
+    attn_dropout: float = (
+        -1.0
+    )  # of attention weights; -1: as dropout; 0 keeps attention's fast kernels, above all on CPUs
     bias: bool = False  # biases in Linear and LayerNorm
     n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
     n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu: 8/3)
@@ -127,6 +128,8 @@ def check(s: TrainSettings) -> None:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
     if not 0 <= s.dropout < 1:
         raise UserError(f"dropout = {s.dropout} must be at least 0 and below 1")
+    if not (0 <= s.attn_dropout < 1 or s.attn_dropout == -1):
+        raise UserError(f"attn_dropout = {s.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**40:
@@ -138,7 +141,7 @@ def check(s: TrainSettings) -> None:
 def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture) -> tuple[GPT, str]:
     """The model that a run starts from when not from scratch, and a word on where it comes from. The settings of its
     shape in `s` follow it; one that the person gave and that differs raises UserError, as does a dataset whose
-    tokens mean something else to it. Only dropout is free, and block_size may be smaller."""
+    tokens mean something else to it. Only dropouts are free, and block_size may be smaller."""
     if s.init_from == "resume":
         model, tokenizer, source = checkpoint.build_model(folder, state), from_dict(state["tokenizer"]), str(folder)
     else:
@@ -152,7 +155,7 @@ def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f"{data.path} has {data.vocab_size} token ids, but {source} only {model.config.vocab_size}")
-    for name in sorted(SHAPE - {"dropout"}):
+    for name in sorted(SHAPE - {"dropout", "attn_dropout"}):
         has, wanted = getattr(model.config, name), given.get(name)
         free = wanted is None or wanted == has or (name in ("n_kv_head", "n_hidden") and wanted == 0)
         if name == "block_size" and wanted is not None and wanted < has:
@@ -160,7 +163,7 @@ def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict
         elif not free:
             raise UserError(f"{name} = {wanted}, but {source} has {has}, and a checkpoint keeps its shape")
         setattr(s, name, getattr(model.config, name))
-    model.config.dropout = s.dropout
+    model.config.dropout, model.config.attn_dropout = s.dropout, s.attn_dropout
     return model, source
 
 

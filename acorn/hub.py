@@ -330,7 +330,7 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     model, tokenizer, _ = checkpoint.load_model(source, which)
     cfg = model.config
     family = "llama" if cfg.pos == "rope" else "gpt2"
-    has = {"qk_norm": [False], "logit_softcap": [0.0], **HAS[family]}
+    has = {"qk_norm": [False], "logit_softcap": [0.0], "ngram": [1], **HAS[family]}
     if family == "gpt2":
         has["n_kv_head"] = [cfg.n_head]
     if wrong := [f"{name} = {getattr(cfg, name)!r}" for name in has if getattr(cfg, name) not in has[name]]:

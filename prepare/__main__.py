@@ -28,6 +28,9 @@ CORPORA = [
     if module.name not in ("__main__", "inspection", "pipeline", "reading")
 ]
 
+# of every corpus; by the others its text can be read again
+OPTIONS = "corpus tokenizer val_fraction val_by val_tokens name out shard_tokens overwrite".split()
+
 
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a command
@@ -65,7 +68,8 @@ def prepare_corpus(argv: list[str]) -> None:
         raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
 
     description = corpus.__doc__.splitlines()[0]
-    source = {"corpus": args.corpus, "description": description}
+    arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
+    source = {"corpus": args.corpus, "description": description, "arguments": arguments}
     if hasattr(corpus, "prepare"):  # not one of documents
         meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer_of(args.tokenizer), source=source)
         print(summary(meta, out, dataset=str(out) if args.out else name))

@@ -6,6 +6,7 @@ It reads whatever training reads: what `python prepare` wrote, nanoGPT's folders
 # Not inspect.py: `python prepare` looks for modules in this folder first, and would find it for Python's own `inspect`.
 
 import argparse
+import importlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from acorn import UserError, files
 from acorn.shards import Dataset, Tokens, load_dataset
 from acorn.tokenizer import Tokenizer
+from prepare.pipeline import Reader
 
 PIECE = 1 << 22  # tokens that are read at once
 SHOWN = 3  # longest and shortest documents
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="also check every shard, and what source files meta.json lists, against its hashes",
+        help="also check every shard, and the text that it was made from where that is here, against their hashes",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; default: 3")
     parser.add_argument(
@@ -54,6 +56,8 @@ def inspect(args: argparse.Namespace) -> None:
         "bytes per token": [f"{each.bytes / max(len(splits[name]), 1):.3f}" for name, each in found.items()],
         "shards": [f"{len(tokens.shards):,}" for tokens in splits.values()],
     }
+    if any(tokens.mask for tokens in splits.values()):
+        rows["masked"] = [f"{1 - each.learned / max(len(splits[name]), 1):.1%}" for name, each in found.items()]
     if tokenizer.eot is not None:
         rows["documents"] = [f"{each.lengths.total():,}" for each in found.values()]
         for name, share in (("shortest", 0), ("a quarter up to", 0.25), ("half up to", 0.5), ("longest", 1)):
@@ -90,9 +94,8 @@ class Survey:
     """What one pass over a split finds. The length of a document is in tokens, its end-of-text token left out."""
 
     bytes: int = 0  # of text
-    lengths: Counter = field(
-        default_factory=Counter
-    )  # how many documents have it; n tokens have at most sqrt(2 n) keys
+    learned: int = 0  # tokens that a mask lets count
+    lengths: Counter = field(default_factory=Counter)  # how many documents have it: at most sqrt(2 n) keys of n tokens
     longest: list[tuple[int, int]] = field(default_factory=list)  # (length, first token)
     shortest: list[tuple[int, int]] = field(default_factory=list)
 
@@ -118,6 +121,8 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
     for start in range(0, len(tokens), PIECE):
         ids = tokens.read([start], min(PIECE, len(tokens) - start))[0]
         found.bytes += int(token_bytes[ids].sum(dtype=np.int64))
+        if tokens.mask:
+            found.learned += int(tokens.mask.read([start], len(ids)).sum())
         progress.update(len(ids))
         ends = start + np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ids[:0]
         if len(ends):
@@ -158,13 +163,15 @@ def draw_lengths(lengths: dict[str, Counter], title: str, picture: Path) -> None
 
 
 def verify(dataset: Dataset) -> None:
-    """Hash every shard, and the files of the source that are still there, and compare with meta.json. Says what was
-    checked; raises UserError where something differs. (That the ids are in the vocabulary, reading them has shown.)"""
+    """Hash every shard, and the text that they were made from where it is still there, and compare with meta.json. Says
+    what was checked; raises UserError where something differs. (That the ids are in the vocabulary, reading them has
+    shown.)"""
     print(f"every token id is in the vocabulary of {dataset.vocab_size:,}")
     if not dataset.meta:
         print(f"{dataset.path} has no meta.json, so there are no hashes to check")
         return
-    listed = [entry for split in ("train", "val") for entry in dataset.meta[split]["shards"]]
+    splits = (dataset.meta["train"], dataset.meta["val"])
+    listed = [entry for split in splits for entry in [*split["shards"], *split.get("masks", [])]]
     differ = [entry["file"] for entry in listed if files.sha256(dataset.path / entry["file"]) != entry["sha256"]]
     if differ:
         raise UserError(
@@ -173,18 +180,26 @@ def verify(dataset: Dataset) -> None:
         )
     print(f"{len(listed):,} shards are as they were written")
 
-    sources = dataset.meta.get("source", {}).get("files", [])
-    if not sources:
-        print("meta.json names no files as its source, so the source is not checked")
+    source = dataset.meta.get("source", {})
+    arguments = source.get("arguments")
+    again = isinstance(arguments, dict) and "streaming" not in arguments and "-" not in arguments.get("files", [])
+    if not again or source.get("corpus") == "chat":
+        print("the text that it was made from is not checked: that is done for files that are read as documents")
         return
-    there = [source for source in sources if os.path.isfile(source["path"])]
-    changed = [source["path"] for source in there if files.sha256(source["path"]) != source["sha256"]]
-    if changed:
+    try:
+        corpus = importlib.import_module(f"prepare.{source['corpus']}")
+        reader = Reader(corpus.documents(argparse.Namespace(**arguments)), None, 0.5)
+        for _ in tqdm(reader, desc="reading the source", unit=" pieces"):
+            pass
+    except (UserError, ImportError, AttributeError, KeyError, TypeError) as error:
+        print(f"the text that it was made from is not checked: it is not here any more ({error})")
+        return
+    if reader.place.sha256 != source["sha256"]:
         raise UserError(
-            f"{len(changed)} of the files that {dataset.path} was made from changed since, the first is {changed[0]}; "
-            "prepare it again with --overwrite to have what they hold now"
+            f"the text that {dataset.path} was made from has changed since; prepare it again with --overwrite to have "
+            "what it is now"
         )
-    print(f"{len(there):,} of the {len(sources):,} source files that meta.json lists are here, and unchanged")
+    print("the text that it was made from is here, and unchanged")
 
 
 def _origin(dataset: Dataset) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused, script
 from test_shards import make_dataset, make_tokens
 from tqdm import tqdm
 
-from acorn import UserError, files
+from acorn import UserError
 from acorn.shards import load_dataset
 from acorn.tokenizer import ByteTokenizer, GPT2Tokenizer, train_char
 from prepare import __main__ as cli
@@ -106,20 +107,26 @@ def test_verify_finds_a_changed_shard(tmp_path):
         inspection.verify(dataset)
 
 
-def test_verify_checks_the_source_files_that_are_there(tmp_path, capsys):
-    meta = make_dataset(tmp_path / "a", BYTE)
-    (tmp_path / "book.txt").write_text("hello")
-    sources = [
-        {"path": str(tmp_path / "book.txt"), "sha256": files.sha256(tmp_path / "book.txt")},
-        {"path": str(tmp_path / "gone.txt"), "sha256": "0" * 64},
-    ]
-    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta | {"source": {"corpus": "text", "files": sources}}))
-    assert "1 of the 2 source files that meta.json lists are here, and unchanged" in inspect(
-        capsys, tmp_path / "a", "--verify"
-    )
-    (tmp_path / "book.txt").write_text("hallo")
-    with pytest.raises(UserError, match=r"changed since, the first is .*book\.txt"):
-        inspect(capsys, tmp_path / "a", "--verify")
+def test_verify_reads_the_text_again_where_it_still_is(tmp_path):
+    (tmp_path / "book.txt").write_text("A line of some length.\n" * 200)
+    assert script("prepare", "text", "book.txt", "--name=book", "--tokenizer=byte", cwd=tmp_path).returncode == 0
+    verify = ("prepare", "inspect", "book", "--verify", "--samples=0")
+    assert "made from is here, and unchanged" in script(*verify, cwd=tmp_path).stdout
+    (tmp_path / "book.txt").write_text("A line of some lenght.\n" * 200)
+    refused(script(*verify, cwd=tmp_path), "has changed since")
+    (tmp_path / "book.txt").unlink()
+    assert "not here any more (there is no file" in script(*verify, cwd=tmp_path).stdout
+
+
+def test_masked_tokens_are_counted(tmp_path):
+    records = [{"prompt": f"Number {i}?", "response": "Yes."} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = script("prepare", "chat", "pairs.jsonl", "--name=pairs", "--tokenizer=byte", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    meta = json.loads((tmp_path / "data" / "pairs" / "meta.json").read_text())
+    output = script("prepare", "inspect", "pairs", cwd=tmp_path).stdout
+    shares = [f"{1 - meta[split]['learned'] / meta[split]['tokens']:.1%}" for split in ("train", "val")]
+    assert next(line.split() for line in output.splitlines() if line.startswith("masked")) == ["masked", *shares]
 
 
 def test_an_id_outside_the_vocabulary_is_found(tmp_path, capsys):

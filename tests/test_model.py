@@ -112,6 +112,28 @@ def test_flex_attention_keeps_documents_apart_as_the_mask_does(monkeypatch):
         assert (model(idx, idx, documents=DOCUMENTS)[0] - expected).abs().max() < 1e-5
 
 
+def test_attention_written_out_is_torchs():
+    q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(model_file.plain_attention(q, k, v, 0.0), expected)
+
+
+def test_training_in_bfloat16_follows_float32():
+    """The loss and its gradients, by the way that a CPU takes in training."""
+    idx = tokens()
+    model = random_model(pos="rope", qk_norm=True).train()
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            _, loss = model(idx, idx.roll(-1))
+        loss.backward()
+        gradients.append((loss.item(), model.transformer.h[0].attn.c_attn.weight.grad.clone()))
+        model.zero_grad()
+    (loss, gradient), (loss_bf16, gradient_bf16) = gradients
+    assert loss_bf16 == pytest.approx(loss, rel=0.02)
+    assert (gradient_bf16 - gradient).norm() < 0.05 * gradient.norm()
+
+
 def test_sinusoidal_positions_follow_the_papers_formula():
     table = sinusoidal_positions(torch.arange(7), 6)
     for pos in range(7):
