@@ -6,8 +6,8 @@
 out_dir = "out/shakespeare_best"
 dataset = "shakespeare_char"
 
-# 8 sequences * 256 characters = 2,048 characters an update; 1,400 updates go through the text three times
-batch_size = 8
+# 16 sequences * 256 characters = 4,096 characters an update; 800 updates go through the text three times
+batch_size = 16
 block_size = 256
 gradient_accumulation_steps = 1
 
@@ -26,7 +26,7 @@ zero_init = True
 ngram = 4
 ngram_rows = 32768
 
-max_iters = 1400
+max_iters = 800
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 5e-3
@@ -37,6 +37,6 @@ min_lr = 0.0
 weight_decay = 0.0
 beta2 = 0.99
 
-eval_interval = 500
+eval_interval = 400
 eval_iters = 20
 log_interval = 50
