@@ -23,15 +23,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import bench
 import numpy as np
-import torch
-from bench import machine, median, table
-
-from acorn.shards import load_dataset
-from acorn.tokenizer import _gpt2_encoding, gpt2_config
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path[0] = str(REPO)  # this folder has a prepare.py of its own
+
+from acorn.shards import load_dataset  # noqa: E402
+from acorn.tokenizer import _gpt2_encoding, gpt2_config  # noqa: E402
+
 CORES = os.cpu_count() or 1
 EOT = 50256
 
@@ -59,14 +58,7 @@ def make_corpus(path: Path, megabytes: float) -> tuple[int, int]:
     return documents, size
 
 
-def acorn(corpus: Path, folder: Path) -> int:
-    command = [sys.executable, REPO / "prepare", "text", corpus, "--out", folder / "dataset"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    dataset = load_dataset(str(folder / "dataset"))
-    return len(dataset.train) + len(dataset.val)
-
-
-def nanogpt(corpus: Path, folder: Path) -> int:
+def nanogpt(corpus: Path, folder: Path) -> None:
     import datasets
 
     encoding = _gpt2_encoding()
@@ -85,7 +77,6 @@ def nanogpt(corpus: Path, folder: Path) -> int:
         tokens[at : at + len(part)] = part
         at += len(part)
     tokens.flush()
-    return total
 
 
 def batches(corpus: Path) -> Iterator[list[str]]:
@@ -99,44 +90,47 @@ def batches(corpus: Path) -> Iterator[list[str]]:
     yield texts
 
 
-def tiktoken(corpus: Path, folder: Path) -> int:
-    encoding, total = _gpt2_encoding(), 0
+def tiktoken(corpus: Path, folder: Path) -> None:
+    encoding = _gpt2_encoding()
     with open(folder / "train.bin", "wb") as file:
         for texts in batches(corpus):
             for ids in encoding.encode_ordinary_batch(texts, num_threads=CORES):
-                total += file.write(np.array([EOT, *ids], dtype=np.uint16).data) // 2
-    return total
+                file.write(np.array([EOT, *ids], dtype=np.uint16).data)
 
 
-def tokenizers(corpus: Path, folder: Path) -> int:
+def tokenizers(corpus: Path, folder: Path) -> None:
     from tokenizers import Tokenizer
 
-    tokenizer, total = Tokenizer.from_str(json.dumps(gpt2_config())), 0
+    tokenizer = Tokenizer.from_str(json.dumps(gpt2_config()))
     with open(folder / "train.bin", "wb") as file:
         for texts in batches(corpus):
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                total += file.write(np.array([EOT, *encoding.ids], dtype=np.uint16).data) // 2
-    return total
+                file.write(np.array([EOT, *encoding.ids], dtype=np.uint16).data)
 
 
-CONTENDERS = {"acorn": acorn, "nanoGPT's way": nanogpt, "tiktoken": tiktoken, "tokenizers": tokenizers}
+PEERS = {"nanoGPT's way": nanogpt, "tiktoken": tiktoken, "tokenizers": tokenizers}
 
 
 def measure(name: str, corpus: Path) -> tuple[float, float, int]:
     """Seconds, peak MB, and tokens of one contender in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--contender", name, "--corpus", str(corpus), "--folder", folder]
+        command = [sys.executable, __file__, "--peer", name, "--corpus", corpus, "--folder", folder]
+        if name == "acorn":
+            command = [sys.executable, REPO / "prepare", "text", corpus, "--out", f"{folder}/dataset"]
         start, peak = time.perf_counter(), 0.0
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
-            time.sleep(0.1)
+            time.sleep(0.05)
         seconds = time.perf_counter() - start
         if process.returncode:
-            raise SystemExit(f"{name} failed with exit code {process.returncode}")
-        return seconds, peak, int(process.stdout.read().split()[-1])
+            raise SystemExit(f"{name} failed with exit code {process.returncode}: {' '.join(map(str, command))}")
+        if name == "acorn":
+            dataset = load_dataset(f"{folder}/dataset")
+            return seconds, peak, len(dataset.train) + len(dataset.val)
+        return seconds, peak, Path(folder, "train.bin").stat().st_size // 2
 
 
 def memory(session: int) -> float:
@@ -157,20 +151,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
     parser.add_argument("--json", default="", help="also write the result here")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)  # what a process of its own is told
+    parser.add_argument("--peer", help=argparse.SUPPRESS)  # what a process of its own is told
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contender:
-        print(CONTENDERS[args.contender](args.corpus, args.folder))
+    if args.peer:
+        PEERS[args.peer](args.corpus, args.folder)
         return
+    sys.path.append(str(Path(__file__).parent))
+    import bench  # and with it torch, which the peers do not need
+    import torch
+    from bench import machine, median, table
 
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
         documents, size = make_corpus(corpus, args.megabytes)
         print(machine(torch.device("cpu")))
         print(f"{documents:,} documents, {size / 1e6:.1f} MB; medians of {args.rounds} rounds\n")
-        runs = {name: [] for name in CONTENDERS if args.only in name}
+        runs = {name: [] for name in ("acorn", *PEERS) if args.only in name}
         for _ in range(args.rounds):
             for name in runs:
                 runs[name].append(measure(name, corpus))
