@@ -200,6 +200,7 @@ class Reader:
     def __init__(self, documents: Iterable, cut: int | None, val_fraction: float, separator="", place=None):
         self.documents, self.cut, self.val_fraction, self.separator = documents, cut, val_fraction, separator
         self.place = place or Place()
+        self._at_end = (0, "")
 
     def __iter__(self) -> Iterator[Piece]:
         bookmark, skipped = self.place.bookmark, self.place.pieces
@@ -213,6 +214,7 @@ class Reader:
                     yield piece
             self.place.documents += 1
             self.place.pieces = skipped = 0
+            self.place.chars, self.place.sha256 = self._at_end
 
     def here(self) -> Place:
         """A copy of the place, with the bookmark that belongs to it."""
@@ -228,7 +230,8 @@ class Reader:
                 starts_document = False
 
     def _parts(self, document) -> Iterator[tuple[str, str]]:
-        """The document's text with its splits, block by block; at its end the place moves on."""
+        """The document's text with its splits, block by block. Its last piece comes after all blocks were read, so the
+        place moves past it only then: `_at_end` keeps what it will be."""
         split = document.split if isinstance(document, Document) else None
         digest, chars = hashlib.sha256(), self.place.chars
         for i, block in enumerate(_blocks(document)):
@@ -244,9 +247,8 @@ class Reader:
                 before = max(0, self.cut - chars)
                 yield from ((part, name) for part, name in ((block[:before], "train"), (block[before:], "val")) if part)
             chars += len(block)
-        if chars > self.place.chars:
-            self.place.chars = chars
-            self.place.sha256 = _chain(self.place.sha256, digest.hexdigest())
+        is_empty = chars == self.place.chars
+        self._at_end = chars, self.place.sha256 if is_empty else _chain(self.place.sha256, digest.hexdigest())
 
 
 def _blocks(document: str | Iterable[str] | Document) -> Iterator[str]:

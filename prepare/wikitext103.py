@@ -21,7 +21,7 @@ def articles(lines: Iterator[str]) -> Iterator[str]:
     """A row is a line; an article begins with ` = Title = `, its sections with ` = = Title = = `."""
     article = ""
     for line in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n", line):
+        if re.fullmatch(r" = (?!=).* = \n", line):
             yield article
             article = ""
         article += line

@@ -1,6 +1,8 @@
 """prepare: whole datasets from small corpora, and every kind of bad input, mostly through the command line."""
 
 import argparse
+import contextlib
+import csv
 import errno
 import gzip
 import hashlib
@@ -13,14 +15,17 @@ import time
 import zipfile
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from acorn import UserError
-from acorn.shards import PARTIAL, load_dataset, open_shard
+from acorn.shards import PARTIAL, ShardWriter, load_dataset, open_shard
 from acorn.tokenizer import _gpt2_encoding
 from prepare import __main__ as cli
-from prepare import pipeline, shakespeare, stdlib, tinyshakespeare
+from prepare import hub, pipeline, reading, shakespeare, stdlib, tinyshakespeare
 from prepare import text as text_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +113,370 @@ def test_long_documents_have_the_ids_of_the_whole(tmp_path):
     encode, cut = _gpt2_encoding().encode_ordinary, int(len(text) * 0.9)
     assert ids_of(dataset.train) == [50256, *encode(text[:cut])] and ids_of(dataset.val) == encode(text[cut:])
     assert len(meta["train"]["shards"]) == -(-meta["train"]["tokens"] // 50_000)
+
+
+def test_a_text_comes_in_the_same_pieces_however_it_comes_in_blocks(monkeypatch):
+    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 300_000)
+    rng = np.random.default_rng(0)
+    words = rng.choice(["word", "  \n", " ", "x" * 30, "é", "\u3000", "\n\n", "naïve"], 400_000)
+    text = " ".join(words) + "y" * (pipeline.LONGEST_PIECE + 5)
+    whole = list(pipeline.cut_pieces([text]))
+    ends = np.sort(rng.integers(0, len(text), 40)).tolist()
+    blocks = [text[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
+    assert list(pipeline.cut_pieces(blocks)) == whole and "".join(whole) == text
+    assert len(whole) > 10 and max(map(len, whole)) <= pipeline.LONGEST_PIECE
+
+
+def test_a_file_longer_than_a_block_is_read_exactly(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK", 1001)  # cuts characters of two and three bytes
+    text = "\ufeffcafé €uro 文字 " * 2000
+    Path("long.txt").write_text(text, encoding="utf-8")
+    prepare("text", "long.txt", "--tokenizer=byte")
+    dataset = load_dataset("long")
+    ids = ids_of(dataset.train) + ids_of(dataset.val)
+    assert dataset.tokenizer.decode_bytes(ids[1:]).decode() == text[1:]
+    Path("bad.txt").write_bytes(b"a" * 5000 + "é".encode()[:1])
+    fails("byte 5000 is 0xc3", "text", "bad.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+RECORDS = [f"Record {i}: " + TEXT[: 10 + i % 60] for i in range(300)]
+
+
+def write_records(path: str, key: str = "text") -> None:
+    rows = [{"id": i, key: text} for i, text in enumerate(RECORDS)]
+    if path.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=70)
+    elif path.endswith(".csv"):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", key])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        data = "\n".join(json.dumps(row) for row in rows).encode()
+        if path.endswith(".zst"):  # in two frames, as parallel compressors write it
+            data = b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:999], data[999:]))
+        Path(path).write_bytes(gzip.compress(data) if path.endswith(".gz") else data)
+
+
+@pytest.mark.parametrize("path", ["r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet", "r.csv"])
+def test_records_are_documents(path):
+    write_records(path, "body")
+    meta = prepare("text", path, "--key=body", "--tokenizer=byte")
+    assert meta["documents"] == 300 and meta["val_by"] == "document"
+    dataset = load_dataset("r")
+    texts = {split: set(documents_of(dataset, split)) for split in ("train", "val")}
+    assert texts["train"] | texts["val"] == set(RECORDS) and not texts["train"] & texts["val"]
+    assert 10 < len(texts["val"]) < 60
+    digest = {text: int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 for text in RECORDS}
+    assert texts["val"] == {text for text in RECORDS if digest[text] < 0.1}  # whatever stands around it
+
+
+def documents_of(dataset, split: str) -> list[str]:
+    return dataset.tokenizer.decode(ids_of(getattr(dataset, split))).split("<|endoftext|>")[1:]
+
+
+def test_records_in_a_folder_and_lines_that_are_none():
+    os.mkdir("d")
+    write_records("d/a.jsonl")
+    write_records("d/b.parquet")
+    Path("d/c.jsonl").write_text('{"name": "no text here"}\n')
+    meta = prepare("text", "d", "--tokenizer=byte")
+    assert meta["documents"] == 601
+    fails(
+        r"line 1 of d/c\.jsonl has no field 'text'; choose one with --key \(the fields are: name\)", "text", "d/c.jsonl"
+    )
+    fails(r"b\.parquet has no field 'body'.*the fields are: id, text", "text", "d/b.parquet", "--key=body", "--name=x")
+    fails(r"line 1 of d/a\.jsonl has 0 in its field 'id'", "text", "d/a.jsonl", "--key=id", "--name=x")
+    for name, data, match in (
+        ("e.jsonl", b'{"text": "x"}\nnot json\n', r"line 2 of e\.jsonl is no JSON"),
+        ("f.jsonl", b'{"text": "caf\xe9"}\n', r"line 1 of f\.jsonl is not UTF-8"),
+        ("g.jsonl", b"[1, 2]\n", r"line 1 of g\.jsonl is \[1, 2\], not an object"),
+        ("h.csv", b"a,b\n1,2\n", r"h\.csv has no field 'text'.*a, b"),
+        ("i.parquet", b"PAR1 or not", r"i\.parquet is no whole parquet file"),
+        ("j.jsonl.zst", pyarrow.compress(TEXT.encode(), "zstd", asbytes=True)[:-9], r"j\.jsonl\.zst is no whole zstd"),
+    ):
+        Path(name).write_bytes(data)
+        fails(match, "text", name)
+
+
+def test_half_a_surrogate_pair_in_json():
+    Path("s.jsonl").write_text('{"text": "a\\ud800b' + TEXT.replace("\n", " ") + '"}\n' * 1)
+    prepare("text", "s.jsonl", "--tokenizer=byte", "--val_by=end")
+    dataset = load_dataset("s")
+    assert dataset.tokenizer.decode(ids_of(dataset.train)[:6]) == "<|endoftext|>a\ufffdb"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+@pytest.mark.parametrize("val_by", ["end", "document"])
+def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
+    write_records("r.jsonl")
+    whole = prepare("text", "r.jsonl", "--tokenizer=byte", f"--val_by={val_by}")
+    capped = prepare("text", "r.jsonl", "--tokenizer=byte", f"--val_by={val_by}", "--val_tokens=500", "--overwrite")
+    assert capped["val"]["tokens"] == 500
+    for count in ("tokens", "bytes"):
+        assert sum(whole[split][count] for split in ("train", "val")) == sum(
+            capped[split][count] for split in ("train", "val")
+        )
+    dataset = load_dataset("r")
+    ids = ids_of(dataset.val)
+    assert capped["val"]["bytes"] == len(ids) - ids.count(dataset.tokenizer.eot)
+
+
+def test_a_split_that_gets_nothing_says_what_to_do():
+    Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    fails("of 2 documents too little text came to val .* or --val_by end", "text", "few.jsonl")
+    fails("val_tokens is 1", "text", "few.jsonl", "--val_tokens=1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped under way
+
+
+class Stopped(Exception):
+    """What a kill is to a test: whatever was not on the disk by then is lost."""
+
+
+class Interrupted:
+    """Documents, in blocks where they are long, that stop after `limit` of them."""
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+
+    def __iter__(self):
+        for i, text in enumerate([*RECORDS[:150], "", TEXT * 3, *RECORDS[150:]]):
+            if i == self.limit:
+                raise Stopped
+            yield text if len(text) < 1000 else (text[j : j + 700] for j in range(0, len(text), 700))
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(pipeline, "BATCH", 300)
+    monkeypatch.setattr(pipeline, "PIECE", 200)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokenizer": "byte", "val_by": "document"},
+        {"tokenizer": "char", "val_by": "document", "val_tokens": 700},
+        {"tokenizer": "byte", "val_by": "end", "val_fraction": 0.6},
+        {"tokenizer": "char", "val_by": "end"},
+        {"tokenizer": "byte", "max_tokens": 17_000},
+    ],
+)
+def test_what_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, small_steps, options, capsys):
+    def files_of(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    options |= {"name": "d", "source": {}, "shard_tokens": 1500}
+    pipeline.prepare(Interrupted(), tmp_path / "whole", **options)
+    out = tmp_path / "parts"
+    for limit in (*range(40, 400, 35), None):
+        documents = Interrupted()
+        with contextlib.suppress(Stopped):
+            if options.get("val_by") != "end" and options["tokenizer"] != "char":
+                documents = Interrupted(limit)
+                pipeline.prepare(documents, out, **options)
+            else:  # the corpus is read before
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(pipeline, "_write_shards", stop_at(limit))
+                    pipeline.prepare(documents, out, **options)
+        if (out / "meta.json").exists():
+            break
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert capsys.readouterr().err.count("going on after") > 3
+
+
+def stop(*args):
+    raise Stopped
+
+
+def stop_at(limit, write_shards=pipeline._write_shards):
+    return lambda documents, *rest: write_shards(Interrupted(limit), *rest)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(pipeline.files, "replace"), (pipeline, "write_meta"), (pipeline.os, "replace")]
+)
+def test_stopped_before_any_step(tmp_path, small_steps, module, name):
+    """At each note of progress; when all is written; at each file that gets its name or is moved into its place."""
+    options = {"name": "d", "source": {}, "tokenizer": "byte", "shard_tokens": 1500}
+    pipeline.prepare(Interrupted(), tmp_path / "whole", **options)
+    attempts, call = 0, getattr(module, name)
+    while not (tmp_path / "parts/meta.json").exists():
+        calls = 0
+
+        def stops(*args, allowed=attempts):
+            nonlocal calls
+            calls += 1
+            if calls > allowed:
+                raise Stopped
+            return call(*args)
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+            patch.setattr(module, name, stops)
+            pipeline.prepare(Interrupted(), tmp_path / "parts", **options)
+        attempts += 1
+    assert attempts >= (2 if name == "write_meta" else 4)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_command_or_another_file_starts_anew(capsys, small_steps):
+    write_records("r.jsonl")
+    argv = ["text", "r.jsonl", "--tokenizer=byte", "--shard_tokens=1500"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_move_in", stop)
+        for change in ([], [], ["--val_fraction=0.2"], ["--errors=replace"]):
+            with pytest.raises(Stopped):
+                cli.prepare_corpus(argv + change)
+    said = capsys.readouterr().err
+    assert said.count("going on after") == 1 and said.count("starting anew") == 2
+    with pytest.raises(UserError, match="interrupted"):
+        load_dataset("r")
+    os.utime("r.jsonl", (1, 1))
+    assert len(prepare(*argv, "--errors=replace")["train"]["shards"]) > 5
+    assert "starting anew" in capsys.readouterr().err and not leftovers()
+
+
+def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkeypatch):
+    write_records("r.jsonl")
+    argv = ["text", "r.jsonl", "--tokenizer=byte", "--shard_tokens=1500"]
+    finish, calls = ShardWriter._finish_shard, []
+
+    def full(writer):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finish(writer)
+
+    monkeypatch.setattr(ShardWriter, "_finish_shard", full)
+    fails("the disk that holds data/r is full: .* MB are free; make room and run the same command again", *argv)
+    said = capsys.readouterr().err
+    assert "the whole shards stay in data/r" in said
+    prepare(*argv)
+    assert "going on after" in capsys.readouterr().err
+    files = {path.name: path.read_bytes() for path in Path("data/r").iterdir()}
+    prepare(*argv, "--overwrite")
+    assert files == {path.name: path.read_bytes() for path in Path("data/r").iterdir()}
+
+
+def test_the_hub_goes_on_by_its_bookmark(capsys, small_steps, monkeypatch):
+    hub_folder()
+    monkeypatch.setattr(hub, "ROWS", 70)
+    argv = ["hub", "hubset", "--val_split=validation", "--tokenizer=byte", "--shard_tokens=1500"]
+    prepare(*argv)
+    want = {path.name: path.read_bytes() for path in Path("data/hubset").iterdir()}
+    save, read_from, calls, bookmarks = ShardWriter.save, hub.HubDocuments.read_from, [], []
+
+    def stop_now_and_then(writer):
+        calls.append(1)
+        if len(calls) % 8 == 0:
+            raise Stopped
+        return save(writer)
+
+    def noted(documents, bookmark):
+        bookmarks.append(bookmark["documents"])
+        return read_from(documents, bookmark)
+
+    monkeypatch.setattr(ShardWriter, "save", stop_now_and_then)
+    monkeypatch.setattr(hub.HubDocuments, "read_from", noted)
+    argv.append("--overwrite")
+    for _ in range(20):
+        with contextlib.suppress(Stopped):
+            prepare(*argv)
+            break
+    assert {path.name: path.read_bytes() for path in Path("data/hubset").iterdir()} == want
+    assert len(bookmarks) > 3 and max(bookmarks) > 300  # it did not read all again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def hub_folder() -> None:
+    os.makedirs("hubset/data")
+    write_records("hubset/data/train-00000-of-00002.parquet")
+    write_records("hubset/data/train-00001-of-00002.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["val one", "val two"]}), "hubset/data/validation-00000-of-00001.parquet"
+    )
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_datasets(streaming, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "cache")
+    hub_folder()
+    fails(r"hubset has no field 'body'.*: id, text", "hub", "hubset", "--key=body")
+    fails(r"hubset needs another --split: .*train", "hub", "hubset", "--split=test")
+    fails(r"hubset needs another --config: .*default", "hub", "hubset", "--config=other")
+    prepare("hub", "hubset", f"--streaming={streaming}", "--tokenizer=byte", "--val_fraction=0.1")
+    dataset = load_dataset("hubset")
+    assert len(documents_of(dataset, "train")) + len(documents_of(dataset, "val")) == 600
+
+    options = ("--val_split=validation", "--max_tokens=1000", "--overwrite")
+    meta = prepare("hub", "hubset", f"--streaming={streaming}", "--tokenizer=byte", *options)
+    assert meta["train"]["tokens"] + meta["val"]["tokens"] == 1000
+    dataset = load_dataset("hubset")
+    assert documents_of(dataset, "val") == ["val one", "val two"]
+    assert documents_of(dataset, "train")[:-1] == RECORDS[: len(documents_of(dataset, "train")) - 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (RuntimeError("Dataset scripts are no longer supported, but found x.py"), "--revision refs/convert/parquet"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "hf auth login"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "there is no dataset a/b"),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "cannot be reached.*python prepare stdlib"),
+        (ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs another --config: .*'y'"),
+    ],
+)
+def test_the_hub_refuses(monkeypatch, error, match):
+    def ask(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", ask)
+    fails(match, "hub", "a/b")
+    assert not list(Path("data").glob("*"))
+
+
+def test_named_corpora_ask_the_hub_for_the_right_thing(monkeypatch):
+    asked = []
+
+    def ask(*args, **kwargs):
+        asked.append((*args, kwargs["split"]))
+        rows = [{"text": line} for line in (" = A = \n", " one \n", " = = B = = \n", " two \n", " = C = \n", " x \n")]
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", ask)
+    meta = prepare("wikitext103", "--tokenizer=byte")
+    names = ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert asked == [(*names, "validation"), (*names, "train")] and meta["documents"] == 4
+    assert documents_of(load_dataset("wikitext103"), "val") == [
+        " = A = \n one \n = = B = = \n two \n",
+        " = C = \n x \n",
+    ]
+    for corpus, name, config in (
+        ("openwebtext", "Skylion007/openwebtext", None),
+        ("fineweb", "HuggingFaceFW/fineweb", "sample-10BT"),
+        ("fineweb_edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        ("tinystories", "roneneldan/TinyStories", None),
+    ):
+        asked.clear()
+        cli.prepare_corpus([corpus, "--tokenizer=byte", "--val_fraction=0.5", f"--out={corpus}"])
+        assert asked[-1] == (name, config, "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
 
 
 def test_text_takes_folders_globs_gzip_and_stdin(monkeypatch, capsys):
