@@ -9,12 +9,16 @@ References:
 - Transformer: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
 """
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 @dataclass
@@ -118,6 +122,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def document_positions(documents: Tensor) -> Tensor:
+    """How far each token stands from the first one of its document. documents, numbered in a row: (B, T) -> (B, T)."""
+    at = torch.arange(documents.size(1), device=documents.device)  # (T,)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    return at - torch.where(begins, at, 0).cummax(dim=1).values
+
+
+def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
+    """What each token attends to: those of its own document, from the first one to itself. documents: (B, T).
+
+    For scaled_dot_product_attention it is a boolean (B, 1, T, T); for flex attention, https://arxiv.org/abs/2412.05496,
+    which passes over blocks that are masked whole, a BlockMask.
+    """
+    if not flex:
+        return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+    def attends(b, h, query, key):
+        return (query >= key) & (documents[b, query] == documents[b, key])
+
+    B, T = documents.shape
+    return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` compiled, without which flex attention is slow; in a model that is compiled as a whole, as it is."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
+
+
+_compiled = functools.cache(torch.compile)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # what flex attention on a GPU is compiled with
+
+
 class NgramEmbedding(nn.Module):
     """Embeddings of the last 2, 3, ..., n tokens together, one hashed table for each length: what a small model would
     have to compose in its first layer is looked up. Over-encoding, https://arxiv.org/abs/2501.16975."""
@@ -126,11 +162,12 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
 
-    def forward(self, idx: Tensor, at: Tensor) -> Tensor:
-        """The sum of the embeddings (B, T, C) of the n-grams that end at positions `at` (B, T) of idx (B, S)."""
-        key, embedded = idx.gather(1, at), 0
+    def forward(self, idx: Tensor, index: Tensor, at: Tensor) -> Tensor:
+        """The sum of the embeddings (B, T, C) of the n-grams that end at `index` (B, T) of idx (B, S), where the
+        document's tokens number `at` (B, T) stand; what would lie before the first of them is left out."""
+        key, embedded = idx.gather(1, index), 0
         for back, table in enumerate(self.tables, start=1):
-            before = torch.where(at >= back, idx.gather(1, (at - back).clamp(min=0)) + 1, 0)  # 0: before the beginning
+            before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
             key = key * 1_000_003 + before  # int64, which wraps around
             embedded = embedded + table((key ^ (key >> 15)) % table.num_embeddings)
         return embedded
@@ -182,15 +219,20 @@ class CausalSelfAttention(nn.Module):
                 cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
             k, v = cache  # (B, H_kv, S, D)
             q = q.to(k.dtype)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=cfg.dropout if self.training else 0.0,
-            enable_gqa=cfg.n_kv_head != cfg.n_head,
-        )  # (B, H, T, D)
+        grouped = cfg.n_kv_head != cfg.n_head
+        if isinstance(mask, BlockMask):
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
+            y = compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=cfg.dropout if self.training else 0.0,
+                enable_gqa=grouped,
+            )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.c_proj(y), cfg.dropout, self.training)
 
@@ -272,6 +314,7 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
+        documents: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
         last: Tensor | None = None,
@@ -281,7 +324,8 @@ class GPT(nn.Module):
         With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
         targets that are not masked ("mean", 0 where all are masked; "sum"; or "none": (B, T), 0 at masked ones).
         Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
-        With a `cache`, idx continues its rows: row b stands at position cache.length[b].
+        With `documents` (B, T), which number the documents in each row, attention stays inside a document and positions
+        restart there. With a `cache`, idx continues its rows: row b stands at position cache.length[b]. Not both.
         """
         B, T = idx.shape
         cfg = self.config
@@ -290,21 +334,28 @@ class GPT(nn.Module):
             if T > cfg.block_size:
                 raise ValueError(f"a sequence of {T} tokens does not fit the block size of {cfg.block_size}")
             at = torch.arange(T, device=idx.device)  # (T,)
+            if documents is not None:
+                at = document_positions(documents)  # (B, T)
+                dropout = self.training and cfg.dropout > 0  # which flex attention does not have
+                mask = document_mask(documents, idx.is_cuda and HAS_TRITON and not dropout and cfg.head_dim >= 16)
         else:
+            if documents is not None:
+                raise ValueError("documents are told apart in whole sequences only, not with a cache")
             at = positions = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             mask = torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         if cfg.ngram > 1 and cache is None:
-            x = x + self.transformer.ngram(idx, at.expand(B, T))
+            index = torch.arange(T, device=idx.device).expand(B, T)
+            x = x + self.transformer.ngram(idx, index, at.expand(B, T))
         elif cfg.ngram > 1:
             cache.idx.scatter_(1, positions, idx)
-            x = x + self.transformer.ngram(cache.idx, positions)
+            x = x + self.transformer.ngram(cache.idx, positions, positions)
         if cfg.pos == "learned":
             x = x + self.transformer.wpe(at)
         elif cfg.pos == "sinusoidal":  # the embedding scaled as in section 3.4 of the paper, to the size of the sines
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
         else:
             cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
-            rotary = (cos, sin) if cache is None else (cos[:, None], sin[:, None])
+            rotary = (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
 
         x = F.dropout(x, cfg.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):

@@ -23,10 +23,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from acorn import UserError, checkpoint, files, report, run, runtime, settings
-from acorn.evaluate import evaluate
+from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
+from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, load_state, make_optimizers
-from acorn.shards import Dataset, load_dataset, sample_windows, split_windows
+from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import from_dict, tokenizer_hash
 from model import GPT, GPTConfig
 
@@ -52,7 +53,8 @@ class TrainSettings:
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run
     # data
-    dataset: str = "openwebtext"  # a folder that `python prepare` made: its path, or its name in data/
+    dataset: str = "openwebtext"  # a folder that `python prepare` made: its path, or its name in data/; or a:0.8,b:0.2
+    document_mask: bool = False  # attention stays inside a document, and positions restart there
     gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
     batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence
@@ -131,7 +133,7 @@ def check(s: TrainSettings) -> None:
         raise UserError("out_dir is empty; name a folder")
 
 
-def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Dataset) -> tuple[GPT, str]:
+def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture) -> tuple[GPT, str]:
     """The model that a run starts from when not from scratch, and a word on where it comes from. The settings of its
     shape in `s` follow it; one that the person gave and that differs raises UserError, as does a dataset whose
     tokens mean something else to it. Only dropout is free, and block_size may be smaller."""
@@ -223,9 +225,16 @@ def main() -> int:
         )
 
     # ---- data and model
-    data = load_dataset(s.dataset)
-    if data.val is None:
-        raise UserError(f"{data.path} has no validation shards; put a val_000000.bin beside its training shards")
+    data = load_mixture(s.dataset)
+    for dataset in data.datasets:
+        if dataset.val is None:
+            raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
+    eot = data.tokenizer.eot if s.document_mask else None  # where a document begins
+    if s.document_mask and eot is None:
+        raise UserError(
+            f"document_mask = True, but the {data.tokenizer.kind} tokenizer of {data.path} has no end-of-text token "
+            "that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave document_mask out"
+        )
     if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
         raise UserError(
             f"{data.path} is not the data that {out_dir} was trained on, so its position means nothing there; "
@@ -246,11 +255,16 @@ def main() -> int:
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
-    epochs = s.max_iters * windows_per_step / split_windows(data.train, s.block_size)
-    say(f"data: {data.path}, {len(data.train):,} tokens to train on and {len(data.val):,} to validate")
+    epochs = []
+    for dataset, share in zip(data.datasets, data.shares, strict=True):
+        where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
+        say(f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate")
+        windows = s.max_iters * windows_per_step * float(share)
+        epochs.append(f"{windows / split_windows(dataset.train, s.block_size):.3g}")
     say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")
     if not s.eval_only:
-        say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {epochs:.3g} epochs, into {out_dir}")
+        seen = " and ".join(epochs)  # of each dataset
+        say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {seen} epochs, into {out_dir}")
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
@@ -276,8 +290,9 @@ def main() -> int:
     # ---- compiled, and distributed
     def one_pass(some_model: torch.nn.Module) -> None:
         x = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=r.device)
+        documents = None if eot is None else x.clone()
         with r.autocast():
-            some_model(x, x.clone(), reduction="sum")[1].backward()
+            some_model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
         raw_model.zero_grad(set_to_none=True)
 
     if r.compile and not s.eval_only:
@@ -328,16 +343,17 @@ def main() -> int:
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
-            n = s.eval_iters * s.batch_size or split_windows(data.val, s.block_size)  # windows of each split
-            train = evaluate(raw_model, data.train, r, s.batch_size, s.block_size, n, token_bytes)
-            val = evaluate(raw_model, data.val, r, s.batch_size, s.block_size, n, token_bytes)
+            how = (r, s.batch_size, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
+            train = evaluate_mixture(raw_model, data, "train", *how)
+            val = evaluate_mixture(raw_model, data, "val", *how)
             best = math.isfinite(val["loss"]) and (at["best_loss"] is None or val["loss"] < at["best_loss"])
             at.update(evaluated_at=step, val_loss=val["loss"], seconds=time.perf_counter() - began)
             at["best_loss"] = val["loss"] if best else at["best_loss"]
             per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
+            each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
             say(
-                f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}, "
-                f"perplexity {val['perplexity']:.2f}{per_byte}"
+                f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}"
+                f"{f' ({each})' if each else ''}, perplexity {val['perplexity']:.2f}{per_byte}"
             )
             if s.eval_only:
                 return 0
@@ -364,7 +380,7 @@ def main() -> int:
         micro_batches = []
         for i in range(local_steps):
             first = at["position"] + (i * r.world_size + r.rank) * s.batch_size
-            micro_batches.append(sample_windows(data.train, s.block_size, first, s.batch_size, s.seed))
+            micro_batches.append(data.sample(s.block_size, first, s.batch_size, s.seed))
         n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
         stop = n_signals > 0  # known to all processes, so that all end at the same step
@@ -373,8 +389,9 @@ def main() -> int:
         for i, (x, y) in enumerate(micro_batches):
             if r.world_size > 1:  # gradients are averaged over the processes at the last backward pass
                 model.require_backward_grad_sync = i == local_steps - 1
+            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
             with r.autocast():
-                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum")
+                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
             scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
             nats += loss.detach()
 
@@ -415,8 +432,9 @@ def main() -> int:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)
             clock = time.perf_counter()
-            evaluate(raw_model, data.val, r, s.batch_size, s.block_size, s.batch_size, token_bytes)
-            n_batches = 2 * (s.eval_iters or math.ceil(split_windows(data.val, s.block_size) / s.batch_size))
+            evaluate_mixture(raw_model, data, "val", r, s.batch_size, s.block_size, s.batch_size, token_bytes, eot)
+            windows = max(split_windows(dataset.val, s.block_size) for dataset in data.datasets)
+            n_batches = 2 * (s.eval_iters or math.ceil(windows / s.batch_size))  # of each dataset
             n_evaluations = math.ceil((s.max_iters - first_step) / s.eval_interval) + 1
             evaluating = (time.perf_counter() - clock) * n_batches * n_evaluations
             training = dt * (s.max_iters - first_step)

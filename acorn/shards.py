@@ -414,6 +414,17 @@ def sequential_windows(tokens: Tokens, block_size: int, first: int, count: int) 
     return x, y
 
 
+def number_documents(x: np.ndarray, y: np.ndarray, eot: int) -> np.ndarray:
+    """The documents in windows with inputs x and targets y, numbered from 0 in each row: int64, (count, block_size).
+
+    A document begins at each end-of-text token, which precedes it, and where x is not the target before it: there the
+    window has come to the end of the split and goes on at its beginning.
+    """
+    begins = x == eot
+    begins[:, 1:] |= (y[:, :-1] != -1) & (x[:, 1:] != y[:, :-1])
+    return begins.cumsum(axis=1)
+
+
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """A pseudo-random bijection of [0, n) for each uint64 key, applied to `index`, without a table.
 

@@ -3,7 +3,8 @@
 $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8,256
 
 A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch. With
---memory, each contender runs alone in a process of its own as well, and the peak of that is shown.
+--memory, each contender runs alone in a process of its own as well, and the peak of that is shown; with
+--documents 4, acorn is also timed with four documents in each row kept apart, as document_mask = True does.
 """
 
 import argparse
@@ -40,14 +41,18 @@ def step_of(model, forward, optimizers, dtype, device):
     return step
 
 
-def acorn_step(shape, modern, dtype, compile, x, y):
+def acorn_step(shape, modern, dtype, compile, x, y, documents=None):
     L, C, H, B, T, V = shape
     switches = MODERN if modern else {}
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
     optimizers = make_optimizers(model, "muon" if modern else "adamw", 6e-4, 0.02, 0.1, (0.9, 0.95), x.device.type)
     forward = torch.compile(model) if compile else model
-    return step_of(model, lambda: forward(x, y, reduction="sum")[1] / (B * T), optimizers, dtype, x.device)
+
+    def loss():
+        return forward(x, y, documents=documents, reduction="sum")[1] / (B * T)
+
+    return step_of(model, loss, optimizers, dtype, x.device)
 
 
 def hugging_face_step(shape, dtype, x, y):
@@ -86,6 +91,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
     parser.add_argument("--shape", default="6,384,6,8,256", help="layers, width, heads, batch, block")
     parser.add_argument("--vocab", type=int, default=65)
+    parser.add_argument("--documents", type=int, default=0, help="of equal length, in a row; 0: without")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", default="fp32,bf16")
@@ -102,6 +108,7 @@ def main() -> None:
     L, C, H, B, T, V = shape
     idx = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    documents = (torch.arange(T, device=device) * args.documents // T).expand(B, T)
     dtypes = {name: {"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in args.dtypes.split(",")}
     contenders = {}
     for name, dtype in dtypes.items():
@@ -109,6 +116,9 @@ def main() -> None:
             for form, modern in (("GPT-2", False), ("modern", True)):
                 make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y)  # noqa: E731
                 contenders[f"acorn {form}, {name} {how}"] = make
+                if args.documents:
+                    make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y, documents)  # noqa: E731
+                    contenders[f"acorn {form}, {name} {how}, documents apart"] = make
             # nanoGPT runs in float32 on a CPU, whatever its dtype says
             if args.nanogpt and (dtype == torch.float32 or device.type == "cuda"):
                 make = lambda d=dtype, c=compile: nanogpt_step(args.nanogpt, shape, d, c, x, y)  # noqa: E731

@@ -19,14 +19,17 @@ import prepare  # noqa: E402
 from acorn import UserError  # noqa: E402
 from acorn.shards import load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
-from prepare import pipeline  # noqa: E402
+from prepare import inspection, pipeline  # noqa: E402
 
 CORPORA = [
-    module.name for module in pkgutil.iter_modules(prepare.__path__) if module.name not in ("__main__", "pipeline")
+    module.name
+    for module in pkgutil.iter_modules(prepare.__path__)
+    if module.name not in ("__main__", "inspection", "pipeline")
 ]
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a command
     try:
         prepare_corpus(sys.argv[1:])
     except KeyboardInterrupt:
@@ -35,7 +38,7 @@ def main() -> int:
 
 
 def prepare_corpus(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-") and argv[0] not in CORPORA:
+    if argv and not argv[0].startswith("-") and argv[0] not in (*CORPORA, "inspect"):
         raise UserError(_unknown_corpus(argv[0]))
     corpora = {name: importlib.import_module(f"prepare.{name}") for name in CORPORA}
     args, unknown = _parser(corpora).parse_known_args(argv)
@@ -47,6 +50,9 @@ def prepare_corpus(argv: list[str]) -> None:
             hint = "files stand together, before the options"
         raise UserError(f"prepare {args.corpus} does not know what to do with {unknown[0]}; {hint}")
 
+    if args.corpus == "inspect":
+        inspection.inspect(args)
+        return
     corpus = corpora[args.corpus]
     name = args.name or (corpus.default_name(args) if hasattr(corpus, "default_name") else args.corpus)
     if name in (".", "..") or os.path.basename(name) != name:
@@ -144,7 +150,19 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
             default="strict",
             help="bytes that are not UTF-8; default: strict",
         )
+    _add_inspect(subparsers)
     return parser
+
+
+def _add_inspect(subparsers) -> None:
+    sub = subparsers.add_parser(
+        "inspect",
+        help=inspection.__doc__.splitlines()[0],
+        description=inspection.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspection.add_arguments(sub)
 
 
 def _default_name(corpus, name: str) -> str:
@@ -154,7 +172,7 @@ def _default_name(corpus, name: str) -> str:
 def _unknown_corpus(name: str) -> str:
     if os.path.exists(name):
         return f"'{name}' is a path, not a corpus; you want `python prepare text {name}`"
-    near = difflib.get_close_matches(name, CORPORA, 1)
+    near = difflib.get_close_matches(name, [*CORPORA, "inspect"], 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no corpus '{name}'; {hint}the corpora are {', '.join(CORPORA)}"
 

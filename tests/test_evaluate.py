@@ -1,13 +1,17 @@
 """Loss over a whole split against a hand computation in float64, and bits per byte as summed nats over summed bytes."""
 
+import itertools
 import math
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from acorn import runtime, shards
-from acorn.evaluate import evaluate
+from acorn.evaluate import evaluate, evaluate_mixture
+from acorn.mixture import Mixture
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -79,3 +83,40 @@ def test_as_many_windows_as_there_are_is_the_whole_split(byte_tokens):
     assert evaluate(model, tokens, r, 2, 16, 10**6) == whole
     assert evaluate(model, tokens, r, 2, 16, 1) != whole
     assert "bits_per_byte" not in whole
+
+
+def test_with_documents_apart_no_loss_depends_on_the_document_before(byte_tokens):
+    """Each document, cut at multiples of 16 as the windows are, against the same piece alone."""
+    tokens, ids, tokenizer = byte_tokens
+    model, nats = random_model(), []
+    cuts = sorted({0, *range(0, len(ids) - 1, 16), *np.flatnonzero(ids == tokenizer.eot).tolist(), len(ids) - 1})
+    for begin, end in itertools.pairwise(cuts):
+        nats += by_hand(model, ids[begin : end + 1]).tolist()
+    r = runtime.setup("cpu", "float32", False)
+    result = evaluate(model, tokens, r, 3, 16, 0, tokenizer.token_bytes(), tokenizer.eot)
+    assert result["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert result["loss"] != pytest.approx(evaluate(model, tokens, r, 3, 16)["loss"], rel=1e-4)
+
+
+def test_a_mixture_counts_its_datasets_by_their_shares(byte_tokens, tmp_path):
+    tokens, ids, tokenizer = byte_tokens
+    other = np.concatenate([[tokenizer.eot], tokenizer.encode(TEXT[30:])])
+    with shards.ShardWriter(tmp_path, "train", tokenizer.n_vocab) as writer:
+        writer.write(other)
+    others = shards.Tokens([shards.open_shard(tmp_path / "train_000000.bin")], tokenizer.n_vocab)
+    model = random_model()
+    datasets = [SimpleNamespace(name="a", val=tokens), SimpleNamespace(name="b", val=others)]
+    mixture = Mixture(datasets, [Fraction(3, 4), Fraction(1, 4)])
+    r = runtime.setup("cpu", "float32", False)
+    result = evaluate_mixture(model, mixture, "val", r, 3, 16, 0, tokenizer.token_bytes())
+    nats = [by_hand(model, ids), by_hand(model, other)]
+    is_text = [ids[1:] != tokenizer.eot, other[1:] != tokenizer.eot]
+    means = [each.mean() for each in nats]
+    assert [result["loss/a"], result["loss/b"]] == pytest.approx(means, rel=1e-5)
+    assert result["loss"] == pytest.approx(0.75 * means[0] + 0.25 * means[1], rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    nats_of_text = [each[text].sum() / len(each) for each, text in zip(nats, is_text, strict=True)]
+    bits = (0.75 * nats_of_text[0] + 0.25 * nats_of_text[1]) / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(
+        bits / (0.75 * is_text[0].mean() + 0.25 * is_text[1].mean()), rel=1e-5
+    )

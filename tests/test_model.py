@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import model as model_file
 from acorn.hub import from_hf
 from model import GPT, GPTConfig, KVCache, rotary_angles, rotate, sinusoidal_positions
 
@@ -129,6 +130,51 @@ def test_no_token_sees_a_later_one(pos, mlp):
     assert (gradient[:6] > 0).all() and (gradient[6:] == 0).all()
 
 
+ROWS = [[5, 4, 3], [1, 11]]  # lengths of the documents in two rows of 12 tokens
+DOCUMENTS = torch.tensor([[n for n, length in enumerate(row) for _ in range(length)] for row in ROWS])
+
+
+@pytest.mark.parametrize("pos", SWITCHES["pos"])
+@pytest.mark.parametrize("n_kv_head", [0, 2])
+def test_documents_in_a_row_are_as_each_alone(pos, n_kv_head):
+    model = random_model(pos=pos, n_kv_head=n_kv_head, qk_norm=True, ngram=3)
+    idx = tokens()
+    with torch.no_grad():
+        logits, _ = model(idx, idx, documents=DOCUMENTS)
+        for row, lengths in enumerate(ROWS):
+            parts = idx[row : row + 1].split(lengths, dim=1)
+            alone = torch.cat([model(part, part)[0] for part in parts], dim=1)[0]
+            assert (logits[row] - alone).abs().max() < 1e-5
+        assert (model(idx, idx)[0] - logits).abs().max() > 0.1  # what it comes to without
+
+
+@pytest.mark.parametrize("pos", SWITCHES["pos"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_no_document_leaks_into_another(pos, dropout):
+    """The gradient of one document's loss with respect to the embeddings of the others is exactly zero."""
+    model = random_model(pos=pos, dropout=dropout, ngram=3).train()
+    idx, documents = tokens()[:1], DOCUMENTS[:1]
+    seen = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(out.retain_grad() or out))
+    for n in range(3):
+        _, nats = model(idx, idx.roll(-1), documents=documents, reduction="none")
+        nats[documents == n].sum().backward()
+        touched = seen.pop().grad[0].abs().sum(-1) > 0  # (T,)
+        assert torch.equal(touched, documents[0] == n)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_keeps_documents_apart_as_the_mask_does(monkeypatch):
+    model = random_model(pos="rope", n_kv_head=2, n_embd=64)
+    idx = tokens()
+    with torch.no_grad():
+        expected = model(idx, idx, documents=DOCUMENTS)[0]
+        blocks = model_file.document_mask
+        monkeypatch.setattr(model_file, "compiled", lambda function: function)  # compiling takes half a minute
+        monkeypatch.setattr(model_file, "document_mask", lambda documents, flex: blocks(documents, flex=True))
+        assert (model(idx, idx, documents=DOCUMENTS)[0] - expected).abs().max() < 1e-5
+
+
 def test_sinusoidal_positions_follow_the_papers_formula():
     table = sinusoidal_positions(torch.arange(7), 6)
     for pos in range(7):
@@ -220,7 +266,7 @@ def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
     embedding = random_model(ngram=3, ngram_rows=4096).transformer.ngram
     idx = torch.tensor([[5, 1, 2, 3, 7, 1, 2, 3, 0, 2, 3], [1, 2, 3, 2, 3, 1, 0, 3, 1, 2, 3]])
     with torch.no_grad():
-        added = embedding(idx, torch.arange(11).expand(2, 11))
+        added = embedding(idx, at := torch.arange(11).expand(2, 11), at)
     assert torch.equal(added[0, 3], added[0, 7]) and torch.equal(added[0, 3], added[1, 2])  # 1 2 3, wherever
     others = [added[0, 10], added[1, 4], added[1, 7], added[1, 0]]  # 0 2 3, 3 2 3, 1 0 3, and 1 at the beginning
     assert all(not torch.allclose(added[0, 3], other) for other in others)
@@ -296,3 +342,22 @@ def test_gpu_logits_are_the_cpus():
         expected = model(idx, idx)[0]
         got = model.cuda()(idx.cuda(), idx.cuda())[0].cpu()
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_gpu_documents_are_the_cpus(compile):
+    """Flex attention on the GPU against the mask on the CPU: loss and gradients, with all that changes q and k."""
+    model = random_model(pos="rope", n_embd=64, n_kv_head=2, qk_norm=True, block_size=300)
+    idx = tokens(T=300)
+    documents = (tokens(T=300, V=20) == 0).cumsum(1)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        model.zero_grad()
+        forward = torch.compile(model) if compile and device == "cuda" else model
+        _, loss = forward(idx.to(device), idx.to(device), documents=documents.to(device))
+        loss.backward()
+        gradients.append([loss.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)

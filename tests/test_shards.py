@@ -1,5 +1,6 @@
 """Shards: what is written is read; every broken file is a sentence; and an epoch is exactly an epoch."""
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from acorn.shards import (
     ShardWriter,
     Tokens,
     load_dataset,
+    number_documents,
     open_shard,
     permute,
     sample_windows,
@@ -376,6 +378,25 @@ def test_sequential_windows(tmp_path):
         for i in range(n):
             xi, yi = sequential_windows(tokens, block_size, i, 1)
             assert (xi[0] == x[i]).all() and (yi[0] == y[i]).all()
+
+
+def test_documents_are_numbered_from_end_of_text_and_from_the_seam_of_an_epoch(tmp_path):
+    ids = [7, 8, 0, 1, 2, 0, 0, 3, 4, 5]  # the stream begins inside a document
+    document_of_token = [0, 0, 1, 1, 1, 2, 3, 3, 3, 3]
+    tokens = make_tokens(tmp_path, ids)
+    place = {tuple(pair): i for i, pair in enumerate(itertools.pairwise(ids))}  # each pair stands there once
+    assert len(place) == 9
+    x, y = sample_windows(tokens, 4, 0, 300, seed=0)
+    documents = number_documents(x, y, eot=0)
+    seams = 0
+    for row in range(300):
+        at = [place[pair] for pair in zip(x[row].tolist(), y[row].tolist(), strict=True) if pair[1] != -1]
+        expected = [document_of_token[i] + 10 * (i < at[0]) for i in at]  # beyond the seam it is another document
+        numbers = documents[row, : len(at)].tolist()
+        same = [[a == b for b in expected] for a in expected]
+        assert [[a == b for b in numbers] for a in numbers] == same
+        seams += any(i < at[0] for i in at)
+    assert seams > 20
 
 
 @pytest.mark.parametrize("ids", [[], [1]])

@@ -133,6 +133,29 @@ def test_two_processes_give_the_losses_of_one(trained, dataset, tmp_path):
     assert refusal.returncode != 0 and "--gradient_accumulation_steps=4 can" in refusal.stderr
 
 
+def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
+    for name in ("one", "two"):
+        os.mkdir(tmp_path / name)
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} is document number {i} of {name}. " * (i % 7 + 1))
+        assert script("prepare", "text", name, "--tokenizer=byte", cwd=tmp_path).returncode == 0
+    words = ["one:0.7,two:0.3", "--document_mask=True", "--lr_decay_iters=6", "--eval_interval=3"]
+    for out, more in (("a", ["--max_iters=6"]), ("b", ["--max_iters=3"])):
+        result = train(tmp_path, *words, f"--out_dir={out}", *more)
+        assert result.returncode == 0, result.stderr
+    assert "70.0% data/one" in result.stdout and "30.0% data/two" in result.stdout
+    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=6", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = numbers(tmp_path / "a")
+    assert numbers(tmp_path / "b") == lines
+    last = lines[-1]
+    assert last["val_loss"] == pytest.approx(0.7 * last["val_loss/one"] + 0.3 * last["val_loss/two"])
+    assert f"(one {last['val_loss/one']:.4f}, two {last['val_loss/two']:.4f})" in result.stdout
+    joint = train(tmp_path, "one:0.7,two:0.3", "--lr_decay_iters=6", "--max_iters=1", "--out_dir=c")
+    assert joint.returncode == 0 and numbers(tmp_path / "c")[1]["loss"] != lines[1]["loss"]
+    refused(train(tmp_path, dataset, "--document_mask=True", "--out_dir=d"), "char tokenizer", "no end-of-text token")
+
+
 def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tmp_path):
     words = [
         "--always_save_checkpoint=False",

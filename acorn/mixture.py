@@ -1,0 +1,115 @@
+"""What a run trains on: one dataset, or several drawn from in fixed proportions, `dataset = 'fineweb:0.8,mycode:0.2'`.
+
+The stream of samples of a mixture is, like that of one dataset, a pure function of (seed, position): sample i belongs
+to one of the datasets, and is the next sample of that dataset's own shuffled stream (`shards.sample_windows`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from acorn import UserError
+from acorn.shards import Dataset, load_dataset, sample_windows
+from acorn.tokenizer import Tokenizer, tokenizer_hash
+
+PART = re.compile(r"\s*(.+):([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*")  # NAME:PROPORTION
+
+
+@dataclass
+class Mixture:
+    datasets: list[Dataset]
+    shares: list[Fraction]  # of the samples that come from each dataset; together 1
+
+    @property
+    def path(self) -> str:
+        return ", ".join(str(dataset.path) for dataset in self.datasets)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.datasets[0].tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.datasets[0].vocab_size
+
+    def identity(self) -> str:
+        """SHA-256 (hex) that tells mixtures apart, by their datasets and shares; of one dataset it is its own."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].identity()
+        parts = [(dataset.identity(), str(share)) for dataset, share in zip(self.datasets, self.shares, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples first, ..., first + count - 1 of the endless stream: x and y as `shards.sample_windows` has them."""
+        drawn = np.array(list(origins(first, count, self.shares))).reshape(count, 2)
+        x = np.empty((count, block_size), dtype=np.int64)
+        y = np.empty((count, block_size), dtype=np.int64)
+        for k, dataset in enumerate(self.datasets):
+            rows = np.flatnonzero(drawn[:, 0] == k)
+            if len(rows):  # in the dataset's own stream they follow on each other
+                x[rows], y[rows] = sample_windows(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
+        return x, y
+
+
+def origins(first: int, count: int, shares: list[Fraction]) -> Iterator[tuple[int, int]]:
+    """For samples first, ..., first + count - 1: the dataset that each comes from, and its number in that one's stream.
+
+    The first dataset takes its share at even distances: of n samples it has had n * share, rounded. The next one takes
+    its part of those that are left in the same way, and so on. So however far a run has come, each dataset's count is
+    its share to within half the number of datasets, and it is computed from the position, not remembered.
+    """
+    parts, left = [], Fraction(1)
+    for share in shares:
+        parts.append(share / left)
+        left -= share
+    for i in range(first, first + count):
+        for k, part in enumerate(parts):
+            taken, taken_next = _rounded(i, part), _rounded(i + 1, part)
+            if taken_next > taken:  # always so for the last dataset, whose part is 1
+                yield k, taken
+                break
+            i -= taken
+
+
+def _rounded(n: int, part: Fraction) -> int:
+    return (2 * n * part.numerator + part.denominator) // (2 * part.denominator)
+
+
+def load_mixture(spec: str) -> Mixture:
+    """Open the datasets of 'NAME:PROPORTION,NAME:PROPORTION,...', or the one that `spec` names.
+
+    Proportions count relative to their sum. A comma makes a mixture, and the last colon of a part ends its name, so
+    C:\\data\\mine and data/12:30 are plain names. Whatever is wrong, different tokenizers too, is a UserError.
+    """
+    texts = spec.split(",")
+    parts = [PART.fullmatch(text) for text in texts]
+    if len(parts) == 1 or not any(parts):
+        return Mixture([load_dataset(spec)], [Fraction(1)])
+    for text, part in zip(texts, parts, strict=True):
+        if not part or not Fraction(part[2]):
+            raise UserError(
+                f"dataset = {spec!r}: {text.strip()!r} should be a name and a proportion above 0, such as mine:0.2"
+            )
+    datasets, weights = [load_dataset(part[1]) for part in parts], [Fraction(part[2]) for part in parts]
+    for i, dataset in enumerate(datasets):
+        if dataset.path in [other.path for other in datasets[:i]]:
+            raise UserError(f"dataset = {spec!r} names {dataset.path} twice; give it one proportion")
+    one, *others = datasets
+    for other in others:
+        if tokenizer_hash(other.tokenizer) != tokenizer_hash(one.tokenizer):
+            raise UserError(
+                f"the datasets of a mixture must share one tokenizer, but that of {one.path} is {_describe(one)} and "
+                f"that of {other.path} {_describe(other)}; prepare one of them again with the other's, as in "
+                f"--tokenizer {one.path}"
+            )
+    return Mixture(datasets, [weight / sum(weights) for weight in weights])
+
+
+def _describe(dataset: Dataset) -> str:
+    kind, n_vocab = dataset.tokenizer.kind, dataset.tokenizer.n_vocab
+    return f"{kind} ({n_vocab} tokens, {tokenizer_hash(dataset.tokenizer)[:8]})"

@@ -1,0 +1,193 @@
+"""look at a dataset: counts, document lengths with their picture, samples token by token; --verify checks all of it
+
+It reads whatever training reads: what `python prepare` wrote, nanoGPT's folders, and those of llm.c and modded-nanogpt.
+"""
+
+# Not inspect.py: `python prepare` looks for modules in this folder first, and would find it for Python's own `inspect`.
+
+import argparse
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from acorn import UserError, files
+from acorn.shards import Dataset, Tokens, load_dataset
+from acorn.tokenizer import Tokenizer
+
+PIECE = 1 << 22  # tokens that are read at once
+SHOWN = 3  # longest and shortest documents
+SAMPLE_TOKENS = 48
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="its folder, or its name in data/")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="also check every shard, and what source files meta.json lists, against its hashes",
+    )
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; default: 3")
+    parser.add_argument(
+        "--picture", metavar="PNG", help="where the histogram of document lengths goes; default: DATASET/lengths.png"
+    )
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print what the dataset holds. Raises UserError where it is damaged: what `load_dataset` refuses, an id outside
+    the vocabulary, and with --verify a file whose hash is not that of meta.json."""
+    dataset = load_dataset(args.dataset)
+    tokenizer = dataset.tokenizer
+    splits = {name: tokens for name, tokens in (("train", dataset.train), ("val", dataset.val)) if tokens}
+    with tqdm(total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True) as progress:
+        found = {name: survey(tokens, tokenizer, progress) for name, tokens in splits.items()}
+
+    print(f"{'dataset':<18}{dataset.path}, {_origin(dataset)}")
+    print(f"{'tokenizer':<18}{tokenizer.kind}, vocabulary of {tokenizer.n_vocab:,}\n")
+    rows = {
+        "": list(found),
+        "tokens": [f"{len(tokens):,}" for tokens in splits.values()],
+        "bytes of text": [f"{each.bytes:,}" for each in found.values()],
+        "bytes per token": [f"{each.bytes / max(len(splits[name]), 1):.3f}" for name, each in found.items()],
+        "shards": [f"{len(tokens.shards):,}" for tokens in splits.values()],
+    }
+    if tokenizer.eot is not None:
+        rows["documents"] = [f"{each.lengths.total():,}" for each in found.values()]
+        for name, share in (("shortest", 0), ("a quarter up to", 0.25), ("half up to", 0.5), ("longest", 1)):
+            rows[name] = [f"{each.length_at(share):,} tokens" for each in found.values()]
+    for name, values in rows.items():
+        print(f"{name:<18}" + "".join(f"{value:>20}" for value in values))
+
+    if tokenizer.eot is None:
+        print(f"\nThe {tokenizer.kind} tokenizer has no end-of-text token, so the tokens do not tell documents apart.")
+    else:
+        for title, which in (("longest", "longest"), ("shortest", "shortest")):
+            print(f"\nthe {title} documents")
+            for name, each in found.items():
+                for length, start in getattr(each, which):
+                    begins = splits[name].read([start], min(length, SAMPLE_TOKENS))[0]
+                    print(f"{length:>12,} tokens, {name:<6}{tokenizer.decode(begins)[:70]!r}")
+        picture = Path(args.picture) if args.picture else dataset.path / "lengths.png"
+        draw_lengths({name: each.lengths for name, each in found.items()}, str(dataset.path), picture)
+        print(f"\nthe histogram of document lengths is in {picture}")
+
+    draw = np.random.default_rng(0)
+    for name, tokens in splits.items():
+        for _ in range(args.samples if len(tokens) else 0):
+            start = int(draw.integers(max(len(tokens) - SAMPLE_TOKENS, 0) + 1))
+            print(f"\na sample of {name}, from token {start:,} on, with a bar between tokens")
+            print(visible(tokenizer, tokens.read([start], min(SAMPLE_TOKENS, len(tokens)))[0]))
+    if args.verify:
+        print()
+        verify(dataset)
+
+
+@dataclass
+class Survey:
+    """What one pass over a split finds. The length of a document is in tokens, its end-of-text token left out."""
+
+    bytes: int = 0  # of text
+    lengths: Counter = field(
+        default_factory=Counter
+    )  # how many documents have it; n tokens have at most sqrt(2 n) keys
+    longest: list[tuple[int, int]] = field(default_factory=list)  # (length, first token)
+    shortest: list[tuple[int, int]] = field(default_factory=list)
+
+    def add_documents(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+        values, counts = np.unique(lengths, return_counts=True)
+        self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        order = np.argsort(lengths, kind="stable")
+        by_length = list(zip(lengths[order].tolist(), starts[order].tolist(), strict=True))
+        self.shortest = sorted(self.shortest + by_length[:SHOWN])[:SHOWN]
+        self.longest = sorted(self.longest + by_length[-SHOWN:], reverse=True)[:SHOWN]
+
+    def length_at(self, share: float) -> int:
+        """The length that this share of the documents does not exceed; 0 where there are none."""
+        lengths = sorted(self.lengths)
+        counts = np.cumsum([self.lengths[length] for length in lengths])
+        return lengths[int(np.searchsorted(counts, share * counts[-1]))] if lengths else 0
+
+
+def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
+    """Read the split once, a piece at a time, in memory that does not grow with it."""
+    found, token_bytes = Survey(), tokenizer.token_bytes()
+    begin = 0  # where the document that is being read begins
+    for start in range(0, len(tokens), PIECE):
+        ids = tokens.read([start], min(PIECE, len(tokens) - start))[0]
+        found.bytes += int(token_bytes[ids].sum(dtype=np.int64))
+        progress.update(len(ids))
+        ends = start + np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ids[:0]
+        if len(ends):
+            starts = np.concatenate(([begin], ends[:-1] + 1))
+            whole = ends > 0  # an end-of-text token at the very beginning ends no document
+            found.add_documents(starts[whole], (ends - starts)[whole])
+            begin = int(ends[-1]) + 1
+    if begin < len(tokens):
+        found.add_documents(np.array([begin]), np.array([len(tokens) - begin]))
+    return found
+
+
+def visible(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """The text of the ids with a bar between tokens; what cannot be printed, parts of characters too, is escaped."""
+    texts = [tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace") for token in ids.tolist()]
+    return "│".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in texts)
+
+
+def draw_lengths(lengths: dict[str, Counter], title: str, picture: Path) -> None:
+    """Draw a histogram of the document lengths of each split into the PNG file `picture`."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into files, needs no screen
+    from matplotlib import pyplot as plt
+
+    longest = max((max(counted, default=1) for counted in lengths.values()), default=1)
+    edges = np.unique(np.geomspace(1, longest + 1, 60).round())
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, counted in lengths.items():
+        at = [max(length, 1) for length in counted]  # the axis has no 0
+        axes.hist(at, edges, weights=list(counted.values()), alpha=0.6, label=f"{name}, {counted.total():,} documents")
+    axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents", title=title)
+    axes.legend()
+    beside = picture.with_name(f".{picture.stem}.writing.png")
+    figure.savefig(beside, dpi=120)
+    plt.close(figure)
+    os.replace(beside, picture)
+
+
+def verify(dataset: Dataset) -> None:
+    """Hash every shard, and the files of the source that are still there, and compare with meta.json. Says what was
+    checked; raises UserError where something differs. (That the ids are in the vocabulary, reading them has shown.)"""
+    print(f"every token id is in the vocabulary of {dataset.vocab_size:,}")
+    if not dataset.meta:
+        print(f"{dataset.path} has no meta.json, so there are no hashes to check")
+        return
+    listed = [entry for split in ("train", "val") for entry in dataset.meta[split]["shards"]]
+    differ = [entry["file"] for entry in listed if files.sha256(dataset.path / entry["file"]) != entry["sha256"]]
+    if differ:
+        raise UserError(
+            f"{dataset.path} is damaged: {', '.join(differ)} {'differs' if len(differ) == 1 else 'differ'} from what "
+            "was written; prepare the dataset again with --overwrite"
+        )
+    print(f"{len(listed):,} shards are as they were written")
+
+    sources = dataset.meta.get("source", {}).get("files", [])
+    if not sources:
+        print("meta.json names no files as its source, so the source is not checked")
+        return
+    there = [source for source in sources if os.path.isfile(source["path"])]
+    changed = [source["path"] for source in there if files.sha256(source["path"]) != source["sha256"]]
+    if changed:
+        raise UserError(
+            f"{len(changed)} of the files that {dataset.path} was made from changed since, the first is {changed[0]}; "
+            "prepare it again with --overwrite to have what they hold now"
+        )
+    print(f"{len(there):,} of the {len(sources):,} source files that meta.json lists are here, and unchanged")
+
+
+def _origin(dataset: Dataset) -> str:
+    if dataset.meta:
+        return f"made by `python prepare {dataset.meta.get('source', {}).get('corpus', '')}`"
+    return "in the layout of llm.c" if dataset.train.shards[0].offset else "in the layout of nanoGPT"

@@ -1,0 +1,128 @@
+"""`python prepare inspect`: what it counts against counting in plain Python, and what --verify finds."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_shards import make_dataset, make_tokens
+from tqdm import tqdm
+
+from acorn import UserError, files
+from acorn.shards import load_dataset
+from acorn.tokenizer import ByteTokenizer, GPT2Tokenizer, train_char
+from prepare import __main__ as cli
+from prepare import inspection
+
+BYTE = ByteTokenizer()
+
+
+def inspect(capsys, *words) -> str:
+    cli.prepare_corpus(["inspect", *map(str, words)])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+@pytest.mark.parametrize("begins, ends", [("eot", "text"), ("text", "eot")])
+def test_a_survey_counts_what_is_there(tmp_path, monkeypatch, piece, begins, ends):
+    """Documents preceded by end-of-text as here, or followed by it as in nanoGPT's files; empty ones among them."""
+    monkeypatch.setattr(inspection, "PIECE", piece)
+    draw = random.Random(0)
+    texts = ["x" * draw.choice([0, 1, 2, 3, 5, 30]) for _ in range(40)] + ["last"]
+    ids = []
+    for text in texts:
+        ids += [BYTE.eot] * (begins == "eot") + list(text.encode()) + [BYTE.eot] * (ends == "eot")
+    found = inspection.survey(make_tokens(tmp_path, ids, 257, shard_tokens=11), BYTE, tqdm(disable=True))
+    lengths = [len(text) for text in texts]
+    if begins == "text" and not lengths[0]:
+        del lengths[0]  # it cannot be told from none
+    assert found.lengths == Counter(lengths) and found.bytes == sum(lengths)
+    assert [length for length, _ in found.longest] == sorted(lengths)[-1:-4:-1]
+    assert [length for length, _ in found.shortest] == sorted(lengths)[:3]
+    for length, start in found.longest + found.shortest:
+        assert BYTE.eot not in ids[start : start + length]
+        assert ids[start - 1 : start] in ([], [BYTE.eot]) and ids[start + length : start + length + 1] in (
+            [],
+            [BYTE.eot],
+        )
+    assert found.length_at(0.5) == sorted(lengths)[-(-len(lengths) // 2) - 1]
+
+
+def test_a_dataset_is_described(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for i, text in enumerate(["short", "some text of middle length", "the longest text. " * 50]):
+        Path(f"texts/{i}.txt").write_text(text)
+    cli.prepare_corpus(["text", "texts", "--tokenizer=gpt2", "--val_fraction=0.2"])
+    out = inspect(capsys, "texts", "--verify", "--samples=1")
+    assert "data/texts, made by `python prepare text`" in out
+    assert "gpt2, vocabulary of 50,257" in out
+    assert "3                   1" in out  # documents
+    assert "1 tokens, train 'short'" in out
+    assert "│ longest│ text│.│" in out
+    assert "2 shards are as they were written" in out
+    assert Path("data/texts/lengths.png").read_bytes().startswith(b"\x89PNG")
+    inspect(capsys, "texts", "--picture=here.png")
+    assert Path("here.png").exists()
+
+
+def test_tokens_are_shown_one_by_one():
+    ids = np.array([GPT2Tokenizer.eot, *GPT2Tokenizer().encode("to be\n\x1b")])
+    assert inspection.visible(GPT2Tokenizer(), ids) == r"<|endoftext|>│to│ be│\n│\x1b"
+    assert inspection.visible(BYTE, BYTE.encode("né")) == r"n│\xc3│\xa9"
+
+
+def test_files_of_others(tmp_path, capsys):
+    for name, words in (("nanogpt", "in the layout of nanoGPT"), ("llmc", "in the layout of llm.c")):
+        make_tokens(tmp_path / name, [50256, 1, 2, 3, 50256, 4], 50257)
+        shard = tmp_path / name / "train_000000.bin"
+        if name == "nanogpt":
+            (tmp_path / name / "train.bin").write_bytes(shard.read_bytes()[1024:])
+            shard.unlink()
+        else:
+            shard.rename(tmp_path / name / "fineweb_train_000001.bin")
+        out = inspect(capsys, tmp_path / name, "--verify")
+        assert words in out and "3 tokens" in out and "no hashes to check" in out
+        assert "val" not in out
+
+
+def test_without_end_of_text_there_are_no_documents(tmp_path, capsys):
+    make_dataset(tmp_path / "a", train_char(["hello world"]))
+    out = inspect(capsys, tmp_path / "a")
+    assert "do not tell documents apart" in out and "h│e│l│l│o" in out
+    assert not (tmp_path / "a" / "lengths.png").exists()
+
+
+def test_verify_finds_a_changed_shard(tmp_path):
+    make_dataset(tmp_path / "a", BYTE)
+    dataset = load_dataset(str(tmp_path / "a"))
+    shard = tmp_path / "a" / "val_000000.bin"
+    data = bytearray(shard.read_bytes())
+    data[1030] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"val_000000\.bin differs from what was written"):
+        inspection.verify(dataset)
+
+
+def test_verify_checks_the_source_files_that_are_there(tmp_path, capsys):
+    meta = make_dataset(tmp_path / "a", BYTE)
+    (tmp_path / "book.txt").write_text("hello")
+    sources = [
+        {"path": str(tmp_path / "book.txt"), "sha256": files.sha256(tmp_path / "book.txt")},
+        {"path": str(tmp_path / "gone.txt"), "sha256": "0" * 64},
+    ]
+    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta | {"source": {"corpus": "text", "files": sources}}))
+    assert "1 of the 2 source files that meta.json lists are here, and unchanged" in inspect(
+        capsys, tmp_path / "a", "--verify"
+    )
+    (tmp_path / "book.txt").write_text("hallo")
+    with pytest.raises(UserError, match=r"changed since, the first is .*book\.txt"):
+        inspect(capsys, tmp_path / "a", "--verify")
+
+
+def test_an_id_outside_the_vocabulary_is_found(tmp_path, capsys):
+    (tmp_path / "train.bin").write_bytes(np.full(100, 60000, dtype="<u2").tobytes())
+    with pytest.raises(UserError, match="token id 60000 is outside the vocabulary of 50257"):
+        inspect(capsys, tmp_path)
