@@ -28,7 +28,7 @@ from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, load_state, make_optimizers
 from acorn.shards import number_documents, split_windows
-from acorn.tokenizer import from_dict, tokenizer_hash
+from acorn.tokenizer import KINDS, from_dict, tokenizer_hash
 from model import GPT, GPTConfig
 
 
@@ -46,7 +46,9 @@ class TrainSettings:
     always_save_checkpoint: bool = True  # save after each evaluation; if False, only where the val loss is the best yet
     keep_checkpoints: int = 2  # how many of the newest checkpoints stay; the best stays as well
     sample_interval: int = 0  # updates between samples shown on the console; 0: none
-    init_from: str = "scratch"  # scratch | resume | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-medium, ...
+    init_from: str = (
+        "scratch"  # scratch | resume | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, owner/name on the hub, a folder
+    )
     dry_run: bool = False  # say what the run would take, after a few timed updates, and write nothing
     # wandb logging
     wandb_log: bool = False  # also log to Weights & Biases
@@ -142,9 +144,11 @@ def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict
     else:
         model, tokenizer, source = checkpoint.load_model(s.init_from)
     if tokenizer and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+        name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
             f"{source} was trained with another tokenizer ({tokenizer.kind}, {tokenizer.n_vocab} tokens) than the one "
-            f"of {data.path} ({data.tokenizer.kind}, {data.tokenizer.n_vocab}); prepare the data with the same one"
+            f"of {data.path} ({data.tokenizer.kind}, {data.tokenizer.n_vocab}); prepare the data with the same one: "
+            f"python prepare text FILES --tokenizer {shlex.quote(name)}"
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f"{data.path} has {data.vocab_size} token ids, but {source} only {model.config.vocab_size}")

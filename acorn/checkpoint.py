@@ -33,6 +33,7 @@ from model import GPT, GPTConfig
 FORMAT = 1  # of state.json
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # others there: owner/name
 
 
 class Damaged(Exception):
@@ -207,18 +208,23 @@ def build_model(folder: Path, state: dict) -> GPT:
     return fill(state["config"], tensors, str(path))
 
 
-def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
-    """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
-    are the model's, which is known before any memory is taken."""
+def empty_model(shape: dict, source: str) -> GPT:
+    """The model with the GPTConfig fields `shape`, on the meta device, where it takes no memory."""
     types = typing.get_type_hints(GPTConfig)
     try:
         config = GPTConfig(**{name: settings.convert(value, types[name], name) for name, value in shape.items()})
         with torch.device("meta"):
-            model = GPT(config)
+            return GPT(config)
     except (TypeError, ValueError, KeyError, OverflowError, RuntimeError, UserError) as error:
         raise UserError(f"{source} belongs to no model of this version ({error})") from error
+
+
+def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
+    """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
+    are the model's, which is known before any memory is taken."""
+    model = empty_model(shape, source)
     own = dict(model.named_parameters())
-    if config.tie_weights:
+    if model.config.tie_weights:
         tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -229,7 +235,7 @@ def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
             shapes = f"{list(tensors[name].shape)} instead of {list(p.shape)}"
             raise UserError(f"{source} is a checkpoint of another shape: its {name} is {shapes}")
     model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, strict=False, assign=True)
-    if config.tie_weights:
+    if model.config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     return model
 
@@ -262,11 +268,18 @@ def load_nanogpt(path: Path) -> tuple[GPT, dict]:
     return fill(shape, tensors, str(path)), checkpoint
 
 
+def is_on_hub(source: str) -> bool:
+    """Whether `source` is to be looked for on the Hugging Face hub: GPT-2, or owner/name where no such folder is."""
+    path = Path(source)
+    is_name = HUB_NAME.fullmatch(source) and not path.parent.exists()  # else a path with a slip of the pen
+    return not path.exists() and (source in PUBLISHED or bool(is_name))
+
+
 def load_model(source: str, which: str = "best") -> tuple[GPT, object, str]:
     """The model, its tokenizer (None where it is not known) and a word on what was loaded, from an acorn out_dir or
-    step folder, a nanoGPT `ckpt.pt` or a folder with one, or GPT-2 weights in Hugging Face's form by name or folder."""
+    step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by its name or folder."""
     path = Path(source)
-    if (path / "config.json").exists() or (source in PUBLISHED and not path.exists()):
+    if (path / "config.json").exists() or is_on_hub(source):
         from acorn import hub
 
         model, tokenizer = hub.load(source)

@@ -1,89 +1,187 @@
-"""Hugging Face checkpoints of the GPT-2 and Llama families, as acorn models."""
+"""Hugging Face checkpoints of the GPT-2 and Llama families, in and out.
 
+In:  python train.py --init_from=gpt2                # or another name on the hub, or a folder
+Out: python -m acorn.hub export out/mine hf/mine     # a folder that transformers loads
+
+Weights are read and written as safetensors only: a pickle could run code.
+"""
+
+import argparse
 import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from acorn import UserError
+from acorn import UserError, checkpoint, files, run
 from acorn import tokenizer as tokenizers
-from acorn.checkpoint import fill
 from model import GPT, GPTConfig
 
+# of a folder on the hub, which may hold much else
+MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
+    acorn_tokenizer.json
+"""
+OWN = "acorn_tokenizer.json"  # in an exported folder, so that it comes back with the tokenizer that it had
+PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all names but the head's; some files leave it out
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # that older files hold beside the parameters
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
+HAS = {  # the switches of GPTConfig that each of them has
+    "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
+    "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
+}
 
-def load(source: str) -> tuple[GPT, object]:
-    """The model of a published checkpoint, by its name on the hub ("gpt2-xl") or its folder, and its tokenizer where
-    that is GPT-2's, else None. Raises UserError where it cannot be had or is of another family."""
+
+def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
+    """The model of a checkpoint, by its name on the hub ("gpt2-xl") or its folder, in float32 on the CPU, and its
+    tokenizer, None where it comes without. Raises UserError where it cannot be had, or is no model that acorn has."""
+    folder = Path(source) if Path(source).is_dir() else download(source)
+    family, config = read_config(folder)
+    there = open_tensors(folder, source, PREFIX[family])
+
+    # names and shapes are compared before any memory is taken
+    model = checkpoint.empty_model(dataclasses.asdict(config), source)
+    shapes = {name: list(view.shape) for name, view in their_views(model, family).items()}
+    if config.tie_weights and "lm_head.weight" in there:
+        shapes["lm_head.weight"] = [config.vocab_size, config.n_embd]
+    if missing := sorted(shapes.keys() - there.keys()):
+        raise UserError(f"the checkpoint {source} lacks {len(missing)} tensors, {missing[0]} first; get it again")
+    if extra := sorted(there.keys() - shapes.keys()):
+        raise UserError(
+            f"the checkpoint {source} has {len(extra)} tensors, {extra[0]} first, that a {family} model with its "
+            "config.json does not have; it is of another architecture"
+        )
+    for name, shape in shapes.items():
+        file, stored = there[name]
+        found, dtype = file.get_slice(stored).get_shape(), file.get_slice(stored).get_dtype()
+        if found != shape:
+            raise UserError(f"{name} of the checkpoint {source} is {found} instead of the {shape} of its config.json")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{name} of the checkpoint {source} is {dtype}; quantized weights are not loaded")
+
+    # one tensor after the other goes into its place, so that memory holds the model once
+    model.to_empty(device="cpu")
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    with torch.no_grad():
+        for name, view in their_views(model, family).items():
+            file, stored = there[name]
+            view.copy_(file.get_tensor(stored))
+    if config.tie_weights and "lm_head.weight" in there:
+        file, stored = there["lm_head.weight"]
+        if not torch.equal(file.get_tensor(stored).float(), model.lm_head.weight):
+            raise UserError(
+                f"the checkpoint {source} has a head of its own, but its config.json ties it to the embedding; "
+                'put "tie_word_embeddings": false there'
+            )
+    return model, tokenizer_of(folder, source, config)
+
+
+def download(name: str, wanted: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
+    """The folder in which a model of the hub lies on this machine, after it was downloaded where needed."""
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise UserError(f"{name} is on the Hugging Face hub: pip install transformers to have it") from error
+    page = f"https://huggingface.co/{name}"
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted.split()))
+    except errors.GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its terms at {page}, then `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"there is no folder {name}, and no such model on the Hugging Face hub; if it is private, `hf auth login`"
+        ) from error
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise UserError(
+            f"there is no folder {name}, and the Hugging Face hub cannot be reached for the model of that name; "
+            f"without network, give the folder of a copy of {page}"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not there, or is no JSON; get the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object; get the checkpoint again")
+    return value
+
+
+def read_config(folder: Path) -> tuple[str, GPTConfig]:
+    """The family, gpt2 or llama, and the configuration of a checkpoint. A feature that acorn's model does not have is
+    a UserError that names it."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    family = raw.get("model_type")
+    if family not in PREFIX:
+        raise UserError(f"{path} is of the family {family!r:.40}, which cannot be loaded; gpt2 and llama can")
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"{source} is a Hugging Face checkpoint: pip install transformers to load it") from error
-    transformers.logging.set_verbosity_error()
+        raise UserError(f"{folder} is a Hugging Face checkpoint: pip install transformers to load it") from error
     try:
-        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the checkpoint {source} cannot be had ({reason}); without network, give the folder of a copy"
-        ) from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-    if wrong:  # transformers would go on with random numbers there
-        raise UserError(f"the checkpoint {source} lacks {wrong[0]}; get it again")
-    model = from_hf(theirs)
-    return model, tokenizers.get_tokenizer("gpt2") if model.config.vocab_size == 50257 else None
+        # the library knows the defaults of what is left out, and the forms that older versions wrote
+        if family == "gpt2":
+            return family, from_gpt2(transformers.GPT2Config.from_dict(raw), path)
+        return family, from_llama(transformers.LlamaConfig.from_dict(raw), path)
+    except UserError:
+        raise
+    except Exception as error:  # a broken file fails there in many ways
+        raise UserError(f"{path} describes no {family} model ({str(error).splitlines()[-1].strip()})") from error
 
 
-def from_hf(theirs) -> GPT:
-    """The acorn model with the configuration and the weights of a transformers GPT2LMHeadModel or LlamaForCausalLM."""
-    family = theirs.config.model_type
-    if family == "gpt2":
-        config, tensors = from_gpt2(theirs.config, theirs.state_dict())
-    elif family == "llama":
-        config, tensors = from_llama(theirs.config, theirs.state_dict())
-    else:
-        raise UserError(f"a checkpoint of the family {family!r} cannot be loaded; gpt2 and llama can")
-    return fill(dataclasses.asdict(config), tensors, f"the {family} checkpoint")
-
-
-def from_gpt2(c, tensors: dict[str, torch.Tensor]) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
-    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+def from_gpt2(c, path: Path) -> GPTConfig:
+    """Of a transformers GPT2Config, which was read from `path`."""
     refuse(
+        path,
         {
-            f"activation_function = {c.activation_function}": c.activation_function not in activations,
+            f"activation_function = {c.activation_function}": c.activation_function not in ACTIVATIONS,
+            "scale_attn_weights = false": not c.scale_attn_weights,
             "scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx,
             "add_cross_attention": c.add_cross_attention,
-        }
+            "quantized weights": getattr(c, "quantization_config", None),
+        },
     )
-    config = GPTConfig(
+    return GPTConfig(
         block_size=c.n_positions,
         vocab_size=c.vocab_size,
         n_layer=c.n_layer,
         n_head=c.n_head,
         n_embd=c.n_embd,
         n_hidden=c.n_inner or 0,
-        mlp=activations[c.activation_function],
+        mlp=ACTIVATIONS[c.activation_function],
         norm_eps=c.layer_norm_epsilon,
         tie_weights=c.tie_word_embeddings,
     )
-    matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs multiply from the other side
-    return config, {name: t.t() if name.endswith(matrices) else t for name, t in tensors.items()}
 
 
-def from_llama(c, tensors: dict[str, torch.Tensor]) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+def from_llama(c, path: Path) -> GPTConfig:
+    """Of a transformers LlamaConfig, which was read from `path`."""
     rope = c.rope_parameters
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     refuse(
+        path,
         {
-            f"rope scaling {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
+            f"rope scaling {rope['rope_type']!r}": rope["rope_type"] != "default",
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "sliding_window": getattr(c, "sliding_window", None),
             f"hidden_act = {c.hidden_act}": c.hidden_act != "silu",
             "attention_bias": c.attention_bias,
             "mlp_bias": c.mlp_bias,
-            f"head_dim = {head_dim}": head_dim * c.num_attention_heads != c.hidden_size,
-        }
+            f"head_dim = {c.head_dim}": c.head_dim * c.num_attention_heads != c.hidden_size,
+            "quantized weights": getattr(c, "quantization_config", None),
+        },
     )
-    config = GPTConfig(
+    return GPTConfig(
         block_size=c.max_position_embeddings,
         vocab_size=c.vocab_size,
         n_layer=c.num_hidden_layers,
@@ -99,24 +197,248 @@ def from_llama(c, tensors: dict[str, torch.Tensor]) -> tuple[GPTConfig, dict[str
         rope_theta=rope["rope_theta"],
         tie_weights=c.tie_word_embeddings,
     )
-    ours = {
-        "transformer.wte.weight": tensors["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": tensors["model.norm.weight"],
-        "lm_head.weight": tensors["lm_head.weight"],
-    }
-    for i in range(config.n_layer):
-        a, b = f"model.layers.{i}.", f"transformer.h.{i}."
-        ours[b + "ln_1.weight"] = tensors[a + "input_layernorm.weight"]
-        ours[b + "ln_2.weight"] = tensors[a + "post_attention_layernorm.weight"]
-        ours[b + "attn.c_attn.weight"] = torch.cat([tensors[a + f"self_attn.{x}_proj.weight"] for x in "qkv"])
-        ours[b + "attn.c_proj.weight"] = tensors[a + "self_attn.o_proj.weight"]
-        ours[b + "mlp.c_fc.weight"] = torch.cat([tensors[a + f"mlp.{x}_proj.weight"] for x in ("gate", "up")])
-        ours[b + "mlp.c_proj.weight"] = tensors[a + "mlp.down_proj.weight"]
-    return config, ours
 
 
-def refuse(unsupported: dict[str, bool]) -> None:
-    """Raise UserError, naming it, for the first feature of a checkpoint that acorn's model does not have."""
+def refuse(path: Path, unsupported: dict[str, object]) -> None:
+    """Raise UserError for the first feature that is there, by its name."""
     for feature, present in unsupported.items():
         if present:
-            raise UserError(f"this checkpoint has {feature}, which acorn's model does not; it is not loaded")
+            raise UserError(f"{path} has {feature}, which acorn's model does not; it is not loaded")
+
+
+def open_tensors(folder: Path, source: str, prefix: str) -> dict[str, tuple[object, str]]:
+    """For each tensor of a checkpoint, by its full name: the open file that holds it, and its name in there."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / names[0]).exists():
+        if not index.exists():
+            classes = "(t.AutoModelForCausalLM, t.AutoTokenizer)"
+            convert = f"[c.from_pretrained({source!r}).save_pretrained('converted') for c in {classes}]"
+            raise UserError(
+                f"{source} has no model.safetensors; a pickle such as pytorch_model.bin could run code and is not "
+                "loaded; where you trust it, this makes safetensors of it: "
+                f'python -c "import transformers as t; {convert}"'
+            )
+        where = read_json(index).get("weight_map")
+        names = sorted(map(str, set(where.values()))) if isinstance(where, dict) else []
+    there = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; get the checkpoint again")
+        try:
+            file = safe_open(path, framework="pt", backend="pread")  # a memory map would count as memory in use
+            stored = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not whole ({error}); get the checkpoint again") from error
+        for name in stored:
+            if not name.endswith(CONSTANTS):
+                there[name if name.startswith((prefix, "lm_head.")) else prefix + name] = (file, name)
+    return there
+
+
+def their_views(model: GPT, family: str) -> dict[str, Tensor]:
+    """The parameters of a model as transformers names, cuts and turns them: views, to read from or to write into."""
+    if family == "gpt2":  # whose matrices multiply from the other side
+        matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        return {name: p.t() if name.endswith(matrices) else p for name, p in model.named_parameters()}
+    cfg = model.config
+    views = {
+        "model.embed_tokens.weight": model.transformer.wte.weight,
+        "model.norm.weight": model.transformer.ln_f.weight,
+    }
+    if not cfg.tie_weights:
+        views["lm_head.weight"] = model.lm_head.weight
+    for i, block in enumerate(model.transformer.h):
+        kv_channels = cfg.n_kv_head * cfg.head_dim
+        q, k, v = block.attn.c_attn.weight.split((cfg.n_embd, kv_channels, kv_channels))
+        gate, up = block.mlp.c_fc.weight.chunk(2)
+        layer = {
+            "input_layernorm": block.ln_1.weight,
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attn.c_proj.weight,
+            "post_attention_layernorm": block.ln_2.weight,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": block.mlp.c_proj.weight,
+        }
+        views |= {f"model.layers.{i}.{name}.weight": view for name, view in layer.items()}
+    return views
+
+
+def tokenizer_of(folder: Path, source: str, config: GPTConfig) -> tokenizers.Tokenizer | None:
+    """The tokenizer that lies in a checkpoint's folder; None, and a note, where none does."""
+    if (folder / OWN).exists():
+        return tokenizers.from_dict(read_json(folder / OWN))
+    if tokenizers.is_hf(folder):
+        return tokenizers.load_hf(folder)
+    if config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
+        return tokenizers.get_tokenizer("gpt2")
+    print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
+    return None
+
+
+def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
+    """What says it all of a tokenizer, by file name: to transformers, and to `tokenizer_of`."""
+    own = {OWN: json.dumps(tokenizer.to_dict())}
+    text = tokenizer_json(tokenizer)
+    if text is None:
+        print(f"note: {tokenizer.kind} has no form that transformers reads: no tokenizer is written", file=sys.stderr)
+        return own
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # whatever tokenizer.json says
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    extras = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "chat_template": tokenizer.chat_template}
+    config |= {name: value for name, value in extras.items() if value}
+    return own | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The tokenizer as Hugging Face's library `tokenizers` writes it; None where it has no such form."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    if tokenizer.kind in ("bpe", "hf"):
+        return json.dumps(tokenizer.config, ensure_ascii=False)
+    if tokenizer.kind == "gpt2":
+        config = tokenizers.gpt2_config()
+        return config and json.dumps(config, ensure_ascii=False)
+    if tokenizer.kind == "char":  # a word is a character
+        ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
+        theirs = Tokenizer(models.WordLevel(ids, unk_token=""))  # there is none: an unknown character is an error
+        theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        theirs.decoder = decoders.Fuse()
+        return theirs.to_str()
+    if tokenizer.kind == "byte":  # nothing is merged
+        ids = {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}
+        theirs = Tokenizer(models.BPE(ids, []))
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs.decoder = decoders.ByteLevel()
+        theirs.add_special_tokens([tokenizers.END_OF_TEXT])
+        return theirs.to_str()
+    return None
+
+
+def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> str:
+    """Write a model, from anything that `checkpoint.load_model` takes, as the folder `target` that transformers loads:
+    weights, configuration, tokenizer. Returns the name of its class there. Raises UserError where transformers has no
+    such model, and where `target` is there; a folder that is there is whole."""
+    if target.exists():
+        raise UserError(f"{target} is there already; give another folder, or remove it")
+    model, tokenizer, _ = checkpoint.load_model(source, which)
+    cfg = model.config
+    family = "llama" if cfg.pos == "rope" else "gpt2"
+    has = {"qk_norm": [False], "logit_softcap": [0.0], **HAS[family]}
+    if family == "gpt2":
+        has["n_kv_head"] = [cfg.n_head]
+    if wrong := [f"{name} = {getattr(cfg, name)!r}" for name in has if getattr(cfg, name) not in has[name]]:
+        raise UserError(
+            f"{source} cannot be exported: it has {', '.join(wrong)}, which {CLASSES[family]} of transformers does not"
+        )
+    import transformers
+
+    if tokenizer:  # rows beyond its ids pad the vocabulary, and stand for nothing
+        cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
+    tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, family).items()}
+    config = to_gpt2(cfg) if family == "gpt2" else to_llama(cfg)
+    config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:]))
+    control = tokenizer.control if tokenizer else {}
+    ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
+    config.update(ids)
+    if tokenizer and tokenizer.eot not in (None, ids["eos_token_id"]):
+        ids["eos_token_id"] = [ids["eos_token_id"], tokenizer.eot]  # the ends of a turn and of a text
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        config.save_pretrained(beside)
+        transformers.GenerationConfig(**ids).save_pretrained(beside)
+        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(beside / "config.json", beside / "model.safetensors")  # which is made for this user alone
+        for name, text in (tokenizer_files(tokenizer, cfg.block_size) if tokenizer else {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
+        for file in [*beside.iterdir(), beside]:
+            files.sync(file)
+        os.rename(beside, target)
+        files.sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{target} could not be written ({reason}); nothing of it is left") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return CLASSES[family]
+
+
+def their_tensors(model: GPT, family: str) -> dict[str, Tensor]:
+    """`their_views` for export: as many rows of the vocabulary as the model's configuration says, and every bias."""
+    tensors = {name: view.detach() for name, view in their_views(model, family).items()}
+    for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][: model.config.vocab_size]
+    if family == "gpt2" and not model.config.bias:  # GPT-2 has biases everywhere; zeros do nothing
+        full = checkpoint.empty_model({**dataclasses.asdict(model.config), "bias": True}, family)
+        zeros = {name: torch.zeros(view.shape) for name, view in their_views(full, family).items()}
+        tensors = zeros | tensors
+    return tensors
+
+
+def to_gpt2(cfg: GPTConfig):
+    """A transformers GPT2Config."""
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        n_positions=cfg.block_size,
+        vocab_size=cfg.vocab_size,
+        n_layer=cfg.n_layer,
+        n_head=cfg.n_head,
+        n_embd=cfg.n_embd,
+        n_inner=cfg.n_hidden,
+        activation_function=next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp),
+        layer_norm_epsilon=cfg.norm_eps,
+        tie_word_embeddings=cfg.tie_weights,
+        resid_pdrop=cfg.dropout,
+        embd_pdrop=cfg.dropout,
+        attn_pdrop=cfg.dropout,
+    )
+
+
+def to_llama(cfg: GPTConfig):
+    """A transformers LlamaConfig."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        max_position_embeddings=cfg.block_size,
+        vocab_size=cfg.vocab_size,
+        num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.n_kv_head,
+        hidden_size=cfg.n_embd,
+        intermediate_size=cfg.n_hidden,
+        rms_norm_eps=cfg.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        rope_theta=cfg.rope_theta,  # where transformers before 5, and what was made for it, look
+        tie_word_embeddings=cfg.tie_weights,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m acorn.hub", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    sub = commands.add_parser("export", help="write a run as a folder that transformers loads", allow_abbrev=False)
+    sub.add_argument("source", help="an out_dir, a nanoGPT ckpt.pt, or whatever else init_from takes")
+    sub.add_argument("target", type=Path, help="the folder to write, which must not be there yet")
+    sub.add_argument("--checkpoint", default="best", help="of an out_dir: best (default), latest, or step_002000")
+    dtypes = ("float32", "bfloat16", "float16")
+    sub.add_argument("--dtype", default="float32", choices=dtypes, help="of the weights; default: %(default)s")
+    args = parser.parse_args()
+    name = export(args.source, args.target, args.checkpoint, getattr(torch, args.dtype))
+    print(f"written to {args.target}: {name}, in {args.dtype}")
+
+
+if __name__ == "__main__":
+    run(main)

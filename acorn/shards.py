@@ -39,7 +39,8 @@ class ShardWriter:
     """Writes the shards of one split into `folder`; a context manager.
 
     A shard grows under a temporary name and gets its own only when it is whole and on the disk. After an exception the
-    unfinished one is removed. `tokens` counts what was written; `shards` describes the finished files for meta.json.
+    unfinished one is removed, unless `save` promised that it would stay. `tokens` counts what was written; `shards`
+    describes the finished files for meta.json.
     """
 
     def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
@@ -50,6 +51,7 @@ class ShardWriter:
         self.shards: list[dict] = []
         self._file = None
         self._in_shard = 0
+        self._saved = False
 
     def write(self, ids: np.ndarray) -> None:
         """Append ids, an integer array of one dimension. An id outside the vocabulary is refused, never wrapped."""
@@ -68,6 +70,33 @@ class ShardWriter:
             self.tokens += len(part)
             if self._in_shard == self.shard_tokens:
                 self._finish_shard()
+
+    def save(self) -> dict:
+        """Put all that was written on the disk, to stay there: a JSON-able state from which `resume` goes on."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._saved = True
+        return {"tokens": self.tokens, "in_shard": self._in_shard, "shards": list(self.shards)}
+
+    def resume(self, state: dict) -> None:
+        """Go on in the same folder from what `save` returned; what was written after it is dropped.
+
+        Raises UserError where the folder no longer holds the tokens of that state.
+        """
+        self.tokens, self._in_shard, self.shards = state["tokens"], state["in_shard"], list(state["shards"])
+        self._saved = True
+        for shard in self.shards:
+            open_shard(self.folder / shard["file"])
+        if self._in_shard:
+            if (self.folder / self._name).exists():  # it was finished after that
+                os.replace(self.folder / self._name, self._temporary)
+            size = HEADER_BYTES + self._in_shard * self.dtype.itemsize
+            if not self._temporary.exists() or self._temporary.stat().st_size < size:
+                raise UserError(f"{self._temporary} has lost tokens; prepare the dataset again")
+            self._file = open(self._temporary, "r+b")  # noqa: SIM115 (it stays open between calls)
+            self._file.seek(size)
+            self._file.truncate()
 
     @property
     def _name(self) -> str:
@@ -106,7 +135,8 @@ class ShardWriter:
             if self._file is not None:
                 with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses
                     self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            if not self._saved:
+                self._temporary.unlink(missing_ok=True)
 
 
 def write_meta(folder: str | Path, meta: dict) -> None:

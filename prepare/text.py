@@ -1,32 +1,40 @@
-"""your own text: files, folders, globs, or - for standard input; each file is a document
+"""your own text: files, folders, globs, or - for standard input; .gz and .zst are unpacked
 
-Of a folder it takes, recursively and sorted, what looks like text by its suffix (.txt, .md, source code, and gzip of
-these), and leaves out hidden and binary files. A file that you name is taken whatever its suffix.
+A file is a document. Of .jsonl, .parquet and .csv each record is one: its field --key. Of a folder it takes,
+recursively and sorted, what looks like text by its suffix (.txt, .md, source code, records), and leaves out hidden and
+binary files; a .jsonl or .csv there without the field is a document like any other file. A file that you name is taken
+whatever its suffix.
 """
 
 import argparse
 import glob
-import gzip
+import hashlib
 import os
 import sys
-import zlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from acorn import UserError
+from prepare.reading import has_field, head, naming, records, suffix, text_blocks
 
 TOKENIZER = "gpt2"
 SUFFIXES = """
-    .txt .text .md .markdown .rst .org .tex .adoc .asc .log .csv .tsv .json .jsonl .yaml .yml .toml .ini .cfg .conf
-    .xml .html .htm .css .scss .svg .sql .srt .vtt .po .bib .diff .patch
+    .txt .text .md .markdown .rst .org .tex .adoc .asc .log .csv .tsv .json .jsonl .ndjson .yaml .yml .toml .ini .cfg
+    .conf .xml .html .htm .css .scss .svg .sql .srt .vtt .po .bib .diff .patch
     .py .pyi .pyx .ipynb .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .m .mm .rs .go .java .kt .scala .swift .cs .fs .vb .js
     .jsx .mjs .ts .tsx .vue .rb .pl .pm .php .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .zig .nim .d
     .dart .f .f90 .f95 .asm .s .sh .bash .zsh .fish .ps1 .bat .cmake .mk .tcl .vim .v .sv .vhd .proto .gradle
 """
 
 
+RECORDS = (".jsonl", ".ndjson", ".parquet", ".csv")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders, globs, or - for standard input")
+    parser.add_argument("--key", metavar="FIELD", help="the field of a record that is its text; default: text")
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -39,7 +47,7 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def documents(args: argparse.Namespace) -> "TextFiles":
-    files = TextFiles(args.errors)
+    files = TextFiles(args.errors, args.key)
     for name in args.files:
         files.add(name)
     if files.skipped:
@@ -47,37 +55,59 @@ def documents(args: argparse.Namespace) -> "TextFiles":
     return files
 
 
-class TextFiles:
-    """An iterable of the texts of files, read anew each time, so that the corpus need not fit in memory."""
+class Source(NamedTuple):
+    name: str  # how messages call it
+    path: str
+    is_records: bool
+    version: list  # differs when the content does
 
-    def __init__(self, errors: str = "strict"):
+
+class TextFiles:
+    """An iterable of documents, read anew each time: a document is a file, in blocks, or the text of a record."""
+
+    def __init__(self, errors: str = "strict", key: str | None = None):
         self.errors = errors  # strict | replace: what to do with bytes that are not UTF-8
-        self.sources: list[tuple[str, bytes | None]] = []  # path, and the bytes of what can be read only once
+        self.key = key
+        self.sources: list[Source] = []
         self.skipped = 0
+        self._spooled = []  # temporary files, which vanish with this object
 
     def add(self, name: str) -> None:
         """Add a file, a folder, a glob, or - for standard input. A UserError where there is no text to be found."""
         if name == "-":
-            self.sources.append(("standard input", _unpacked(sys.stdin.buffer.read())))
+            self._spool("standard input", sys.stdin.buffer)
         elif os.path.isdir(name):
             found = self._in_folder(name)
             if not found:
                 raise UserError(f"the folder {name} holds no text files; name the files to read whatever their suffix")
-            self.sources += [(path, None) for path in found]
+            self._add_files(found, in_folder=True)
         elif os.path.isfile(name):
             if os.path.getsize(name) == 0:
                 raise UserError(f"{name} is empty; leave it out, or give a file with text in it")
-            self.sources.append((name, None))
+            self._add_files([name])
         elif os.path.exists(name):  # a pipe, as in `python prepare text <(zcat mine.gz)`
-            self.sources.append((name, _read(name)))
+            with naming(name), open(name, "rb") as pipe:
+                self._spool(name, pipe)
         elif glob.has_magic(name):
             found = sorted(glob.glob(name, recursive=True))
             if not found:
                 raise UserError(f"no file matches {name}; paths are relative to where you stand: {os.getcwd()}")
             for path in found:
-                self.sources += [(file, None) for file in (self._in_folder(path) if os.path.isdir(path) else [path])]
+                if os.path.isdir(path):
+                    self._add_files(self._in_folder(path), in_folder=True)
+                else:
+                    self._add_files([path])
         else:
             raise UserError(f"there is no file or folder {name}; paths are relative to where you stand: {os.getcwd()}")
+
+    def _add_files(self, paths: list[str], in_folder: bool = False) -> None:
+        for path in paths:
+            with naming(path):
+                status = os.stat(path)
+            is_records = suffix(path) in RECORDS
+            if in_folder and suffix(path) != ".parquet":
+                is_records = is_records and has_field(path, self.key or "text")
+            self.sources.append(Source(path, path, is_records, [status.st_size, status.st_mtime_ns]))
 
     def _in_folder(self, folder: str) -> list[str]:
         found = []
@@ -88,43 +118,39 @@ class TextFiles:
         for parent, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
-                suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
-                if suffix in SUFFIXES.split() and os.path.isfile(path) and b"\0" not in _read(path, 8192):
+                is_text = suffix(path) in SUFFIXES.split() and os.path.isfile(path) and b"\0" not in head(path)
+                if is_text or suffix(path) == ".parquet":
                     found.append(path)
                 else:
                     self.skipped += 1
         return found
 
-    def __iter__(self) -> Iterator[str]:
-        for name, data in self.sources:
-            yield self._decode(name, _read(name) if data is None else data)
+    def _spool(self, name: str, stream: BinaryIO) -> None:
+        """Keep on the disk what can be read only once. It has no suffix; what packed it shows by its first bytes."""
+        start = stream.read(4)
+        packed = ".gz" if start[:2] == b"\x1f\x8b" else ".zst" if start == b"\x28\xb5\x2f\xfd" else ""
+        file = tempfile.NamedTemporaryFile(suffix=packed)  # noqa: SIM115 (it stays open)
+        digest = hashlib.sha256()
+        while start:
+            file.write(start)
+            digest.update(start)
+            start = stream.read(1 << 20)
+        file.flush()
+        self._spooled.append(file)
+        self.sources.append(Source(name, file.name, False, [digest.hexdigest()]))
 
-    def _decode(self, name: str, data: bytes) -> str:
-        try:
-            return data.decode("utf-8", self.errors).removeprefix("\ufeff")  # the mark that some editors put in front
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
-                "convert the file, leave it out, or go on with --errors replace"
-            ) from error
+    def fingerprint(self) -> list:
+        """What differs when another text would come out (JSON-able)."""
+        sources = [[source.name, source.is_records, *source.version] for source in self.sources]
+        return [self.errors, self.key, sources]
 
+    def __length_hint__(self) -> int:
+        """The number of documents, where that is known before reading."""
+        return NotImplemented if any(source.is_records for source in self.sources) else len(self.sources)
 
-def _read(path: str, limit: int = -1) -> bytes:
-    """The bytes of a file, those of a .gz unpacked."""
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            return file.read(limit)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no whole gzip file ({error}); get it again or leave it out") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _unpacked(data: bytes) -> bytes:
-    """What came through a pipe has no suffix; gzip shows by its first two bytes."""
-    if not data.startswith(b"\x1f\x8b"):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"standard input is no whole gzip file ({error}); send it again") from error
+    def __iter__(self) -> Iterator[str | Iterator[str]]:
+        for source in self.sources:
+            if source.is_records:
+                yield from records(source.path, self.key, self.errors)
+            else:
+                yield text_blocks(source.path, self.errors, source.name)

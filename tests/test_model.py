@@ -1,4 +1,4 @@
-"""model.py against tiny random Hugging Face models, hand computations, and itself without a cache."""
+"""model.py against hand computations, and itself without a cache. (Hugging Face models: test_hub.py.)"""
 
 import itertools
 import math
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import model as model_file
-from acorn.hub import from_hf
 from model import GPT, GPTConfig, KVCache, rotary_angles, rotate, sinusoidal_positions
 
 SMALL = dict(block_size=16, vocab_size=37, n_layer=2, n_head=4, n_embd=32)
@@ -36,68 +35,6 @@ def random_model(**changes) -> GPT:
 
 def tokens(B=2, T=12, V=37) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def randomize(theirs):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.normal_(std=0.2).add_(1.0 if p.dim() == 1 else 0.0)
-    return theirs.eval()
-
-
-def test_gpt2_logits_and_loss_are_hugging_faces():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=37, n_positions=16, n_embd=32, n_layer=3, n_head=4)
-    theirs = randomize(transformers.GPT2LMHeadModel(config))
-    idx = tokens()
-    with torch.no_grad():
-        expected = theirs(idx, labels=idx)
-        logits, loss = from_hf(theirs)(idx[:, :-1], idx[:, 1:])
-    assert (logits - expected.logits[:, :-1]).abs().max() < 1e-5 * expected.logits.abs().max()
-    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_llama_logits_are_hugging_faces(tie):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=37,
-        max_position_embeddings=16,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tie,
-    )
-    theirs = randomize(transformers.LlamaForCausalLM(config))
-    idx = tokens()
-    with torch.no_grad():
-        expected = theirs(idx).logits
-        ours, _ = from_hf(theirs)(idx, idx)
-    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def test_a_checkpoint_of_another_family_is_refused_by_name():
-    transformers = pytest.importorskip("transformers")
-    from acorn import UserError
-
-    config = transformers.GPTNeoXConfig(
-        vocab_size=37, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    with pytest.raises(UserError, match="gpt_neox"):
-        from_hf(transformers.GPTNeoXForCausalLM(config))
-    config = transformers.LlamaConfig(
-        vocab_size=37,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-    )
-    with pytest.raises(UserError, match="rope scaling 'linear'"):
-        from_hf(transformers.LlamaForCausalLM(config))
 
 
 def test_the_cache_changes_nothing_for_any_combination_of_switches():

