@@ -4,6 +4,9 @@ A dataset is a folder of shards `train_000000.bin`, `val_000000.bin`, ... and a 
 existence means complete. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens. There are two layouts, those of llm.c and modded-nanogpt: uint16, and uint32 for vocabularies that need it.
 
+Where not every token is to be learned, `train_000000.mask` stands beside `train_000000.bin`: the same header and a byte
+for each token, 1 where it is a target and 0 where it is only read.
+
 A batch is a pure function of (seed, position in the data): see `sample_windows`.
 """
 
@@ -25,9 +28,14 @@ from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, 
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
-LAYOUTS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, type of a token)
+MASK_MAGIC = 20261122
+LAYOUTS = {  # magic: (version, type of a token)
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+    MASK_MAGIC: (1, np.dtype("u1")),
+}
 SHARD_TOKENS = 100_000_000
-SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
+SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
 PARTIAL = ".acorn_partial"  # inside a dataset's folder: the new shards, until all of them are whole
 
 
@@ -42,6 +50,8 @@ class ShardWriter:
     unfinished one is removed, unless `save` promised that it would stay. `tokens` counts what was written; `shards`
     describes the finished files for meta.json.
     """
+
+    suffix = "bin"
 
     def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.split, self.vocab_size, self.shard_tokens = Path(folder), split, vocab_size, shard_tokens
@@ -100,7 +110,7 @@ class ShardWriter:
 
     @property
     def _name(self) -> str:
-        return f"{self.split}_{len(self.shards):06d}.bin"
+        return f"{self.split}_{len(self.shards):06d}.{self.suffix}"
 
     @property
     def _temporary(self) -> Path:
@@ -139,6 +149,18 @@ class ShardWriter:
                 self._temporary.unlink(missing_ok=True)
 
 
+class MaskWriter(ShardWriter):
+    """Writes the masks beside the shards of one split, 0 or 1 for each token. With the same `shard_tokens` as the
+    ShardWriter of the tokens it makes as many files, equally long."""
+
+    suffix = "mask"
+
+    def __init__(self, folder: str | Path, split: str, shard_tokens: int = SHARD_TOKENS):
+        super().__init__(folder, split, 2, shard_tokens)
+        self.magic = MASK_MAGIC
+        self.version, self.dtype = LAYOUTS[MASK_MAGIC]
+
+
 def write_meta(folder: str | Path, meta: dict) -> None:
     """Write meta.json, whole or not at all."""
     files.replace(Path(folder) / "meta.json", json.dumps(meta, indent=1))
@@ -158,7 +180,8 @@ class Shard(NamedTuple):
 class Tokens:
     """The tokens of one split: a read-only stream over its shards, memory mapped.
 
-    `name` is how messages call the split. The maps are opened when needed and dropped now and then, since every page
+    `name` is how messages call the split. `mask`, a stream as long as this one, says by 0 which tokens are no targets;
+    without one all are. The maps are opened when needed and dropped now and then, since every page
     that they brought in counts as resident memory until then.
     """
 
@@ -166,6 +189,7 @@ class Tokens:
 
     def __init__(self, shards: Sequence[Shard], vocab_size: int, name: str = "train"):
         self.shards, self.vocab_size, self.name = list(shards), vocab_size, name
+        self.mask: Tokens | None = None
         counts = [shard.tokens for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)  # of each shard, in the stream
         self._starts = (self._ends - counts).tolist()
@@ -200,6 +224,14 @@ class Tokens:
                 "its shards were made by another tokenizer; prepare the dataset again"
             )
         return windows
+
+    def read_pairs(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows as inputs and targets, each of the shape (len(starts), length); a target of -1 is masked."""
+        windows = self.read(starts, length + 1)
+        x, y = windows[:, :-1], windows[:, 1:]
+        if self.mask is not None:
+            y = np.where(self.mask.read(np.asarray(starts) + 1, length), y, -1)
+        return x, y
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
@@ -256,7 +288,8 @@ class Dataset:
     def identity(self) -> str:
         """SHA-256 (hex) that tells datasets apart: of the shards' hashes, or, where none are known, of their sizes."""
         splits = [self.train, self.val] if self.val else [self.train]
-        listed = [self.meta[split]["shards"] for split in ("train", "val")] if self.meta else None
+        kinds = [(split, key) for key in ("shards", "masks") for split in ("train", "val")]
+        listed = [self.meta[split][key] for split, key in kinds if self.meta and key in self.meta[split]]
         sizes = [[shard.tokens for shard in split.shards] for split in splits]
         return hashlib.sha256(json.dumps(listed or sizes, sort_keys=True).encode()).hexdigest()
 
@@ -302,31 +335,38 @@ def _load_prepared(name: str, path: Path) -> Dataset:
             raise UserError(f"{meta_path} has format {meta['format']!r:.20}, not 1; prepare the dataset again")
         tokenizer, vocab_size = from_dict(meta["tokenizer"]), meta["vocab_size"]
         same = meta["tokenizer_hash"] == tokenizer_hash(tokenizer) and vocab_size == tokenizer.n_vocab
-        splits = {
-            split: [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in meta[split]["shards"]]
+        listed = {
+            (split, key): [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in entries]
             for split in ("train", "val")
+            for key, entries in (("shards", meta[split]["shards"]), ("masks", meta[split].get("masks", [])))
         }
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{meta_path} is truncated or damaged; prepare the dataset again with --overwrite") from error
     if not same:
         raise UserError(f"the tokenizer in {meta_path} is not the one its shards were made with; prepare it again")
 
     opened = {}
-    for split, entries in splits.items():
-        opened[split] = []
+    for (split, key), entries in listed.items():
+        opened[split, key] = []
         for file, tokens, sha256 in entries:
-            if not SHARD_NAME.fullmatch(file):
+            if not SHARD_NAME.fullmatch(file) or file.endswith(".mask") != (key == "masks"):
                 raise UserError(f"{meta_path} lists {file!r:.60}, which is no shard's name; prepare the dataset again")
             shard = open_shard(path / file)
             # hashing small shards costs nothing; of big ones the count has to do
             other = shard.tokens != tokens or (tokens <= 10_000_000 and files.sha256(shard.path) != sha256)
-            if other:
+            if other or (shard.dtype.itemsize == 1) != (key == "masks"):
                 raise UserError(
                     f"{shard.path} is not the shard that {meta_path} lists: one of the two belongs to another dataset; "
                     "prepare the dataset again with --overwrite"
                 )
-            opened[split].append(shard)
-    return _dataset(name, path, opened["train"], opened["val"], tokenizer, meta)
+            opened[split, key].append(shard)
+    dataset = _dataset(name, path, opened["train", "shards"], opened["val", "shards"], tokenizer, meta)
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        if masks := opened[split, "masks"]:
+            tokens.mask = Tokens(masks, 2, f"mask of the {tokens.name}")
+            if len(tokens.mask) != len(tokens):
+                raise UserError(f"the masks of {path} are of another length than its shards; prepare the dataset again")
+    return dataset
 
 
 def _load_nanogpt(name: str, path: Path) -> Dataset:
@@ -413,13 +453,10 @@ def sample_windows(tokens: Tokens, block_size: int, first: int, count: int, seed
     x = np.empty((count, block_size), dtype=np.int64)
     y = np.empty((count, block_size), dtype=np.int64)
     whole = starts + block_size <= pairs  # does not wrap around the end of the ring
-    read = tokens.read(starts[whole], block_size + 1)
-    if len(read) == count:  # nearly always
-        x[:], y[:] = read[:, :-1], read[:, 1:]
-    else:
-        x[whole], y[whole] = read[:, :-1], read[:, 1:]
-        for row in np.flatnonzero(~whole):
-            x[row], y[row] = tokens.read((starts[row] + np.arange(block_size)) % pairs, 2).T
+    x[whole], y[whole] = tokens.read_pairs(starts[whole], block_size)
+    for row in np.flatnonzero(~whole):
+        inputs, targets = tokens.read_pairs((starts[row] + np.arange(block_size)) % pairs, 1)
+        x[row], y[row] = inputs[:, 0], targets[:, 0]
     y[windows == n - 1, pairs - (n - 1) * block_size :] = -1
     return x, y
 
@@ -435,12 +472,10 @@ def sequential_windows(tokens: Tokens, block_size: int, first: int, count: int) 
     y = np.full((count, block_size), -1, dtype=np.int64)
     starts = np.arange(first, first + count) * block_size
     whole = int((starts + block_size <= pairs).sum())
-    read = tokens.read(starts[:whole], block_size + 1)
-    x[:whole], y[:whole] = read[:, :-1], read[:, 1:]
+    x[:whole], y[:whole] = tokens.read_pairs(starts[:whole], block_size)
     if whole < count and starts[whole] < pairs:
         rest = pairs - starts[whole]
-        read = tokens.read(starts[whole : whole + 1], rest + 1)[0]
-        x[whole, :rest], y[whole, :rest] = read[:-1], read[1:]
+        x[whole, :rest], y[whole, :rest] = tokens.read_pairs(starts[whole : whole + 1], rest)
     return x, y
 
 

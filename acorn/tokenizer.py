@@ -183,7 +183,7 @@ class TiktokenTokenizer(Tokenizer):
         ids = [encode(piece, allowed_special=set(), disallowed_special=()) for piece in pieces]
         return np.concatenate(ids).astype(np.int32)
 
-    @property
+    @functools.cached_property
     def control(self) -> dict[str, int]:
         return {name: self._encoding.encode_single_token(name) for name in self._encoding.special_tokens_set}
 
@@ -307,7 +307,7 @@ class HFTokenizer(Tokenizer):
 
     @property
     def eos(self) -> str | None:
-        return self._eos
+        return self._eos or self._eot_name
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         text = super().decode(ids)

@@ -65,12 +65,17 @@ def prepare_corpus(argv: list[str]) -> None:
         raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
 
     description = corpus.__doc__.splitlines()[0]
+    source = {"corpus": args.corpus, "description": description}
+    if hasattr(corpus, "prepare"):  # not one of documents
+        meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer_of(args.tokenizer), source=source)
+        print(summary(meta, out, dataset=str(out) if args.out else name))
+        return
     meta = pipeline.prepare(
         corpus.documents(args),
         out,
         name=name,
         tokenizer=tokenizer_of(args.tokenizer),
-        source={"corpus": args.corpus, "description": description},
+        source=source,
         val_by=args.val_by,
         val_fraction=args.val_fraction,
         val_tokens=args.val_tokens,
@@ -112,11 +117,18 @@ def summary(meta: dict, out: Path, dataset: str) -> str:
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
         command = f"python train.py config/quickstart.py {words}"
+    chat = []
+    if "chat" in meta:
+        learned = train["learned"] + val["learned"]
+        chat.append(f"to be learned    {learned:,} ({learned / tokens:.1%}), the replies")
+        cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
+        chat.append(f"over-long        {cut:,} cut at their beginning, {left_out:,} left out")
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
             f"bytes            {size:,}",
             f"tokens           {tokens:,} ({train['tokens']:,} train, {val['tokens']:,} val)",
+            *chat,
             f"bytes per token  {size / tokens:.2f}",
             f"vocabulary       {meta['vocab_size']:,} ({kind})",
             f"written to       {out}",

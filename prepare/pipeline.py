@@ -440,7 +440,9 @@ def _move_in(partial: Path, out: Path) -> dict:
     mix unnoticed. A move that was stopped can be done again.
     """
     meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
-    new = {shard["file"] for split in ("train", "val") for shard in meta[split]["shards"]}
+    new = {
+        file["file"] for split in ("train", "val") for key in ("shards", "masks") for file in meta[split].get(key, ())
+    }
     (out / "meta.json").unlink(missing_ok=True)
     for file in out.iterdir():
         if SHARD_NAME.fullmatch(file.name) and file.name not in new:

@@ -114,7 +114,15 @@ def _missing(where: str, field: str, fields: list[str]) -> UserError:
 
 
 def _jsonl(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
-    with open_unpacked(path) as file:
+    for where, record in json_lines(path, errors):
+        if field not in record:
+            raise _missing(where, field, list(record))
+        yield where, record[field]
+
+
+def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with the words by which messages say where it stands."""
+    with naming(path), open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             where = f"line {number} of {path}"
             if not line.strip():
@@ -129,9 +137,7 @@ def _jsonl(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
                 ) from error
             if not isinstance(record, dict):
                 raise UserError(f"{where} is {line.decode(errors='replace').strip()[:40]}, not an object with fields")
-            if field not in record:
-                raise _missing(where, field, list(record))
-            yield where, record[field]
+            yield where, record
 
 
 def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:

@@ -1,0 +1,170 @@
+"""Conversations as tokens: a template turns messages into text with control tokens, and says which part is the reply.
+
+    tokenizer.chat_template = choose_template(tokenizer)
+    ids, learned = render_to_learn(tokenizer, messages)     # for training: True where a reply, and its end, stands
+    ids = render(tokenizer, messages)                       # for sampling: up to where the next reply begins
+    stop_ids(tokenizer)                                     # a reply ends with one of these
+
+A message is a dict {"role": "system" | "user" | "assistant", "content": "..."}. A template is Jinja text in the form of
+Hugging Face's `chat_template`, so that those of published checkpoints work, and ours work there. It travels inside the
+tokenizer's dict, and so inside a dataset and a checkpoint. Only the template writes control tokens: the name of one
+that stands in a message stays text.
+"""
+
+import re
+
+import numpy as np
+
+from acorn import UserError
+from acorn.tokenizer import Tokenizer
+
+# "User:", a line break and the message; a reply ends with end of text. It needs no control token but that one.
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{{ message['role'] | capitalize }}{{ ':\\n' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:\\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
+BREAK = "\ufdd0"  # a noncharacter, which no text has; it keeps names of control tokens in messages apart from real ones
+
+
+def choose_template(tokenizer: Tokenizer) -> str:
+    """The template that the tokenizer carries, else ChatML where it has those control tokens, else the plain one.
+    Raises UserError where no turn could be ended, since there are no control tokens."""
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    if {"<|im_start|>", "<|im_end|>"} <= tokenizer.control.keys():
+        return CHATML
+    if tokenizer.eot is None:
+        raise UserError(
+            f"the {tokenizer.kind} tokenizer has no end-of-text token to end a reply with; prepare conversations with "
+            "--tokenizer gpt2, byte, bpe:8192, or that of a chat model"
+        )
+    return PLAIN
+
+
+def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
+    """The ids of a conversation up to where the next reply begins: int32, one dimension. They are those that stand
+    before this reply in `render_to_learn`."""
+    parts = _parts(tokenizer, messages, True)
+    return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
+
+
+def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a whole conversation (int32), and which of them are to be learned (bool), both of one dimension: the
+    assistant's replies, each up to the control token that ends it. Raises UserError where the template ends a reply
+    without one, or where it writes a turn differently once others follow."""
+    control = list(tokenizer.control.values())
+    ids, learned = [], []
+    for text, is_reply in _parts(tokenizer, messages, False):
+        part = _encode(tokenizer, text, bool(ids))
+        ends = np.flatnonzero(np.isin(part, control))
+        if is_reply and not len(ends):
+            raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
+        ids.append(part)
+        learned.append(np.arange(len(part)) <= ends[-1] if is_reply else np.zeros(len(part), dtype=bool))
+    return np.concatenate(ids), np.concatenate(learned)
+
+
+def stop_ids(tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a reply: what the template ends it with, and the end-of-text token where there is one."""
+    ids, learned = render_to_learn(tokenizer, [_message("user", "?"), _message("assistant", "!")])
+    return {int(ids[learned][-1])} | ({tokenizer.eot} - {None})
+
+
+def read_messages(record: dict) -> list[dict]:
+    """The messages of a JSON object: {"prompt": ..., "response": ...} or {"messages": [{"role", "content"}, ...]}.
+    Raises UserError, in words that follow the object's place, where it is neither or holds no reply."""
+    messages = record.get("messages")
+    if "messages" not in record:
+        if not all(isinstance(record.get(field), str) for field in ("prompt", "response")):
+            fields = ", ".join(map(str, record)) or "no fields"
+            raise UserError(f'has {fields}; it should have "prompt" and "response", two texts, or "messages"')
+        return [_message("user", record["prompt"]), _message("assistant", record["response"])]
+    if not isinstance(messages, list):
+        raise UserError('has "messages" that are no list')
+    for i, message in enumerate(messages, 1):
+        fields = [message.get(field) for field in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise UserError(f'has a message, number {i}, without a "role" and a "content" that are texts')
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise UserError('has no message of the role "assistant", so there is nothing to learn from it')
+    if "user" not in roles[: roles.index("assistant")]:
+        raise UserError('has a reply before anything of the role "user"')
+    return [_message(message["role"], message["content"]) for message in messages]
+
+
+def _message(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
+    """The text of a conversation cut before and after each reply, with whether it is one. A reply is what the text up
+    to it, with the prompt for a reply, lacks of the text that has it: so every template is understood."""
+    parts, done = [], ""
+
+    def add(text: str, is_reply: bool) -> None:
+        nonlocal done
+        if not text.startswith(done):
+            raise UserError(
+                "the chat template writes the beginning of a conversation differently once more follows, so it cannot "
+                "be told what the reply is; give conversations of one reply, or another --template"
+            )
+        if text != done:
+            parts.append((text[len(done) :], is_reply))
+        done = text
+
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            add(_fill_in(tokenizer, messages[:i], True), False)
+            add(_fill_in(tokenizer, messages[: i + 1], False), True)
+    add(_fill_in(tokenizer, messages, add_generation_prompt), False)
+    return parts
+
+
+def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
+    """The template's text for the messages, in which a BREAK stands inside each name of a control token that comes from
+    a message. transformers runs the template in a sandbox, as it does for itself."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    names = _any_of(tokenizer.control)
+
+    def broken(text: str) -> str:
+        return names.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text.replace(BREAK, ""))
+
+    try:
+        rendered = render_jinja_template(
+            conversations=[[{name: broken(text) for name, text in message.items()} for message in messages]],
+            chat_template=tokenizer.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=tokenizer.bos or "",
+            eos_token=tokenizer.eos or "",
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"the chat template does not take this conversation ({error!s:.200})") from error
+    return rendered[0][0]
+
+
+def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:
+    """The ids of a part that `_fill_in` made."""
+    ids = [np.zeros(0, dtype=np.int32)]
+    broken = _any_of(name[:1] + BREAK + name[1:] for name in tokenizer.control)
+    for i, part in enumerate(re.split(f"({broken.pattern})", text)):  # every second one is a broken name
+        for piece in [part.replace(BREAK, "")] if i % 2 else part.split(BREAK):
+            if piece:
+                ids.append(tokenizer.encode_part(piece, continues, control=i % 2 == 0))
+                continues = True
+    return np.concatenate(ids)
+
+
+def _any_of(names) -> re.Pattern:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere

@@ -1,0 +1,180 @@
+"""conversations: jsonl files of {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}, one each line
+
+A chat template makes text of them, and a mask beside the shards says that only the replies are to be learned, each with
+the token that ends it. The template is the tokenizer's own, ChatML where it has those tokens, or a plain one. Each
+conversation is preceded by one end-of-text token, so that document_mask keeps them apart (and turns too, where the
+template ends a reply with that token, as the plain one does); without it a reply sees what happens to stand before
+its own conversation. A hash of the conversation decides whether it is for validation.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from acorn import UserError, chat, files
+from acorn.shards import PARTIAL, MaskWriter, ShardWriter, write_meta
+from acorn.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
+from prepare import pipeline, reading, text
+
+TOKENIZER = "gpt2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILES", help="jsonl files, also packed as .gz or .zst")
+    parser.add_argument(
+        "--template",
+        metavar="TEMPLATE",
+        help="plain, chatml, or a file with a Jinja template; default: the tokenizer's own, else the one that suits it",
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of a conversation, such as the block_size to train with: the beginning of a longer one "
+        "is cut off, and it is left out where its last reply alone is longer; default: no limit",
+    )
+
+
+default_name = text.default_name
+
+
+def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | Tokenizer, source: dict) -> dict:
+    """Write the dataset `out` with its masks and return its meta.json. An existing one is replaced once the new one is
+    whole."""
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"val_fraction is {args.val_fraction}; it must lie between 0 and 1, as 0.1 does")
+    if args.val_by == "end":
+        raise UserError("conversations are split by their hash: leave out --val_by end")
+    if args.max_tokens is not None and args.max_tokens < 8:
+        raise UserError(f"max_tokens is {args.max_tokens}; it must be 8 or more")
+    for path in args.files:
+        if not os.path.isfile(path):
+            raise UserError(f"there is no file {path}; paths are relative to where you stand: {os.getcwd()}")
+    if isinstance(tokenizer, str):
+        tokenizer = get_tokenizer(tokenizer, (m["content"] for _, messages in conversations(args) for m in messages))
+    tokenizer.chat_template = template_of(args.template) if args.template else chat.choose_template(tokenizer)
+    chat.stop_ids(tokenizer)  # refuses a template that cannot be learned
+
+    existed, partial, lock = out.exists(), out / PARTIAL, None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = files.lock(out, "preparing")
+        shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+        partial.mkdir()
+        write_meta(partial, {"format": 1, "name": name} | write_conversations(args, partial, tokenizer, source))
+        return pipeline._move_in(partial, out)
+    except OSError as error:
+        raise UserError(pipeline._explain(error, out, partial, None)) from error
+    finally:
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            (out / ".lock").unlink(missing_ok=True)
+            lock.close()
+        if not existed:
+            with contextlib.suppress(OSError):  # it holds the dataset
+                out.rmdir()
+
+
+def template_of(name: str) -> str:
+    if name in chat.TEMPLATES:
+        return chat.TEMPLATES[name]
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        known = ", ".join(chat.TEMPLATES)
+        raise UserError(f"--template {name} is neither {known} nor a UTF-8 file with a Jinja template") from error
+
+
+def conversations(args: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
+    """The messages of each line, with the words by which messages say where it stands."""
+    for path in args.files:
+        for where, record in reading.json_lines(path, args.errors):
+            try:
+                yield where, chat.read_messages(record)
+            except UserError as error:
+                raise UserError(f"{where} {error}") from error
+
+
+def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict) -> dict:
+    """Write the shards and masks of both splits; what meta.json says of them."""
+    counts = {"train": Counter(), "val": Counter()}
+    n, cut, left_out = 0, 0, 0
+    sizes = tokenizer.token_bytes()
+    with contextlib.ExitStack() as stack:
+        writers, mask_writers = {}, {}
+        for split in counts:
+            writer = ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)
+            writers[split] = stack.enter_context(writer)
+            mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
+        for where, messages in tqdm(conversations(args), desc="encoding", unit=" conversations"):
+            try:
+                ids, learned = chat.render_to_learn(tokenizer, messages)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            whole, _ = framed(ids, learned, tokenizer.eot, None)
+            ids, learned = framed(ids, learned, tokenizer.eot, args.max_tokens)
+            n += 1
+            cut += 0 < len(ids) < len(whole)
+            left_out += not len(ids)
+            split = split_of(messages, args.val_fraction)
+            if args.val_tokens and writers["val"].tokens + len(ids) > args.val_tokens:
+                split = "train"
+            writers[split].write(ids)
+            mask_writers[split].write(learned)
+            counts[split].update(bytes=int(sizes[ids].sum()), learned=int(learned.sum()))
+    for split, count in counts.items():
+        if not count["learned"]:
+            raise UserError(
+                f"of {n} conversations, {left_out} of them left out as over-long, none came to {split} by val_fraction "
+                f"{args.val_fraction}; give more of them, or another --val_fraction"
+            )
+    hashes = [files.sha256(path) for path in args.files]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {
+        "tokenizer": tokenizer.to_dict(),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "vocab_size": tokenizer.n_vocab,
+        "documents": n - left_out,
+        "chat": {"cut": cut, "left_out": left_out, "max_tokens": args.max_tokens},
+        "val_by": "document",
+        "source": source | {"sha256": sha256},
+    } | {
+        split: {
+            "tokens": writers[split].tokens,
+            "bytes": counts[split]["bytes"],
+            "learned": counts[split]["learned"],
+            "shards": writers[split].shards,
+            "masks": mask_writers[split].shards,
+        }
+        for split in counts
+    }
+
+
+def framed(ids: np.ndarray, learned: np.ndarray, eot: int | None, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation with one end-of-text token before it, in at most `limit` tokens: what is too much is cut off
+    behind that token, and the conversation is empty where this would reach its last reply."""
+    if eot is not None and ids[0] != eot:
+        ids, learned = np.insert(ids, 0, eot), np.insert(learned, 0, False)
+    if limit is None or len(ids) <= limit:
+        return ids, learned
+    first = 0 if eot is None else 1  # to be cut off
+    end = np.flatnonzero(learned)[-1] + 1
+    last_reply = np.flatnonzero(learned[1:end] & ~learned[: end - 1])[-1] + 1
+    start = end - (limit - first)
+    if start > last_reply:
+        return ids[:0], learned[:0]
+    return np.delete(ids[:end], np.s_[first:start]), np.delete(learned[:end], np.s_[first:start])
+
+
+def split_of(messages: list[dict], val_fraction: float) -> str:
+    digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+    return "val" if int(digest[:16], 16) < val_fraction * 2**64 else "train"
