@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, report, run, runtime, settings
+from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
@@ -79,6 +79,11 @@ class TrainSettings:
     zero_init: bool = False  # blocks, and an untied head, start at zero output
     ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too; for small models
     ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
+    # training a part of a model
+    lora_rank: int = 0  # r > 0: the weights stay, and adapters of this rank are learned beside them (LoRA)
+    lora_alpha: float = 16.0  # what the adapters add is multiplied by lora_alpha / lora_rank
+    lora_targets: str = "c_attn|c_proj|c_fc"  # regular expression: layers with this in their names get adapters
+    freeze: str = ""  # regular expression: parameters with this in their names stay as they are
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices in the blocks, beside AdamW for the rest
     muon_lr: float = 0.02  # the highest rate of Muon, scheduled as learning_rate is
@@ -112,7 +117,7 @@ def check(s: TrainSettings) -> None:
     for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size"):
         if getattr(s, name) < 1:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
-    for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "sample_interval", "grad_clip"):
+    for name in "eval_iters max_iters warmup_iters lr_decay_iters sample_interval grad_clip lora_rank".split():
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")
     for name in ("learning_rate", "muon_lr", "min_lr", "weight_decay"):
@@ -134,18 +139,34 @@ def check(s: TrainSettings) -> None:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**40:
         raise UserError("gradient_accumulation_steps x batch_size x block_size tokens are too many for any machine")
+    if s.lora_rank and s.init_from == "scratch":
+        raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
+    if s.lora_rank and s.freeze:
+        raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
     if not s.out_dir:
         raise UserError("out_dir is empty; name a folder")
 
 
-def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture) -> tuple[GPT, str]:
-    """The model that a run starts from when not from scratch, and a word on where it comes from. The settings of its
-    shape in `s` follow it; one that the person gave and that differs raises UserError, as does a dataset whose
-    tokens mean something else to it. Only dropouts are free, and block_size may be smaller."""
+def load_initial(
+    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture
+) -> tuple[GPT, str, dict | None]:
+    """The model that a run starts from when not from scratch, a word on where it comes from, and what a checkpoint says
+    of its adapters where it has any. The settings of its shape in `s` follow it; one that the person gave and that
+    differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free, and
+    block_size may be smaller."""
+    adapters = None
     if s.init_from == "resume":
         model, tokenizer, source = checkpoint.build_model(folder, state), from_dict(state["tokenizer"]), str(folder)
+        adapters = state.get("lora")
+        for name in ("lora_rank", "lora_alpha", "lora_targets"):
+            if getattr(s, name) != state["settings"].get(name, getattr(TrainSettings, name)):
+                raise UserError(f"{name} = {getattr(s, name)!r} differs from the run's own; leave it out to resume")
     else:
         model, tokenizer, source = checkpoint.load_model(s.init_from)
+        if s.lora_rank:
+            base = dict(base=checkpoint.base_of(s.init_from), sha256=lora.fingerprint(model))
+            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, **base)
+            lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
     if tokenizer and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
@@ -164,7 +185,7 @@ def load_initial(s: TrainSettings, given: dict, folder: Path | None, state: dict
             raise UserError(f"{name} = {wanted}, but {source} has {has}, and a checkpoint keeps its shape")
         setattr(s, name, getattr(model.config, name))
     model.config.dropout, model.config.attn_dropout = s.dropout, s.attn_dropout
-    return model, source
+    return model, source, adapters
 
 
 def request_stop(signals: list[int], number: int, frame) -> None:
@@ -248,6 +269,7 @@ def main() -> int:
             f"start from its weights with --init_from={out_dir} into a new --out_dir"
         )
     torch.manual_seed(s.seed)
+    adapters = None  # what a checkpoint says of them
     if s.init_from == "scratch":
         # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
         vocab_size = data.vocab_size if data.vocab_size < 1024 else 64 * math.ceil(data.vocab_size / 64)
@@ -257,7 +279,9 @@ def main() -> int:
             raise UserError(str(error)) from error
         source = "scratch"
     else:
-        model, source = load_initial(s, given, folder, state, data)
+        model, source, adapters = load_initial(s, given, folder, state, data)
+    if s.freeze:
+        lora.freeze(model, s.freeze)
     raw_model = model.to(r.device)  # `model` may become a compiled and distributed form of it
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
@@ -269,6 +293,9 @@ def main() -> int:
         windows = s.max_iters * windows_per_step * float(share)
         epochs.append(f"{windows / split_windows(dataset.train, s.block_size):.3g}")
     say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")
+    n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+    if n_trained < raw_model.num_params():
+        say(f"trained: {n_trained:,} of them, {'adapters' if adapters else 'the others are frozen'}")
     if not s.eval_only:
         seen = " and ".join(epochs)  # of each dataset
         say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {seen} epochs, into {out_dir}")
@@ -325,6 +352,7 @@ def main() -> int:
     def save(best: bool = False) -> None:
         if metrics is not None:
             progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
+            progress["lora"] = adapters
             moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
             checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best)
 
@@ -445,7 +473,7 @@ def main() -> int:
             n_evaluations = math.ceil((s.max_iters - first_step) / s.eval_interval) + 1
             evaluating = (time.perf_counter() - clock) * n_batches * n_evaluations
             training = dt * (s.max_iters - first_step)
-            fixed = sum(p.numel() * p.element_size() for p in raw_model.parameters()) * 4
+            fixed = sum(p.nbytes * (4 if p.requires_grad else 1) for p in raw_model.parameters())
             say(
                 f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
                 f"at its peak the process used {report.size(r.peak_memory())}\n"

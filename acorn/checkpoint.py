@@ -1,6 +1,6 @@
 """Checkpoints: atomic to write, safe to load, exact to resume.
 
-    out_dir/step_002000/model.safetensors   the parameters
+    out_dir/step_002000/model.safetensors   the parameters (of a LoRA run: adapters.safetensors, its adapters alone)
                         optimizer.pt        the optimizer's state, tensors and numbers only
                         state.json          settings, shape, step, losses, the tokenizer whole, SHA-256 of the others
     out_dir/latest, out_dir/best            the name of a step folder
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, files, settings
+from acorn import UserError, files, lora, settings
 from acorn import tokenizer as tokenizers
 from acorn.shards import load_dataset
 from model import GPT, GPTConfig
@@ -49,10 +49,11 @@ def save(out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: in
         for leftover in (beside, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         beside.mkdir(parents=True)
-        save_file(parameters(model), beside / "model.safetensors")
+        weights = weights_name(state)
+        save_file(parameters(model), beside / weights)
         torch.save(optimizer_state, beside / "optimizer.pt")
         state = {"format": FORMAT, "config": dataclasses.asdict(model.config), **state}
-        hashes = {name: files.sha256(beside / name) for name in ("model.safetensors", "optimizer.pt")}
+        hashes = {name: files.sha256(beside / name) for name in (weights, "optimizer.pt")}
         hashes["state"] = state_hash(state)
         (beside / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
         for file in beside.iterdir():
@@ -83,8 +84,15 @@ def save(out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: in
 
 
 def parameters(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, on the CPU; a matrix that head and embedding share, once."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    """The model's parameters by name, on the CPU; a matrix that head and embedding share, once. Where it has adapters,
+    these alone."""
+    own = lora.adapters(model) or dict(model.named_parameters())
+    return {name: p.detach().cpu().contiguous() for name, p in own.items()}
+
+
+def weights_name(state: dict) -> str:
+    """The file of a step folder that holds the parameters."""
+    return "adapters.safetensors" if state.get("lora") else "model.safetensors"
 
 
 def state_hash(state: dict) -> str:
@@ -120,7 +128,7 @@ def remove_run(out_dir: Path) -> None:
     """Remove what a run wrote into `out_dir`, and nothing else. A nanoGPT checkpoint there stays."""
     for folder in [*step_folders(out_dir), *out_dir.glob(".*-step_*")]:
         shutil.rmtree(folder)
-    for name in ("latest", "best", "metrics.jsonl", "loss.png"):
+    for name in ("latest", "best", "base", "metrics.jsonl", "loss.png"):
         (out_dir / name).unlink(missing_ok=True)
 
 
@@ -150,7 +158,12 @@ def read_state(folder: Path) -> dict:
             raise Damaged(f"{path}: {name} = {value!r:.40} is not as it should be")
     if missing := {"config", "settings", "tokenizer", "step"} - state.keys():
         raise Damaged(f"{path} has no {min(missing)}")
-    for name in ("model.safetensors", "optimizer.pt"):
+    if adapters := state.get("lora"):
+        kinds = dict(rank=int, alpha=(int, float), base=str, sha256=str)
+        whole = isinstance(adapters, dict) and all(isinstance(adapters.get(name), kinds[name]) for name in kinds)
+        if not whole or not 0 < adapters["rank"] < 2**20:
+            raise Damaged(f"{path}: lora = {adapters!r:.40} is not as it should be")
+    for name in (weights_name(state), "optimizer.pt"):
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{file} is missing")
@@ -199,13 +212,47 @@ def find(out_dir: Path, which: str = "latest") -> tuple[Path, dict]:
 
 
 def build_model(folder: Path, state: dict) -> GPT:
-    """The model of a checkpoint, on the CPU in float32."""
-    path = folder / "model.safetensors"
+    """The model of a checkpoint, on the CPU in float32. That of a LoRA run has its adapters beside the weights of the
+    base; a base that is not the one they were trained on is a UserError."""
+    path = folder / weights_name(state)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    return fill(state["config"], tensors, str(path))
+    if not state.get("lora"):
+        return fill(state["config"], tensors, str(path))
+
+    adapters, moved = state["lora"], folder.parent / "base"
+    base = moved.read_text().strip() if moved.is_file() else adapters["base"]
+    advice = f"write where it lies into the file {moved}"
+    try:
+        model, _, source = load_model(base)
+    except UserError as error:
+        raise UserError(f"{folder} holds adapters for {base}, which cannot be loaded ({error}); {advice}") from error
+    if lora.fingerprint(model) != adapters["sha256"]:
+        raise UserError(f"{folder} holds adapters for {adapters['base']}, but not for {source} as it is now; {advice}")
+    config = empty_model(state["config"], str(path)).config
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    model.config.dropout, model.config.attn_dropout = config.dropout, config.attn_dropout
+    if config != model.config:
+        raise UserError(f"{path} is not for a model of the shape of {source}")
+    lora.load_adapters(model, tensors, adapters["rank"], adapters["alpha"], str(path))
+    return model
+
+
+def base_of(source: str) -> str:
+    """What adapters call the base that `load_model` makes of `source`, so that it is found again from anywhere. Raises
+    UserError for a run that is made of adapters itself, whose weights exist only once it is exported."""
+    path = Path(source)
+    if (path / "state.json").exists() or step_folders(path):
+        path, state = find(path, "best")
+        if state.get("lora"):
+            raise UserError(
+                f"{source} is made of adapters, and adapters need a base that is whole: first make one of it by "
+                f"python -m acorn.hub export {source} FOLDER, then give --init_from=FOLDER"
+            )
+    return str(path.absolute()) if path.exists() else source
 
 
 def empty_model(shape: dict, source: str) -> GPT:
@@ -304,5 +351,5 @@ def load_model(source: str, which: str = "best") -> tuple[GPT, object, str]:
         return model, tokenizer, f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
     folder, state = find(path, which)
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
-    model = build_model(folder, state)
+    model = lora.merge(build_model(folder, state))
     return model, tokenizers.from_dict(state["tokenizer"]), f"{folder}, step {state['step']}{loss}"

@@ -28,8 +28,11 @@ def make_optimizers(
         inside = set(matrices)
         others = [p for p in model.parameters() if p not in inside and p.requires_grad]
         fused = device_type in ("cuda", "cpu", "mps")
-        adamw = torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused)
-        optimizers = [adamw, Muon(matrices, muon_lr, weight_decay=weight_decay)]
+        optimizers = []
+        if others:
+            optimizers.append(torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused))
+        if matrices:  # either may be frozen
+            optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay))
     for group in (group for each in optimizers for group in each.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers

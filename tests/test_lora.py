@@ -1,0 +1,160 @@
+"""Adapters and freezing: what they change, what they leave, and that a run of theirs is saved, resumed and used."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import refused, script
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from acorn import UserError, checkpoint, lora
+from acorn.optim import make_optimizers
+from model import GPT, GPTConfig
+
+SHAPES = [{}, dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, bias=False, tie_weights=False)]
+
+
+def small(shape) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=4, n_embd=32, **shape)).eval()
+
+
+def with_adapters(shape, pattern=".", rank=3, alpha=6.0) -> GPT:
+    model = small(shape)
+    lora.add_adapters(model, lora.choose_targets(model, pattern), rank, alpha, seed=1)
+    return model
+
+
+def test_new_adapters_and_merging_them_change_no_bit():
+    idx = torch.randint(37, (2, 16))
+    for shape in SHAPES:
+        base, model = small(shape), with_adapters(shape)
+        assert torch.equal(model(idx, idx)[0], base(idx, idx)[0])
+        merged = lora.merge(model)
+        assert lora.fingerprint(merged) == lora.fingerprint(base)
+        assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_the_weights_written_as_a_product(shape):
+    """With W' = W + alpha / rank * B A, the gradients are dA = alpha / rank * B^T dW' and dB = alpha / rank * dW' A^T.
+    dW' comes from the plain model that has W' in its place."""
+    model = with_adapters(shape)
+    for p in lora.adapters(model).values():
+        p.data.normal_(std=0.1)
+    plain = lora.merge(copy.deepcopy(model))
+    idx = torch.randint(37, (2, 16))
+    loss, expected = model(idx, idx)[1], plain(idx, idx)[1]
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    for name, p in model.named_parameters():
+        layer, is_adapter, matrix = name.rpartition(".lora_")
+        if is_adapter:
+            a, b = model.get_submodule(layer).lora_A, model.get_submodule(layer).lora_B
+            dw = gradients[f"{layer}.weight"]
+            torch.testing.assert_close(p.grad, 2.0 * (b.T @ dw if matrix == "A" else dw @ a.T), rtol=1e-4, atol=1e-6)
+        else:
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_frozen_stays_and_the_rest_moves(optimizer):
+    for freeze in ("wte|wpe", r"\.h\.", "attn", r"h\.0\.|ln_f"):
+        model = small({})
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        lora.freeze(model, freeze)
+        idx = torch.randint(37, (2, 16))
+        model(idx, idx)[1].backward()
+        for each in make_optimizers(model, optimizer, 1e-2, 1e-2, 0.1, (0.9, 0.95), "cpu"):
+            each.step()
+        stayed = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+        assert stayed == set(lora.matching("freeze", freeze, list(before)))
+
+
+def test_patterns_that_mean_nothing_are_refused():
+    for pattern, said in (
+        ("(", "no regular expression"),
+        ("q_proj", "transformer.wte.weight"),
+        (".", "nothing is left"),
+    ):
+        with pytest.raises(UserError, match=said):
+            lora.freeze(small({}), pattern)
+    with pytest.raises(UserError, match="attn.c_attn"):
+        lora.choose_targets(small({}), "wte")
+
+
+WORDS = ["--lora_rank=4", "--lora_alpha=8", "--learning_rate=1e-2", "--eval_interval=5", "--lr_decay_iters=10"]
+MACHINE = "--device=cpu --dtype=float32 --compile=False --batch_size=4 --gradient_accumulation_steps=1".split()
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, dataset, tmp_path_factory):
+    """A run of ten updates that taught adapters beside a base, and the words that made it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    shutil.copytree(trained, folder / "base_run")
+    words = [*MACHINE, *WORDS, "--init_from=base_run", f"--dataset={dataset}", "--dropout=0.1", "--warmup_iters=0"]
+    result = script("train.py", *words, "--max_iters=10", "--out_dir=out", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    # 2 blocks with c_attn (96 x 32), c_proj (32 x 32), c_fc (128 x 32) and c_proj (32 x 128)
+    assert f"{2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128):,} of them, adapters" in result.stdout
+    return folder, words
+
+
+def losses(out_dir):
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("val_loss")) for line in lines]
+
+
+def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
+    folder, words = adapted
+    assert losses(folder / "out")[-1] < losses(folder / "out")[0]
+    step = folder / "out" / "step_000010"
+    assert {file.name for file in step.iterdir()} == {"adapters.safetensors", "optimizer.pt", "state.json"}
+    assert all(".lora_" in name for name in load_file(step / "adapters.safetensors"))
+    assert script("train.py", *words, "--max_iters=5", "--out_dir=b", cwd=folder).returncode == 0
+    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=10", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert losses(folder / "b") == losses(folder / "out")
+    refused(script("train.py", "--init_from=resume", "--out_dir=b", "--lora_rank=2", cwd=folder), "lora_rank = 2")
+
+
+def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
+    folder, _ = adapted
+    model, _, _ = checkpoint.load_model(str(folder / "out"))
+    state = checkpoint.find(folder / "out", "best")[1]
+    beside = checkpoint.build_model(folder / "out" / f"step_{state['step']:06d}", state).eval()
+    idx = torch.randint(model.config.vocab_size, (2, 32))
+    torch.testing.assert_close(model.eval()(idx)[0], beside(idx)[0])
+    assert not lora.adapters(model) and all(p.requires_grad for p in model.parameters())
+    base, _, _ = checkpoint.load_model(str(folder / "base_run"))
+    assert not torch.allclose(F.softmax(base.eval()(idx)[0], -1), F.softmax(model(idx)[0], -1), atol=1e-3)
+
+
+def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path):
+    folder, words = adapted
+    shutil.copytree(folder / "out", tmp_path / "out")
+    sample = ["sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
+    assert script(*sample, cwd=tmp_path).returncode == 0
+
+    shutil.copytree(folder / "base_run" / "step_000030", tmp_path / "other")  # neither the best nor the newest
+    (tmp_path / "out" / "base").write_text("other\n")
+    refused(script(*sample, cwd=tmp_path), "but not for other", "write where it lies into the file out/base")
+    (tmp_path / "out" / "base").write_text("nowhere\n")
+    refused(script(*sample, cwd=tmp_path), "there is no folder nowhere")
+
+    shutil.move(folder / "base_run", tmp_path / "moved")
+    try:
+        (tmp_path / "out" / "base").write_text("moved\n")
+        moved = script(*sample, cwd=tmp_path)
+        assert moved.returncode == 0, moved.stderr
+    finally:
+        shutil.move(tmp_path / "moved", folder / "base_run")
+    again = script("train.py", *words, "--init_from=out", "--out_dir=c", "--max_iters=1", cwd=folder)
+    refused(again, "is made of adapters", "acorn.hub export out FOLDER")
+    refused(script("train.py", *words, "--init_from=scratch", "--out_dir=c", cwd=folder), "needs weights to start from")
+    refused(script("train.py", *words, "--freeze=wte", "--out_dir=c", cwd=folder), "leave one of the two out")
