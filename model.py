@@ -243,7 +243,12 @@ class CausalSelfAttention(nn.Module):
             q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
             y = compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, D)
         elif (
-            self.training and mask is None and not grouped and v.dtype == torch.bfloat16 and not v.is_cuda and T <= 512
+            self.training
+            and mask is None
+            and not grouped
+            and v.dtype == torch.bfloat16
+            and v.device.type == "cpu"
+            and T <= 512
         ):
             y = plain_attention(q, k, v, attention_dropout(cfg))  # (B, H, T, D)
         else:

@@ -84,7 +84,7 @@ def test_patterns_that_mean_nothing_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             lora.freeze(small({}), pattern)
-    with pytest.raises(UserError, match="attn.c_attn"):
+    with pytest.raises(UserError, match=r"attn\.c_attn"):
         lora.choose_targets(small({}), "wte")
 
 
