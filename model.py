@@ -150,6 +150,19 @@ def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
     return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, in the way that is fastest here. q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
+    Without a mask it is causal."""
+    T, grouped = q.size(2), q.size(1) != k.size(1)
+    if isinstance(mask, BlockMask):
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
+        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    cpu_bf16 = v.device.type == "cpu" and v.dtype == torch.bfloat16
+    if cpu_bf16 and torch.is_grad_enabled() and mask is None and not grouped and T <= 512:
+        return plain_attention(q, k, v, dropout)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=grouped)
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). For short sequences in bfloat16 a CPU trains
     faster so, by products that hold all T * T weights, than by the fused kernel, which saves memory."""
@@ -238,29 +251,7 @@ class CausalSelfAttention(nn.Module):
                 cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
             k, v = cache  # (B, H_kv, S, D)
             q = q.to(k.dtype)
-        grouped = cfg.n_kv_head != cfg.n_head
-        if isinstance(mask, BlockMask):
-            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
-            y = compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, D)
-        elif (
-            self.training
-            and mask is None
-            and not grouped
-            and v.dtype == torch.bfloat16
-            and v.device.type == "cpu"
-            and T <= 512
-        ):
-            y = plain_attention(q, k, v, attention_dropout(cfg))  # (B, H, T, D)
-        else:
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=attention_dropout(cfg) if self.training else 0.0,
-                enable_gqa=grouped,
-            )  # (B, H, T, D)
+        y = attend(q, k, v, mask, attention_dropout(cfg) if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.c_proj(y), cfg.dropout, self.training)
 

@@ -195,6 +195,15 @@ def test_compiled_decoding_is_the_same():
     assert compiled == run_generate(model, [[1, 2]], 10)
 
 
+@pytest.mark.gpu
+def test_gpu_compiled_decoding_is_the_cpus():
+    model = random_model(block_size=64, pos="rope", n_kv_head=1, ngram=3)
+    prompts = [[1, 2], [3, 4, 5]]
+    expected = run_generate(model, prompts, 30)
+    compiled = generate(model.cuda(), prompts, 30, GREEDY, [0, 0], lambda *token: False, compile=True)
+    assert compiled == expected
+
+
 # ---- text
 
 
