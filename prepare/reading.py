@@ -117,7 +117,7 @@ def _jsonl(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
     with open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             where = f"line {number} of {path}"
-            if not line.strip():
+            if line.isspace():
                 continue
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors))
