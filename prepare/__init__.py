@@ -1,7 +1,7 @@
 """Text goes in, token shards come out: `python prepare CORPUS [options]`.
 
-Every module here is a corpus, but `pipeline` (documents -> shards) and `reading` (files -> documents). A new corpus is a
-new file:
+Every module here is a corpus, but `pipeline` (documents -> shards) and `reading` (files -> documents). A new corpus is
+a new file:
 
     the first line of its docstring   says what it is
     TOKENIZER                         its default tokenizer

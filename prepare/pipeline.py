@@ -352,8 +352,8 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
 
 
 def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-    """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work outside
-    the interpreter lock."""
+    """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
+    outside the interpreter lock."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
         ahead = deque()
