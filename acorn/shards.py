@@ -322,7 +322,7 @@ def _prepare_command(name: str) -> str:
         return "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
     if name == "plays":
         return "`python prepare shakespeare`"
-    if name in ("tinyshakespeare", "stdlib"):
+    if name in "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split():
         return f"`python prepare {name}`"
     return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
 

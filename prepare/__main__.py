@@ -140,7 +140,7 @@ def summary(meta: dict, out: Path, dataset: str) -> str:
             f"bytes            {size:,}",
             f"tokens           {tokens:,} ({train['tokens']:,} train, {val['tokens']:,} val)",
             *chat,
-            f"bytes per token  {size / tokens:.2f}",
+            f"bytes per token  {size / tokens:.2f} ({val['bytes'] / val['tokens']:.2f} on val)",
             f"vocabulary       {meta['vocab_size']:,} ({kind})",
             f"written to       {out}",
             f"train next       {command}",

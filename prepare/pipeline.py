@@ -31,7 +31,7 @@ from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tok
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
 FEW = 100  # documents; of fewer, whole ones would make a poor validation split
 PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
-LONGEST_PIECE = 1 << 22  # characters; a text without any whitespace is cut here, which may change a token or two
+LONGEST_PIECE = 1 << 20  # characters; a text without any whitespace is cut here, which may change a token or two
 BATCH = 1 << 20  # characters
 LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
 PROGRESS = "progress.json"  # among the new shards
@@ -334,9 +334,10 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
                 progress |= {"place": asdict(place), "counts": counts}
                 progress["splits"] = {split: writer.save() for split, writer in writers.items()}
                 files.replace(folder / PROGRESS, json.dumps(progress))
-    if progress["cut"] is not None and place.chars != progress["chars"]:
-        raise UserError("the corpus changed while it was being read; run this again when its files are at rest")
-    _check_splits(writers, counts, command, place.chars)
+    changed = progress["cut"] is not None and place.chars != progress["chars"]
+    if changed or min(writer.tokens for writer in writers.values()) < 2:
+        (folder / PROGRESS).unlink(missing_ok=True)  # to go on from here would end here again
+        raise UserError(_what_is_wrong(changed, writers, counts, command, place.chars))
     return {
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -351,11 +352,14 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
 
 
 def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-    """Encode on all cores, in order, a few batches ahead. Threads do: tokenizers work outside the interpreter lock."""
+    """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
+    outside the interpreter lock."""
     workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
         ahead = deque()
-        for batch in batches:
+        following = reader.submit(next, batches, None)
+        while batch := following.result():
+            following = reader.submit(next, batches, None)
             ahead.append((batch, pool.submit(_encode, batch, tokenizer)))
             if len(ahead) > 2 * workers:
                 batch, ids = ahead.popleft()
@@ -399,21 +403,21 @@ def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
     return int(tokenizer.token_bytes()[ids].sum())
 
 
-def _check_splits(writers: dict, counts: dict, command: dict, chars: int) -> None:
-    for split, writer in writers.items():
-        if writer.tokens >= 2:
-            continue
-        if not chars:
-            raise UserError("the corpus is empty: there is no text in it; check the files that you named")
-        if command["val_by"] == "document":
-            raise UserError(
-                f"of {counts['documents']} documents too little text came to {split} by --val_by document and "
-                f"val_fraction {command['val_fraction']}; give more text, or --val_by end"
-            )
-        raise UserError(
-            f"the corpus is too short to split: {chars} characters and val_fraction {command['val_fraction']} leave "
-            f"{writer.tokens} tokens for {split}, and 2 are the least; give more text"
+def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, chars: int) -> str:
+    if changed:
+        return "the corpus changed while it was being read; run this again when its files are at rest"
+    if not chars:
+        return "the corpus is empty: there is no text in it; check the files that you named"
+    split, tokens = min(((split, writer.tokens) for split, writer in writers.items()), key=lambda pair: pair[1])
+    if command["val_by"] == "document":
+        return (
+            f"of {counts['documents']} documents too little text came to {split} by --val_by document and val_fraction "
+            f"{command['val_fraction']}; give more text, or --val_by end"
         )
+    return (
+        f"the corpus is too short to split: {chars} characters and val_fraction {command['val_fraction']} leave "
+        f"{tokens} tokens for {split}, and 2 are the least; give more text"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
     with naming(path), open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             where = f"line {number} of {path}"
-            if not line.strip():
+            if line.isspace():
                 continue
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors))
