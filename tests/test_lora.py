@@ -77,10 +77,14 @@ def test_what_is_frozen_stays_and_the_rest_moves(optimizer):
 
 
 def test_patterns_that_mean_nothing_are_refused():
-    for pattern, said in (("(", "no regular expression"), ("q_proj", "transformer.wte.weight"), (".", "nothing is left")):
+    for pattern, said in (
+        ("(", "no regular expression"),
+        ("q_proj", "transformer.wte.weight"),
+        (".", "nothing is left"),
+    ):
         with pytest.raises(UserError, match=said):
             lora.freeze(small({}), pattern)
-    with pytest.raises(UserError, match="attn.c_attn"):
+    with pytest.raises(UserError, match="c_attn"):
         lora.choose_targets(small({}), "wte")
 
 
