@@ -2,7 +2,8 @@
 
 From your own run:     python sample.py --out_dir=out/quickstart --start="ROMEO:"
 From published weights: python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=1
-A conversation:        python sample.py --out_dir=out/quickstart --interactive=True
+Prompt after prompt:   python sample.py --out_dir=out/quickstart --interactive=True
+A conversation:        python sample.py --out_dir=out/chat --chat=True
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from acorn import UserError, checkpoint, run, runtime, settings
+from acorn import UserError, chat, checkpoint, run, runtime, settings
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.matvec import pays_back, prepare_for_decoding
 from model import GPT
@@ -44,6 +45,8 @@ class SampleSettings:
     logprobs: bool = False  # also give each token's log-probability
     json: bool = False  # one JSON object a sample instead of text
     interactive: bool = False  # ask for prompts, one after the other
+    chat: bool = False  # hold a conversation, by the chat template that the checkpoint carries; --start opens it
+    system: str = ""  # what a conversation says to the model before it begins
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
     quantize: Literal["none", "int8"] = "none"  # int8: weights of a byte each, on a CPU: faster, and nearly as good
@@ -65,6 +68,10 @@ def check(s: SampleSettings) -> None:
         raise UserError(f"repetition_penalty = {s.repetition_penalty} must be above 0")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
+    if s.chat and (s.interactive or s.prompts or s.json or s.logprobs):
+        raise UserError("chat holds a conversation on the console: leave out interactive, prompts, json and logprobs")
+    if s.system and not s.chat:
+        raise UserError("system is for conversations; give --chat=True too")
 
 
 def read_text(path: str) -> str:
@@ -132,6 +139,65 @@ def continue_prompts(
     return samples
 
 
+def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int) -> list[int]:
+    """The ids of a conversation up to the next reply. Its oldest turns, each a message and its reply, are removed from
+    `messages` until `room` tokens are left in the block; what the system said stays. Raises UserError where the last
+    message alone does not fit the block."""
+    first = int(messages[0]["role"] == "system")
+    while True:
+        ids = chat.render(tokenizer, messages).tolist()
+        if len(ids) + room <= block_size:
+            return ids
+        if len(messages) == first + 1:
+            if len(ids) < block_size:
+                return ids
+            raise UserError(f"this message takes {len(ids)} tokens, and the model holds {block_size}; make it shorter")
+        del messages[first : first + 2]
+
+
+def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, compile: bool) -> None:
+    """Answer message after message from the console until its end. The model sees as many of the last turns as fit."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "this checkpoint carries no chat template, so it was not trained to converse; train it on conversations "
+            "(python prepare chat), or give it prompts by --interactive=True"
+        )
+    block_size, ends = model.config.block_size, chat.stop_ids(tokenizer)
+    how = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
+    messages = [{"role": "system", "content": s.system}] if s.system else []
+    n_replies = 0
+    while True:
+        try:
+            said = opening if opening is not None else input("> ")
+        except EOFError:
+            return
+        opening = None
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        try:
+            ids = fit_conversation(tokenizer, messages, block_size, min(s.max_new_tokens, block_size // 2))
+        except UserError as error:  # a slip of the pen should not end the conversation
+            print(error)
+            messages.pop()
+            continue
+        stream, pieces = TextStream(tokenizer, s.stop, ends), []
+
+        def on_token(row: int, token: int, logprob: float, stream=stream, pieces=pieces) -> bool:
+            pieces.append(stream.push(token))
+            print(pieces[-1], end="", flush=True)
+            return stream.stopped_by is not None
+
+        n_tokens = min(s.max_new_tokens, block_size - len(ids))
+        generate(model, [ids], n_tokens, how, [s.seed + n_replies], on_token, tokenizer.n_vocab, compile)
+        pieces.append(stream.finish())
+        print(pieces[-1], flush=True)
+        if stream.stopped_by is None:
+            print(f"(cut off after {n_tokens} tokens)", file=sys.stderr)
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        n_replies += 1
+
+
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a sample
     given = settings.parse(SampleSettings, sys.argv[1:])
@@ -159,7 +225,7 @@ def main() -> int:
     prompts = read_prompts(s.prompts) if s.prompts else [start]
     num_samples = 1 if s.prompts and "num_samples" not in given else s.num_samples
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + s.max_new_tokens
-    if longest > model.config.block_size:
+    if longest > model.config.block_size and not s.chat:
         print(
             f"note: {longest} tokens are beyond the block size of {model.config.block_size}; "
             "the model sees a window that slides along",
@@ -180,6 +246,10 @@ def main() -> int:
             print(text, end="", flush=True)
 
     # ---- samples
+    if s.chat:
+        converse(model, tokenizer, s, start if "start" in given else None, compile)
+        return 0
+
     def answer(prompts: list[str], num_samples: int) -> None:
         for k in range(num_samples):
             show(prompts[0])

@@ -139,6 +139,8 @@ def check(s: TrainSettings) -> None:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**40:
         raise UserError("gradient_accumulation_steps x batch_size x block_size tokens are too many for any machine")
+    if s.lora_rank and s.lora_alpha <= 0:
+        raise UserError(f"lora_alpha = {s.lora_alpha} must be above 0, or the adapters learn nothing")
     if s.lora_rank and s.init_from == "scratch":
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:

@@ -226,6 +226,7 @@ def build_model(folder: Path, state: dict) -> GPT:
     base = moved.read_text().strip() if moved.is_file() else adapters["base"]
     advice = f"write where it lies into the file {moved}"
     try:
+        base_of(base)  # refuses adapters, which could be their own base
         model, _, source = load_model(base)
     except UserError as error:
         raise UserError(f"{folder} holds adapters for {base}, which cannot be loaded ({error}); {advice}") from error

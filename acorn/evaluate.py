@@ -1,4 +1,7 @@
-"""How well a model predicts a split: loss, perplexity and bits per byte."""
+"""How well a model predicts a split: loss, perplexity and bits per byte.
+
+`python -m acorn.evaluate` measures a checkpoint in these and other ways: see acorn/measure.py.
+"""
 
 import math
 from typing import Literal
@@ -60,25 +63,32 @@ def evaluate_mixture(
     return result
 
 
+def _measure(model: GPT, tokens: Tokens, runtime: Runtime, *how) -> np.ndarray:
+    """Means over the tokens that `evaluate` looks at: nats, nats of the tokens that have bytes, and bytes."""
+    n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *how).sum(0)).tolist()
+    return np.array(sums) / n_tokens
+
+
 @torch.no_grad()
-def _measure(
+def window_sums(
     model: GPT,
     tokens: Tokens,
     runtime: Runtime,
     batch_size: int,
     block_size: int,
-    max_windows: int,
-    token_bytes: np.ndarray | None,
-    eot: int | None,
-) -> np.ndarray:
-    """Means over the tokens that `evaluate` looks at: nats, nats of the tokens that have bytes, and bytes."""
+    max_windows: int = 0,
+    token_bytes: np.ndarray | None = None,
+    eot: int | None = None,
+) -> torch.Tensor:
+    """Of each window that this process looks at: its tokens, their nats, the nats of those that have bytes, and the
+    bytes. (windows, 4), in float64. The arguments are those of `evaluate`."""
     n = split_windows(tokens, block_size)
     whole = not max_windows or max_windows >= n
     count = n if whole else max_windows
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64)  # tokens, then the sums of what is returned
+    sums = [torch.zeros(0, 4, dtype=torch.float64)]
     for first in range(batch_size * runtime.rank, count, batch_size * runtime.world_size):
         n_rows = min(batch_size, count - first)
         if whole:
@@ -89,15 +99,11 @@ def _measure(
         x, y = runtime.to_device(x), runtime.to_device(y)
         with runtime.autocast():
             _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 where masked
-        totals[0] += (y != -1).sum().cpu()
-        totals[1] += nats.sum().cpu()
-        if sizes is not None:
-            n_bytes = torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
-            totals[2] += nats[n_bytes > 0].sum().cpu()
-            totals[3] += n_bytes.sum().cpu()
+        n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
+        columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
+        sums.append(torch.stack([column.cpu().double() for column in columns], dim=1))
     model.train(was_training)
-    n_tokens, *sums = runtime.sum(totals).tolist()
-    return np.array(sums) / n_tokens
+    return torch.cat(sums)
 
 
 def _figures(means: np.ndarray) -> dict[str, float]:
@@ -106,3 +112,9 @@ def _figures(means: np.ndarray) -> dict[str, float]:
     if n_bytes:
         result["bits_per_byte"] = nats_of_bytes / n_bytes / math.log(2)
     return result
+
+
+if __name__ == "__main__":
+    from acorn import measure, run  # measure needs this module
+
+    run(measure.main)

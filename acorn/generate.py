@@ -191,18 +191,19 @@ def decode(model: GPT, cache: KVCache, tokens: list[int], going: list[bool]) -> 
 
 
 class TextStream:
-    """The text of one row while its tokens arrive: whole characters only, and nothing of a stop string or after it."""
+    """The text of one row while its tokens arrive: whole characters only, and nothing of a stop string or after it.
+    Besides end-of-text, the control tokens `ends` end it too, such as those that end a turn of a conversation."""
 
-    def __init__(self, tokenizer, stop: list[str] = ()):
+    def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
         self.decoder = StreamDecoder(tokenizer)
-        self.eot, self.stop = tokenizer.eot, [s for s in stop if s]
+        self.eot, self.ends, self.stop = tokenizer.eot, ends, [s for s in stop if s]
         self.pending = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
         """The text that can be shown now that `token` is there; sets `stopped_by` at end-of-text or a stop string."""
-        if token == self.eot:
-            self.stopped_by = "end of text"
+        if token == self.eot or token in self.ends:
+            self.stopped_by = "end of turn" if token in self.ends else "end of text"
             return self.finish()
         self.pending += self.decoder.push(token)
         found = [(self.pending.find(s), s) for s in self.stop if s in self.pending]

@@ -73,8 +73,9 @@ def adapters(model: GPT) -> dict[str, Tensor]:
 def load_adapters(model: GPT, tensors: dict[str, Tensor], rank: int, alpha: float, source: str) -> None:
     """Give a model the adapters that `adapters` took from one of its kind. Raises UserError where they do not fit."""
     names = {name.rpartition(".lora_")[0] for name in tensors}
-    if not names or not names <= set(linear_layers(model)):
-        raise UserError(f"{source} holds adapters for layers that this model does not have")
+    ranks_fit = all(rank in t.shape for t in tensors.values())  # known before memory is taken for them
+    if not names or not ranks_fit or not names <= set(linear_layers(model)):
+        raise UserError(f"{source} holds adapters of another rank, or for layers that this model does not have")
     add_adapters(model, sorted(names), rank, alpha)
     own = adapters(model)
     shapes = {name: list(t.shape) for name, t in tensors.items()}

@@ -4,7 +4,8 @@ $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8
 
 A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch. With
 --memory, each contender runs alone in a process of its own as well, and the peak of that is shown; with
---documents 4, acorn is also timed with four documents in each row kept apart, as document_mask = True does.
+--documents 4, acorn is also timed with four documents in each row kept apart, as document_mask = True does; with
+--lora 8, also with adapters of that rank beside all matrices in the blocks, as lora_rank = 8 does.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import bench
 import torch
 from bench import in_turn, machine, matmul_rate, median, table
 
+from acorn import lora
 from acorn.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -41,11 +43,13 @@ def step_of(model, forward, optimizers, dtype, device):
     return step
 
 
-def acorn_step(shape, modern, dtype, compile, x, y, documents=None):
+def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     L, C, H, B, T, V = shape
     switches = MODERN if modern else {}
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
+    if rank:
+        lora.add_adapters(model, lora.linear_layers(model), rank, 2.0 * rank)
     optimizers = make_optimizers(model, "muon" if modern else "adamw", 6e-4, 0.02, 0.1, (0.9, 0.95), x.device.type)
     forward = torch.compile(model) if compile else model
 
@@ -83,6 +87,9 @@ def peak_memory(device: torch.device) -> float:
     """The most bytes this process has held: on the GPU, or in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss counts what the process that started this one held
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -92,6 +99,7 @@ def main() -> None:
     parser.add_argument("--shape", default="6,384,6,8,256", help="layers, width, heads, batch, block")
     parser.add_argument("--vocab", type=int, default=65)
     parser.add_argument("--documents", type=int, default=0, help="of equal length, in a row; 0: without")
+    parser.add_argument("--lora", type=int, default=0, help="the rank of adapters; 0: without")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", default="fp32,bf16")
@@ -119,6 +127,9 @@ def main() -> None:
                 if args.documents:
                     make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y, documents)  # noqa: E731
                     contenders[f"acorn {form}, {name} {how}, documents apart"] = make
+                if args.lora:
+                    make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y, None, args.lora)  # noqa: E731
+                    contenders[f"acorn {form}, {name} {how}, LoRA {args.lora}"] = make
             # nanoGPT runs in float32 on a CPU, whatever its dtype says
             if args.nanogpt and (dtype == torch.float32 or device.type == "cuda"):
                 make = lambda d=dtype, c=compile: nanogpt_step(args.nanogpt, shape, d, c, x, y)  # noqa: E731

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, refused, script
 from safetensors.torch import load_file
 
-from acorn import files
+from acorn import checkpoint, files
+from acorn.shards import load_dataset, sequential_windows, split_windows
 
 
 def metrics(out_dir):
@@ -109,6 +111,27 @@ def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, 
         assert result.returncode == 0, result.stderr
     for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tmp_path):
+    """Replies of unequal length, so that the mean of the micro-batches' means would be another number."""
+    pairs = [{"prompt": f"Say {n} times a.", "response": " ".join("a" * n)} for n in range(1, 40)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    assert script("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
+    words = ["--max_iters=4", "--dropout=0", "--eval_interval=2", "--eval_iters=0"]
+    for out, more in (("a", []), ("b", ["--gradient_accumulation_steps=8", "--batch_size=1"])):
+        result = train(tmp_path, "d", *words, *more, f"--out_dir={out}")
+        assert result.returncode == 0, result.stderr
+    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+    data, model = load_dataset(str(tmp_path / "d")), checkpoint.load_model(str(tmp_path / "a"), "latest")[0].eval()
+    x, y = sequential_windows(data.val, 32, 0, split_windows(data.val, 32))
+    assert set(data.tokenizer.decode(y[y != -1]).replace("<|endoftext|>", "")) == {"a", " "}
+    with torch.no_grad():
+        log_probabilities = model(torch.tensor(x), torch.tensor(x))[0].log_softmax(-1)
+    nats = [-log_probabilities[i, t, y[i, t]].item() for i, t in zip(*np.nonzero(y != -1), strict=True)]
+    assert numbers(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
 
 def test_two_processes_give_the_losses_of_one(trained, dataset, tmp_path):
