@@ -419,6 +419,20 @@ class GPT(nn.Module):
             wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
             wpe.num_embeddings = block_size
 
+    @torch.no_grad()
+    def grow_vocab(self, n_vocab: int, size: int) -> None:
+        """Make room for the tokens n_vocab, ..., size - 1, which are new: in the embedding and in the head the row of
+        each is the mean of the n_vocab rows before, https://nlp.stanford.edu/~johnhew/vocab-expansion.html, so that
+        none starts out likelier than a token is on average. Rows that only pad the vocabulary, from n_vocab on, are
+        used first. The logits of the tokens before stay as they are."""
+        wte, head = self.transformer.wte, self.lm_head
+        for layer in (wte,) if self.config.tie_weights else (wte, head):
+            old, padding = layer.weight[:n_vocab], layer.weight[size:]
+            layer.weight = nn.Parameter(torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding)))
+        if self.config.tie_weights:
+            head.weight = wte.weight
+        self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
         """AdamW with decay on matrices and embeddings only, not on biases and norms; fused where the device has it."""
         params = [p for p in self.parameters() if p.requires_grad]

@@ -28,7 +28,7 @@ from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, load_state, make_optimizers
 from acorn.shards import number_documents, split_windows
-from acorn.tokenizer import KINDS, from_dict, tokenizer_hash
+from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import GPT, GPTConfig
 
 
@@ -154,8 +154,8 @@ def load_initial(
 ) -> tuple[GPT, str, dict | None]:
     """The model that a run starts from when not from scratch, a word on where it comes from, and what a checkpoint says
     of its adapters where it has any. The settings of its shape in `s` follow it; one that the person gave and that
-    differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free, and
-    block_size may be smaller."""
+    differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free,
+    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows."""
     adapters = None
     if s.init_from == "resume":
         model, tokenizer, source = checkpoint.build_model(folder, state), from_dict(state["tokenizer"]), str(folder)
@@ -169,7 +169,17 @@ def load_initial(
             base = dict(base=checkpoint.base_of(s.init_from), sha256=lora.fingerprint(model))
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, **base)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
-    if tokenizer and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+    same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
+    if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
+        n_new = data.vocab_size - tokenizer.n_vocab
+        if s.lora_rank:
+            raise UserError(
+                f"{data.path} has {n_new} tokens that are new to {source}, and with lora_rank their embeddings would "
+                "stay unlearned; leave lora_rank out, or first train a base without it and give that to --init_from"
+            )
+        model.grow_vocab(min(tokenizer.n_vocab, model.config.vocab_size), data.vocab_size)
+        source += f", with {n_new} new tokens"
+    elif not same:
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
             f"{source} was trained with another tokenizer ({tokenizer.kind}, {tokenizer.n_vocab} tokens) than the one "

@@ -59,7 +59,7 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
 def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a whole conversation (int32), and which of them are to be learned (bool), both of one dimension: the
     assistant's replies, each up to the control token that ends it. Raises UserError where the template ends a reply
-    without one, or where it writes a turn differently once others follow."""
+    without one, leaves the replies out, or writes a turn differently once others follow."""
     control = list(tokenizer.control.values())
     ids, learned = [], []
     for text, is_reply in _parts(tokenizer, messages, False):
@@ -69,6 +69,10 @@ def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndar
             raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
         ids.append(part)
         learned.append(np.arange(len(part)) <= ends[-1] if is_reply else np.zeros(len(part), dtype=bool))
+    if not any(part.any() for part in learned):
+        raise UserError(
+            "the chat template leaves out what the assistant says, so nothing is to be learned; choose another"
+        )
     return np.concatenate(ids), np.concatenate(learned)
 
 

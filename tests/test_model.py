@@ -257,6 +257,28 @@ def test_cropping_the_block_keeps_the_logits_of_short_sequences():
         model.crop_block_size(9)
 
 
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("size", [35, 39])  # within the padding of 37 rows, of which 33 are tokens, and beyond
+def test_new_tokens_start_at_the_mean_and_change_no_other(tie_weights, size):
+    model = random_model(tie_weights=tie_weights)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    idx = tokens(V=33)
+    with torch.no_grad():
+        logits = model(idx, idx)[0][..., :33]
+        model.grow_vocab(33, size)
+        grown = model(idx, idx)[0]
+    rows = max(size, 37)
+    assert grown.size(-1) == rows == model.config.vocab_size
+    torch.testing.assert_close(grown[..., :33], logits, rtol=0, atol=0)
+    torch.testing.assert_close(grown[..., 33:size], logits.mean(-1, keepdim=True).expand(-1, -1, size - 33))
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tie_weights
+    for name, p in model.named_parameters():
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            mean = before[name][:33].mean(0).expand(size - 33, -1)
+            before[name] = torch.cat((before[name][:33], mean, before[name][size:]))
+        assert torch.equal(p, before[name]) and p.requires_grad
+
+
 def test_weight_decay_is_on_matrices_only():
     model = random_model()
     decayed, free = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups

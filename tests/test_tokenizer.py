@@ -24,6 +24,8 @@ from acorn.tokenizer import (
     HFTokenizer,
     StreamDecoder,
     _gpt2_encoding,
+    add_tokens,
+    extends,
     from_dict,
     get_tokenizer,
     gpt2_config,
@@ -429,6 +431,57 @@ def test_a_broken_folder_is_a_sentence(tmp_path, files, message):
     with pytest.raises(UserError, match=message) as error:
         get_tokenizer(str(write_hf(tmp_path, **files)))
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("base", [GPT2, BPE, LLAMA])
+def test_new_tokens_follow_the_ids_there_are_and_change_none(base):
+    tokenizer = from_dict(json.loads(json.dumps(add_tokens(base, ["<|x|>", "<|xy|>"]).to_dict())))
+    new = {"<|x|>": base.n_vocab, "<|xy|>": base.n_vocab + 1}
+    assert tokenizer.control == base.control | new and tokenizer.n_vocab == base.n_vocab + 2
+    assert (tokenizer.eot, tokenizer.bos, tokenizer.eos) == (base.eot, base.bos, base.eos)
+    texts = [*TEXTS, "a <|x|> b<|xy|>", "<|x|><|x|>"]  # in ordinary text they stay text
+    for one, other in zip(tokenizer.encode_batch(texts), base.encode_batch(texts), strict=True):
+        assert one.tolist() == other.tolist()
+    ids = tokenizer.encode_part("a<|x|>b<|xy|>", False, control=True)
+    assert ids[ids >= base.n_vocab].tolist() == [base.n_vocab, base.n_vocab + 1]
+    assert tokenizer.decode(ids) == "a<|x|>b<|xy|>" and not tokenizer.token_bytes()[-2:].any()
+
+    assert extends(tokenizer, base) and not extends(base, tokenizer) and not extends(base, base)
+    for other in {BPE, LLAMA, ByteTokenizer()} - {base}:
+        assert not extends(tokenizer, other)
+
+
+def test_new_tokens_added_by_transformers_are_known_for_what_they_are():
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(BPE.config))
+    theirs.add_special_tokens(["<|x|>"])
+    config = json.loads(theirs.to_str())
+    tokenizer = HFTokenizer(config, END_OF_TEXT, None, None)
+    assert extends(tokenizer, BPE) and extends(add_tokens(tokenizer, ["<|y|>"]), BPE)
+    config["model"]["merges"][-2:] = config["model"]["merges"][:-3:-1]  # the last two the other way around
+    assert not extends(HFTokenizer(config, END_OF_TEXT, None, None), BPE)
+
+
+def test_what_cannot_be_a_new_token_is_a_sentence(tmp_path, monkeypatch):
+    gaps = json.loads(json.dumps(BPE.config))
+    gaps["model"]["vocab"]["\u0120slowly"] += 1000
+    for base, names, message in (
+        (ByteTokenizer(), ["<|x|>"], "byte tokenizer takes no new tokens"),
+        (BPE, ["<|x|>", "<|x|>"], "is one already"),
+        (BPE, [END_OF_TEXT], "is one already"),
+        (BPE, ["it"], "it cannot be a new token: it is one already"),
+        (BPE, [""], "without spaces"),
+        (BPE, ["<a b>"], "without spaces"),
+        (BPE, ["<\udc80>"], "without spaces"),
+        (HFTokenizer(gaps, END_OF_TEXT, None, None), ["<|x|>"], "gaps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            add_tokens(base, names)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    for spec in ("char", "cl100k_base", "bpe:300"):
+        with pytest.raises(UserError, match=f"cannot be added to --tokenizer {spec}; they can to gpt2"):
+            prepare_corpus(["text", "a.txt", "--tokenizer", spec, "--new_tokens", "<|x|>"])
+    assert not (tmp_path / "data").exists()
 
 
 def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
