@@ -61,6 +61,8 @@ def prepare_corpus(argv: list[str]) -> None:
     name = args.name or (corpus.default_name(args) if hasattr(corpus, "default_name") else args.corpus)
     if name in (".", "..") or os.path.basename(name) != name:
         raise UserError(f"the name '{name}' is a path; give a plain --name, and the place with --out DIR")
+    if set(name) & set(",:\n\r\0"):  # a mixture would read them otherwise
+        raise UserError(f"the name {name!r} has a comma, a colon or a line break; give a plain --name")
     out = Path(args.out) if args.out else Path("data") / name
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder; choose another place with --out")

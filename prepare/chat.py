@@ -56,6 +56,9 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
         raise UserError("conversations are split by their hash: leave out --val_by end")
     if args.max_tokens is not None and args.max_tokens < 8:
         raise UserError(f"max_tokens is {args.max_tokens}; it must be 8 or more")
+    for option in ("val_tokens", "shard_tokens"):
+        if (count := getattr(args, option)) is not None and count < 2:
+            raise UserError(f"{option} is {count}; it must be 2 or more")
     for path in args.files:
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}; paths are relative to where you stand: {os.getcwd()}")

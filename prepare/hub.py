@@ -4,6 +4,7 @@ It streams by default: nothing is stored but the shards. `--max_tokens` takes th
 """
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -33,9 +34,9 @@ def add_options(
     add("--max_tokens", type=int, metavar="N", help="stop after so many tokens")
     add(
         "--streaming",
-        type=lambda word: {"true": True, "false": False}[word.lower()],
+        type=lambda word: {"true": True, "false": False}.get(word.lower(), word),
         default=True,
-        metavar="True|False",
+        choices=(True, False),
         help="False downloads all of it first, into the cache of datasets; default: True",
     )
 
@@ -46,6 +47,10 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def documents(args: argparse.Namespace) -> "HubDocuments":
+    if os.path.isfile(args.dataset) or not args.dataset.strip():
+        raise UserError(
+            f"'{args.dataset}' is no dataset of the hub; for files use `python prepare text FILES --key FIELD`"
+        )
     return HubDocuments(args.dataset, args)
 
 

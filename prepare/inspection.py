@@ -180,7 +180,7 @@ def verify(dataset: Dataset) -> None:
         )
     print(f"{len(listed):,} shards are as they were written")
 
-    source = dataset.meta.get("source", {})
+    source = dataset.meta.get("source") or {}
     arguments = source.get("arguments")
     again = isinstance(arguments, dict) and "streaming" not in arguments and "-" not in arguments.get("files", [])
     if not again or source.get("corpus") == "chat":
@@ -204,5 +204,5 @@ def verify(dataset: Dataset) -> None:
 
 def _origin(dataset: Dataset) -> str:
     if dataset.meta:
-        return f"made by `python prepare {dataset.meta.get('source', {}).get('corpus', '')}`"
+        return f"made by `python prepare {(dataset.meta.get('source') or {}).get('corpus', '')}`"
     return "in the layout of llm.c" if dataset.train.shards[0].offset else "in the layout of nanoGPT"

@@ -323,9 +323,14 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
                 writer.resume(progress["splits"][split])
         bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
         bar.update(counts["train"] + counts["val"])
-        for batch, ids in _encode_ahead(_batches(reader), tokenizer):
+        for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
-            is_full = _write(batch, ids, tokenizer, writers, counts, command["val_tokens"], command["max_tokens"])
+            if room := command["max_tokens"]:
+                room -= sum(writer.tokens for writer in writers.values())
+            is_full = bool(room) and lengths.sum() >= room
+            if is_full:
+                batch, ids = _beginning(batch, ids, lengths, room, tokenizer)
+            _write(batch, ids, tokenizer, writers, counts, command["val_tokens"])
             bar.update(counts["train"] + counts["val"] - bar.n)
             place = batch.after
             if is_full:
@@ -351,7 +356,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     }
 
 
-def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
     outside the interpreter lock."""
     workers = os.cpu_count() or 1
@@ -363,22 +368,38 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             ahead.append((batch, pool.submit(_encode, batch, tokenizer)))
             if len(ahead) > 2 * workers:
                 batch, ids = ahead.popleft()
-                yield batch, ids.result()
+                yield batch, *ids.result()
         for batch, ids in ahead:
-            yield batch, ids.result()
+            yield batch, *ids.result()
 
 
-def _encode(batch: Batch, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """A batch's ids by split: int32, an end-of-text token before each document."""
+def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A batch's ids by split: int32, an end-of-text token before each document; and how many each piece has."""
     eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
-    parts = {"train": [eot[:0]], "val": [eot[:0]]}
+    parts, lengths = {"train": [eot[:0]], "val": [eot[:0]]}, []
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
         parts[piece.split] += [eot, ids] if piece.starts_document else [ids]
-    return {split: np.concatenate(arrays) for split, arrays in parts.items()}
+        lengths.append(len(ids) + len(eot) * piece.starts_document)
+    return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
 
 
-def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens, max_tokens) -> bool:
-    """Write a batch's ids and count; True when `max_tokens` are reached."""
+def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenizer: Tokenizer) -> tuple[Batch, dict]:
+    """The first `room` tokens of a batch, in the order of the corpus; the last piece that has some may be cut."""
+    pieces, taken = [], {"train": 0, "val": 0}
+    for piece, length in zip(batch.pieces, lengths.tolist(), strict=True):
+        if room <= 0:
+            break
+        start, taken[piece.split] = taken[piece.split], taken[piece.split] + min(length, room)
+        if length > room:
+            size = _size_of(ids[piece.split][start : start + room], tokenizer)
+            piece = piece._replace(size=size)
+        pieces.append(piece)
+        room -= length
+    return Batch(pieces, batch.after), {split: array[: taken[split]] for split, array in ids.items()}
+
+
+def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens: int | None) -> None:
+    """Write a batch's ids and count. What would follow in val when that has `val_tokens` goes to train."""
     train, val = ids["train"], ids["val"]
     for piece in batch.pieces:
         counts["documents"] += piece.starts_document
@@ -388,15 +409,8 @@ def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts:
         counts["val"] -= size
         counts["train"] += size
         train, val = np.concatenate([train, val[room:]]), val[:room]
-    is_full = False
-    if max_tokens and len(train) + len(val) >= (room := max_tokens - writers["train"].tokens - writers["val"].tokens):
-        is_full, keep = True, max(0, room - len(val))
-        counts["train"] -= _size_of(train[keep:], tokenizer)
-        counts["val"] -= _size_of(val[room:], tokenizer)
-        train, val = train[:keep], val[:room]
     writers["train"].write(train)
     writers["val"].write(val)
-    return is_full
 
 
 def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:

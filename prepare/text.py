@@ -50,6 +50,8 @@ def documents(args: argparse.Namespace) -> "TextFiles":
     files = TextFiles(args.errors, args.key)
     for name in args.files:
         files.add(name)
+    if args.key and not any(source.is_records for source in files.sources):
+        raise UserError(f"--key {args.key} is for records, but none of these is a .jsonl, .csv or .parquet file")
     if files.skipped:
         print(f"left out {files.skipped} files that do not look like text", file=sys.stderr)
     return files
@@ -92,11 +94,15 @@ class TextFiles:
             found = sorted(glob.glob(name, recursive=True))
             if not found:
                 raise UserError(f"no file matches {name}; paths are relative to where you stand: {os.getcwd()}")
+            before = len(self.sources)
             for path in found:
                 if os.path.isdir(path):
                     self._add_files(self._in_folder(path), in_folder=True)
                 else:
                     self._add_files([path])
+            # ** finds a folder and what is in it; each file counts once, as it was found first
+            once = {os.path.normpath(source.path): source for source in reversed(self.sources[before:])}
+            self.sources[before:] = reversed(once.values())
         else:
             raise UserError(f"there is no file or folder {name}; paths are relative to where you stand: {os.getcwd()}")
 
@@ -137,7 +143,7 @@ class TextFiles:
             start = stream.read(1 << 20)
         file.flush()
         self._spooled.append(file)
-        self.sources.append(Source(name, file.name, False, [digest.hexdigest()]))
+        self.sources.append(Source(name, file.name, self.key is not None, [digest.hexdigest()]))  # records: jsonl
 
     def fingerprint(self) -> list:
         """What differs when another text would come out (JSON-able)."""

@@ -496,6 +496,47 @@ def test_text_takes_folders_globs_gzip_and_stdin(monkeypatch, capsys):
     assert "left out 2 files" in capsys.readouterr().err
 
 
+def test_a_glob_takes_each_file_once():
+    os.makedirs("d/sub")
+    for name in ("d/a.txt", "d/sub/b.txt"):
+        Path(name).write_text(name * 100)
+    assert prepare("text", "d/**", "--tokenizer", "byte", "--name", "t")["documents"] == 2
+
+
+def test_max_tokens_are_the_first_of_the_corpus():
+    Path("x.jsonl").write_text("".join(json.dumps({"text": f"{i:03d}" * 10}) + "\n" for i in range(300)))
+    options = ("text", "x.jsonl", "--tokenizer=byte", "--val_fraction=0.3", "--name=t", "--overwrite")
+    prepare(*options)
+    whole = load_dataset("t")
+    args = cli._parser({"text": text_corpus}).parse_args([*options])
+    meta = pipeline.prepare(
+        text_corpus.documents(args),
+        Path("cut"),
+        name="cut",
+        tokenizer="byte",
+        source={},
+        val_fraction=0.3,
+        max_tokens=1000,
+    )
+    cut = load_dataset("cut")
+    assert len(cut.train) + len(cut.val) == 1000 and meta["documents"] == 33  # of 31 tokens each: 32 and a part
+    for split in ("train", "val"):
+        ids = ids_of(getattr(cut, split))
+        assert ids == ids_of(getattr(whole, split))[: len(ids)]
+        assert meta[split]["bytes"] == sum(token != 256 for token in ids)
+    kept = bytes(token for token in ids_of(cut.train) + ids_of(cut.val) if token != 256).decode()
+    assert all(f"{i:03d}" * 10 in kept for i in range(32))
+
+
+def test_records_come_through_a_pipe_too(monkeypatch):
+    lines = "".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(200))
+    Path("x.jsonl").write_text(lines)
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(buffer=open("x.jsonl", "rb")))  # noqa: SIM115
+    assert prepare("text", "-", "--key", "body", "--tokenizer", "byte", "--name", "t")["documents"] == 200
+    Path("a.txt").write_text("no records" * 100)
+    fails("--key body is for records", "text", "a.txt", "--key", "body")
+
+
 def test_the_name_is_the_stem_of_the_first_path():
     for first, name in (("~/x/mine.txt.gz", "mine"), ("mine/", "mine"), ("mine/**/*.txt", "mine"), ("-", "stdin")):
         assert text_corpus.default_name(argparse.Namespace(files=[first])) == name
