@@ -11,6 +11,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 import shutil
 import sys
 from collections import deque
@@ -31,7 +32,7 @@ from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tok
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
 FEW = 100  # documents; of fewer, whole ones would make a poor validation split
 PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
-LONGEST_PIECE = 1 << 20  # characters; a text without any whitespace is cut here, which may change a token or two
+LONGEST_PIECE = 1 << 20  # characters; one long run of letters or the like is cut here, which may change a token or two
 BATCH = 1 << 20  # characters
 LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
 PROGRESS = "progress.json"  # among the new shards
@@ -278,17 +279,28 @@ def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
         *whole, rest = split_text(rest + text, PIECE)
         while whole and len(rest) <= PIECE:  # nearer to the end, what comes next may move a cut
             rest = whole.pop() + rest
+        *chopped, rest = _chop(rest)
         for piece in whole:
             yield from _chop(piece)
-        while len(rest) > LONGEST_PIECE:
-            yield rest[:LONGEST_PIECE]
-            rest = rest[LONGEST_PIECE:]
+        yield from chopped
     for piece in split_text(rest, PIECE):
         yield from _chop(piece)
 
 
 def _chop(piece: str) -> Iterator[str]:
-    return (piece[start : start + LONGEST_PIECE] for start in range(0, len(piece), LONGEST_PIECE))
+    """A piece without whitespace in parts: cut between a digit or the like and a letter, where no token crosses, or,
+    where there is no such place either, anywhere."""
+    start = 0
+    while len(piece) - start > LONGEST_PIECE:
+        end = start + LONGEST_PIECE
+        if found := _NO_WORD.search(piece, end - LONGEST_PIECE // 2, end):
+            end = found.start()
+        yield piece[start:end]
+        start = end
+    yield piece[start:]
+
+
+_NO_WORD = re.compile(r"(?<=[0-9;,)}])(?=[A-Za-z])")
 
 
 def _batches(reader: Reader) -> Iterator[Batch]:

@@ -479,6 +479,15 @@ def test_named_corpora_ask_the_hub_for_the_right_thing(monkeypatch):
 # Text
 
 
+def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
+    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 5000)
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("abcXYZ0123,;)'/+\""), 60_000)) + " the end"
+    pieces = list(pipeline.cut_pieces([text[:9000], text[9000:]]))
+    encode = _gpt2_encoding().encode_ordinary
+    assert len(pieces) > 10 and [token for piece in pieces for token in encode(piece)] == encode(text)
+
+
 def test_text_takes_folders_globs_gzip_and_stdin(monkeypatch, capsys):
     os.makedirs("d/sub/.hidden")
     Path("d/b.py").write_text("b" * 100)
