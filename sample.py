@@ -200,6 +200,8 @@ def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, comp
 
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a sample
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="replace")  # nor should a byte that is no UTF-8 end a conversation
     given = settings.parse(SampleSettings, sys.argv[1:])
     s = settings.build(SampleSettings, given)
     check(s)
