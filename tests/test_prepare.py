@@ -788,8 +788,8 @@ def test_stopped_under_way(stop, code):
     Path("big.txt").write_bytes(rng.integers(32, 127, 20_000_000, dtype=np.uint8).tobytes())
     process = subprocess.Popen([sys.executable, ROOT / "prepare", "text", "big.txt"], stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 30
-    while not list(Path("data").glob("big/**/*.tmp")) and time.time() < deadline:
-        time.sleep(0.02)
+    while not Path("data/big", PARTIAL).is_dir() and time.time() < deadline:
+        time.sleep(0.005)
     process.send_signal(stop)
     error = process.communicate()[1]
     assert process.returncode == code and "Traceback" not in error
