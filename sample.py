@@ -11,12 +11,11 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from acorn import UserError, chat, checkpoint, run, runtime, settings
+from acorn import UserError, chat, checkpoint, files, run, runtime, settings
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.matvec import pays_back, prepare_for_decoding
 from model import GPT
@@ -74,18 +73,9 @@ def check(s: SampleSettings) -> None:
         raise UserError("system is for conversations; give --chat=True too")
 
 
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 at byte {error.start}") from error
-
-
 def read_prompts(path: str) -> list[str]:
     """The prompts in a file: a line each, or, of a .jsonl file, the "prompt" of each line's object."""
-    numbered = enumerate(read_text(path).split("\n"), 1)
+    numbered = enumerate(files.read_text(path).split("\n"), 1)
     lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
     if not lines:
         raise UserError(f"the prompt file {path} is empty; write a prompt a line")
@@ -221,7 +211,7 @@ def main() -> int:
     print(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}", file=sys.stderr)
 
     # ---- prompts
-    start = read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
+    start = files.read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
     if "start" not in given and tokenizer.kind == "char" and "\n" not in tokenizer.to_dict()["vocab"]:
         start = tokenizer.decode([0])  # this vocabulary has no line break to begin with
     prompts = read_prompts(s.prompts) if s.prompts else [start]

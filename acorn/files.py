@@ -1,4 +1,4 @@
-"""Files that survive a kill and a power cut: hashed, synced to the disk, and replaced whole or not at all."""
+"""Files that survive a kill and a power cut: hashed, synced to the disk, and replaced whole or not at all; and text."""
 
 import errno
 import hashlib
@@ -56,3 +56,13 @@ def replace(path: Path, text: str) -> None:
     sync(beside)
     os.replace(beside, path)
     sync(path.parent)
+
+
+def read_text(path: str) -> str:
+    """The text of a small UTF-8 file. Raises UserError, which names it, where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"the file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the file {path} is not UTF-8 at byte {error.start}") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, runtime
+from acorn import UserError, chat, checkpoint, files, runtime
 from acorn.evaluate import window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
@@ -61,7 +61,7 @@ def measure_tokens(
 
 def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, tuple]:
     """`measure_tokens` of a UTF-8 text file, an end-of-text token before it where there is one."""
-    ids = tokenizer.encode(read_text(path))
+    ids = tokenizer.encode(files.read_text(path))
     if tokenizer.eot is not None:
         ids = np.insert(ids, 0, tokenizer.eot)
     if len(ids) < 2:
@@ -191,19 +191,10 @@ def measure_choices(
     return figures, chosen
 
 
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from error
-
-
 def read_jsonl(path: str, limit: int) -> list[tuple[str, dict]]:
     """The first `limit` objects (0: all) of a .jsonl file, each with the words that say where it stands."""
     records = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if line.strip() and not (limit and len(records) == limit):
             try:
                 record = json.loads(line)

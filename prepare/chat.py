@@ -74,9 +74,9 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
         shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
         partial.mkdir()
         write_meta(partial, {"format": 1, "name": name} | write_conversations(args, partial, tokenizer, source))
-        return pipeline._move_in(partial, out)
+        return pipeline.move_in(partial, out)
     except OSError as error:
-        raise UserError(pipeline._explain(error, out, partial, None)) from error
+        raise UserError(pipeline.explain(error, out, partial, None)) from error
     finally:
         if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -128,10 +128,10 @@ def prepare(
             if not progress:
                 progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction)
             write_meta(partial, {"format": 1, "name": name} | _write_shards(documents, partial, progress))
-        meta = _move_in(partial, out)
+        meta = move_in(partial, out)
         shutil.rmtree(partial)
     except OSError as error:
-        raise UserError(_explain(error, out, partial, progress.get("size"))) from error
+        raise UserError(explain(error, out, partial, progress.get("size"))) from error
     finally:
         if lock is not None:
             if not (partial / PROGRESS).exists():
@@ -468,7 +468,7 @@ def _take_up(partial: Path, command: dict) -> dict:
     return {}
 
 
-def _move_in(partial: Path, out: Path) -> dict:
+def move_in(partial: Path, out: Path) -> dict:
     """Put the finished dataset in place of the old one, and return its meta.json. Other files in `out` stay.
 
     Without its meta.json the old dataset is incomplete, and so is the new one until its own has arrived: the two never
@@ -489,7 +489,7 @@ def _move_in(partial: Path, out: Path) -> dict:
     return meta
 
 
-def _explain(error: OSError, out: Path, partial: Path, size: int | None) -> str:
+def explain(error: OSError, out: Path, partial: Path, size: int | None) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         folder = next(folder for folder in (partial, out, *out.absolute().parents) if folder.exists())
         free = shutil.disk_usage(folder).free / 1e6

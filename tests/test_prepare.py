@@ -333,7 +333,7 @@ def test_another_command_or_another_file_starts_anew(capsys, small_steps):
     write_records("r.jsonl")
     argv = ["text", "r.jsonl", "--tokenizer=byte", "--shard_tokens=1500"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_move_in", stop)
+        patch.setattr(pipeline, "move_in", stop)
         for change in ([], [], ["--val_fraction=0.2"], ["--errors=replace"]):
             with pytest.raises(Stopped):
                 cli.prepare_corpus(argv + change)
