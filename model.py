@@ -42,6 +42,7 @@ class GPTConfig:
     zero_init: bool = False  # start with every block, and an untied head, at zero output
     ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too, added to the token's own
     ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
+    ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
@@ -65,8 +66,9 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
             if getattr(self, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):
                 raise ValueError(f"{name} = {getattr(self, name)} is beyond what any machine holds")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+        for name in ("dropout", "ngram_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
         if not (0 <= self.attn_dropout < 1 or self.attn_dropout == -1):
             raise ValueError(
                 f"attn_dropout = {self.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout"
@@ -83,6 +85,9 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+
+DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # what may differ from one training of a model to the next
 
 
 class KVCache:
@@ -192,6 +197,7 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.config = config
         self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
 
     def forward(self, idx: Tensor, index: Tensor, at: Tensor) -> Tensor:
@@ -201,7 +207,10 @@ class NgramEmbedding(nn.Module):
         for back, table in enumerate(self.tables, start=1):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
             key = key * 1_000_003 + before  # int64, which wraps around
-            embedded = embedded + table((key ^ (key >> 15)) % table.num_embeddings)
+            rows = table((key ^ (key >> 15)) % table.num_embeddings)  # (B, T, C)
+            embedded = embedded + F.dropout1d(
+                rows, self.config.ngram_dropout, self.training
+            )  # of all C channels or none
         return embedded
 
 

@@ -29,7 +29,7 @@ from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, load_state, make_optimizers
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
-from model import GPT, GPTConfig
+from model import DROPOUTS, GPT, GPTConfig
 
 
 @dataclass
@@ -64,9 +64,7 @@ class TrainSettings:
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
     dropout: float = 0.0  # 0 is good for pretraining; for fine-tuning and small data try 0.1 to 0.2
-    attn_dropout: float = (
-        -1.0
-    )  # of attention weights; -1: as dropout; 0 keeps attention's fast kernels, above all on CPUs
+    attn_dropout: float = -1.0  # of attention weights; -1: as dropout; with 0 attention keeps its fast kernels
     bias: bool = False  # biases in Linear and LayerNorm
     n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
     n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu: 8/3)
@@ -79,6 +77,7 @@ class TrainSettings:
     zero_init: bool = False  # blocks, and an untied head, start at zero output
     ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too; for small models
     ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
+    ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
     # training a part of a model
     lora_rank: int = 0  # r > 0: the weights stay, and adapters of this rank are learned beside them (LoRA)
     lora_alpha: float = 16.0  # what the adapters add is multiplied by lora_alpha / lora_rank
@@ -131,8 +130,9 @@ def check(s: TrainSettings) -> None:
     for name in ("keep_checkpoints", "max_bad_steps"):
         if getattr(s, name) < 1:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
-    if not 0 <= s.dropout < 1:
-        raise UserError(f"dropout = {s.dropout} must be at least 0 and below 1")
+    for name in ("dropout", "ngram_dropout"):
+        if not 0 <= getattr(s, name) < 1:
+            raise UserError(f"{name} = {getattr(s, name)} must be at least 0 and below 1")
     if not (0 <= s.attn_dropout < 1 or s.attn_dropout == -1):
         raise UserError(f"attn_dropout = {s.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout")
     if not 0 <= s.seed < 2**62:
@@ -188,7 +188,7 @@ def load_initial(
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f"{data.path} has {data.vocab_size} token ids, but {source} only {model.config.vocab_size}")
-    for name in sorted(SHAPE - {"dropout", "attn_dropout"}):
+    for name in sorted(SHAPE - set(DROPOUTS)):
         has, wanted = getattr(model.config, name), given.get(name)
         free = wanted is None or wanted == has or (name in ("n_kv_head", "n_hidden") and wanted == 0)
         if name == "block_size" and wanted is not None and wanted < has:
@@ -196,7 +196,8 @@ def load_initial(
         elif not free:
             raise UserError(f"{name} = {wanted}, but {source} has {has}, and a checkpoint keeps its shape")
         setattr(s, name, getattr(model.config, name))
-    model.config.dropout, model.config.attn_dropout = s.dropout, s.attn_dropout
+    for name in DROPOUTS:
+        setattr(model.config, name, getattr(s, name))
     return model, source, adapters
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from acorn import UserError, files, lora, settings
 from acorn import tokenizer as tokenizers
 from acorn.shards import load_dataset
-from model import GPT, GPTConfig
+from model import DROPOUTS, GPT, GPTConfig
 
 FORMAT = 1  # of state.json
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
@@ -235,7 +235,8 @@ def build_model(folder: Path, state: dict) -> GPT:
     config = empty_model(state["config"], str(path)).config
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
-    model.config.dropout, model.config.attn_dropout = config.dropout, config.attn_dropout
+    for name in DROPOUTS:
+        setattr(model.config, name, getattr(config, name))
     if config != model.config:
         raise UserError(f"{path} is not for a model of the shape of {source}")
     lora.load_adapters(model, tensors, adapters["rank"], adapters["alpha"], str(path))

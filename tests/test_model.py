@@ -235,6 +235,18 @@ def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
     torch.testing.assert_close(added[0, 3], by_hand)
 
 
+def test_an_ngram_is_dropped_whole_and_in_training_only():
+    embedding = random_model(ngram=2, ngram_rows=4096, ngram_dropout=0.25).transformer.ngram
+    idx = torch.randint(37, (64, 128), generator=torch.Generator().manual_seed(0))
+    at = torch.arange(128).expand(64, 128)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        whole, dropped = embedding.eval()(idx, at, at), embedding.train()(idx, at, at)
+    kept = dropped.abs().sum(-1) > 0  # (B, T)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    torch.testing.assert_close(dropped, torch.where(kept[..., None], whole / 0.75, 0))
+
+
 def key_row(key: int) -> int:
     return (key ^ (key >> 15)) % 4096
 
