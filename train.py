@@ -172,10 +172,12 @@ def load_initial(
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
-        if s.lora_rank:
+        frozen = lora.matching("freeze", s.freeze, [name for name, _ in model.named_parameters()]) if s.freeze else []
+        if s.lora_rank or {"transformer.wte.weight", "lm_head.weight"} & set(frozen):
+            setting = "lora_rank" if s.lora_rank else "this freeze"
             raise UserError(
-                f"{data.path} has {n_new} tokens that are new to {source}, and with lora_rank their embeddings would "
-                "stay unlearned; leave lora_rank out, or first train a base without it and give that to --init_from"
+                f"{data.path} has {n_new} tokens that are new to {source}, and with {setting} their embeddings would "
+                f"stay unlearned; leave {setting} out, or first train a base without it and give that to --init_from"
             )
         model.grow_vocab(min(tokenizer.n_vocab, model.config.vocab_size), data.vocab_size)
         source += f", with {n_new} new tokens"

@@ -79,7 +79,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
         return chat.render(tokenizer, messages).tolist()
     if len(messages) > 1:
         raise UserError("is a conversation of several messages, but this checkpoint has no chat template")
-    return encode_prompt(tokenizer, messages[0]["content"])
+    return encode_prompt(tokenizer, messages[0]["content"], control=False)
 
 
 def greedy_answers(
@@ -159,8 +159,8 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
     text = prompt.rstrip()  # the space before a word belongs to its token
-    ids = encode_prompt(tokenizer, text)
-    return ids, encode_prompt(tokenizer, prompt + choice)[len(ids) if text else 0 :]
+    ids = encode_prompt(tokenizer, text, control=False)
+    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids) if text else 0 :]
 
 
 def measure_choices(
