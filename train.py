@@ -166,6 +166,8 @@ def load_initial(
     else:
         model, tokenizer, source = checkpoint.load_model(s.init_from)
         if s.lora_rank:
+            if s.lora_rank > model.config.n_embd:
+                raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
             base = dict(base=checkpoint.base_of(s.init_from), sha256=lora.fingerprint(model))
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, **base)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
@@ -304,6 +306,12 @@ def main() -> int:
     for dataset, share in zip(data.datasets, data.shares, strict=True):
         where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         say(f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate")
+        longest = dataset.meta.get("longest")  # conversation
+        if isinstance(longest, int) and longest > s.block_size:
+            say(
+                f"note: conversations there have up to {longest:,} tokens, beyond the block size of {s.block_size:,}: "
+                f"no window holds those whole; python prepare chat ... --max_tokens {s.block_size} cuts their beginning"
+            )
         windows = s.max_iters * windows_per_step * float(share)
         epochs.append(f"{windows / split_windows(dataset.train, s.block_size):.3g}")
     say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")

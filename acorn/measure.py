@@ -307,6 +307,10 @@ def main() -> int:
                 messages = chat.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
+                if len(prompts[-1]) >= model.config.block_size:
+                    raise UserError(
+                        f"has {len(prompts[-1])} tokens before the answer; the model holds {model.config.block_size}"
+                    )
             except UserError as error:
                 raise UserError(f"{where} {error}") from error
             references.append(messages[last]["content"].strip())
