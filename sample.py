@@ -28,7 +28,7 @@ class SampleSettings:
     init_from: str = "resume"  # resume: the run in out_dir | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-xl, ...
     out_dir: str = "out"  # where the run lies
     checkpoint: str = "best"  # of the run: best (the newest where none is) | latest | step_002000
-    start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> in it is the control token
+    start: str = "\n"  # the prompt, or FILE:prompt.txt; names such as <|endoftext|> in it are control tokens
     prompts: str = ""  # a file of prompts, one a line or jsonl with "prompt" in each object, continued as one batch
     num_samples: int = 10  # samples to draw from each prompt (of a file of prompts: 1 unless set)
     max_new_tokens: int = 500  # tokens in each sample

@@ -166,16 +166,20 @@ def load_initial(
     else:
         model, tokenizer, source = checkpoint.load_model(s.init_from)
         if s.lora_rank:
+            if s.lora_rank > model.config.n_embd:
+                raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
             base = dict(base=checkpoint.base_of(s.init_from), sha256=lora.fingerprint(model))
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, **base)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
-        if s.lora_rank:
+        frozen = lora.matching("freeze", s.freeze, [name for name, _ in model.named_parameters()]) if s.freeze else []
+        if s.lora_rank or {"transformer.wte.weight", "lm_head.weight"} & set(frozen):
+            setting = "lora_rank" if s.lora_rank else "this freeze"
             raise UserError(
-                f"{data.path} has {n_new} tokens that are new to {source}, and with lora_rank their embeddings would "
-                "stay unlearned; leave lora_rank out, or first train a base without it and give that to --init_from"
+                f"{data.path} has {n_new} tokens that are new to {source}, and with {setting} their embeddings would "
+                f"stay unlearned; leave {setting} out, or first train a base without it and give that to --init_from"
             )
         model.grow_vocab(min(tokenizer.n_vocab, model.config.vocab_size), data.vocab_size)
         source += f", with {n_new} new tokens"
@@ -303,6 +307,12 @@ def main() -> int:
     for dataset, share in zip(data.datasets, data.shares, strict=True):
         where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         say(f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate")
+        longest = dataset.meta.get("longest")  # conversation
+        if isinstance(longest, int) and longest > s.block_size:
+            say(
+                f"note: conversations there have up to {longest:,} tokens, beyond the block size of {s.block_size:,}: "
+                f"no window holds those whole; python prepare chat ... --max_tokens {s.block_size} cuts their beginning"
+            )
         windows = s.max_iters * windows_per_step * float(share)
         epochs.append(f"{windows / split_windows(dataset.train, s.block_size):.3g}")
     say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")

@@ -223,7 +223,7 @@ def build_model(folder: Path, state: dict) -> GPT:
         return fill(state["config"], tensors, str(path))
 
     adapters, moved = state["lora"], folder.parent / "base"
-    base = moved.read_text().strip() if moved.is_file() else adapters["base"]
+    base = (files.read_text(str(moved)).strip() if moved.is_file() else "") or adapters["base"]
     advice = f"write where it lies into the file {moved}"
     try:
         base_of(base)  # refuses adapters, which could be their own base
@@ -335,6 +335,8 @@ def load_model(source: str, which: str = "best") -> tuple[GPT, object, str]:
         return model, tokenizer, f"the published weights {source}"
     if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
+    if path.is_file() and path.suffix in (".safetensors", ".bin"):
+        raise UserError(f"{source} is one file of a checkpoint; give the folder that holds it, {path.parent}")
     if path.is_file():
         model, checkpoint = load_nanogpt(path)
         config, tokenizer = checkpoint.get("config"), None

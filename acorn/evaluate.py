@@ -17,58 +17,6 @@ from model import GPT
 SAME_WINDOWS = 4242  # seeds the choice of windows, so that every evaluation of every run looks at the same ones
 
 
-def evaluate(
-    model: GPT,
-    tokens: Tokens,
-    runtime: Runtime,
-    batch_size: int,
-    block_size: int,
-    max_windows: int = 0,
-    token_bytes: np.ndarray | None = None,
-    eot: int | None = None,
-) -> dict[str, float]:
-    """Loss in nats a token, perplexity, and, given the bytes of each token (V,), bits a byte.
-
-    Looks at the whole split, in windows of block_size tokens side by side; or at `max_windows` of them, the same ones
-    every time, where that is fewer. Every token of a window counts the same, and the windows are shared out among the
-    processes. Control tokens, which have no bytes, are left out of the bits per byte. Given the end-of-text token
-    `eot`, attention stays inside a document.
-    """
-    return _figures(_measure(model, tokens, runtime, batch_size, block_size, max_windows, token_bytes, eot))
-
-
-def evaluate_mixture(
-    model: GPT,
-    data: Mixture,
-    split: Literal["train", "val"],
-    runtime: Runtime,
-    batch_size: int,
-    block_size: int,
-    max_windows: int = 0,
-    token_bytes: np.ndarray | None = None,
-    eot: int | None = None,
-) -> dict[str, float]:
-    """`evaluate` on a split of all datasets, each counting by its share; beside it `loss/NAME` of each, if several.
-
-    Of each dataset it looks at `max_windows` windows, or, where that is 0, at as many as its val split has.
-    """
-    means = []
-    for dataset in data.datasets:
-        n = max_windows or split_windows(dataset.val, block_size)
-        means.append(_measure(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes, eot))
-    result = _figures(sum(float(share) * mean for share, mean in zip(data.shares, means, strict=True)))
-    if len(means) > 1:
-        names = [f"loss/{dataset.name}" for dataset in data.datasets]
-        result |= {name: float(mean[0]) for name, mean in zip(names, means, strict=True)}
-    return result
-
-
-def _measure(model: GPT, tokens: Tokens, runtime: Runtime, *how) -> np.ndarray:
-    """Means over the tokens that `evaluate` looks at: nats, nats of the tokens that have bytes, and bytes."""
-    n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *how).sum(0)).tolist()
-    return np.array(sums) / n_tokens
-
-
 @torch.no_grad()
 def window_sums(
     model: GPT,
@@ -80,8 +28,13 @@ def window_sums(
     token_bytes: np.ndarray | None = None,
     eot: int | None = None,
 ) -> torch.Tensor:
-    """Of each window that this process looks at: its tokens, their nats, the nats of those that have bytes, and the
-    bytes. (windows, 4), in float64. The arguments are those of `evaluate`."""
+    """Of each window that this process looks at: its tokens, their nats, and, given the bytes of each token (V,), the
+    nats of those that have bytes, and the bytes: (windows, 4), in float64.
+
+    Looks at the whole split, in windows of block_size tokens side by side; or at `max_windows` of them, the same ones
+    every time, where that is fewer. The windows are shared out among the processes. Control tokens have no bytes. Given
+    the end-of-text token `eot`, attention stays inside a document.
+    """
     n = split_windows(tokens, block_size)
     whole = not max_windows or max_windows >= n
     count = n if whole else max_windows
@@ -104,6 +57,44 @@ def window_sums(
         sums.append(torch.stack([column.cpu().double() for column in columns], dim=1))
     model.train(was_training)
     return torch.cat(sums)
+
+
+def evaluate(model: GPT, tokens: Tokens, *how) -> dict[str, float]:
+    """Loss in nats a token, perplexity, and, given the bytes of each token, bits a byte. Every token of every window
+    counts the same; `how` is what `window_sums` takes from `runtime` on."""
+    return _figures(_means(model, tokens, *how))
+
+
+def evaluate_mixture(
+    model: GPT,
+    data: Mixture,
+    split: Literal["train", "val"],
+    runtime: Runtime,
+    batch_size: int,
+    block_size: int,
+    max_windows: int = 0,
+    token_bytes: np.ndarray | None = None,
+    eot: int | None = None,
+) -> dict[str, float]:
+    """`evaluate` on a split of all datasets, each counting by its share; beside it `loss/NAME` of each, if several.
+
+    Of each dataset it looks at `max_windows` windows, or, where that is 0, at as many as its val split has.
+    """
+    means = []
+    for dataset in data.datasets:
+        n = max_windows or split_windows(dataset.val, block_size)
+        means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes, eot))
+    result = _figures(sum(float(share) * mean for share, mean in zip(data.shares, means, strict=True)))
+    if len(means) > 1:
+        names = [f"loss/{dataset.name}" for dataset in data.datasets]
+        result |= {name: float(mean[0]) for name, mean in zip(names, means, strict=True)}
+    return result
+
+
+def _means(model: GPT, tokens: Tokens, runtime: Runtime, *how) -> np.ndarray:
+    """Means over the tokens that all processes look at: nats, nats of the tokens that have bytes, and bytes."""
+    n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *how).sum(0)).tolist()
+    return np.array(sums) / n_tokens
 
 
 def _figures(means: np.ndarray) -> dict[str, float]:

@@ -1,14 +1,17 @@
-"""Small data to try the recipes on, made from what Python brings along: the functions of its standard library.
+"""Small data to try the recipes on: the functions of Python's standard library, some German, a few capitals.
 
     python -m acorn.examples data/examples
 
-    answers.jsonl, answers_val.jsonl      {"prompt", "response"}: what does this function do? its docstring's first line
-    choices.jsonl, choices_val.jsonl      {"prompt", "choices", "answer"}: which of four modules is this function of?
-    labels.jsonl                          the same as {"prompt", "response"}, to learn it from
-    topics/*.txt                          texts behind a prefix that says their topic: `<topic=json>`
-    fewshot.txt                           prompts, one a line, in which three examples come before what is asked for
+    answers.jsonl        {"prompt", "response"}: what does this function do? its docstring's first line
+    summaries.jsonl      the same form: the rest of a docstring, and its first line
+    translations.jsonl   the same form: an English sentence, and the same in German, from a small grammar
+    labels.jsonl         the same form: which of four modules is a function of? to learn it
+    choices_val.jsonl    {"prompt", "choices", "answer"}: the same, to choose by likelihood
+    topics/*.txt         texts behind a prefix that says their topic: `<topic=json>`
+    fewshot.jsonl        {"prompt", "response"}: three countries with their capitals, and one more country
 
-The files *_val.jsonl hold one function in ten, and the others none of these.
+Beside answers, summaries and translations lies one with _val in its name: a tenth of the examples, which the other does
+not have. So it is with choices_val, whose functions are not in labels.
 """
 
 import argparse
@@ -17,15 +20,29 @@ import hashlib
 import json
 import sysconfig
 from pathlib import Path
+from random import Random
 
 from acorn import UserError, run
+
+# nominative and accusative of "the" and "a" in German, by gender; _ is the adjective
+GERMAN = {
+    "m": {"the": ("der _e", "den _en"), "a": ("ein _er", "einen _en")},
+    "f": {"the": ("die _e", "die _e"), "a": ("eine _e", "eine _e")},
+    "n": {"the": ("das _e", "das _e"), "a": ("ein _es", "ein _es")},
+}
+NOUNS = {"dog": "m Hund", "man": "m Mann", "bird": "m Vogel", "cat": "f Katze", "woman": "f Frau", "mouse": "f Maus"}
+NOUNS |= {"child": "n Kind", "horse": "n Pferd", "pig": "n Schwein"}
+ADJECTIVES = {"big": "groß", "small": "klein", "young": "jung", "good": "gut", "white": "weiß", "wild": "wild"}
+VERBS = {"sees": "sieht", "hears": "hört", "finds": "findet", "loves": "liebt", "calls": "ruft"}
+CAPITALS = """France Paris Japan Tokyo Egypt Cairo Peru Lima Italy Rome Spain Madrid Greece Athens Cuba Havana
+    Russia Moscow Germany Berlin England London Ireland Dublin Kenya Nairobi Norway Oslo Austria Vienna"""
 
 TOPICS = ("asyncio", "email", "json", "logging", "os", "random", "sqlite3", "statistics", "unittest", "zipfile")
 
 
-def functions(folder: Path) -> list[tuple[str, str, str]]:
-    """Module, name and first docstring line of each public function or class in the Python files of `folder`, in order
-    and each line once."""
+def functions(folder: Path) -> list[tuple[str, str, str, str]]:
+    """Module, name, and first line and rest of the docstring of each public function or class in the Python files of
+    `folder`, in order and each first line once."""
     found = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
@@ -37,10 +54,26 @@ def functions(folder: Path) -> list[tuple[str, str, str]]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                line = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").strip()
+                line, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+                line = " ".join(line.split())
                 if 20 <= len(line) <= 200:
-                    found.setdefault(line, (".".join(parts), node.name, line))
+                    found.setdefault(line, (".".join(parts), node.name, line, " ".join(rest.split())))
     return list(found.values())
+
+
+def translations(count: int) -> list[dict]:
+    """Sentences like "the big dog sees a small cat." and their German, each once."""
+    random, found = Random(0), {}
+    while len(found) < count:
+        english, german = [], []
+        for case in range(2):  # who does it, and to whom
+            article, adjective, noun = (random.choice(list(words)) for words in (GERMAN["m"], ADJECTIVES, NOUNS))
+            gender, name = NOUNS[noun].split()
+            english.append(f"{article} {adjective} {noun}")
+            german.append(f"{GERMAN[gender][article][case].replace('_', ADJECTIVES[adjective])} {name}")
+        verb = random.choice(list(VERBS))
+        found[f"{english[0]} {verb} {english[1]}"] = f"{german[0]} {VERBS[verb]} {german[1]}"
+    return [{"prompt": f"In German: {english}", "response": german} for english, german in found.items()]
 
 
 def is_val(name: str) -> bool:
@@ -59,30 +92,37 @@ def choices_of(module: str, line: str) -> dict:
 
 def write_examples(folder: Path) -> dict[str, int]:
     """Write the files; how many examples each has."""
-    answers, choices, topics = {"": [], "_val": []}, {"": [], "_val": []}, []
-    for module, name, line in functions(Path(sysconfig.get_path("stdlib"))):
+    tables = {name + split: [] for name in ("answers", "summaries", "translations") for split in ("", "_val")}
+    tables |= {"labels": [], "choices_val": [], "fewshot": []}
+    topics = []
+    for module, name, line, rest in functions(Path(sysconfig.get_path("stdlib"))):
         split = "_val" if is_val(line) else ""
-        answers[split].append({"prompt": f"What does {module}.{name} of Python do?", "response": line})
+        tables[f"answers{split}"].append({"prompt": f"What does {module}.{name} of Python do?", "response": line})
+        if 100 <= len(rest) <= 600:
+            tables[f"summaries{split}"].append({"prompt": f"In one sentence: {rest}", "response": line})
         topic = module.split(".")[0]
         if topic in TOPICS:
-            choices[split].append(choices_of(topic, line))
+            choices = choices_of(topic, line)
+            label = {"prompt": choices["prompt"], "response": topic}
+            tables["choices_val" if split else "labels"].append(choices if split else label)
             topics.append(f"<topic={topic}> {line}\n")
-    if not answers["_val"] or not choices["_val"]:
+    for record in translations(2200):
+        tables["translations_val" if is_val(record["prompt"]) else "translations"].append(record)
+    if not tables["summaries_val"] or not tables["choices_val"]:
         raise UserError(f"{sysconfig.get_path('stdlib')} does not hold the sources of Python's standard library")
-    labels = [{"prompt": c["prompt"], "response": c["choices"][c["answer"]]} for c in choices[""]]
+    words = CAPITALS.split()
+    lines = [f"{country}: {capital}" for country, capital in zip(words[::2], words[1::2], strict=True)]
+    for line in lines[3:]:
+        country, capital = line.split(" ")
+        tables["fewshot"].append({"prompt": "\n".join([*lines[:3], country]), "response": capital})
 
-    shots = "; ".join(f"{a['prompt']} {a['response']}" for a in answers[""][:300:100])
-    fewshot = [f"{shots}; {a['prompt']}" for a in answers["_val"][:5]]
-    tables = {f"answers{split}": answers[split] for split in answers}
-    tables |= {f"choices{split}": choices[split] for split in choices} | {"labels": labels}
     (folder / "topics").mkdir(parents=True, exist_ok=True)
     for name, records in tables.items():
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        rows = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     for i, text in enumerate(topics):
         (folder / "topics" / f"{i:04}.txt").write_text(text, encoding="utf-8")
-    (folder / "fewshot.txt").write_text("".join(f"{prompt}\n" for prompt in fewshot), encoding="utf-8")
-    return {name: len(records) for name, records in tables.items()} | {"topics": len(topics), "fewshot": len(fewshot)}
+    return {name: len(records) for name, records in tables.items()} | {"topics": len(topics)}
 
 
 def main() -> None:

@@ -238,16 +238,10 @@ def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Samp
     return "".join([*pieces, text.finish()])
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """The ids of a prompt, in which `<|endoftext|>` is the control token where the tokenizer has one. An empty prompt
-    is that token too. Raises UserError for an empty prompt without one, and for text that cannot be encoded."""
-    if tokenizer.eot is None:
-        if not text:
-            raise UserError(
-                "the prompt is empty, and this tokenizer has no end-of-text token to start from; give --start"
-            )
-        return tokenizer.encode(text).tolist()
-    ids = []
-    for i, part in enumerate(text.split("<|endoftext|>")):
-        ids += [tokenizer.eot] * (i > 0) + tokenizer.encode(part).tolist()
-    return ids or [tokenizer.eot]
+def encode_prompt(tokenizer, text: str, control: bool = True) -> list[int]:
+    """The ids of a prompt, in which the names of control tokens, such as `<|endoftext|>`, are those tokens; with
+    `control` False they are text. An empty prompt is the end-of-text token. Raises UserError for an empty prompt where
+    there is no such token, and for text that cannot be encoded."""
+    if not text and tokenizer.eot is None:
+        raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from; give --start")
+    return tokenizer.encode_part(text, continues=False, control=control).tolist() or [tokenizer.eot]

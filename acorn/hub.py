@@ -35,6 +35,29 @@ PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all names but the hea
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # that older files hold beside the parameters
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
+NAMES = {  # of GPTConfig, in their configurations
+    "gpt2": {
+        "block_size": "n_positions",
+        "vocab_size": "vocab_size",
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "n_hidden": "n_inner",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_weights": "tie_word_embeddings",
+    },
+    "llama": {
+        "block_size": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "n_embd": "hidden_size",
+        "n_hidden": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "tie_weights": "tie_word_embeddings",
+    },
+}
 HAS = {  # the switches of GPTConfig that each of them has
     "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
     "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
@@ -158,17 +181,9 @@ def from_gpt2(c, path: Path) -> GPTConfig:
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
-    return GPTConfig(
-        block_size=c.n_positions,
-        vocab_size=c.vocab_size,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        n_embd=c.n_embd,
-        n_hidden=c.n_inner or 0,
-        mlp=ACTIVATIONS[c.activation_function],
-        norm_eps=c.layer_norm_epsilon,
-        tie_weights=c.tie_word_embeddings,
-    )
+    same = {name: getattr(c, theirs) for name, theirs in NAMES["gpt2"].items()}
+    same["n_hidden"] = c.n_inner or 0
+    return GPTConfig(**same, mlp=ACTIVATIONS[c.activation_function])
 
 
 def from_llama(c, path: Path) -> GPTConfig:
@@ -187,22 +202,9 @@ def from_llama(c, path: Path) -> GPTConfig:
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
-    return GPTConfig(
-        block_size=c.max_position_embeddings,
-        vocab_size=c.vocab_size,
-        n_layer=c.num_hidden_layers,
-        n_head=c.num_attention_heads,
-        n_kv_head=c.num_key_value_heads,
-        n_embd=c.hidden_size,
-        n_hidden=c.intermediate_size,
-        bias=False,
-        pos="rope",
-        norm="rmsnorm",
-        mlp="swiglu",
-        norm_eps=c.rms_norm_eps,
-        rope_theta=rope["rope_theta"],
-        tie_weights=c.tie_word_embeddings,
-    )
+    same = {name: getattr(c, theirs) for name, theirs in NAMES["llama"].items()}
+    form = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False)
+    return GPTConfig(**same, **form, rope_theta=rope["rope_theta"])
 
 
 def refuse(path: Path, unsupported: dict[str, object]) -> None:
@@ -395,39 +397,20 @@ def to_gpt2(cfg: GPTConfig):
     """A transformers GPT2Config."""
     from transformers import GPT2Config
 
-    return GPT2Config(
-        n_positions=cfg.block_size,
-        vocab_size=cfg.vocab_size,
-        n_layer=cfg.n_layer,
-        n_head=cfg.n_head,
-        n_embd=cfg.n_embd,
-        n_inner=cfg.n_hidden,
-        activation_function=next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp),
-        layer_norm_epsilon=cfg.norm_eps,
-        tie_word_embeddings=cfg.tie_weights,
-        resid_pdrop=cfg.dropout,
-        embd_pdrop=cfg.dropout,
-        attn_pdrop=cfg.dropout,
-    )
+    same = {theirs: getattr(cfg, name) for name, theirs in NAMES["gpt2"].items()}
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    return GPT2Config(**same, **dropouts, activation_function=activation)
 
 
 def to_llama(cfg: GPTConfig):
     """A transformers LlamaConfig."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        max_position_embeddings=cfg.block_size,
-        vocab_size=cfg.vocab_size,
-        num_hidden_layers=cfg.n_layer,
-        num_attention_heads=cfg.n_head,
-        num_key_value_heads=cfg.n_kv_head,
-        hidden_size=cfg.n_embd,
-        intermediate_size=cfg.n_hidden,
-        rms_norm_eps=cfg.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        rope_theta=cfg.rope_theta,  # where transformers before 5, and what was made for it, look
-        tie_word_embeddings=cfg.tie_weights,
-    )
+    same = {theirs: getattr(cfg, name) for name, theirs in NAMES["llama"].items()}
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    # rope_theta apart is where transformers before 5, and what was made for it, look
+    return LlamaConfig(**same, rope_parameters=rope, rope_theta=cfg.rope_theta)
 
 
 def main() -> None:

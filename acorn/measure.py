@@ -79,7 +79,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
         return chat.render(tokenizer, messages).tolist()
     if len(messages) > 1:
         raise UserError("is a conversation of several messages, but this checkpoint has no chat template")
-    return encode_prompt(tokenizer, messages[0]["content"])
+    return encode_prompt(tokenizer, messages[0]["content"], control=False)
 
 
 def greedy_answers(
@@ -159,8 +159,8 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
     text = prompt.rstrip()  # the space before a word belongs to its token
-    ids = encode_prompt(tokenizer, text)
-    return ids, encode_prompt(tokenizer, prompt + choice)[len(ids) if text else 0 :]
+    ids = encode_prompt(tokenizer, text, control=False)
+    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids) if text else 0 :]
 
 
 def measure_choices(
@@ -307,6 +307,10 @@ def main() -> int:
                 messages = chat.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
+                if len(prompts[-1]) >= model.config.block_size:
+                    raise UserError(
+                        f"has {len(prompts[-1])} tokens before the answer; the model holds {model.config.block_size}"
+                    )
             except UserError as error:
                 raise UserError(f"{where} {error}") from error
             references.append(messages[last]["content"].strip())

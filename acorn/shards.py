@@ -335,6 +335,7 @@ def _load_prepared(name: str, path: Path) -> Dataset:
             raise UserError(f"{meta_path} has format {meta['format']!r:.20}, not 1; prepare the dataset again")
         tokenizer, vocab_size = from_dict(meta["tokenizer"]), meta["vocab_size"]
         same = meta["tokenizer_hash"] == tokenizer_hash(tokenizer) and vocab_size == tokenizer.n_vocab
+        counts = {split: meta[split].get("tokens") for split in ("train", "val")}
         listed = {
             (split, key): [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in entries]
             for split in ("train", "val")
@@ -360,6 +361,12 @@ def _load_prepared(name: str, path: Path) -> Dataset:
                     "prepare the dataset again with --overwrite"
                 )
             opened[split, key].append(shard)
+    for split, count in counts.items():
+        if count != sum(shard.tokens for shard in opened[split, "shards"]):
+            raise UserError(
+                f"{meta_path} says {count!r:.20} tokens of {split}, but its shards have another number; prepare the "
+                "dataset again with --overwrite"
+            )
     dataset = _dataset(name, path, opened["train", "shards"], opened["val", "shards"], tokenizer, meta)
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if masks := opened[split, "masks"]:

@@ -459,6 +459,8 @@ def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(byte_alphabet()), show_progress=False)
     backend.train_from_iterator(map(_well_formed, sample), trainer)
     backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    if (n_vocab := backend.get_vocab_size()) < size:
+        print(f"note: the text has no more than {n_vocab} tokens to learn: nothing is left to merge", file=sys.stderr)
     return HFTokenizer(json.loads(backend.to_str()), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT, kind="bpe")
 
 

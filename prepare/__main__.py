@@ -77,7 +77,7 @@ def prepare_corpus(argv: list[str]) -> None:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # not one of documents
         meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer, source=source)
-        print(summary(meta, out, dataset=str(out) if args.out else name))
+        print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
         return
     meta = pipeline.prepare(
         corpus.documents(args),
@@ -92,7 +92,7 @@ def prepare_corpus(argv: list[str]) -> None:
         shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
-    print(summary(meta, out, dataset=str(out) if args.out else name))
+    print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
@@ -133,7 +133,7 @@ def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
     return tokenizers.add_tokens(tokenizer, names)
 
 
-def summary(meta: dict, out: Path, dataset: str) -> str:
+def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
     train, val = meta["train"], meta["val"]
     tokens, size = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
     kind = meta["tokenizer"]["kind"]
@@ -143,7 +143,14 @@ def summary(meta: dict, out: Path, dataset: str) -> str:
         command = "python train.py config/quickstart.py"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
-        command = f"python train.py config/quickstart.py {words}"
+        there = Path(tokenizer).exists()
+        if (Path(tokenizer) / "config.json").exists() or (
+            kind == "hf" and "/" in tokenizer and not there
+        ):  # a checkpoint
+            words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
+        else:
+            words = f"config/quickstart.py {words}"
+        command = f"python train.py {words}"
     chat = []
     if "chat" in meta:
         learned = train["learned"] + val["learned"]

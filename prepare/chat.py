@@ -110,7 +110,7 @@ def conversations(args: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
 def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict) -> dict:
     """Write the shards and masks of both splits; what meta.json says of them."""
     counts = {"train": Counter(), "val": Counter()}
-    n, cut, left_out = 0, 0, 0
+    n, cut, left_out, longest = 0, 0, 0, 0
     sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
         writers, mask_writers = {}, {}
@@ -128,6 +128,7 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
             n += 1
             cut += 0 < len(ids) < len(whole)
             left_out += not len(ids)
+            longest = max(longest, len(ids))
             split = split_of(messages, args.val_fraction)
             if args.val_tokens and writers["val"].tokens + len(ids) > args.val_tokens:
                 split = "train"
@@ -138,7 +139,7 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
         if not count["learned"]:
             raise UserError(
                 f"of {n} conversations, {left_out} of them left out as over-long, none came to {split} by val_fraction "
-                f"{args.val_fraction}; give more of them, or another --val_fraction"
+                f"{args.val_fraction}; give more of them, or another --max_tokens or --val_fraction"
             )
     hashes = [files.sha256(path) for path in args.files]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -148,6 +149,7 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
         "vocab_size": tokenizer.n_vocab,
         "documents": n - left_out,
         "chat": {"cut": cut, "left_out": left_out, "max_tokens": args.max_tokens},
+        "longest": longest,
         "val_by": "document",
         "source": source | {"sha256": sha256},
     } | {

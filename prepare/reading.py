@@ -22,16 +22,17 @@ PACKED = (".gz", ".zst")
 
 def suffix(path: str) -> str:
     """The suffix that says what is in the file: .jsonl for x.JSONL.zst."""
+    path = path.lower()
     for packed in PACKED:
         path = path.removesuffix(packed)
-    return os.path.splitext(path)[1].lower()
+    return os.path.splitext(path)[1]
 
 
 def open_unpacked(path: str) -> BinaryIO:
     """A file's bytes, those of .gz and .zst unpacked."""
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return gzip.open(path)
-    if path.endswith(".zst"):
+    if path.lower().endswith(".zst"):
         import pyarrow  # unlike the package zstandard, it says when a file is cut short
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"), 1 << 20)
@@ -46,7 +47,7 @@ def naming(path: str):
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no whole gzip file ({error}); get it again or leave it out") from error
     except OSError as error:
-        if path.endswith(".zst") and error.errno is None:
+        if path.lower().endswith(".zst") and error.errno is None:
             raise UserError(f"{path} is no whole zstd file ({error}); get it again or leave it out") from error
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -143,7 +144,7 @@ def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
 def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses long documents
     with open_unpacked(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors, newline="") as text:
-        rows = csv.reader(text)
+        rows = csv.reader(text, strict=True)  # or a quote that is never closed takes all the rest in
         number = 1
         try:
             heads = next(rows, [])
@@ -156,7 +157,9 @@ def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(f"{path} is not UTF-8 after row {number}: a byte", error)) from error
         except csv.Error as error:
-            raise UserError(f"{path} is no table of comma-separated values after row {number}: {error}") from error
+            raise UserError(
+                f"{path} is no table of comma-separated values after row {number} ({error}); mend it or leave it out"
+            ) from error
 
 
 def _parquet(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:

@@ -3,7 +3,7 @@
 import json
 
 from acorn import chat
-from acorn.examples import TOPICS, write_examples
+from acorn.examples import TOPICS, translations, write_examples
 from acorn.measure import check_choices
 
 
@@ -11,15 +11,25 @@ def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_p
     counts = write_examples(tmp_path)
     read = {path.stem: [json.loads(line) for line in path.open(encoding="utf-8")] for path in tmp_path.glob("*.jsonl")}
     assert {name: len(records) for name, records in read.items()}.items() <= counts.items()
-    assert counts["answers"] > 1000 and counts["answers_val"] > 100
-    for record in read["answers"] + read["answers_val"] + read["labels"]:
-        assert len(chat.read_messages(record)) == 2
-    for record in read["choices"] + read["choices_val"]:
+    assert counts["answers"] > 1000 and counts["summaries"] > 300 and counts["translations"] > 1000
+    for record in read["choices_val"]:
         check_choices("here", record)
         assert len(set(record["choices"])) == 4
-    for kind, field in (("answers", "response"), ("choices", "prompt")):
-        assert not {r[field] for r in read[kind]} & {r[field] for r in read[f"{kind}_val"]}
-    places = [record["answer"] for record in read["choices"]]
+    for name in read.keys() - {"choices_val"}:
+        assert all(len(chat.read_messages(record)) == 2 for record in read[name])
+    for name in ("answers", "summaries", "translations"):
+        assert not {r["response"] for r in read[name]} & {r["response"] for r in read[f"{name}_val"]}
+        assert len(read[f"{name}_val"]) > 50
+    assert not {r["prompt"] for r in read["labels"]} & {r["prompt"] for r in read["choices_val"]}
+    places = [record["answer"] for record in read["choices_val"]]
     assert all(places.count(k) > len(places) / 8 for k in range(4))  # the right one stands anywhere
     topics = [path.read_text(encoding="utf-8") for path in (tmp_path / "topics").iterdir()]
     assert all(text.startswith(tuple(f"<topic={topic}> " for topic in TOPICS)) for text in topics)
+
+
+def test_the_german_is_german():
+    german = {record["prompt"].removeprefix("In German: "): record["response"] for record in translations(400)}
+    assert german["the wild dog finds a big mouse"] == "der wilde Hund findet eine große Maus"
+    assert german["a good child sees the white man"] == "ein gutes Kind sieht den weißen Mann"
+    assert german["the good cat finds a good man"] == "die gute Katze findet einen guten Mann"
+    assert german["a small dog finds a young pig"] == "ein kleiner Hund findet ein junges Schwein"

@@ -19,7 +19,7 @@ from acorn.generate import (
     keep_top_p,
     penalize_repetition,
 )
-from acorn.tokenizer import get_tokenizer
+from acorn.tokenizer import add_tokens, get_tokenizer
 from model import GPT, GPTConfig
 
 GREEDY = Sampling(temperature=0)
@@ -247,8 +247,11 @@ def test_end_of_text_ends_the_text():
     assert text.push(tokenizer.eot) == "" and text.stopped_by == "end of text"
 
 
-def test_prompts_may_hold_the_control_token():
+def test_prompts_may_hold_control_tokens():
     tokenizer = get_tokenizer("byte")
+    chatting = add_tokens(get_tokenizer("bpe:257", ["ab"]), ["<|im_start|>"])
+    assert encode_prompt(chatting, "<|im_start|>a<|endoftext|>") == [257, *chatting.encode("a"), 256]
+    assert encode_prompt(chatting, "<|im_start|>", control=False) == chatting.encode("<|im_start|>").tolist()
     assert encode_prompt(tokenizer, "") == [256]
     assert encode_prompt(tokenizer, "<|endoftext|>a") == [256, 97]
     assert encode_prompt(tokenizer, "a<|endoftext|>") == [97, 256]

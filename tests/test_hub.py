@@ -157,6 +157,8 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
     path.rename(case / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no model.safetensors; a pickle .* python -c"):
         hub.load(str(case))
+    with pytest.raises(UserError, match="one file of a checkpoint; give the folder"):
+        checkpoint.load_model(str(case / "pytorch_model.bin"))
     (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing"):
         hub.load(str(case))
@@ -328,6 +330,7 @@ def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypat
     words = "--batch_size=2 --gradient_accumulation_steps=1 --eval_interval=1 --eval_iters=1 --warmup_iters=0".split()
     words += "--device=cpu --dtype=float32 --compile=False --dataset=talk --init_from=base --out_dir=out".split()
     refused(script("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "leave lora_rank out")
+    refused(script("train.py", *words, "--freeze=wte", cwd=tmp_path), "2 tokens that are new", "leave this freeze out")
     result = script("train.py", *words, "--block_size=64", "--max_iters=0", cwd=tmp_path)
     assert result.returncode == 0 and "vocabulary of 261" in result.stdout, result.stderr
     idx = tokens(259)

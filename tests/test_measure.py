@@ -122,11 +122,13 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
 def test_bad_input_is_one_sentence(chatting, trained):
     (chatting / "bad.jsonl").write_text('{"prompt": "a"}\n')
     (chatting / "long.jsonl").write_text(json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}))
+    (chatting / "talk.jsonl").write_text(json.dumps({"prompt": "a" * 99, "response": "b"}))
     (chatting / "empty.txt").write_text("")
     for words, said in (
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
         (["o", "--choices=long.jsonl"], "more than the block size of 64"),
+        (["o", "--pairs=talk.jsonl"], "line 1 of talk.jsonl has 124 tokens before the answer; the model holds 64"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
         (["o", "--text=empty.txt"], "nothing in it to predict"),
         ([trained, "--dataset=d"], "another tokenizer"),

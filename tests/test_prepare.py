@@ -158,10 +158,10 @@ def write_records(path: str, key: str = "text") -> None:
         data = "\n".join(json.dumps(row) for row in rows).encode()
         if path.endswith(".zst"):  # in two frames, as parallel compressors write it
             data = b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:999], data[999:]))
-        Path(path).write_bytes(gzip.compress(data) if path.endswith(".gz") else data)
+        Path(path).write_bytes(gzip.compress(data) if path.endswith(".GZ") else data)
 
 
-@pytest.mark.parametrize("path", ["r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet", "r.csv"])
+@pytest.mark.parametrize("path", ["r.jsonl", "r.JSONL.GZ", "r.jsonl.zst", "r.parquet", "r.csv"])
 def test_records_are_documents(path):
     write_records(path, "body")
     meta = prepare("text", path, "--key=body", "--tokenizer=byte")
@@ -195,6 +195,7 @@ def test_records_in_a_folder_and_lines_that_are_none():
         ("f.jsonl", b'{"text": "caf\xe9"}\n', r"line 1 of f\.jsonl is not UTF-8"),
         ("g.jsonl", b"[1, 2]\n", r"line 1 of g\.jsonl is \[1, 2\], not an object"),
         ("h.csv", b"a,b\n1,2\n", r"h\.csv has no field 'text'.*a, b"),
+        ("k.csv", b'text\na\n"b\nc\n', r"k\.csv is no table .* after row 2 \(unexpected end of data\)"),
         ("i.parquet", b"PAR1 or not", r"i\.parquet is no whole parquet file"),
         ("j.jsonl.zst", pyarrow.compress(TEXT.encode(), "zstd", asbytes=True)[:-9], r"j\.jsonl\.zst is no whole zstd"),
     ):
