@@ -134,7 +134,7 @@ def test_a_thousand_shards_open_fast_and_few_stay_open(tmp_path):
     assert time.perf_counter() - start < 1
     assert len(dataset.train) == 4000 and dataset.val is None
     assert (dataset.train.read([0], 4000)[0] == np.arange(1000).repeat(4)).all()
-    assert len(dataset.train._maps) <= 256
+    assert len(dataset.train._files) <= 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,13 +423,3 @@ def test_permute_mixes():
     big = 10**12
     out = permute(np.arange(1000), big, np.array([5], dtype=np.uint64))
     assert len(set(out.tolist())) == 1000 and out.min() >= 0 and out.max() < big
-
-
-def test_maps_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(Tokens, "DROP_AFTER", 100_000)
-    tokens = make_tokens(tmp_path, np.arange(1000) % 100)
-    held = []
-    for i in range(20):
-        sample_windows(tokens, 8, i, 1, seed=0)
-        held.append(len(tokens._maps))
-    assert set(held) == {0, 1}
