@@ -137,8 +137,10 @@ def check(s: TrainSettings) -> None:
         raise UserError(f"attn_dropout = {s.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
-    if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**40:
+    if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
         raise UserError("gradient_accumulation_steps x batch_size x block_size tokens are too many for any machine")
+    if s.lora_rank >= 2**20:
+        raise UserError(f"lora_rank = {s.lora_rank} is beyond the size of any matrix; 8 or 16 is usual")
     if s.lora_rank and s.lora_alpha <= 0:
         raise UserError(f"lora_alpha = {s.lora_alpha} must be above 0, or the adapters learn nothing")
     if s.lora_rank and s.init_from == "scratch":

@@ -13,8 +13,9 @@ class Metrics:
     """metrics.jsonl in `out_dir`, an object a line, also sent to wandb where it is on.
 
     Where a line cannot be written, as on a full disk, a warning says so once, and it is kept for the next time: the
-    run goes on. A run that goes on from `step` drops what was written beyond it, so that the file has no gaps and no doubles: lines
-    of updates from `step` on, of evaluations that the checkpoint does not know, and a last line that was cut off.
+    run goes on. A run that goes on from `step` drops what was written beyond it, so that the file has no gaps and no
+    doubles: lines of updates from `step` on, of evaluations that the checkpoint does not know, and a last line that was
+    cut off.
     """
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):

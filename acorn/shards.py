@@ -325,7 +325,9 @@ def load_dataset(name: str) -> Dataset:
             return _load_nanogpt(name, path)
         if os.path.isdir(path) and any(path.glob("*_train_*.bin")):
             return _load_llmc(name, path)
-        if os.path.isdir(path) and ((path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())):
+        if os.path.isdir(path) and (
+            (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
+        ):
             raise UserError(f"preparation of {path} was interrupted; run it again: {_prepare_command(name)}")
     found = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
     there_are = f" (the datasets here: {', '.join(found)})" if found else ""
@@ -383,17 +385,18 @@ def _load_prepared(name: str, path: Path) -> Dataset:
                 other = shard.tokens != tokens
             if other or (shard.dtype.itemsize == 1) != (key == "masks"):
                 raise UserError(
-                    f"{shard.path} is not the shard that {meta_path} lists: it is damaged, or one of the two belongs to "
-                    "another dataset; prepare the dataset again with --overwrite"
+                    f"{shard.path} is not the shard that {meta_path} lists: it is damaged, or one of the two belongs "
+                    "to another dataset; prepare the dataset again with --overwrite"
                 )
             opened[split, key].append(shard)
     dataset = _dataset(name, path, opened["train", "shards"], opened["val", "shards"], tokenizer, meta)
     dataset.unhashed = unhashed
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if masks := opened[split, "masks"]:
-            tokens.mask = Tokens(masks, 2, f"mask of the {tokens.name}")
-            if len(tokens.mask) != len(tokens):
+            mask = Tokens(masks, 2, f"mask of the {split} ({path})")
+            if tokens is None or len(mask) != len(tokens):
                 raise UserError(f"the masks of {path} are of another length than its shards; prepare the dataset again")
+            tokens.mask = mask
     return dataset
 
 
