@@ -137,16 +137,18 @@ def check(s: TrainSettings) -> None:
         raise UserError(f"attn_dropout = {s.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
-    if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**40:
+    if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
         raise UserError("gradient_accumulation_steps x batch_size x block_size tokens are too many for any machine")
+    if s.lora_rank >= 2**20:
+        raise UserError(f"lora_rank = {s.lora_rank} is beyond the size of any matrix; 8 or 16 is usual")
     if s.lora_rank and s.lora_alpha <= 0:
         raise UserError(f"lora_alpha = {s.lora_alpha} must be above 0, or the adapters learn nothing")
     if s.lora_rank and s.init_from == "scratch":
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
-    if not s.out_dir:
-        raise UserError("out_dir is empty; name a folder")
+    if not s.out_dir or "\0" in s.out_dir:
+        raise UserError(f"out_dir = {s.out_dir!r:.100} is no folder's name; give one, such as out/mine")
 
 
 def load_initial(
@@ -224,6 +226,7 @@ def command(script: str, words: str, out_dir: str) -> str:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a run
     # ---- settings: the defaults, then the checkpoint's when resuming, then the config file, then the command line
     given = settings.parse(TrainSettings, sys.argv[1:])
     s = settings.build(TrainSettings, given)
@@ -248,6 +251,7 @@ def main() -> int:
             f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
             "or give another --out_dir"
         )
+    there = checkpoint.step_folders(out_dir)
 
     # ---- machine
     r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd)
@@ -260,6 +264,8 @@ def main() -> int:
             except BrokenPipeError:  # whoever read this went away, as in `python train.py | head`
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 signals.append(signal.SIGTERM)
+            except OSError:  # the disk of a log file is full, which is no reason to end a run
+                pass
 
     say("; ".join(r.notes))
     if s.gradient_accumulation_steps % r.world_size:
@@ -307,12 +313,8 @@ def main() -> int:
     for dataset, share in zip(data.datasets, data.shares, strict=True):
         where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         say(f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate")
-        longest = dataset.meta.get("longest")  # conversation
-        if isinstance(longest, int) and longest > s.block_size:
-            say(
-                f"note: conversations there have up to {longest:,} tokens, beyond the block size of {s.block_size:,}: "
-                f"no window holds those whole; python prepare chat ... --max_tokens {s.block_size} cuts their beginning"
-            )
+        for note in dataset.notes(s.block_size):
+            say(f"note: {note}")
         windows = s.max_iters * windows_per_step * float(share)
         epochs.append(f"{windows / split_windows(dataset.train, s.block_size):.3g}")
     say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")
@@ -363,6 +365,8 @@ def main() -> int:
     if writes and r.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out_dir, "training into")  # noqa: F841 (held until this process ends)
+        if checkpoint.step_folders(out_dir) != there:
+            raise UserError(f"another run wrote into {out_dir} while this one started; look at it, and start again")
         if s.init_from != "resume":
             checkpoint.remove_run(out_dir)  # only with overwrite does this find more than a run without a checkpoint
         wandb_run = None
@@ -373,7 +377,9 @@ def main() -> int:
         metrics = report.Metrics(out_dir, at["step"], at["evaluated_at"], wandb_run)
 
     def save(best: bool = False) -> None:
-        if metrics is not None:
+        if at["evaluated_at"] == at["step"] and not math.isfinite(at["val_loss"]):
+            say(f"step {at['step']}: the val loss is no number, so this is not saved; the checkpoints before stay")
+        elif metrics is not None:
             progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
             progress["lora"] = adapters
             moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}

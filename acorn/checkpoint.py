@@ -219,6 +219,7 @@ def build_model(folder: Path, state: dict) -> GPT:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    check_tensors(tensors, str(path))
     if not state.get("lora"):
         return fill(state["config"], tensors, str(path))
 
@@ -289,6 +290,21 @@ def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
     return model
 
 
+def is_whole(t: torch.Tensor) -> bool:
+    """Whether what was read is a tensor of finite numbers, all of them there: a pickle may bring one that says that it
+    is far larger than its file."""
+    plain = t.layout == torch.strided and t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if not plain or t.untyped_storage().nbytes() < t.nbytes:
+        return False
+    return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], source: str) -> None:
+    for name, t in tensors.items():
+        if not is_whole(t):
+            raise UserError(f"{source} is broken: {name} is no tensor of finite numbers; take an earlier checkpoint")
+
+
 def load_optimizer_state(folder: Path) -> dict:
     try:
         return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -314,6 +330,7 @@ def load_nanogpt(path: Path) -> tuple[GPT, dict]:
         raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks model_args or model") from error
     if not whole:
         raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds more than tensors")
+    check_tensors(tensors, str(path))
     return fill(shape, tensors, str(path)), checkpoint
 
 

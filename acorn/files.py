@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import platform
 from pathlib import Path
 
 from acorn import UserError
@@ -25,7 +26,7 @@ def lock(folder: Path, doing: str):
         holder = file.read(100).strip() or "another process"
         raise UserError(f"{folder} is in use: {holder} is {doing} it; wait for it, or choose another folder") from error
     file.truncate(0)
-    file.write(f"process {os.getpid()}")
+    file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
 

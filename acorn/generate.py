@@ -30,8 +30,9 @@ def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tenso
     """Divide positive and multiply negative logits (V,) of the tokens in `row` by `penalty`, as in CTRL,
     https://arxiv.org/abs/1909.05858."""
     seen = torch.tensor(sorted(set(row)), dtype=torch.long, device=logits.device)
-    chosen = logits[seen]
-    return logits.scatter(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    chosen, largest = logits[seen], torch.finfo(logits.dtype).max
+    penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-largest, largest)
+    return logits.scatter(0, seen, penalized)
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
@@ -75,7 +76,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator) -> int:
     """The next token for a `row` of ids, from its logits (V,). `random` is a generator on the CPU, so that the same
     seed draws the same on every device. Raises UserError where a logit is not a number."""
-    if logits.isnan().any():
+    if not logits.max().isfinite():  # the maximum of what has a NaN in it is one
         raise UserError("the model's logits are not numbers: this checkpoint is broken; choose an earlier one")
     logits = logits.double()
     if how.repetition_penalty != 1:

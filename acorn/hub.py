@@ -98,7 +98,9 @@ def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
     with torch.no_grad():
         for name, view in their_views(model, family).items():
             file, stored = there[name]
-            view.copy_(file.get_tensor(stored))
+            tensor = file.get_tensor(stored)
+            checkpoint.check_tensors({stored: tensor}, source)
+            view.copy_(tensor)
     if config.tie_weights and "lm_head.weight" in there:
         file, stored = there["lm_head.weight"]
         if not torch.equal(file.get_tensor(stored).float(), model.lm_head.weight):

@@ -46,9 +46,9 @@ class Mixture:
 
     def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples first, ..., first + count - 1 of the endless stream: x and y as `shards.sample_windows` has them."""
-        drawn = np.array(list(origins(first, count, self.shares))).reshape(count, 2)
         x = np.empty((count, block_size), dtype=np.int64)
         y = np.empty((count, block_size), dtype=np.int64)
+        drawn = np.array(list(origins(first, count, self.shares))).reshape(count, 2)
         for k, dataset in enumerate(self.datasets):
             rows = np.flatnonzero(drawn[:, 0] == k)
             if len(rows):  # in the dataset's own stream they follow on each other

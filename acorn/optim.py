@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acorn import UserError
+from acorn.checkpoint import is_whole
 from model import GPT
 
 
@@ -42,7 +43,7 @@ def load_state(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> No
     """Restore what each optimizer remembers; rates and decay stay those that it has now.
 
     The state may come from a stranger, and a fused kernel trusts its shapes: anything but one tensor of the
-    parameter's shape, or one number, for each thing remembered raises UserError.
+    parameter's shape, or one number, all finite, for each thing remembered raises UserError.
     """
     try:
         for optimizer, state in zip(optimizers, saved, strict=True):
@@ -53,8 +54,7 @@ def load_state(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> No
             for i, moments in state["state"].items():
                 shape = params[order.index(i)].shape
                 for value in moments.values():
-                    fits = fits and isinstance(value, Tensor) and value.is_floating_point()
-                    fits = fits and value.layout == torch.strided and value.shape in (shape, ())
+                    fits = fits and isinstance(value, Tensor) and is_whole(value) and value.shape in (shape, ())
                 names = {name for name, value in moments.items() if value.shape == shape}
                 fits = fits and ({"exp_avg", "exp_avg_sq"} <= names or names == {"momentum"})
             if not fits:

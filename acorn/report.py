@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from acorn import UserError, files
@@ -11,8 +12,10 @@ from acorn import UserError, files
 class Metrics:
     """metrics.jsonl in `out_dir`, an object a line, also sent to wandb where it is on.
 
-    A run that goes on from `step` drops what was written beyond it, so that the file has no gaps and no doubles: lines
-    of updates from `step` on, of evaluations that the checkpoint does not know, and a last line that was cut off.
+    Where a line cannot be written, as on a full disk, a warning says so once, and it is kept for the next time: the
+    run goes on. A run that goes on from `step` drops what was written beyond it, so that the file has no gaps and no
+    doubles: lines of updates from `step` on, of evaluations that the checkpoint does not know, and a last line that was
+    cut off.
     """
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):
@@ -23,12 +26,20 @@ class Metrics:
             if line["step"] < step or ("val_loss" in line and line["step"] == step == evaluated_at)
         ]
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.unwritten = ""
 
     def write(self, **values) -> None:
         """Append a line; a number that is not finite, which JSON does not have, becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        lines = self.unwritten + json.dumps(values) + "\n"
+        try:
+            with open(self.path, "a") as file:
+                file.write(lines)
+            self.unwritten = ""
+        except OSError as error:
+            if not self.unwritten:
+                print(f"warning: {self.path} cannot be written now: {error.strerror}; going on", file=sys.stderr)
+            self.unwritten = "\n" + lines.lstrip()  # on a line of its own, behind what was half-written
         if self.wandb_run is not None:
             self.wandb_run.log(values, step=values["step"])
 
@@ -69,9 +80,13 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
     if axes.has_data():
         axes.legend()
     beside = picture.with_name(f".{picture.stem}.writing.png")
-    figure.savefig(beside, dpi=120)
-    plt.close(figure)
-    os.replace(beside, picture)
+    try:
+        figure.savefig(beside, dpi=120)
+        os.replace(beside, picture)
+    except OSError as error:  # no reason to end a run
+        print(f"warning: {picture} cannot be written now: {error.strerror}; going on", file=sys.stderr)
+    finally:
+        plt.close(figure)
 
 
 def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: str | None):

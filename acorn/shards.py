@@ -12,10 +12,12 @@ A batch is a pure function of (seed, position in the data): see `sample_windows`
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ LAYOUTS = {  # magic: (version, type of a token)
     MASK_MAGIC: (1, np.dtype("u1")),
 }
 SHARD_TOKENS = 100_000_000
+HASHED = 2_000_000_000  # bytes; of a dataset so much is hashed whenever it is opened, which takes a second or two
+OPEN_FILES = 256  # at most, of each split
 SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
 PARTIAL = ".acorn_partial"  # inside a dataset's folder: the new shards, until all of them are whole
 
@@ -162,8 +166,12 @@ class MaskWriter(ShardWriter):
 
 
 def write_meta(folder: str | Path, meta: dict) -> None:
-    """Write meta.json, whole or not at all."""
-    files.replace(Path(folder) / "meta.json", json.dumps(meta, indent=1))
+    """Write meta.json, whole or not at all, with a hash of what it says in it."""
+    files.replace(Path(folder) / "meta.json", json.dumps({**meta, "sha256": meta_hash(meta)}, indent=1))
+
+
+def meta_hash(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +183,7 @@ class Shard(NamedTuple):
     dtype: np.dtype  # of a token in the file
     offset: int  # of the first token, in bytes
     tokens: int
+    file: tuple[int, int, int]  # which file it is, as `_which_file` has it
 
 
 class Tokens:
@@ -193,7 +202,7 @@ class Tokens:
         counts = [shard.tokens for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)  # of each shard, in the stream
         self._starts = (self._ends - counts).tolist()
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, tuple[io.BufferedReader, np.ndarray]] = {}
         self._brought_in = 0
 
     def __len__(self) -> int:
@@ -202,7 +211,8 @@ class Tokens:
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The windows [start, start + length) as int64, shape (len(starts), length). A window may cross shards.
 
-        A window that leaves the stream is an IndexError; a token outside the vocabulary is a UserError.
+        A window that leaves the stream is an IndexError; a token outside the vocabulary, or a shard that is not there
+        any more as it was, is a UserError.
         """
         starts = np.asarray(starts, dtype=np.int64)
         if starts.size and (starts.min() < 0 or starts.max() + length > len(self)):
@@ -234,19 +244,36 @@ class Tokens:
         return x, y
 
     def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            path, dtype, offset, tokens = self.shards[shard]
-            if not tokens:
-                return np.empty(0, dtype)
-            if len(self._maps) >= 256:  # each map holds a file open
-                self._maps = {}
-            self._maps[shard] = np.memmap(path, dtype, mode="r", offset=offset, shape=tokens).view(np.ndarray)
-        return self._maps[shard]
+        path, dtype, offset, tokens, which = self.shards[shard]
+        if not tokens:
+            return np.empty(0, dtype)
+        try:
+            if shard not in self._maps:
+                if len(self._maps) >= OPEN_FILES:
+                    self._maps = {}
+                file = open(path, "rb")  # noqa: SIM115 (it stays open as long as the map)
+                if _which_file(os.fstat(file.fileno())) != which:
+                    raise UserError(f"{path} was replaced while it was in use; start again: {_GO_ON}")
+                self._maps[shard] = file, np.memmap(file, dtype, "r", offset, tokens).view(np.ndarray)
+            file, mapped = self._maps[shard]
+            size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read any more ({error.strerror}); bring it back: {_GO_ON}") from error
+        if size < offset + mapped.nbytes:  # to read behind the end of a mapped file would kill the process
+            raise UserError(f"{path} was cut short while it was in use; prepare the dataset again: {_GO_ON}")
+        return mapped
 
     def _drop_maps(self, windows: np.ndarray) -> None:
         self._brought_in += windows.size + 2**15 * len(windows)  # the kernel maps up to 64 KB around each fault
         if self._brought_in > self.DROP_AFTER:
             self._maps, self._brought_in = {}, 0
+
+
+_GO_ON = "a run goes on from its last checkpoint with --init_from=resume"
+
+
+def _which_file(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def open_shard(path: str | Path) -> Shard:
@@ -255,8 +282,9 @@ def open_shard(path: str | Path) -> Shard:
     try:
         if not path.is_file():
             raise UserError(f"the token shard {path} is missing or is no file; prepare the dataset again")
-        size = path.stat().st_size
         with open(path, "rb") as file:
+            which = _which_file(os.fstat(file.fileno()))
+            size = which[1]
             header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4", count=-1 if size >= HEADER_BYTES else 0)
     except OSError as error:
         raise UserError(f"cannot read the token shard {path}: {error.strerror}; prepare the dataset again") from error
@@ -272,7 +300,7 @@ def open_shard(path: str | Path) -> Shard:
             f"{path} is truncated or damaged: its header says {tokens} tokens, the file holds {holds:g}; "
             "prepare (or download) it again"
         )
-    return Shard(path, dtype, HEADER_BYTES, tokens)
+    return Shard(path, dtype, HEADER_BYTES, tokens, which)
 
 
 @dataclass
@@ -284,6 +312,22 @@ class Dataset:
     tokenizer: Tokenizer
     vocab_size: int
     meta: dict  # the whole meta.json; empty for folders that others made
+    unhashed: int = 0  # bytes of shards whose hashes were not compared with it: see HASHED
+
+    def notes(self, block_size: int) -> list[str]:
+        """What a person who trains on windows of `block_size` tokens should know of this data, a sentence each."""
+        notes, longest = [], self.meta.get("longest")  # conversation
+        if isinstance(longest, int) and longest > block_size:
+            notes.append(
+                f"conversations there have up to {longest:,} tokens, beyond the block size of {block_size:,}: "
+                f"no window holds those whole; python prepare chat ... --max_tokens {block_size} cuts their beginning"
+            )
+        if self.unhashed:
+            notes.append(
+                f"{self.unhashed / 1e9:.1f} GB of it are not compared with their hashes at each start; "
+                f"{shlex.join(['python', 'prepare', 'inspect', self.name, '--verify'])} does it"
+            )
+        return notes
 
     def identity(self) -> str:
         """SHA-256 (hex) that tells datasets apart: of the shards' hashes, or, where none are known, of their sizes."""
@@ -302,17 +346,19 @@ def load_dataset(name: str) -> Dataset:
     """
     candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
     for path in candidates:
-        if (path / "meta.json").is_file():
+        if os.path.isfile(path / "meta.json"):  # not Path.is_file, which a name that is too long makes an error
             return _load_prepared(name, path)
-        if (path / "train.bin").is_file():
+        if os.path.isfile(path / "train.bin"):
             return _load_nanogpt(name, path)
-        if path.is_dir() and any(path.glob("*_train_*.bin")):
+        if os.path.isdir(path) and any(path.glob("*_train_*.bin")):
             return _load_llmc(name, path)
-        if path.is_dir() and ((path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())):
+        if os.path.isdir(path) and (
+            (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
+        ):
             raise UserError(f"preparation of {path} was interrupted; run it again: {_prepare_command(name)}")
     found = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
     there_are = f" (the datasets here: {', '.join(found)})" if found else ""
-    raise UserError(f"there is no dataset '{name}'{there_are}; make it with {_prepare_command(name)}")
+    raise UserError(f"there is no dataset {name!r:.200}{there_are}; make it with {_prepare_command(name[:200])}")
 
 
 def _prepare_command(name: str) -> str:
@@ -331,6 +377,9 @@ def _load_prepared(name: str, path: Path) -> Dataset:
     meta_path = path / "meta.json"
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        sha256 = meta.pop("sha256", None)  # those of older versions have none
+        if sha256 not in (None, meta_hash(meta)):
+            raise ValueError("it says something else than when it was written")
         if meta["format"] != 1:
             raise UserError(f"{meta_path} has format {meta['format']!r:.20}, not 1; prepare the dataset again")
         tokenizer, vocab_size = from_dict(meta["tokenizer"]), meta["vocab_size"]
@@ -338,27 +387,34 @@ def _load_prepared(name: str, path: Path) -> Dataset:
         counts = {split: meta[split].get("tokens") for split in ("train", "val")}
         listed = {
             (split, key): [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in entries]
-            for split in ("train", "val")
+            for split in ("val", "train")
             for key, entries in (("shards", meta[split]["shards"]), ("masks", meta[split].get("masks", [])))
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{meta_path} is truncated or damaged; prepare the dataset again with --overwrite") from error
+        raise UserError(
+            f"{meta_path} is truncated or damaged, or was changed; prepare the dataset again with --overwrite"
+        ) from error
     if not same:
         raise UserError(f"the tokenizer in {meta_path} is not the one its shards were made with; prepare it again")
 
-    opened = {}
+    opened, hashed, unhashed = {}, 0, 0
     for (split, key), entries in listed.items():
         opened[split, key] = []
         for file, tokens, sha256 in entries:
             if not SHARD_NAME.fullmatch(file) or file.endswith(".mask") != (key == "masks"):
                 raise UserError(f"{meta_path} lists {file!r:.60}, which is no shard's name; prepare the dataset again")
             shard = open_shard(path / file)
-            # hashing small shards costs nothing; of big ones the count has to do
-            other = shard.tokens != tokens or (tokens <= 10_000_000 and files.sha256(shard.path) != sha256)
+            size = tokens * shard.dtype.itemsize
+            if hashed + size <= HASHED:
+                hashed += size
+                other = shard.tokens != tokens or files.sha256(shard.path) != sha256
+            else:  # the count has to do
+                unhashed += size
+                other = shard.tokens != tokens
             if other or (shard.dtype.itemsize == 1) != (key == "masks"):
                 raise UserError(
-                    f"{shard.path} is not the shard that {meta_path} lists: one of the two belongs to another dataset; "
-                    "prepare the dataset again with --overwrite"
+                    f"{shard.path} is not the shard that {meta_path} lists: it is damaged, or one of the two belongs "
+                    "to another dataset; prepare the dataset again with --overwrite"
                 )
             opened[split, key].append(shard)
     for split, count in counts.items():
@@ -368,11 +424,13 @@ def _load_prepared(name: str, path: Path) -> Dataset:
                 "dataset again with --overwrite"
             )
     dataset = _dataset(name, path, opened["train", "shards"], opened["val", "shards"], tokenizer, meta)
+    dataset.unhashed = unhashed
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if masks := opened[split, "masks"]:
-            tokens.mask = Tokens(masks, 2, f"mask of the {tokens.name}")
-            if len(tokens.mask) != len(tokens):
+            mask = Tokens(masks, 2, f"mask of the {split} ({path})")
+            if tokens is None or len(mask) != len(tokens):
                 raise UserError(f"the masks of {path} are of another length than its shards; prepare the dataset again")
+            tokens.mask = mask
     return dataset
 
 
@@ -380,10 +438,11 @@ def _load_nanogpt(name: str, path: Path) -> Dataset:
     """`train.bin` and `val.bin`, headerless uint16; `meta.pkl` holds the characters, else the tokens are GPT-2's."""
 
     def shards(file: Path) -> list[Shard]:
-        size = file.stat().st_size
+        which = _which_file(file.stat())
+        size = which[1]
         if size % 2:
             raise UserError(f"{file} is truncated: {size} bytes is no whole number of uint16 tokens; prepare it again")
-        return [Shard(file, np.dtype("<u2"), 0, size // 2)]
+        return [Shard(file, np.dtype("<u2"), 0, size // 2, which)]
 
     meta_pkl = path / "meta.pkl"
     tokenizer = _read_meta_pkl(meta_pkl) if meta_pkl.exists() else GPT2Tokenizer()
@@ -391,8 +450,9 @@ def _load_nanogpt(name: str, path: Path) -> Dataset:
     return _dataset(name, path, shards(path / "train.bin"), val, tokenizer, {})
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds dicts, lists, strings and numbers. A pickle runs code by naming a class or function: none is to be had."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds dicts, lists, strings and numbers. A pickle runs code by naming a class or function: none is to be had.
+    Written in Python; the one in C can be told to take all the memory that there is."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

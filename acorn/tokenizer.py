@@ -257,7 +257,9 @@ class HFTokenizer(Tokenizer):
 
         try:
             backend = tokenizers.Tokenizer.from_str(json.dumps(self.config))
-        except Exception as error:  # the library raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing narrower, and its panics are no Exceptions
             reason = str(error)[:200]
             raise UserError(f"the tokenizer.json is broken, or too new for `tokenizers` here ({reason})") from error
         backend.no_padding()

@@ -219,14 +219,6 @@ def test_a_wrong_meta_json(tmp_path, change, message):
         load_dataset(str(tmp_path / "a"))
 
 
-def test_a_meta_json_whose_shards_are_gone(tmp_path):
-    meta = make_dataset(tmp_path / "a")
-    meta["train"]["shards"] = []
-    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="of train, but its shards have another number"):
-        load_dataset(str(tmp_path / "a"))
-
-
 def test_a_truncated_meta_json(tmp_path):
     make_dataset(tmp_path / "a")
     path = tmp_path / "a" / "meta.json"
