@@ -7,6 +7,7 @@
     translations.jsonl   the same form: an English sentence, and the same in German, from a small grammar
     labels.jsonl         the same form: which of four modules is a function of? to learn it
     choices_val.jsonl    {"prompt", "choices", "answer"}: the same, to choose by likelihood
+    choices.yaml         the same as a task of the lm-evaluation-harness
     topics/*.txt         texts behind a prefix that says their topic: `<topic=json>`
     fewshot.jsonl        {"prompt", "response"}: three countries with their capitals, and one more country
 
@@ -36,6 +37,19 @@ ADJECTIVES = {"big": "groß", "small": "klein", "young": "jung", "good": "gut", 
 VERBS = {"sees": "sieht", "hears": "hört", "finds": "findet", "loves": "liebt", "calls": "ruft"}
 CAPITALS = """France Paris Japan Tokyo Egypt Cairo Peru Lima Italy Rome Spain Madrid Greece Athens Cuba Havana
     Russia Moscow Germany Berlin England London Ireland Dublin Kenya Nairobi Norway Oslo Austria Vienna"""
+
+HARNESS = """task: modules
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: prompt
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+"""
 
 TOPICS = ("asyncio", "email", "json", "logging", "os", "random", "sqlite3", "statistics", "unittest", "zipfile")
 
@@ -122,6 +136,8 @@ def write_examples(folder: Path) -> dict[str, int]:
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     for i, text in enumerate(topics):
         (folder / "topics" / f"{i:04}.txt").write_text(text, encoding="utf-8")
+    file = json.dumps(str((folder / "choices_val.jsonl").resolve()))  # JSON is YAML too
+    (folder / "choices.yaml").write_text(HARNESS.format(file=file), encoding="utf-8")
     return {name: len(records) for name, records in tables.items()} | {"topics": len(topics)}
 
 

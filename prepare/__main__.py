@@ -143,11 +143,10 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/quickstart.py"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
-        there = Path(tokenizer).exists()
-        if (Path(tokenizer) / "config.json").exists() or (
-            kind == "hf" and "/" in tokenizer and not there
-        ):  # a checkpoint
-            words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
+        published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # on the hub
+        if published or (Path(tokenizer) / "config.json").exists():
+            config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
+            words = f"{config} --init_from={shlex.quote(tokenizer)} {words}"
         else:
             words = f"config/quickstart.py {words}"
         command = f"python train.py {words}"

@@ -21,6 +21,8 @@ def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_p
         assert not {r["response"] for r in read[name]} & {r["response"] for r in read[f"{name}_val"]}
         assert len(read[f"{name}_val"]) > 50
     assert not {r["prompt"] for r in read["labels"]} & {r["prompt"] for r in read["choices_val"]}
+    task = (tmp_path / "choices.yaml").read_text(encoding="utf-8")
+    assert str((tmp_path / "choices_val.jsonl").resolve()) in task and "doc_to_target: answer" in task
     places = [record["answer"] for record in read["choices_val"]]
     assert all(places.count(k) > len(places) / 8 for k in range(4))  # the right one stands anywhere
     topics = [path.read_text(encoding="utf-8") for path in (tmp_path / "topics").iterdir()]

@@ -299,6 +299,7 @@ def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tm
     for name, tokenizer in (("right", tmp_path / "base"), ("wrong", "byte")):
         result = script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={name}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
+        assert ("config/finetune_lora.py --init_from=" in result.stdout) == (name == "right")
     words = "--batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --warmup_iters=0 --eval_interval=2".split()
     words += "--eval_iters=1 --device=cpu --dtype=float32 --compile=False --init_from=base --out_dir=out".split()
     wrong = script("train.py", *words, "--dataset=wrong", cwd=tmp_path)

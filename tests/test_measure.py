@@ -128,7 +128,7 @@ def test_bad_input_is_one_sentence(chatting, trained):
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
         (["o", "--choices=long.jsonl"], "more than the block size of 64"),
-        (["o", "--pairs=talk.jsonl"], "line 1 of talk.jsonl has 124 tokens before the answer; the model holds 64"),
+        (["o", "--pairs=talk.jsonl"], "line 1 of talk.jsonl has 119 tokens before the answer; the model holds 64"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
         (["o", "--text=empty.txt"], "nothing in it to predict"),
         ([trained, "--dataset=d"], "another tokenizer"),
