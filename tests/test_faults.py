@@ -208,9 +208,9 @@ def test_kills_at_random_instants_of_preparation_change_nothing(start, tmp_path,
         (tmp_path / "c.txt").write_text(" ".join(chance.choices(words, k=1_500_000)))
         argv = ["text", "c.txt", "--tokenizer=byte", "--shard_tokens=300000"]
     else:
-        pairs = [{"prompt": " ".join(chance.choices(words, k=9)), "response": "so"} for _ in range(4000)]
+        pairs = [{"prompt": " ".join(chance.choices(words, k=9)), "response": "so"} for _ in range(600)]
         (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-        argv = ["chat", "c.jsonl", "--tokenizer=byte", "--shard_tokens=20000"]
+        argv = ["chat", "c.jsonl", "--tokenizer=byte", "--shard_tokens=5000"]
     began = time.perf_counter()
     assert start("prepare", *argv, "--out=whole", "--name=d", cwd=tmp_path).end() == 0
     longest = time.perf_counter() - began
@@ -220,7 +220,7 @@ def test_kills_at_random_instants_of_preparation_change_nothing(start, tmp_path,
     while True:
         process = start("prepare", *argv, "--out=parts", "--name=d", cwd=tmp_path)
         if kills < rounds:
-            time.sleep(chance.uniform(0, longest))
+            time.sleep(longest * chance.uniform(0.3, 1))
         if kills < rounds and process.process.is_alive():
             process.kill()
             kills += 1
@@ -734,7 +734,7 @@ def test_hostile_json_is_a_sentence(tmp_path, capsys):
     step = save_small(tmp_path / "run", 1)
     state = json.loads((step / "state.json").read_text())
     for text in variants({**state, "settings": {"batch_size": 3}, "lora": None, "val_loss": 1.0, "data": "x"}):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             stranger = json.loads(text)
             stranger["sha256"] = {**state["sha256"], "state": checkpoint.state_hash(stranger)}
             text = json.dumps(stranger)

@@ -40,8 +40,8 @@ def fuzz(test, examples: int, *strategies) -> None:
     count = 0
 
     @how(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(*strategies)
-    def counted(*values):
+    @given(st.tuples(*strategies))
+    def counted(values):
         nonlocal count
         count += 1
         test(*values)
