@@ -15,7 +15,6 @@ is then the rows of all these files, in their order, whoever reads it: any numbe
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import pickle
 import re
 import shutil
 import sys
+import threading
 import time
 import typing
 from collections import defaultdict
@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from acorn import UserError, files, lora, optim, settings
+from acorn import UserError, files, lora, optim, settings, sharding
 from acorn import tokenizer as tokenizers
 from acorn.shards import load_dataset
 from model import GPT, GPTConfig
@@ -60,12 +60,10 @@ class Writer:
     def __init__(self, out_dir: Path, keep: int, rank: int = 0, world_size: int = 1):
         self.out_dir, self.keep, self.rank, self.world_size = out_dir, keep, rank, world_size
         self.copies = defaultdict(dict)  # in host memory, by file and name
-        self.pool = concurrent.futures.ThreadPoolExecutor(1)
-        self.writing = None  # the checkpoint that the thread works on
+        self.writing = None  # what will come of the checkpoint that a thread works on
         self.failure = None  # why the last one could not be written
         if world_size > 1:  # over a connection of its own, where waiting is in nobody's way
             store = torch.distributed.group.WORLD.get_group_store().clone()
-            store.set_timeout(datetime.timedelta(days=365))  # a slow disk is no error, and a lost process ends them all
             self.store = torch.distributed.PrefixStore("checkpoint", store)
 
     def save(self, model: GPT, optimizers: list[torch.optim.Optimizer], state: dict, best: bool) -> None:
@@ -82,7 +80,8 @@ class Writer:
                 ("optimizer", optim.named_moments(model, optimizers)),
             ):
                 parts[file_names(kind, shards)[self.rank]] = copy_to_host(tensors, self.copies[kind])
-        self.writing = self.pool.submit(self.write, parts, state, best)
+        self.writing = concurrent.futures.Future()
+        threading.Thread(target=self.run, args=(self.writing, parts, state, best)).start()
 
     def wait(self) -> bool:
         """Wait for the checkpoint that is being written, and say whether the last one succeeded. All processes hear the
@@ -93,9 +92,15 @@ class Writer:
             self.failure, self.writing = self.writing.result(), None
         return self.failure is None
 
+    def run(self, writing: concurrent.futures.Future, *args) -> None:
+        try:
+            writing.set_result(self.write(*args))
+        except BaseException as error:  # for `wait` to raise
+            writing.set_exception(error)
+
     def write(self, parts: dict[str, dict[str, torch.Tensor]], state: dict, best: bool) -> str | None:
-        """What the thread does: write this process's files and, on rank 0, once all have theirs, complete the folder.
-        Returns why that failed, where it did."""
+        """Write this process's files and, on rank 0, once all have theirs, complete the folder. Returns why that
+        failed, where it did."""
         step = state["step"]
         beside = self.out_dir / f".writing-step_{step:06d}"
         hashes, failure = {}, None
@@ -105,7 +110,7 @@ class Writer:
             failure = reason(error)
         if self.rank == 0:
             for rank in range(1, state["shards"]):
-                other = json.loads(self.store.get(f"{step}/{rank}"))
+                other = self.hear(rank, step)
                 hashes |= other["hashes"]
                 failure = failure or (other["failure"] and f"rank {rank}: {other['failure']}")
             if failure is None:
@@ -123,8 +128,16 @@ class Writer:
                 )
         if self.world_size > 1:
             self.store.set(f"{step}/{self.rank}", json.dumps({"hashes": hashes, "failure": failure}))
-            failure = json.loads(self.store.get(f"{step}/0"))["failure"]  # rank 0's word counts
+            failure = self.hear(0, step)["failure"]  # rank 0's word counts
         return failure
+
+    def hear(self, rank: int, step: int) -> dict:
+        """What another process says of the checkpoint, as soon as it does; a slow disk may take its time."""
+        while not self.store.check([f"{step}/{rank}"]):
+            if not threading.main_thread().is_alive():
+                raise RuntimeError(f"training ended while rank {rank} was writing")
+            time.sleep(0.02)
+        return json.loads(self.store.get(f"{step}/{rank}"))
 
 
 def reason(error: Exception) -> str:
@@ -134,7 +147,7 @@ def reason(error: Exception) -> str:
 def copy_to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, of sharded ones the rows that this process has, copied into `copies`, which grows to hold them."""
     for name, tensor in tensors.items():
-        own = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        own = sharding.local(tensor.detach())
         if name not in copies:
             copies[name] = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
         copies[name].copy_(own, non_blocking=own.is_cuda)
@@ -369,12 +382,16 @@ def find(out_dir: Path, which: str = "latest") -> tuple[Path, dict]:
     )
 
 
-def build_model(folder: Path, state: dict) -> GPT:
-    """The model of a checkpoint, on the CPU in float32. That of a LoRA run has its adapters beside the weights of the
-    base; a base that is not the one they were trained on is a UserError."""
+def build_model(folder: Path, state: dict, meta: bool = False) -> GPT:
+    """The model of a checkpoint, on the CPU in float32; with `meta` on the meta device, its parameters left for
+    `open_tensors`. That of a LoRA run has its adapters beside the weights of the base; a base that is not the one they
+    were trained on is a UserError."""
     kind = weights_kind(state)
     path = folder / file_names(kind, state.get("shards", 1))[0]
-    tensors = {name: stored[...] for name, stored in open_tensors(folder, state, kind).items()}
+    tensors = open_tensors(folder, state, kind)
+    if meta:
+        return fitting_model(state["config"], tensors, str(path))
+    tensors = {name: stored[...] for name, stored in tensors.items()}
     if not state.get("lora"):
         return fill(state["config"], tensors, str(path))
 
@@ -426,6 +443,17 @@ def empty_model(shape: dict, source: str) -> GPT:
 def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
     """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
     are the model's, which is known before any memory is taken."""
+    model = fitting_model(shape, tensors, source)
+    tensors = {name: tensors[name].float().contiguous() for name, _ in model.named_parameters()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if model.config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def fitting_model(shape: dict, tensors: dict, source: str) -> GPT:
+    """The model with the GPTConfig fields `shape`, on the meta device. Raises UserError unless the names and shapes of
+    `tensors` are those of its parameters."""
     model = empty_model(shape, source)
     own = dict(model.named_parameters())
     if model.config.tie_weights:
@@ -438,9 +466,6 @@ def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
         if p.shape != tensors[name].shape:
             shapes = f"{list(tensors[name].shape)} instead of {list(p.shape)}"
             raise UserError(f"{source} is a checkpoint of another shape: its {name} is {shapes}")
-    model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, strict=False, assign=True)
-    if model.config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from acorn import UserError, files
@@ -16,7 +17,7 @@ class Metrics:
     """
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):
-        self.path, self.wandb_run = out_dir / "metrics.jsonl", wandb_run
+        self.path, self.wandb_run, self.torn = out_dir / "metrics.jsonl", wandb_run, False
         kept = [
             line
             for line in read_metrics(self.path)
@@ -25,10 +26,17 @@ class Metrics:
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values) -> None:
-        """Append a line; a number that is not finite, which JSON does not have, becomes null."""
+        """Append a line; a number that is not finite, which JSON does not have, becomes null. Where the disk does not
+        take it, the line is lost, a warning says so, and the run goes on."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write("\n" * self.torn + json.dumps(values) + "\n")
+            self.torn = False
+        except OSError as error:
+            if not self.torn:
+                print(f"warning: {self.path} cannot be written ({error.strerror}), so lines are lost", file=sys.stderr)
+            self.torn = True  # maybe in the middle of the line
         if self.wandb_run is not None:
             self.wandb_run.log(values, step=values["step"])
 
@@ -69,9 +77,12 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
     if axes.has_data():
         axes.legend()
     beside = picture.with_name(f".{picture.stem}.writing.png")
-    figure.savefig(beside, dpi=120)
+    try:
+        figure.savefig(beside, dpi=120)
+        os.replace(beside, picture)
+    except OSError as error:
+        print(f"warning: {picture} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
     plt.close(figure)
-    os.replace(beside, picture)
 
 
 def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: str | None):
