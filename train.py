@@ -393,7 +393,8 @@ def main() -> int:
         """Whether the last checkpoint is on the disk, at the end of the run."""
         if not writer.wait() and r.is_main:
             go_on = command("train.py", "--init_from=resume", s.out_dir)
-            print(f"error: the last updates are not saved ({writer.failure}); mend it, then: {go_on}", file=sys.stderr)
+            error = f"error: the last updates are not saved ({writer.failure}); mend that, and go on with: {go_on}"
+            print(error, file=sys.stderr)
         return writer.failure is None
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP") if writes else ():
@@ -411,6 +412,7 @@ def main() -> int:
         step = at["step"]
         if stop:
             if saved_at != step and writes:
+                at["best_loss"] = at["best_loss"] if writer.wait() else best_before
                 save()
             if not saved_whole():
                 return 2

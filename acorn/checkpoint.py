@@ -122,7 +122,7 @@ class Writer:
                 shutil.rmtree(beside, ignore_errors=True)
                 print(
                     f"warning: the checkpoint of step {step} could not be written into {self.out_dir} ({failure}); "
-                    "those before it are whole; make room there, or mend what it says, and the next one is tried",
+                    "those before it are whole; make room, or mend that, and the next evaluation saves again",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -141,7 +141,9 @@ class Writer:
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    """What the disk says, in the system's words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors wraps them
+    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def copy_to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

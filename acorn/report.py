@@ -82,6 +82,7 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
         os.replace(beside, picture)
     except OSError as error:
         print(f"warning: {picture} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+        beside.unlink(missing_ok=True)
     plt.close(figure)
 
 
