@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings
+from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, watch
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
@@ -201,12 +201,15 @@ def load_initial(
 
 
 def request_stop(signals: list[int], number: int, frame) -> None:
-    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once."""
+    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
+    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
     signals.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # not print, which may itself be what was interrupted
-    os.write(2, b"\nstopping after this update, with a checkpoint; once more to stop at once\n")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
+    if os.environ.get("RANK", "0") == "0":
+        words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
+        os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
 
 
 def command(script: str, words: str, out_dir: str) -> str:
@@ -223,6 +226,10 @@ def main() -> int:
     given = settings.parse(TrainSettings, sys.argv[1:])
     s = settings.build(TrainSettings, given)
     out_dir = Path(s.out_dir)
+    launch = watch.launch_id()
+    if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
+        given |= {"init_from": "resume", "overwrite": False}
+        s = settings.build(TrainSettings, given)
     folder, state = None, {}  # of the checkpoint that this run goes on from
     if s.init_from == "resume":
         folder, state = checkpoint.find(out_dir)
@@ -364,7 +371,7 @@ def main() -> int:
     def save(best: bool = False) -> None:
         if metrics is not None:
             progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-            progress["lora"] = adapters
+            progress |= {"lora": adapters, "launch": launch}
             moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
             checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best)
 
@@ -429,6 +436,7 @@ def main() -> int:
             first = at["position"] + (i * r.world_size + r.rank) * s.batch_size
             micro_batches.append(data.sample(s.block_size, first, s.batch_size, s.seed))
         n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
+        watch.note(step)
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
         stop = n_signals > 0  # known to all processes, so that all end at the same step
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
@@ -517,6 +525,7 @@ def main_or_advice() -> int:
     try:
         return runtime.leave(main())
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+        watch.explain(error)
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         raise UserError(

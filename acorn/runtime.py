@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from acorn import UserError
+from acorn import UserError, watch
 
 # Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations a second, from the makers' data sheets.
 # The first name that stands in the device's own is its row.
@@ -111,7 +111,8 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", w
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if backend == "auto" or chosen.type != "cuda":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
+        watch.join(backend, rank, world_size)
+        watch.start(rank, world_size)
         notes.append(f"{world_size} processes over {backend}")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -128,6 +129,7 @@ def leave(code: int) -> int:
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        watch.end()
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
         sys.stdout.flush()
