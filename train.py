@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, watch
+from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
@@ -106,6 +106,8 @@ class TrainSettings:
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile the model
+    fsdp: bool = False  # several processes hold a shard of the model each (FSDP); for models larger than one device
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
 
 
 # the settings that are fields of GPTConfig too
@@ -200,6 +202,20 @@ def load_initial(
     return model, source, adapters
 
 
+def micro_batch_size(s: TrainSettings, world_size: int) -> int:
+    """Sequences in the micro-batches of each process: batch_size, or, where the micro-batches of an update cannot be
+    dealt out evenly, the largest number below it that makes them. Raises UserError where there is none."""
+    windows = s.gradient_accumulation_steps * s.batch_size
+    if windows % world_size:
+        unit = world_size // math.gcd(world_size, s.gradient_accumulation_steps)
+        nearest = unit * max(1, round(s.batch_size / unit))
+        raise UserError(
+            f"an update has gradient_accumulation_steps x batch_size = {s.gradient_accumulation_steps} x "
+            f"{s.batch_size} sequences, which {world_size} processes cannot share evenly; --batch_size={nearest} can be"
+        )
+    return max(n for n in range(1, s.batch_size + 1) if windows // world_size % n == 0)
+
+
 def request_stop(signals: list[int], number: int, frame) -> None:
     """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
     Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
@@ -252,7 +268,7 @@ def main() -> int:
         )
 
     # ---- machine
-    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd)
+    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd, s.fsdp)
     signals = []  # those that asked this process to stop
 
     def say(text: str) -> None:
@@ -263,13 +279,10 @@ def main() -> int:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 signals.append(signal.SIGTERM)
 
+    micro_batch = micro_batch_size(s, r.world_size)
+    if micro_batch < s.batch_size:
+        r.notes.append(f"micro-batches of {micro_batch} sequences, so that each process has as many")
     say("; ".join(r.notes))
-    if s.gradient_accumulation_steps % r.world_size:
-        nearest = math.ceil(s.gradient_accumulation_steps / r.world_size) * r.world_size
-        raise UserError(
-            f"gradient_accumulation_steps = {s.gradient_accumulation_steps} cannot be shared out among "
-            f"{r.world_size} processes; --gradient_accumulation_steps={nearest} can"
-        )
 
     # ---- data and model
     data = load_mixture(s.dataset)
@@ -293,15 +306,19 @@ def main() -> int:
         # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
         vocab_size = data.vocab_size if data.vocab_size < 1024 else 64 * math.ceil(data.vocab_size / 64)
         try:
-            model = GPT(GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE}))
+            config = GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE})
         except ValueError as error:
             raise UserError(str(error)) from error
+        with torch.device("meta" if r.fsdp else "cpu"):  # on meta it takes no memory until it is sharded
+            model = GPT(config)
         source = "scratch"
     else:
         model, source, adapters = load_initial(s, given, folder, state, data)
     if s.freeze:
         lora.freeze(model, s.freeze)
-    raw_model = model.to(r.device)  # `model` may become a compiled and distributed form of it
+    model.activation_checkpointing = s.activation_checkpointing
+    # `model` may become a compiled and distributed form of it
+    raw_model = model = sharding.shard(model, r) if r.fsdp else model.to(r.device)
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
@@ -321,7 +338,9 @@ def main() -> int:
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
-    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type)
+    # bfloat16 serves Muon well; where float32 was asked for by name, its products are float32 too
+    muon_dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
+    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, muon_dtype)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
     if s.init_from == "resume":
         saved = checkpoint.load_optimizer_state(folder)
@@ -342,7 +361,7 @@ def main() -> int:
 
     # ---- compiled, and distributed
     def one_pass(some_model: torch.nn.Module) -> None:
-        x = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=r.device)
+        x = torch.zeros(micro_batch, s.block_size, dtype=torch.long, device=r.device)
         documents = None if eot is None else x.clone()
         with r.autocast():
             some_model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
@@ -351,7 +370,7 @@ def main() -> int:
     if r.compile and not s.eval_only:
         say("compiling ...")
         model = runtime.compile_or_eager(model, one_pass)
-    if r.world_size > 1:
+    if r.world_size > 1 and not r.fsdp:
         model = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
 
     # ---- from here on the run writes
@@ -369,18 +388,19 @@ def main() -> int:
         metrics = report.Metrics(out_dir, at["step"], at["evaluated_at"], wandb_run)
 
     def save(best: bool = False) -> None:
+        moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
+        moments, tensors = sharding.whole(moments), checkpoint.parameters(raw_model)
         if metrics is not None:
             progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
             progress |= {"lora": adapters, "launch": launch}
-            moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
-            checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best)
+            checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best, tensors)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP") if writes else ():
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
     # ---- the loop
-    local_steps = s.gradient_accumulation_steps // r.world_size  # micro-batches of this process in an update
+    local_steps = windows_per_step // r.world_size // micro_batch  # micro-batches of this process in an update
     token_bytes = data.tokenizer.token_bytes()
     first_step, stop = at["step"], False
     began = time.perf_counter() - at["seconds"]
@@ -418,7 +438,8 @@ def main() -> int:
             if step > 0 and (best or s.always_save_checkpoint):
                 save(best)
                 saved_at = step
-        if s.sample_interval and step % s.sample_interval == 0 and step > first_step and metrics is not None:
+        sampling = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes
+        if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
             say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
@@ -433,8 +454,8 @@ def main() -> int:
         # divided by their number, so however the batch is split, the step is the same
         micro_batches = []
         for i in range(local_steps):
-            first = at["position"] + (i * r.world_size + r.rank) * s.batch_size
-            micro_batches.append(data.sample(s.block_size, first, s.batch_size, s.seed))
+            first = at["position"] + (i * r.world_size + r.rank) * micro_batch
+            micro_batches.append(data.sample(s.block_size, first, micro_batch, s.seed))
         n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
         watch.note(step)
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
@@ -442,8 +463,8 @@ def main() -> int:
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
         for i, (x, y) in enumerate(micro_batches):
-            if r.world_size > 1:  # gradients are averaged over the processes at the last backward pass
-                model.require_backward_grad_sync = i == local_steps - 1
+            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass; with
+                model.require_backward_grad_sync = i == local_steps - 1  # FSDP at each, as whole ones take memory
             documents = None if eot is None else r.to_device(number_documents(x, y, eot))
             with r.autocast():
                 _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
@@ -459,7 +480,8 @@ def main() -> int:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+        grad_norm = sharding.whole(grad_norm).item()
         if math.isfinite(grad_norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -493,7 +515,8 @@ def main() -> int:
             n_evaluations = math.ceil((s.max_iters - first_step) / s.eval_interval) + 1
             evaluating = (time.perf_counter() - clock) * n_batches * n_evaluations
             training = dt * (s.max_iters - first_step)
-            fixed = sum(p.nbytes * (4 if p.requires_grad else 1) for p in raw_model.parameters())
+            held = [(p, sharding.local(p).nbytes) for p in raw_model.parameters()]
+            fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
             say(
                 f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
                 f"at its peak the process used {report.size(r.peak_memory())}\n"

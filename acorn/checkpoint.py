@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, files, lora, settings
+from acorn import UserError, files, lora, settings, sharding
 from acorn import tokenizer as tokenizers
 from acorn.shards import load_dataset
 from model import GPT, GPTConfig
@@ -40,9 +40,12 @@ class Damaged(Exception):
     """A checkpoint that is not whole; the message says what is missing."""
 
 
-def save(out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: int, best: bool) -> Path:
-    """Write `out_dir/step_NNNNNN` for state["step"], point `latest` (and `best`) at it, and remove all but the newest
-    `keep` and the best. Raises UserError where the disk does not take it; what was there before is still whole then."""
+def save(
+    out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: int, best: bool, tensors: dict | None = None
+) -> Path:
+    """Write `out_dir/step_NNNNNN` for state["step"], of a sharded model with its gathered `tensors`, point `latest`
+    (and `best`) at it, and remove all but the newest `keep` and the best. Raises UserError where the disk does not take
+    it; what was there before is still whole then."""
     final = out_dir / f"step_{state['step']:06d}"
     beside, replaced = out_dir / f".writing-{final.name}", out_dir / f".replaced-{final.name}"
     try:
@@ -50,7 +53,7 @@ def save(out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: in
             shutil.rmtree(leftover, ignore_errors=True)
         beside.mkdir(parents=True)
         weights = weights_name(state)
-        save_file(parameters(model), beside / weights)
+        save_file(tensors or parameters(model), beside / weights)
         torch.save(optimizer_state, beside / "optimizer.pt")
         state = {"format": FORMAT, "config": dataclasses.asdict(model.config), **state}
         hashes = {name: files.sha256(beside / name) for name in (weights, "optimizer.pt")}
@@ -87,7 +90,7 @@ def parameters(model: GPT) -> dict[str, torch.Tensor]:
     """The model's parameters by name, on the CPU; a matrix that head and embedding share, once. Where it has adapters,
     these alone."""
     own = lora.adapters(model) or dict(model.named_parameters())
-    return {name: p.detach().cpu().contiguous() for name, p in own.items()}
+    return {name: sharding.whole(p.detach()).cpu().contiguous() for name, p in own.items()}
 
 
 def weights_name(state: dict) -> str:

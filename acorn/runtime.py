@@ -47,6 +47,7 @@ class Runtime:
     notes: list[str]  # what was chosen, and why
     rank: int = 0
     world_size: int = 1
+    fsdp: bool = False  # whether the processes hold a shard of the model each
 
     @property
     def is_main(self) -> bool:
@@ -54,8 +55,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self):
-        """The context in which the model runs forward."""
-        if self.dtype == torch.float32:
+        """The context in which the model runs forward. A sharded one sees to its precision itself."""
+        if self.dtype == torch.float32 or self.fsdp:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -97,9 +98,11 @@ class Runtime:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024) -> Runtime:
+def setup(
+    device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024, fsdp: bool = False
+) -> Runtime:
     """Choose device and precision, and join the other processes where `torchrun` started several. `width` is that of
-    the model's matrices, in channels.
+    the model's matrices, in channels; `fsdp` says whether the model is to be sharded among the processes.
 
     Raises UserError for a device that this machine or this torch does not have.
     """
@@ -118,7 +121,14 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", w
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
     precision = choose_dtype(dtype, chosen, width, notes)
-    return Runtime(chosen, precision, choose_compile(compile, chosen, notes), notes, rank, world_size)
+    if fsdp and world_size == 1:
+        notes.append("not sharded (fsdp: one process holds all of the model; torchrun starts several)")
+    elif fsdp and precision == torch.float16:
+        raise UserError("fsdp = True does not go with float16, whose gradients are scaled; give --dtype=float32")
+    elif fsdp:
+        notes.append("sharded among them")
+    compiled = choose_compile(compile, chosen, notes)
+    return Runtime(chosen, precision, compiled, notes, rank, world_size, fsdp and world_size > 1)
 
 
 def leave(code: int) -> int:
