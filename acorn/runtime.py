@@ -81,6 +81,37 @@ class Runtime:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """`values` of every process, by rank."""
+        if self.world_size == 1:
+            return [values]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyones = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(everyones, own)
+        return torch.stack(everyones).tolist()
+
+    def average_gradients(self, model: torch.nn.Module) -> None:
+        """What DistributedDataParallel does in the last backward pass, done after it."""
+        for p in model.parameters() if self.world_size > 1 else ():
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= self.world_size
+
+    def fits(self, work: Callable, *arguments) -> bool:
+        """Do `work`, in which no process may wait for another; whether the memory of every process sufficed for it."""
+        short = 0
+        try:
+            work(*arguments)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            short = 1
+        if self.sum(torch.tensor(short)).item() == 0:
+            return True
+        if self.device.type in ("cuda", "mps"):  # pieces of the larger size are of no use any more
+            getattr(torch, self.device.type).empty_cache()
+        return False
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock that is read next tells the truth."""
         if self.device.type in ("cuda", "mps"):
@@ -129,6 +160,12 @@ def setup(
         notes.append("sharded among them")
     compiled = choose_compile(compile, chosen, notes)
     return Runtime(chosen, precision, compiled, notes, rank, world_size, fsdp and world_size > 1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which torch, its libraries and numpy say that memory is exhausted."""
+    words = ("out of memory", "allocate memory", "not enough memory", "memory object", "alloc_failed")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
 
 
 def leave(code: int) -> int:

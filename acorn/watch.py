@@ -83,7 +83,7 @@ class Watch:
         self.store = torch.distributed.group.WORLD.get_group_store().clone()  # a connection of the thread's own
         self.store.set_timeout(timedelta(seconds=SILENT))
         self.keys = [f"alive/{i}" for i in range(world_size)]
-        self.signs = [b""] * world_size  # as last seen
+        self.said = [{}] * world_size  # when last looked
         self.silent, self.late = [0] * world_size, [0] * world_size  # seconds, in looks
         self.beat()
         self.store.wait(self.keys, timedelta(seconds=600))
@@ -111,13 +111,13 @@ class Watch:
 
     def look(self) -> str:
         """Who is lost, in words; empty where none is."""
-        signs = self.store.multi_get(self.keys)
-        said = [json.loads(sign) for sign in signs]
+        said = [json.loads(sign) for sign in self.store.multi_get(self.keys)]
         newest = max(each["step"] for each in said)
-        for i, each in enumerate(said):
-            self.silent[i] = self.silent[i] + 1 if signs[i] == self.signs[i] else 0
-            self.late[i] = self.late[i] + 1 if each["step"] < newest else 0
-        self.signs = signs
+        for i, (now, before) in enumerate(zip(said, self.said, strict=True)):
+            behind = now["step"] == before.get("step") < newest
+            self.silent[i] = self.silent[i] + 1 if now == before else 0
+            self.late[i] = self.late[i] + 1 if behind and now != before else 0
+        self.said = said
         silent = [i for i, looks in enumerate(self.silent) if looks > (TROUBLE if self.trouble else SILENT)]
         late = [i for i, looks in enumerate(self.late) if looks > (TROUBLE if self.trouble else LATE)]
         names = [f"rank {i} (process {said[i]['process']} on {said[i]['host']})" for i in silent or late]
