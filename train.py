@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, sharding
+from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
@@ -57,6 +57,7 @@ class TrainSettings:
     document_mask: bool = False  # attention stays inside a document, and positions restart there
     gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
     batch_size: int = 12  # sequences in a micro-batch
+    auto_batch: bool = False  # where memory does not suffice, smaller micro-batches and more of them: the same updates
     block_size: int = 1024  # tokens in a sequence
     seed: int = 1337  # of initialization, the order of the data, and dropout
     # model
@@ -147,6 +148,8 @@ def check(s: TrainSettings) -> None:
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
+    if s.auto_batch and s.fsdp:
+        raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
     if not s.out_dir:
         raise UserError("out_dir is empty; name a folder")
 
@@ -218,13 +221,26 @@ def micro_batch_size(s: TrainSettings, world_size: int) -> int:
     return max(n for n in range(1, s.batch_size + 1) if windows // world_size % n == 0)
 
 
+def smaller(micro_batch: int) -> int:
+    """Half of it; or, of an odd number above 1, the largest part that it can be divided into."""
+    return micro_batch // next(n for n in range(2, micro_batch + 1) if micro_batch % n == 0)
+
+
+def batch_words(micro_batch: int, windows: int) -> str:
+    """The settings of an update of so many windows, for a person to copy."""
+    return f"--batch_size={micro_batch} --gradient_accumulation_steps={windows // micro_batch}"
+
+
 def request_stop(signals: list[int], number: int, frame) -> None:
-    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once."""
+    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
+    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
     signals.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # not print, which may itself be what was interrupted
-    os.write(2, b"\nstopping after this update, with a checkpoint; once more to stop at once\n")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
+    if os.environ.get("RANK", "0") == "0":
+        words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
+        os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
 
 
 def command(script: str, words: str, out_dir: str) -> str:
@@ -241,6 +257,10 @@ def main() -> int:
     given = settings.parse(TrainSettings, sys.argv[1:])
     s = settings.build(TrainSettings, given)
     out_dir = Path(s.out_dir)
+    launch = watch.launch_id()
+    if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
+        given |= {"init_from": "resume", "overwrite": False}
+        s = settings.build(TrainSettings, given)
     folder, state = None, {}  # of the checkpoint that this run goes on from
     if s.init_from == "resume":
         folder, state = checkpoint.find(out_dir)
@@ -362,6 +382,17 @@ def main() -> int:
             some_model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
         raw_model.zero_grad(set_to_none=True)
 
+    def shrink() -> None:
+        """Go on with smaller micro-batches and more of them."""
+        nonlocal micro_batch
+        if micro_batch == 1:
+            raise UserError("the memory does not hold one sequence at a time; make --block_size or the model smaller")
+        micro_batch = smaller(micro_batch)
+        say(f"out of memory; going on as with {batch_words(micro_batch, windows_per_step)}, which changes no update")
+
+    while s.auto_batch and not r.fits(one_pass, raw_model):
+        raw_model.zero_grad(set_to_none=True)
+        shrink()
     if r.compile and not s.eval_only:
         say("compiling ...")
         model = runtime.compile_or_eager(model, one_pass)
@@ -386,7 +417,7 @@ def main() -> int:
 
     def save(best: bool = False) -> None:
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-        progress |= {"lora": adapters, "scaler": scaler.state_dict()}
+        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": launch}
         writer.save(raw_model, optimizers, progress, best)
 
     def saved_whole() -> bool:
@@ -401,12 +432,24 @@ def main() -> int:
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
+    def accumulate(micro_batches: list, n_targets: int, nats: torch.Tensor) -> None:
+        """Add the gradients of the micro-batches up, and their losses in `nats`."""
+        for i, (x, y) in enumerate(micro_batches):
+            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass; with
+                # FSDP at each, as whole ones take memory; with auto_batch once all processes have got through
+                model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
+            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
+            with r.autocast():
+                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
+            scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
+            nats += loss.detach()
+
     # ---- the loop
-    local_steps = windows_per_step // r.world_size // micro_batch  # micro-batches of this process in an update
     token_bytes = data.tokenizer.token_bytes()
     first_step, stop, best_before = at["step"], False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
+    waited = 0.0  # seconds since then, for processes that came later to their updates
     model.train()
     while True:
         step = at["step"]
@@ -422,7 +465,7 @@ def main() -> int:
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
-            how = (r, s.batch_size, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
+            how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
             train = evaluate_mixture(raw_model, data, "train", *how)
             val = evaluate_mixture(raw_model, data, "val", *how)
             failed = not writer.wait()  # the checkpoint before this one: it cannot be the best, and this one is due
@@ -462,23 +505,36 @@ def main() -> int:
 
         # forward and backward: the loss is a sum over this step's targets, of all micro-batches and processes,
         # divided by their number, so however the batch is split, the step is the same
+        local_steps = windows_per_step // r.world_size // micro_batch  # micro-batches of this process
         micro_batches = []
         for i in range(local_steps):
             first = at["position"] + (i * r.world_size + r.rank) * micro_batch
             micro_batches.append(data.sample(s.block_size, first, micro_batch, s.seed))
         n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
+        watch.note(step)
+        arrived = time.perf_counter()
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
+        waited += time.perf_counter() - arrived
         stop = n_signals > 0  # known to all processes, so that all end at the same step
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
-        for i, (x, y) in enumerate(micro_batches):
-            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass; with
-                model.require_backward_grad_sync = i == local_steps - 1  # FSDP at each, as whole ones take memory
-            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
-            with r.autocast():
-                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
-            scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
-            nats += loss.detach()
+        if not s.auto_batch:
+            try:
+                accumulate(micro_batches, n_targets, nats)
+            except (MemoryError, RuntimeError) as error:
+                if not runtime.out_of_memory(error) or micro_batch == 1:
+                    raise
+                words = batch_words(smaller(micro_batch), windows_per_step)
+                raise UserError(
+                    f"the memory does not hold micro-batches of {micro_batch}; {words} makes the same updates in "
+                    "smaller ones, and --auto_batch=True finds those that fit"
+                ) from error
+        elif r.fits(accumulate, micro_batches, n_targets, nats):
+            r.average_gradients(raw_model)
+        else:
+            raw_model.zero_grad(set_to_none=True)
+            shrink()
+            continue
 
         # update
         lr = s.learning_rate
@@ -548,9 +604,12 @@ def main() -> int:
                 f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
                 f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
             )
+            memory, waits = zip(*r.gather([r.peak_memory(), waited]), strict=True)  # of each process
+            waited = 0.0
             if metrics is not None:
                 values = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=tokens_per_step / dt)
-                metrics.write(**values, mfu=mfu, skipped=at["skipped"], seconds=at["seconds"])
+                values |= dict(mfu=mfu, skipped=at["skipped"], seconds=at["seconds"])
+                metrics.write(**values, memory=[int(n) for n in memory], waited=[round(t, 4) for t in waits])
 
 
 def main_or_advice() -> int:
@@ -558,7 +617,8 @@ def main_or_advice() -> int:
     try:
         return runtime.leave(main())
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+        watch.explain(error)
+        if not runtime.out_of_memory(error):
             raise
         raise UserError(
             "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "

@@ -286,6 +286,17 @@ def holds_run(out_dir: Path) -> bool:
     return bool(step_folders(out_dir)) or any((out_dir / name).exists() for name in ("ckpt.pt", "state.json"))
 
 
+def launched_by(out_dir: Path, launch: str) -> bool:
+    """Whether a checkpoint in `out_dir` was saved by processes of this launch (`watch.launch_id`)."""
+    for folder in step_folders(out_dir):
+        try:
+            if json.loads((folder / "state.json").read_text()).get("launch") == launch:
+                return True
+        except (OSError, ValueError, AttributeError, RecursionError):  # damaged: `find` will say so
+            continue
+    return False
+
+
 def remove_run(out_dir: Path) -> None:
     """Remove what a run wrote into `out_dir`, and nothing else. A nanoGPT checkpoint there stays."""
     for folder in [*step_folders(out_dir), *out_dir.glob(".*-step_*")]:

@@ -24,8 +24,8 @@ def metrics(out_dir):
 
 
 def numbers(out_dir):
-    """All that a run measured, without what depends on the clock."""
-    clocks = ("seconds", "tokens_per_second", "mfu")
+    """All that a run measured, without what depends on the clock or the machine."""
+    clocks = ("seconds", "tokens_per_second", "mfu", "memory", "waited")
     return [{k: v for k, v in line.items() if k not in clocks} for line in metrics(out_dir)]
 
 
