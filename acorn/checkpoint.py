@@ -93,6 +93,8 @@ class Writer:
         return self.failure is None
 
     def run(self, writing: concurrent.futures.Future, *args) -> None:
+        if sys.platform == "linux":
+            os.nice(10)  # there it is this thread's alone: training comes first
         try:
             writing.set_result(self.write(*args))
         except BaseException as error:  # for `wait` to raise
