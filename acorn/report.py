@@ -216,10 +216,14 @@ def read_run(out_dir: Path) -> dict:
 
 
 def differences(runs: list[dict]) -> dict[str, list]:
-    """The settings that are not the same in all runs, each with its value in every run; None where it has none."""
+    """The settings that are not the same in all runs that have any, each with its value in every run, or None."""
     names = dict.fromkeys(name for settings in runs for name in settings if name not in ASIDE)
-    values = {name: [settings.get(name) for settings in runs] for name in names}
-    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+    differ = {}
+    for name in names:
+        known = [settings.get(name) for settings in runs if settings]
+        if any(value != known[0] for value in known):
+            differ[name] = [settings.get(name) for settings in runs]
+    return differ
 
 
 def short_names(folders: list[str]) -> list[str]:

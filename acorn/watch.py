@@ -75,20 +75,17 @@ def join(backend: str, rank: int, world_size: int) -> None:
 
 
 class Watch:
-    """The thread that gives signs of life and looks at those of the others, from its making on, until it is over."""
+    """Gives signs of life through `store`, and looks at those of the other processes."""
 
-    def __init__(self, rank: int, world_size: int):
+    def __init__(self, store: torch.distributed.Store, rank: int, world_size: int):
         self.rank, self.host = rank, socket.gethostname()
         self.step, self.beats, self.trouble, self.over = 0, 0, False, threading.Event()
-        self.store = torch.distributed.group.WORLD.get_group_store().clone()  # a connection of the thread's own
-        self.store.set_timeout(timedelta(seconds=SILENT))
+        self.store = store
         self.keys = [f"alive/{i}" for i in range(world_size)]
         self.said = [{}] * world_size  # when last looked
         self.silent, self.late = [0] * world_size, [0] * world_size  # seconds, in looks
-        self.beat()
-        self.store.wait(self.keys, timedelta(seconds=600))
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.beat()
 
     def run(self) -> None:
         while not self.over.is_set():
@@ -134,7 +131,11 @@ _watch: Watch | None = None  # this process's, where it is one of several
 def start(rank: int, world_size: int) -> None:
     """Watch the others, and be watched, from here on."""
     global _watch
-    _watch = Watch(rank, world_size)
+    store = torch.distributed.group.WORLD.get_group_store().clone()  # a connection of the thread's own
+    store.set_timeout(timedelta(seconds=SILENT))
+    _watch = Watch(store, rank, world_size)
+    store.wait(_watch.keys, timedelta(seconds=600))
+    _watch.thread.start()
     atexit.register(end)  # Python takes a thread that is still inside the store for a reason to abort
 
 
