@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from acorn import UserError, files
 
 ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that tell runs apart by name only
@@ -61,14 +63,22 @@ def read_metrics(path: Path) -> list[dict]:
 def spikes(losses: list[float]) -> list[int]:
     """Where a loss stands out above the 50 before it: by more than 6 of their usual deviations from their median, and
     by a twentieth of it. The deviation is the median one, which a spike among the 50 does not move."""
-    found = []
-    for i in range(10, len(losses)):
-        before = losses[max(0, i - 50) : i]
-        middle = statistics.median(before)
-        deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in before)  # sigma, for normal noise
-        if losses[i] > middle + max(6 * deviation, 0.05 * abs(middle)):
-            found.append(i)
+    values, found = np.array(losses, dtype=float), []
+    for first in range(50, len(values), 10_000):  # piece by piece, as each value is looked at 50 times
+        piece = values[first - 50 : first + 10_000]
+        before = np.lib.stride_tricks.sliding_window_view(piece, 50)[:-1]  # (n, 50)
+        middle = np.median(before, axis=1)  # (n,)
+        deviation = 1.4826 * np.median(abs(before - middle[:, None]), axis=1)  # sigma, for normal noise
+        above = piece[50:] > middle + np.maximum(6 * deviation, 0.05 * abs(middle))
+        found += (first + np.flatnonzero(above)).tolist()
     return found
+
+
+def running_mean(values: list[float], width: int) -> np.ndarray:
+    """The mean of each value and the width - 1 before it, or as many as there are."""
+    sums = np.cumsum([0.0, *values])
+    first = np.maximum(np.arange(len(values)) - width + 1, 0)
+    return (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)
 
 
 def draw_curve(metrics: list[dict], picture: Path) -> None:
@@ -112,8 +122,7 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path) -> None:
             for panel, across in zip(row, (1, unit), strict=True):
                 x = [m["step"] if panel is row[0] else m["seconds"] / across for m in lines]
                 if key == "loss":  # noisy: faint, and its running mean over a fiftieth of the run
-                    width = max(1, len(values) // 50)
-                    means = [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+                    means = running_mean(values, max(1, len(values) // 50))
                     panel.plot(x, values, color=colors(number), alpha=0.2, lw=0.8)
                     panel.plot(x, means, color=colors(number), lw=1.5, label=name)
                 else:

@@ -28,7 +28,7 @@ TROUBLE = 5  # either of them, where a collective failed already, so that someon
 ADVICE = "all processes stop here; --init_from=resume goes on from the last checkpoint, as torchrun --max-restarts does"
 
 
-def launchers_store() -> torch.distributed.TCPStore | None:
+def launchers_store() -> "torch.distributed.TCPStore | None":
     """The store of torchrun, which outlives the processes that it starts; None where something else started them."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -54,9 +54,9 @@ def join(backend: str, rank: int, world_size: int) -> None:
         torch.distributed.init_process_group(backend)
         return
 
-    def read(name: str) -> list[bytes]:
+    def read(name: str) -> list[str]:
         keys = [f"acorn/{name}/{i}" for i in range(world_size)]
-        return [store.get(key) if store.check([key]) else b"" for key in keys]
+        return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
     store.set(f"acorn/word/{rank}", uuid.uuid4().hex)
     deadline, seen, mine = time.monotonic() + 600, [], ""
@@ -66,18 +66,18 @@ def join(backend: str, rank: int, world_size: int) -> None:
             raise UserError(
                 f"rank {missing} did not come within ten minutes; see what its machine says, and start again"
             )
-        mine = hashlib.sha256(b" ".join(read("word"))).hexdigest().encode()
+        mine = hashlib.sha256(" ".join(read("word")).encode()).hexdigest()
         store.set(f"acorn/seen/{rank}", mine)
         seen = read("seen")
         time.sleep(0.1)
-    part = torch.distributed.PrefixStore(mine.decode(), store)
+    part = torch.distributed.PrefixStore(mine, store)
     torch.distributed.init_process_group(backend, store=part, rank=rank, world_size=world_size)
 
 
 class Watch:
     """Gives signs of life through `store`, and looks at those of the other processes."""
 
-    def __init__(self, store: torch.distributed.Store, rank: int, world_size: int):
+    def __init__(self, store: "torch.distributed.Store", rank: int, world_size: int):
         self.rank, self.host = rank, socket.gethostname()
         self.step, self.beats, self.trouble, self.over = 0, 0, False, threading.Event()
         self.store = store
@@ -148,8 +148,7 @@ def note(step: int) -> None:
 def explain(error: BaseException) -> None:
     """After a collective failed: end this process with the sentence that says who is missing. Returns for an error of
     another kind, and where none is missing."""
-    collective = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-    if _watch is not None and collective:
+    if _watch is not None and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends now; first the sentence
         _watch.trouble = True
         _watch.thread.join(timeout=TROUBLE + 5)

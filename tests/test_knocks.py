@@ -49,7 +49,7 @@ def test_sigterm_saves_once_and_ends(dataset, tmp_path, everyone):
     assert [folder.name for folder in (tmp_path / "o").glob("step_*")] == [
         (tmp_path / "o" / "latest").read_text().strip()
     ]
-    assert "train.py" not in rest.split("Traceback")[-1] or "SignalException" in rest
+    assert 'train.py", line' not in rest  # no traceback but torchrun's own
 
 
 @pytest.mark.slow
