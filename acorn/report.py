@@ -108,25 +108,21 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path) -> None:
     """Draw runs, by name their metrics, over each other: the loss of their updates, smoothed, and their validation
     loss, against steps and against time."""
     plt = import_pyplot()
-    longest = max(m.get("seconds") or 0 for metrics in runs.values() for m in metrics)
-    unit, word = next(
-        (u, w) for u, w in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u or u == 1
-    )
+    timed = {name: [m for m in metrics if isinstance(m.get("seconds"), (int, float))] for name, metrics in runs.items()}
+    longest = max((m["seconds"] for metrics in timed.values() for m in metrics), default=0)
+    unit, word = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="col", sharey="row", layout="constrained")
-    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo", len(runs) if len(runs) > 10 else None)
-    for number, (name, metrics) in enumerate(runs.items()):
-        timed = [m for m in metrics if isinstance(m.get("seconds"), (int, float))]
-        for row, key in zip(axes, ("loss", "val_loss"), strict=True):
-            lines = [m for m in timed if isinstance(m.get(key), (int, float))]
-            values = [m[key] for m in lines]
-            for panel, across in zip(row, (1, unit), strict=True):
-                x = [m["step"] if panel is row[0] else m["seconds"] / across for m in lines]
-                if key == "loss":  # noisy: faint, and its running mean over a fiftieth of the run
-                    means = running_mean(values, max(1, len(values) // 50))
-                    panel.plot(x, values, color=colors(number), alpha=0.2, lw=0.8)
-                    panel.plot(x, means, color=colors(number), lw=1.5, label=name)
-                else:
-                    panel.plot(x, values, color=colors(number), marker=".", lw=1.5, label=name)
+    colors = plt.get_cmap("tab10") if len(runs) <= 10 else plt.get_cmap("turbo", len(runs))
+    for number, (name, metrics) in enumerate(timed.items()):
+        for column, (across, scale) in enumerate((("step", 1), ("seconds", unit))):
+            for panel, key in zip(axes[:, column], ("loss", "val_loss"), strict=True):
+                lines = [m for m in metrics if isinstance(m.get(key), (int, float))]
+                x, y, how = [m[across] / scale for m in lines], [m[key] for m in lines], dict(color=colors(number))
+                if key == "val_loss":
+                    panel.plot(x, y, marker=".", lw=1.5, label=name, **how)
+                else:  # noisy: faint, and its running mean over a fiftieth of the run
+                    panel.plot(x, y, alpha=0.2, lw=0.8, **how)
+                    panel.plot(x, running_mean(y, max(1, len(y) // 50)), lw=1.5, label=name, **how)
     for row, what in zip(axes, ("training loss", "validation loss"), strict=True):
         row[0].set_ylabel(f"{what} (nats a token)")
         for panel in row:
