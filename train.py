@@ -26,7 +26,7 @@ from acorn import UserError, checkpoint, files, lora, report, run, runtime, sett
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, load_state, make_optimizers
+from acorn.optim import learning_rate_at, make_optimizers
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import GPT, GPTConfig
@@ -155,15 +155,17 @@ def check(s: TrainSettings) -> None:
 
 
 def load_initial(
-    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture
+    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture, meta: bool
 ) -> tuple[GPT, str, dict | None]:
     """The model that a run starts from when not from scratch, a word on where it comes from, and what a checkpoint says
     of its adapters where it has any. The settings of its shape in `s` follow it; one that the person gave and that
     differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free,
-    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows."""
+    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows. With
+    `meta`, the model of a run that goes on stands on the meta device."""
     adapters = None
     if s.init_from == "resume":
-        model, tokenizer, source = checkpoint.build_model(folder, state), from_dict(state["tokenizer"]), str(folder)
+        model, tokenizer = checkpoint.build_model(folder, state, meta), from_dict(state["tokenizer"])
+        source = str(folder)
         adapters = state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
             if getattr(s, name) != state["settings"].get(name, getattr(TrainSettings, name)):
@@ -314,7 +316,7 @@ def main() -> int:
             f"start from its weights with --init_from={out_dir} into a new --out_dir"
         )
     torch.manual_seed(s.seed)
-    adapters = None  # what a checkpoint says of them
+    adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
         # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
         vocab_size = data.vocab_size if data.vocab_size < 1024 else 64 * math.ceil(data.vocab_size / 64)
@@ -326,12 +328,14 @@ def main() -> int:
             model = GPT(config)
         source = "scratch"
     else:
-        model, source, adapters = load_initial(s, given, folder, state, data)
+        meta = r.fsdp and s.init_from == "resume" and not state.get("lora")  # each process reads its rows alone
+        model, source, adapters = load_initial(s, given, folder, state, data, meta)
+        values = checkpoint.open_tensors(folder, state, "model") if meta else None
     if s.freeze:
         lora.freeze(model, s.freeze)
     model.activation_checkpointing = s.activation_checkpointing
     # `model` may become a compiled and distributed form of it
-    raw_model = model = sharding.shard(model, r) if r.fsdp else model.to(r.device)
+    raw_model = model = sharding.shard(model, r, values) if r.fsdp else model.to(r.device)
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
@@ -356,11 +360,9 @@ def main() -> int:
     optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, muon_dtype)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
     if s.init_from == "resume":
-        saved = checkpoint.load_optimizer_state(folder)
-        load_state(optimizers, saved.get("optimizers") if isinstance(saved, dict) else None)
-        if scaler.is_enabled() and saved.get("scaler"):
-            scaler.load_state_dict(saved["scaler"])
-        del saved  # its memory
+        checkpoint.load_optimizers(folder, state, raw_model, optimizers)
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
 
     # ---- where the run stands; all of it goes into state.json
     at = dict(step=0, position=0, seconds=0.0, bad_steps=0, skipped=0)  # position: windows drawn from the data
@@ -411,13 +413,20 @@ def main() -> int:
             at["wandb_id"] = wandb_run.id
         metrics = report.Metrics(out_dir, at["step"], at["evaluated_at"], wandb_run)
 
+    writer = checkpoint.Writer(out_dir, s.keep_checkpoints, r.rank, r.world_size)
+
     def save(best: bool = False) -> None:
-        moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
-        moments, tensors = sharding.whole(moments), checkpoint.parameters(raw_model)
-        if metrics is not None:
-            progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-            progress |= {"lora": adapters, "launch": launch}
-            checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best, tensors)
+        progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
+        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": launch}
+        writer.save(raw_model, optimizers, progress, best)
+
+    def saved_whole() -> bool:
+        """Whether the last checkpoint is on the disk, at the end of the run."""
+        if not writer.wait() and r.is_main:
+            go_on = command("train.py", "--init_from=resume", s.out_dir)
+            error = f"error: the last updates are not saved ({writer.failure}); mend that, and go on with: {go_on}"
+            print(error, file=sys.stderr)
+        return writer.failure is None
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP") if writes else ():
         if hasattr(signal, name):  # Windows has no SIGHUP
@@ -437,7 +446,7 @@ def main() -> int:
 
     # ---- the loop
     token_bytes = data.tokenizer.token_bytes()
-    first_step, stop = at["step"], False
+    first_step, stop, best_before = at["step"], False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
     waited = 0.0  # seconds since then, for processes that came later to their updates
@@ -445,8 +454,11 @@ def main() -> int:
     while True:
         step = at["step"]
         if stop:
-            if saved_at != step:
+            if saved_at != step and writes:
+                at["best_loss"] = at["best_loss"] if writer.wait() else best_before
                 save()
+            if not saved_whole():
+                return 2
             say(f"stopped at step {step}, saved; go on with: {command('train.py', '--init_from=resume', s.out_dir)}")
             return 128 + (signals[0] if signals else signal.SIGTERM)
 
@@ -456,6 +468,9 @@ def main() -> int:
             how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
             train = evaluate_mixture(raw_model, data, "train", *how)
             val = evaluate_mixture(raw_model, data, "val", *how)
+            failed = not writer.wait()  # the checkpoint before this one: it cannot be the best, and this one is due
+            at["best_loss"] = best_before if failed else at["best_loss"]
+            best_before = at["best_loss"]
             best = math.isfinite(val["loss"]) and (at["best_loss"] is None or val["loss"] < at["best_loss"])
             at.update(evaluated_at=step, val_loss=val["loss"], seconds=time.perf_counter() - began)
             at["best_loss"] = val["loss"] if best else at["best_loss"]
@@ -471,7 +486,7 @@ def main() -> int:
                 values = {f"val_{name}": value for name, value in val.items()}
                 metrics.write(step=step, train_loss=train["loss"], **values, seconds=at["seconds"])
                 report.draw_curve(report.read_metrics(metrics.path), out_dir / "loss.png")
-            if step > 0 and (best or s.always_save_checkpoint):
+            if step > 0 and (best or failed or s.always_save_checkpoint):
                 save(best)
                 saved_at = step
         sampling = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes
@@ -482,6 +497,8 @@ def main() -> int:
         if step == s.max_iters and not s.dry_run:
             if saved_at != step:  # the last weights, even where they are not the best
                 save()
+            if not saved_whole():
+                return 2
             best_loss = "none" if at["best_loss"] is None else f"{at['best_loss']:.4f}"
             say(f"done, best val loss {best_loss}; sample from it with: {command('sample.py', '', s.out_dir)}")
             return 0
@@ -542,6 +559,7 @@ def main() -> int:
         raw_model.zero_grad(set_to_none=True)
         at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
         if at["bad_steps"] >= s.max_bad_steps:
+            writer.wait()
             print(
                 f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
                 "lower the learning rate, or look at the data",

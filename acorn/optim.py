@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from acorn import UserError
-from acorn.sharding import local, rows_of
+from acorn.sharding import local, own_rows
 from model import GPT
 
 
@@ -42,43 +42,59 @@ def make_optimizers(
     return optimizers
 
 
-def load_state(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
-    """Restore what each optimizer remembers; rates and decay stay those that it has now.
+def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember, after the names of parameters: wte.weight.exp_avg, wte.weight.step and so on; only
+    numbers of steps are numbers, all else has the parameter's shape. Nothing before the first update."""
+    names = {p: name for name, p in model.named_parameters()}
+    remembered = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
+    return {f"{names[p]}.{kind}": value for p, moments in remembered for kind, value in moments.items()}
 
-    The state may come from a stranger, and a fused kernel trusts its shapes: anything but one tensor of the
-    parameter's shape, or one number, for each thing remembered raises UserError.
+
+def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
+    """Give the optimizers what `named_moments` had. The values of `saved` are tensors, or what has a `shape` and gives
+    its rows when indexed like one: of a sharded parameter only those of this process are asked for.
+
+    They may come from a stranger, and a fused kernel trusts their shapes: others than the parameters', and other names
+    than those of these optimizers, raise UserError.
     """
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers if saved else ():
+        kinds = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
+            value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
+            if value is None or value.shape != shape:
+                raise UserError(OTHER_OPTIMIZER)
+            if kind == "step":  # beside the parameter, as fused kernels want it
+                optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
+            else:
+                optimizer.state[p][kind] = torch.zeros_like(p)
+                local(optimizer.state[p][kind]).copy_(value[own_rows(p)])
+    if saved:
+        raise UserError(OTHER_OPTIMIZER)
+
+
+OTHER_OPTIMIZER = (
+    "the saved optimizer state is of another model or optimizer; start from the weights alone with "
+    "--init_from=OUT_DIR into a new --out_dir"
+)
+
+
+def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, Tensor]:
+    """What `named_moments` would have given for the optimizers whose state_dicts `saved` are, as older checkpoints have
+    them: they number the parameters. Raises UserError where they do not belong to these optimizers."""
+    names, named = {p: name for name, p in model.named_parameters()}, {}
     try:
         for optimizer, state in zip(optimizers, saved, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             order = [i for group in state["param_groups"] for i in group["params"]]
-            sizes = [len(group["params"]) for group in state["param_groups"]]
-            fits = sizes == [len(group["params"]) for group in optimizer.param_groups]
             for i, moments in state["state"].items():
-                shape = params[order.index(i)].shape
-                for value in moments.values():
-                    fits = fits and isinstance(value, Tensor) and value.is_floating_point()
-                    fits = fits and value.layout == torch.strided and value.shape in (shape, ())
-                names = {name for name, value in moments.items() if value.shape == shape}
-                fits = fits and ({"exp_avg", "exp_avg_sq"} <= names or names == {"momentum"})
-                for name in names if fits else ():
-                    moments[name] = rows_of(moments[name], params[order.index(i)])
-            if not fits:
-                raise ValueError("a shape differs")
-            now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(
-                {
-                    **state,
-                    "param_groups": [
-                        {**g, "params": p["params"]} for g, p in zip(now, state["param_groups"], strict=True)
-                    ],
-                }
-            )
+                for kind, value in moments.items():
+                    if not isinstance(value, Tensor) or value.layout != torch.strided:
+                        raise TypeError("no tensor")
+                    named[f"{names[params[order.index(i)]]}.{kind}"] = value
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            "the saved optimizer state is of another model or optimizer; start from the weights alone with "
-            "--init_from=OUT_DIR into a new --out_dir"
-        ) from error
+        raise UserError(OTHER_OPTIMIZER) from error
+    return named
 
 
 class Muon(torch.optim.Optimizer):

@@ -27,7 +27,7 @@ class Metrics:
     """
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):
-        self.path, self.wandb_run = out_dir / "metrics.jsonl", wandb_run
+        self.path, self.wandb_run, self.torn = out_dir / "metrics.jsonl", wandb_run, False
         kept = [
             line
             for line in read_metrics(self.path)
@@ -36,10 +36,17 @@ class Metrics:
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values) -> None:
-        """Append a line; a number that is not finite, which JSON does not have, becomes null."""
+        """Append a line; a number that is not finite, which JSON does not have, becomes null. Where the disk does not
+        take it, the line is lost, a warning says so, and the run goes on."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write("\n" * self.torn + json.dumps(values) + "\n")
+            self.torn = False
+        except OSError as error:
+            if not self.torn:
+                print(f"warning: {self.path} cannot be written ({error.strerror}), so lines are lost", file=sys.stderr)
+            self.torn = True  # maybe in the middle of the line
         if self.wandb_run is not None:  # which draws no lists, so what each process has, as memory/0, memory/1, ...
             lists = {k: v for k, v in values.items() if isinstance(v, list)}
             each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
@@ -101,7 +108,10 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    save_picture(figure, picture)
+    try:
+        save_picture(figure, picture)
+    except OSError as error:
+        print(f"warning: {picture} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
 
 
 def draw_runs(runs: dict[str, list[dict]], picture: Path) -> None:
@@ -145,9 +155,12 @@ def import_pyplot():
 def save_picture(figure, picture: Path) -> None:
     """Write a matplotlib figure, whole or not at all, and close it."""
     beside = picture.with_name(f".{picture.stem}.writing{picture.suffix}")
-    figure.savefig(beside, dpi=120)
-    import_pyplot().close(figure)
-    os.replace(beside, picture)
+    try:
+        figure.savefig(beside, dpi=120)
+        os.replace(beside, picture)
+    finally:
+        beside.unlink(missing_ok=True)
+        import_pyplot().close(figure)
 
 
 def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: str | None):

@@ -5,6 +5,8 @@ A block's parameters are gathered when the block runs, forward and backward, and
 larger than the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FSDP, https://arxiv.org/abs/2304.11277.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,11 +18,12 @@ from acorn.runtime import Runtime
 from model import GPT
 
 
-def shard(model: GPT, r: Runtime) -> GPT:
+def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
     """`model` with its parameters sharded among the processes, on their devices.
 
-    One that stands on the meta device takes no memory as a whole in any of them: it is initialized here, one parameter
-    after the other, to the numbers that it would have unsharded after the same `torch.manual_seed`.
+    One that stands on the meta device takes no memory as a whole in any of them: here its parameters get their values,
+    by name, of which only the rows of this process are asked for; or without `values` they are initialized, one after
+    the other, to the numbers that they would have unsharded after the same `torch.manual_seed`.
     """
     on_meta = model.transformer.wte.weight.is_meta
     mesh = init_device_mesh(r.device.type, (r.world_size,))
@@ -32,6 +35,9 @@ def shard(model: GPT, r: Runtime) -> GPT:
         if model.config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
         for name, p in model.named_parameters():
+            if values is not None:
+                local(p.detach()).copy_(values[name][own_rows(p)])
+                continue
             whole = torch.empty(p.shape)
             model.init_parameter(name, whole)
             p.detach().copy_(rows_of(whole, p))
@@ -43,6 +49,15 @@ def rows_of(whole: Tensor, p: Tensor) -> Tensor:
     if not isinstance(p, DTensor):
         return whole
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # each has it: nothing is sent
+
+
+def own_rows(p: Tensor) -> slice:
+    """Which rows (dimension 0) of a parameter this process has; all of one that is not sharded."""
+    if not isinstance(p, DTensor):
+        return slice(0, len(p))
+    share = math.ceil(len(p) / p.device_mesh.size())  # the last ones have less, or none
+    first = min(share * p.device_mesh.get_local_rank(), len(p))
+    return slice(first, min(first + share, len(p)))
 
 
 def local(x: Tensor) -> Tensor:

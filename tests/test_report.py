@@ -30,6 +30,21 @@ def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path):
     assert [m["step"] for m in report.read_metrics(metrics.path) if "val_loss" in m] == [0]
 
 
+def test_a_line_that_the_disk_does_not_take_is_lost_and_the_run_goes_on(tmp_path, capsys):
+    metrics = report.Metrics(tmp_path, 0, None)
+    metrics.write(step=0, loss=4.0)
+    os.rename(metrics.path, tmp_path / "kept")
+    metrics.path.mkdir()  # nothing can be written there
+    metrics.write(step=1, loss=3.0)
+    metrics.write(step=2, loss=2.0)
+    metrics.path.rmdir()
+    (tmp_path / "kept").write_text('{"step": 0, "loss": 4.0}\n{"step": 1, "lo')
+    os.rename(tmp_path / "kept", metrics.path)
+    metrics.write(step=3, loss=1.0)
+    assert [m["step"] for m in report.read_metrics(metrics.path)] == [0, 3]
+    assert capsys.readouterr().err.count("cannot be written (Is a directory)") == 1
+
+
 def test_the_curve_is_a_picture(tmp_path):
     picture = tmp_path / "loss.png"
     report.draw_curve([], picture)  # nothing yet

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, refused, script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train as train_script
 from acorn import UserError, checkpoint, files
@@ -242,15 +242,35 @@ def test_an_optimizer_state_of_other_shapes_is_refused(trained, tmp_path):
     """A fused kernel that trusted it would write beyond its memory."""
     shutil.copytree(trained, tmp_path / "o")
     folder = tmp_path / "o" / "step_000040"
-    saved = torch.load(folder / "optimizer.pt", weights_only=True)
-    for moments in saved["optimizers"][0]["state"].values():
-        moments["exp_avg"] = moments["exp_avg_sq"] = torch.zeros(3)
-    torch.save(saved, folder / "optimizer.pt")
+    saved = load_file(folder / "optimizer.safetensors")
+    save_file(
+        {name: torch.zeros(3) if value.dim() else value for name, value in saved.items()},
+        folder / "optimizer.safetensors",
+    )
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["optimizer.pt"] = files.sha256(folder / "optimizer.pt")
+    state["sha256"]["optimizer.safetensors"] = files.sha256(folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
     result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=50", cwd=tmp_path)
     refused(result, "optimizer state")
+
+
+def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_next_turn(dataset, tmp_path):
+    """Only the best are saved here, but after a failure the next one is, and what is not there is not the best."""
+    words = "--max_iters=2 --lr_decay_iters=8 --eval_interval=2 --learning_rate=0.3 --warmup_iters=0".split()
+    words += ["--always_save_checkpoint=False", "--keep_checkpoints=9", "--out_dir=o"]
+    assert train(tmp_path, dataset, *words).returncode == 0
+    (tmp_path / "o" / ".writing-step_000004").write_text("a file is in the way")
+    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=6", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "the checkpoint of step 4 could not be written into o (File exists)" in result.stderr
+    val = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "o") if "val_loss" in m}
+    state = json.loads((tmp_path / "o" / "step_000006" / "state.json").read_text())
+    assert state["best_loss"] == min(val[2], val[6])
+
+    (tmp_path / "o" / ".writing-step_000008").write_text("a file is in the way")
+    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=8", cwd=tmp_path)
+    refused(result, "the last updates are not saved (File exists)", "--init_from=resume")
+    assert (tmp_path / "o" / "latest").read_text() == "step_000006\n"
 
 
 def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path):
