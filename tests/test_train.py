@@ -137,28 +137,6 @@ def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tm
     assert numbers(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(trained, dataset, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*TINY, f"--dataset={dataset}", "--dropout=0", "--max_iters=6", "--eval_interval=3"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*torchrun, REPO / "train.py", *words, "--out_dir=b"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert script("train.py", *words, "--out_dir=a", cwd=tmp_path).returncode == 0
-    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-    assert result.stdout.count("step 3:") == 1  # only one process speaks
-    refusal = subprocess.run(
-        [*torchrun, REPO / "train.py", *words, "--out_dir=c", "--gradient_accumulation_steps=3"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert refusal.returncode != 0 and "--gradient_accumulation_steps=4 can" in refusal.stderr
-
-
 def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
     for name in ("one", "two"):
         os.mkdir(tmp_path / name)
