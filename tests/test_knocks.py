@@ -84,6 +84,6 @@ def test_a_stopped_process_is_named(dataset, tmp_path):
     began = time.monotonic()
     said = read_until(process, "error: ")
     assert time.monotonic() - began < SILENT + 15
-    assert f"rank 1 (process {victim} on " in said.splitlines()[-1] and "since step " in said.splitlines()[-1]
+    assert f"rank 1 (process {victim} on " in said.splitlines()[-1] and "at step " in said.splitlines()[-1]
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -26,7 +26,7 @@ def test_a_process_without_signs_of_life_is_named_once_the_patience_is_over(thre
     three[0].beat()
     three[2].beat()
     lost = three[0].look()
-    assert "rank 1 (process " in lost and "since step 7" in lost and "rank 2" not in lost
+    assert "rank 1 (process " in lost and "at step 7" in lost and "rank 2" not in lost
 
 
 def test_after_a_failed_collective_the_patience_is_short(three):
