@@ -245,11 +245,16 @@ def request_stop(signals: list[int], number: int, frame) -> None:
 
 def command(script: str, words: str, out_dir: str) -> str:
     """The command that goes on with `out_dir`, for a person to copy."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torchrun = f"torchrun --standalone --nproc_per_node={processes}"
-    python = torchrun if processes > 1 and script == "train.py" else "python"
+    python, remark = "python", ""
+    if script == "train.py" and "WORLD_SIZE" in os.environ:  # by torchrun, which calls a node a group
+        processes, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+        python = f"torchrun --standalone --nproc_per_node={processes}"
+        if nodes > 1:
+            meet = f"--rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:29500"
+            python = f"torchrun --nnodes={nodes} --nproc_per_node={processes} {meet}"
+            remark = " # on every node"
     where = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
-    return " ".join(filter(None, [python, where, words, f"--out_dir={shlex.quote(out_dir)}"]))
+    return " ".join(filter(None, [python, where, words, f"--out_dir={shlex.quote(out_dir)}"])) + remark
 
 
 def main() -> int:

@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from acorn import UserError, files
 
 ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that tell runs apart by name only
@@ -68,14 +70,22 @@ def read_metrics(path: Path) -> list[dict]:
 def spikes(losses: list[float]) -> list[int]:
     """Where a loss stands out above the 50 before it: by more than 6 of their usual deviations from their median, and
     by a twentieth of it. The deviation is the median one, which a spike among the 50 does not move."""
-    found = []
-    for i in range(10, len(losses)):
-        before = losses[max(0, i - 50) : i]
-        middle = statistics.median(before)
-        deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in before)  # sigma, for normal noise
-        if losses[i] > middle + max(6 * deviation, 0.05 * abs(middle)):
-            found.append(i)
+    values, found = np.array(losses, dtype=float), []
+    for first in range(50, len(values), 10_000):  # piece by piece, as each value is looked at 50 times
+        piece = values[first - 50 : first + 10_000]
+        before = np.lib.stride_tricks.sliding_window_view(piece, 50)[:-1]  # (n, 50)
+        middle = np.median(before, axis=1)  # (n,)
+        deviation = 1.4826 * np.median(abs(before - middle[:, None]), axis=1)  # sigma, for normal noise
+        above = piece[50:] > middle + np.maximum(6 * deviation, 0.05 * abs(middle))
+        found += (first + np.flatnonzero(above)).tolist()
     return found
+
+
+def running_mean(values: list[float], width: int) -> np.ndarray:
+    """The mean of each value and the width - 1 before it, or as many as there are."""
+    sums = np.cumsum([0.0, *values])
+    first = np.maximum(np.arange(len(values)) - width + 1, 0)
+    return (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)
 
 
 def draw_curve(metrics: list[dict], picture: Path) -> None:
@@ -108,26 +118,21 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path) -> None:
     """Draw runs, by name their metrics, over each other: the loss of their updates, smoothed, and their validation
     loss, against steps and against time."""
     plt = import_pyplot()
-    longest = max(m.get("seconds") or 0 for metrics in runs.values() for m in metrics)
-    unit, word = next(
-        (u, w) for u, w in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u or u == 1
-    )
+    timed = {name: [m for m in metrics if isinstance(m.get("seconds"), (int, float))] for name, metrics in runs.items()}
+    longest = max((m["seconds"] for metrics in timed.values() for m in metrics), default=0)
+    unit, word = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="col", sharey="row", layout="constrained")
-    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo", len(runs) if len(runs) > 10 else None)
-    for number, (name, metrics) in enumerate(runs.items()):
-        timed = [m for m in metrics if isinstance(m.get("seconds"), (int, float))]
-        for row, key in zip(axes, ("loss", "val_loss"), strict=True):
-            lines = [m for m in timed if isinstance(m.get(key), (int, float))]
-            values = [m[key] for m in lines]
-            for panel, across in zip(row, (1, unit), strict=True):
-                x = [m["step"] if panel is row[0] else m["seconds"] / across for m in lines]
-                if key == "loss":  # noisy: faint, and its running mean over a fiftieth of the run
-                    width = max(1, len(values) // 50)
-                    means = [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-                    panel.plot(x, values, color=colors(number), alpha=0.2, lw=0.8)
-                    panel.plot(x, means, color=colors(number), lw=1.5, label=name)
-                else:
-                    panel.plot(x, values, color=colors(number), marker=".", lw=1.5, label=name)
+    colors = plt.get_cmap("tab10") if len(runs) <= 10 else plt.get_cmap("turbo", len(runs))
+    for number, (name, metrics) in enumerate(timed.items()):
+        for column, (across, scale) in enumerate((("step", 1), ("seconds", unit))):
+            for panel, key in zip(axes[:, column], ("loss", "val_loss"), strict=True):
+                lines = [m for m in metrics if isinstance(m.get(key), (int, float))]
+                x, y, how = [m[across] / scale for m in lines], [m[key] for m in lines], dict(color=colors(number))
+                if key == "val_loss":
+                    panel.plot(x, y, marker=".", lw=1.5, label=name, **how)
+                else:  # noisy: faint, and its running mean over a fiftieth of the run
+                    panel.plot(x, y, alpha=0.2, lw=0.8, **how)
+                    panel.plot(x, running_mean(y, max(1, len(y) // 50)), lw=1.5, label=name, **how)
     for row, what in zip(axes, ("training loss", "validation loss"), strict=True):
         row[0].set_ylabel(f"{what} (nats a token)")
         for panel in row:
@@ -229,10 +234,14 @@ def read_run(out_dir: Path) -> dict:
 
 
 def differences(runs: list[dict]) -> dict[str, list]:
-    """The settings that are not the same in all runs, each with its value in every run; None where it has none."""
+    """The settings that are not the same in all runs that have any, each with its value in every run, or None."""
     names = dict.fromkeys(name for settings in runs for name in settings if name not in ASIDE)
-    values = {name: [settings.get(name) for settings in runs] for name in names}
-    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+    differ = {}
+    for name in names:
+        known = [settings.get(name) for settings in runs if settings]
+        if any(value != known[0] for value in known):
+            differ[name] = [settings.get(name) for settings in runs]
+    return differ
 
 
 def short_names(folders: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ TROUBLE = 5  # either of them, where a collective failed already, so that someon
 ADVICE = "all processes stop here; --init_from=resume goes on from the last checkpoint, as torchrun --max-restarts does"
 
 
-def launchers_store() -> torch.distributed.TCPStore | None:
+def launchers_store() -> "torch.distributed.TCPStore | None":
     """The store of torchrun, which outlives the processes that it starts; None where something else started them."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -54,9 +54,9 @@ def join(backend: str, rank: int, world_size: int) -> None:
         torch.distributed.init_process_group(backend)
         return
 
-    def read(name: str) -> list[bytes]:
+    def read(name: str) -> list[str]:
         keys = [f"acorn/{name}/{i}" for i in range(world_size)]
-        return [store.get(key) if store.check([key]) else b"" for key in keys]
+        return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
     store.set(f"acorn/word/{rank}", uuid.uuid4().hex)
     deadline, seen, mine = time.monotonic() + 600, [], ""
@@ -66,29 +66,26 @@ def join(backend: str, rank: int, world_size: int) -> None:
             raise UserError(
                 f"rank {missing} did not come within ten minutes; see what its machine says, and start again"
             )
-        mine = hashlib.sha256(b" ".join(read("word"))).hexdigest().encode()
+        mine = hashlib.sha256(" ".join(read("word")).encode()).hexdigest()
         store.set(f"acorn/seen/{rank}", mine)
         seen = read("seen")
         time.sleep(0.1)
-    part = torch.distributed.PrefixStore(mine.decode(), store)
+    part = torch.distributed.PrefixStore(mine, store)
     torch.distributed.init_process_group(backend, store=part, rank=rank, world_size=world_size)
 
 
 class Watch:
-    """The thread that gives signs of life and looks at those of the others, from its making on, until it is over."""
+    """Gives signs of life through `store`, and looks at those of the other processes."""
 
-    def __init__(self, rank: int, world_size: int):
+    def __init__(self, store: "torch.distributed.Store", rank: int, world_size: int):
         self.rank, self.host = rank, socket.gethostname()
         self.step, self.beats, self.trouble, self.over = 0, 0, False, threading.Event()
-        self.store = torch.distributed.group.WORLD.get_group_store().clone()  # a connection of the thread's own
-        self.store.set_timeout(timedelta(seconds=SILENT))
+        self.store = store
         self.keys = [f"alive/{i}" for i in range(world_size)]
         self.said = [{}] * world_size  # when last looked
         self.silent, self.late = [0] * world_size, [0] * world_size  # seconds, in looks
-        self.beat()
-        self.store.wait(self.keys, timedelta(seconds=600))
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.beat()
 
     def run(self) -> None:
         while not self.over.is_set():
@@ -122,7 +119,9 @@ class Watch:
         late = [i for i, looks in enumerate(self.late) if looks > (TROUBLE if self.trouble else LATE)]
         names = [f"rank {i} (process {said[i]['process']} on {said[i]['host']})" for i in silent or late]
         if silent:
-            return f"no sign of life from {' and '.join(names)} since step {said[silent[0]]['step']}, killed or hanging"
+            return (
+                f"no sign of life from {' and '.join(names)}, killed or hanging, when the others were at step {newest}"
+            )
         if late:
             return f"{' and '.join(names)} hangs at step {said[late[0]]['step']}, while others are at step {newest}"
         return ""
@@ -134,7 +133,11 @@ _watch: Watch | None = None  # this process's, where it is one of several
 def start(rank: int, world_size: int) -> None:
     """Watch the others, and be watched, from here on."""
     global _watch
-    _watch = Watch(rank, world_size)
+    store = torch.distributed.group.WORLD.get_group_store().clone()  # a connection of the thread's own
+    store.set_timeout(timedelta(seconds=SILENT))
+    _watch = Watch(store, rank, world_size)
+    store.wait(_watch.keys, timedelta(seconds=600))
+    _watch.thread.start()
     atexit.register(end)  # Python takes a thread that is still inside the store for a reason to abort
 
 
@@ -147,8 +150,7 @@ def note(step: int) -> None:
 def explain(error: BaseException) -> None:
     """After a collective failed: end this process with the sentence that says who is missing. Returns for an error of
     another kind, and where none is missing."""
-    collective = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-    if _watch is not None and collective:
+    if _watch is not None and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends now; first the sentence
         _watch.trouble = True
         _watch.thread.join(timeout=TROUBLE + 5)
