@@ -254,8 +254,8 @@ def open_tensors(folder: Path, state: dict, kind: str) -> dict[str, Stored]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / name} cannot be read: {error}") from error
     for key, stored in tensors.items():
-        if len({tuple(piece.get_shape()[1:]) for piece in stored.pieces}) > 1:
-            raise UserError(f"the files of {folder} do not fit together: {key} has other columns in each")
+        if len({(len(piece.get_shape()), *piece.get_shape()[1:]) for piece in stored.pieces}) > 1:
+            raise UserError(f"the files of {folder} do not fit together: {key} has another shape in each")
     return dict(tensors)
 
 
@@ -406,7 +406,6 @@ def build_model(folder: Path, state: dict, meta: bool = False) -> GPT:
     tensors = open_tensors(folder, state, kind)
     if meta:
         return fitting_model(state["config"], tensors, str(path))
-    tensors = {name: stored[...] for name, stored in tensors.items()}
     if not state.get("lora"):
         return fill(state["config"], tensors, str(path))
 
@@ -426,6 +425,7 @@ def build_model(folder: Path, state: dict, meta: bool = False) -> GPT:
     model.config.dropout, model.config.attn_dropout = config.dropout, config.attn_dropout
     if config != model.config:
         raise UserError(f"{path} is not for a model of the shape of {source}")
+    tensors = {name: stored[...] for name, stored in tensors.items()}
     lora.load_adapters(model, tensors, adapters["rank"], adapters["alpha"], str(path))
     return model
 
@@ -455,11 +455,11 @@ def empty_model(shape: dict, source: str) -> GPT:
         raise UserError(f"{source} belongs to no model of this version ({error})") from error
 
 
-def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
+def fill(shape: dict, tensors: dict[str, torch.Tensor | Stored], source: str) -> GPT:
     """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
     are the model's, which is known before any memory is taken."""
     model = fitting_model(shape, tensors, source)
-    tensors = {name: tensors[name].float().contiguous() for name, _ in model.named_parameters()}
+    tensors = {name: tensors[name][...].float().contiguous() for name, _ in model.named_parameters()}
     model.load_state_dict(tensors, strict=False, assign=True)
     if model.config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
