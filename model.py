@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -262,6 +263,8 @@ class CausalSelfAttention(nn.Module):
             q = q.to(k.dtype)
         y = attend(q, k, v, mask, attention_dropout(cfg) if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        if cache is not None:
+            y = y.to(x.dtype)  # in which a sharded model computes, whatever the cache holds
         return F.dropout(self.c_proj(y), cfg.dropout, self.training)
 
 
@@ -306,36 +309,43 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        if config.pos == "learned":
-            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        if config.ngram > 1:
-            self.transformer.ngram = NgramEmbedding(config)
-        self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transformer.ln_f = Norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.activation_checkpointing = False  # recompute each block in the backward pass, for less memory
+        device = torch.get_default_device()
+        with torch.device("meta"):  # shapes alone, so that no number is drawn but by init_weights
+            self.transformer = nn.ModuleDict()
+            self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            if config.pos == "learned":
+                self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+            if config.ngram > 1:
+                self.transformer.ngram = NgramEmbedding(config)
+            self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.transformer.ln_f = Norm(config)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device=device)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
+        for name, p in self.named_parameters():
+            self.init_parameter(name, p)
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, p: Tensor) -> None:
         """All initialization. GPT-2's: normal with std 0.02, and the projections that write into the residual
         stream smaller by sqrt(2 * n_layer), the number of them, so that its variance does not grow with depth."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.dim() == 1:  # the scale of a norm
-                p.fill_(1.0)
-            elif name.endswith("c_proj.weight"):
-                p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name == "lm_head.weight" and self.config.zero_init:  # untied: a tied one is named after wte
-                p.zero_()
-            elif name.startswith("transformer.ngram."):
-                p.zero_()  # an n-gram that training never sees adds nothing
-            else:
-                p.normal_(std=0.02)
+        if name.endswith("bias"):
+            p.zero_()
+        elif p.dim() == 1:  # the scale of a norm
+            p.fill_(1.0)
+        elif name.endswith("c_proj.weight"):
+            p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif name == "lm_head.weight" and self.config.zero_init:  # untied: a tied one is named after wte
+            p.zero_()
+        elif name.startswith("transformer.ngram."):
+            p.zero_()  # an n-gram that training never sees adds nothing
+        else:
+            p.normal_(std=0.02)
 
     def forward(
         self,
@@ -387,7 +397,10 @@ class GPT(nn.Module):
 
         x = F.dropout(x, cfg.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(block, x, rotary, mask=mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
         if targets is None:  # only the logits that the next token is drawn from

@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings
+from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, load_state, make_optimizers
+from acorn.optim import learning_rate_at, make_optimizers
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import DROPOUTS, GPT, GPTConfig
@@ -57,6 +57,7 @@ class TrainSettings:
     document_mask: bool = False  # attention stays inside a document, and positions restart there
     gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
     batch_size: int = 12  # sequences in a micro-batch
+    auto_batch: bool = False  # where memory does not suffice, smaller micro-batches and more of them: the same updates
     block_size: int = 1024  # tokens in a sequence
     seed: int = 1337  # of initialization, the order of the data, and dropout
     # model
@@ -105,6 +106,8 @@ class TrainSettings:
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile the model
+    fsdp: bool = False  # several processes hold a shard of the model each (FSDP); for models larger than one device
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
 
 
 # the settings that are fields of GPTConfig too
@@ -147,20 +150,24 @@ def check(s: TrainSettings) -> None:
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
+    if s.auto_batch and s.fsdp:
+        raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
     if not s.out_dir or "\0" in s.out_dir:
         raise UserError(f"out_dir = {s.out_dir!r:.100} is no folder's name; give one, such as out/mine")
 
 
 def load_initial(
-    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture
+    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture, meta: bool
 ) -> tuple[GPT, str, dict | None]:
     """The model that a run starts from when not from scratch, a word on where it comes from, and what a checkpoint says
     of its adapters where it has any. The settings of its shape in `s` follow it; one that the person gave and that
     differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free,
-    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows."""
+    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows. With
+    `meta`, the model of a run that goes on stands on the meta device."""
     adapters = None
     if s.init_from == "resume":
-        model, tokenizer, source = checkpoint.build_model(folder, state), from_dict(state["tokenizer"]), str(folder)
+        model, tokenizer = checkpoint.build_model(folder, state, meta), from_dict(state["tokenizer"])
+        source = str(folder)
         adapters = state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
             if getattr(s, name) != state["settings"].get(name, getattr(TrainSettings, name)):
@@ -207,22 +214,54 @@ def load_initial(
     return model, source, adapters
 
 
+def micro_batch_size(s: TrainSettings, world_size: int) -> int:
+    """Sequences in the micro-batches of each process: batch_size, or, where the micro-batches of an update cannot be
+    dealt out evenly, the largest number below it that makes them. Raises UserError where there is none."""
+    windows = s.gradient_accumulation_steps * s.batch_size
+    if windows % world_size:
+        unit = world_size // math.gcd(world_size, s.gradient_accumulation_steps)
+        nearest = unit * max(1, round(s.batch_size / unit))
+        raise UserError(
+            f"an update has gradient_accumulation_steps x batch_size = {s.gradient_accumulation_steps} x "
+            f"{s.batch_size} sequences, which {world_size} processes cannot share evenly; --batch_size={nearest} can be"
+        )
+    return max(n for n in range(1, s.batch_size + 1) if windows // world_size % n == 0)
+
+
+def smaller(micro_batch: int) -> int:
+    """Half of it; or, of an odd number above 1, the largest part that it can be divided into."""
+    return micro_batch // next(n for n in range(2, micro_batch + 1) if micro_batch % n == 0)
+
+
+def batch_words(micro_batch: int, windows: int) -> str:
+    """The settings of an update of so many windows, for a person to copy."""
+    return f"--batch_size={micro_batch} --gradient_accumulation_steps={windows // micro_batch}"
+
+
 def request_stop(signals: list[int], number: int, frame) -> None:
-    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once."""
+    """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
+    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
     signals.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # not print, which may itself be what was interrupted
-    os.write(2, b"\nstopping after this update, with a checkpoint; once more to stop at once\n")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
+    if os.environ.get("RANK", "0") == "0":
+        words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
+        os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
 
 
 def command(script: str, words: str, out_dir: str) -> str:
     """The command that goes on with `out_dir`, for a person to copy."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torchrun = f"torchrun --standalone --nproc_per_node={processes}"
-    python = torchrun if processes > 1 and script == "train.py" else "python"
+    python, remark = "python", ""
+    if script == "train.py" and "WORLD_SIZE" in os.environ:  # by torchrun, which calls a node a group
+        processes, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+        python = f"torchrun --standalone --nproc_per_node={processes}"
+        if nodes > 1:
+            meet = f"--rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:29500"
+            python = f"torchrun --nnodes={nodes} --nproc_per_node={processes} {meet}"
+            remark = " # on every node"
     where = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
-    return " ".join(filter(None, [python, where, words, f"--out_dir={shlex.quote(out_dir)}"]))
+    return " ".join(filter(None, [python, where, words, f"--out_dir={shlex.quote(out_dir)}"])) + remark
 
 
 def main() -> int:
@@ -231,6 +270,10 @@ def main() -> int:
     given = settings.parse(TrainSettings, sys.argv[1:])
     s = settings.build(TrainSettings, given)
     out_dir = Path(s.out_dir)
+    launch = watch.launch_id()
+    if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
+        given |= {"init_from": "resume", "overwrite": False}
+        s = settings.build(TrainSettings, given)
     folder, state = None, {}  # of the checkpoint that this run goes on from
     if s.init_from == "resume":
         folder, state = checkpoint.find(out_dir)
@@ -254,7 +297,7 @@ def main() -> int:
     there = checkpoint.step_folders(out_dir)
 
     # ---- machine
-    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd)
+    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd, s.fsdp)
     signals = []  # those that asked this process to stop
 
     def say(text: str) -> None:
@@ -267,13 +310,10 @@ def main() -> int:
             except OSError:  # the disk of a log file is full, which is no reason to end a run
                 pass
 
+    micro_batch = micro_batch_size(s, r.world_size)
+    if micro_batch < s.batch_size:
+        r.notes.append(f"micro-batches of {micro_batch} sequences, so that each process has as many")
     say("; ".join(r.notes))
-    if s.gradient_accumulation_steps % r.world_size:
-        nearest = math.ceil(s.gradient_accumulation_steps / r.world_size) * r.world_size
-        raise UserError(
-            f"gradient_accumulation_steps = {s.gradient_accumulation_steps} cannot be shared out among "
-            f"{r.world_size} processes; --gradient_accumulation_steps={nearest} can"
-        )
 
     # ---- data and model
     data = load_mixture(s.dataset)
@@ -292,20 +332,26 @@ def main() -> int:
             f"start from its weights with --init_from={out_dir} into a new --out_dir"
         )
     torch.manual_seed(s.seed)
-    adapters = None  # what a checkpoint says of them
+    adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
         # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
         vocab_size = data.vocab_size if data.vocab_size < 1024 else 64 * math.ceil(data.vocab_size / 64)
         try:
-            model = GPT(GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE}))
+            config = GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE})
         except ValueError as error:
             raise UserError(str(error)) from error
+        with torch.device("meta" if r.fsdp else "cpu"):  # on meta it takes no memory until it is sharded
+            model = GPT(config)
         source = "scratch"
     else:
-        model, source, adapters = load_initial(s, given, folder, state, data)
+        meta = r.fsdp and s.init_from == "resume" and not state.get("lora")  # each process reads its rows alone
+        model, source, adapters = load_initial(s, given, folder, state, data, meta)
+        values = checkpoint.open_tensors(folder, state, "model") if meta else None
     if s.freeze:
         lora.freeze(model, s.freeze)
-    raw_model = model.to(r.device)  # `model` may become a compiled and distributed form of it
+    model.activation_checkpointing = s.activation_checkpointing
+    # `model` may become a compiled and distributed form of it
+    raw_model = model = sharding.shard(model, r, values) if r.fsdp else model.to(r.device)
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
@@ -327,14 +373,14 @@ def main() -> int:
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
-    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type)
+    # bfloat16 serves Muon well; where float32 was asked for by name, its products are float32 too
+    muon_dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
+    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, muon_dtype)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
     if s.init_from == "resume":
-        saved = checkpoint.load_optimizer_state(folder)
-        load_state(optimizers, saved.get("optimizers") if isinstance(saved, dict) else None)
-        if scaler.is_enabled() and saved.get("scaler"):
-            scaler.load_state_dict(saved["scaler"])
-        del saved  # its memory
+        checkpoint.load_optimizers(folder, state, raw_model, optimizers)
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
 
     # ---- where the run stands; all of it goes into state.json
     at = dict(step=0, position=0, seconds=0.0, bad_steps=0, skipped=0)  # position: windows drawn from the data
@@ -348,16 +394,27 @@ def main() -> int:
 
     # ---- compiled, and distributed
     def one_pass(some_model: torch.nn.Module) -> None:
-        x = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=r.device)
+        x = torch.zeros(micro_batch, s.block_size, dtype=torch.long, device=r.device)
         documents = None if eot is None else x.clone()
         with r.autocast():
             some_model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
         raw_model.zero_grad(set_to_none=True)
 
+    def shrink() -> None:
+        """Go on with smaller micro-batches and more of them."""
+        nonlocal micro_batch
+        if micro_batch == 1:
+            raise UserError("the memory does not hold one sequence at a time; make --block_size or the model smaller")
+        micro_batch = smaller(micro_batch)
+        say(f"out of memory; going on as with {batch_words(micro_batch, windows_per_step)}, which changes no update")
+
+    while s.auto_batch and not r.fits(one_pass, raw_model):
+        raw_model.zero_grad(set_to_none=True)
+        shrink()
     if r.compile and not s.eval_only:
         say("compiling ...")
         model = runtime.compile_or_eager(model, one_pass)
-    if r.world_size > 1:
+    if r.world_size > 1 and not r.fsdp:
         model = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
 
     # ---- from here on the run writes
@@ -376,40 +433,67 @@ def main() -> int:
             at["wandb_id"] = wandb_run.id
         metrics = report.Metrics(out_dir, at["step"], at["evaluated_at"], wandb_run)
 
+    writer = checkpoint.Writer(out_dir, s.keep_checkpoints, r.rank, r.world_size)
+
     def save(best: bool = False) -> None:
         if at["evaluated_at"] == at["step"] and not math.isfinite(at["val_loss"]):
             say(f"step {at['step']}: the val loss is no number, so this is not saved; the checkpoints before stay")
-        elif metrics is not None:
-            progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-            progress["lora"] = adapters
-            moments = {"optimizers": [each.state_dict() for each in optimizers], "scaler": scaler.state_dict()}
-            checkpoint.save(out_dir, raw_model, moments, progress, s.keep_checkpoints, best)
+            return
+        progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
+        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": launch}
+        writer.save(raw_model, optimizers, progress, best)
+
+    def saved_whole() -> bool:
+        """Whether the last checkpoint is on the disk, at the end of the run."""
+        if not writer.wait() and r.is_main:
+            go_on = command("train.py", "--init_from=resume", s.out_dir)
+            error = f"error: the last updates are not saved ({writer.failure}); mend that, and go on with: {go_on}"
+            print(error, file=sys.stderr)
+        return writer.failure is None
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP") if writes else ():
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
+    def accumulate(micro_batches: list, n_targets: int, nats: torch.Tensor) -> None:
+        """Add the gradients of the micro-batches up, and their losses in `nats`."""
+        for i, (x, y) in enumerate(micro_batches):
+            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass; with
+                # FSDP at each, as whole ones take memory; with auto_batch once all processes have got through
+                model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
+            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
+            with r.autocast():
+                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
+            scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
+            nats += loss.detach()
+
     # ---- the loop
-    local_steps = s.gradient_accumulation_steps // r.world_size  # micro-batches of this process in an update
     token_bytes = data.tokenizer.token_bytes()
-    first_step, stop = at["step"], False
+    first_step, stop, best_before = at["step"], False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
+    waited = 0.0  # seconds since then, for processes that came later to their updates
     model.train()
     while True:
         step = at["step"]
         if stop:
-            if saved_at != step:
+            if saved_at != step and writes:
+                at["best_loss"] = at["best_loss"] if writer.wait() else best_before
                 save()
+            if not saved_whole():
+                return 2
             say(f"stopped at step {step}, saved; go on with: {command('train.py', '--init_from=resume', s.out_dir)}")
             return 128 + (signals[0] if signals else signal.SIGTERM)
 
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
-            how = (r, s.batch_size, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
+            how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
             train = evaluate_mixture(raw_model, data, "train", *how)
             val = evaluate_mixture(raw_model, data, "val", *how)
+            failed = not writer.wait()  # the checkpoint before this one: it cannot be the best, and this one is due
+            at["best_loss"] = best_before if failed else at["best_loss"]
+            best_before = at["best_loss"]
             best = math.isfinite(val["loss"]) and (at["best_loss"] is None or val["loss"] < at["best_loss"])
             at.update(evaluated_at=step, val_loss=val["loss"], seconds=time.perf_counter() - began)
             at["best_loss"] = val["loss"] if best else at["best_loss"]
@@ -425,39 +509,55 @@ def main() -> int:
                 values = {f"val_{name}": value for name, value in val.items()}
                 metrics.write(step=step, train_loss=train["loss"], **values, seconds=at["seconds"])
                 report.draw_curve(report.read_metrics(metrics.path), out_dir / "loss.png")
-            if step > 0 and (best or s.always_save_checkpoint):
+            if step > 0 and (best or failed or s.always_save_checkpoint):
                 save(best)
                 saved_at = step
-        if s.sample_interval and step % s.sample_interval == 0 and step > first_step and metrics is not None:
+        sampling = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes
+        if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
             say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
         if step == s.max_iters and not s.dry_run:
             if saved_at != step:  # the last weights, even where they are not the best
                 save()
+            if not saved_whole():
+                return 2
             best_loss = "none" if at["best_loss"] is None else f"{at['best_loss']:.4f}"
             say(f"done, best val loss {best_loss}; sample from it with: {command('sample.py', '', s.out_dir)}")
             return 0
 
         # forward and backward: the loss is a sum over this step's targets, of all micro-batches and processes,
         # divided by their number, so however the batch is split, the step is the same
+        local_steps = windows_per_step // r.world_size // micro_batch  # micro-batches of this process
         micro_batches = []
         for i in range(local_steps):
-            first = at["position"] + (i * r.world_size + r.rank) * s.batch_size
-            micro_batches.append(data.sample(s.block_size, first, s.batch_size, s.seed))
+            first = at["position"] + (i * r.world_size + r.rank) * micro_batch
+            micro_batches.append(data.sample(s.block_size, first, micro_batch, s.seed))
         n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
+        watch.note(step)
+        arrived = time.perf_counter()
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
+        waited += time.perf_counter() - arrived
         stop = n_signals > 0  # known to all processes, so that all end at the same step
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
-        for i, (x, y) in enumerate(micro_batches):
-            if r.world_size > 1:  # gradients are averaged over the processes at the last backward pass
-                model.require_backward_grad_sync = i == local_steps - 1
-            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
-            with r.autocast():
-                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
-            scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
-            nats += loss.detach()
+        if not s.auto_batch:
+            try:
+                accumulate(micro_batches, n_targets, nats)
+            except (MemoryError, RuntimeError) as error:
+                if not runtime.out_of_memory(error) or micro_batch == 1:
+                    raise
+                words = batch_words(smaller(micro_batch), windows_per_step)
+                raise UserError(
+                    f"the memory does not hold micro-batches of {micro_batch}; {words} makes the same updates in "
+                    "smaller ones, and --auto_batch=True finds those that fit"
+                ) from error
+        elif r.fits(accumulate, micro_batches, n_targets, nats):
+            r.average_gradients(raw_model)
+        else:
+            raw_model.zero_grad(set_to_none=True)
+            shrink()
+            continue
 
         # update
         lr = s.learning_rate
@@ -468,7 +568,8 @@ def main() -> int:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+        grad_norm = sharding.whole(grad_norm).item()
         if math.isfinite(grad_norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -481,6 +582,7 @@ def main() -> int:
         raw_model.zero_grad(set_to_none=True)
         at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
         if at["bad_steps"] >= s.max_bad_steps:
+            writer.wait()
             print(
                 f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
                 "lower the learning rate, or look at the data",
@@ -502,7 +604,8 @@ def main() -> int:
             n_evaluations = math.ceil((s.max_iters - first_step) / s.eval_interval) + 1
             evaluating = (time.perf_counter() - clock) * n_batches * n_evaluations
             training = dt * (s.max_iters - first_step)
-            fixed = sum(p.nbytes * (4 if p.requires_grad else 1) for p in raw_model.parameters())
+            held = [(p, sharding.local(p).nbytes) for p in raw_model.parameters()]
+            fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
             say(
                 f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
                 f"at its peak the process used {report.size(r.peak_memory())}\n"
@@ -524,9 +627,12 @@ def main() -> int:
                 f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
                 f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
             )
+            memory, waits = zip(*r.gather([r.peak_memory(), waited]), strict=True)  # of each process
+            waited = 0.0
             if metrics is not None:
                 values = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=tokens_per_step / dt)
-                metrics.write(**values, mfu=mfu, skipped=at["skipped"], seconds=at["seconds"])
+                values |= dict(mfu=mfu, skipped=at["skipped"], seconds=at["seconds"])
+                metrics.write(**values, memory=[int(n) for n in memory], waited=[round(t, 4) for t in waits])
 
 
 def main_or_advice() -> int:
@@ -534,7 +640,8 @@ def main_or_advice() -> int:
     try:
         return runtime.leave(main())
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+        watch.explain(error)
+        if not runtime.out_of_memory(error):
             raise
         raise UserError(
             "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "

@@ -1,14 +1,18 @@
 """Checkpoints: atomic to write, safe to load, exact to resume.
 
-    out_dir/step_002000/model.safetensors   the parameters (of a LoRA run: adapters.safetensors, its adapters alone)
-                        optimizer.pt        the optimizer's state, tensors and numbers only
-                        state.json          settings, shape, step, losses, the tokenizer whole, SHA-256 of the others
-    out_dir/latest, out_dir/best            the name of a step folder
+    out_dir/step_002000/model.safetensors      the parameters (of a LoRA run: adapters.safetensors, its adapters alone)
+                        optimizer.safetensors  what the optimizers remember, by parameter: wte.weight.exp_avg and so on
+                        state.json             settings, shape, step, losses, the tokenizer whole, SHA-256 of the others
+    out_dir/latest, out_dir/best               the name of a step folder
 
 A folder is written beside under a temporary name and renamed when it is complete, so a kill at any instant leaves the
 ones before it. Reading never runs code that a file brings: only tensors, numbers and JSON are read back.
+
+A sharded model (FSDP) is written by all processes, each its rows: model-00001-of-00004.safetensors and so on. A tensor
+is then the rows of all these files, in their order, whoever reads it: any number of processes, or one.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -18,19 +22,23 @@ import pickle
 import re
 import shutil
 import sys
+import threading
+import time
 import typing
+from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
-from acorn import UserError, files, lora, settings
+from acorn import UserError, files, lora, optim, settings, sharding
 from acorn import tokenizer as tokenizers
 from acorn.shards import load_dataset
 from model import DROPOUTS, GPT, GPTConfig
 
-FORMAT = 1  # of state.json
+FORMAT = 2  # of state.json; 1 had optimizer.pt, where the optimizers' state stands by number
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # others there: owner/name
@@ -40,59 +48,221 @@ class Damaged(Exception):
     """A checkpoint that is not whole; the message says what is missing."""
 
 
-def save(out_dir: Path, model: GPT, optimizer_state: dict, state: dict, keep: int, best: bool) -> Path:
-    """Write `out_dir/step_NNNNNN` for state["step"], point `latest` (and `best`) at it, and remove all but the newest
-    `keep` and the best. Raises UserError where the disk does not take it; what was there before is still whole then."""
-    final = out_dir / f"step_{state['step']:06d}"
-    beside, replaced = out_dir / f".writing-{final.name}", out_dir / f".replaced-{final.name}"
-    try:
-        for leftover in (beside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
-        weights = weights_name(state)
-        save_file(parameters(model), beside / weights)
-        torch.save(optimizer_state, beside / "optimizer.pt")
-        state = {"format": FORMAT, "config": dataclasses.asdict(model.config), **state}
-        hashes = {name: files.sha256(beside / name) for name in (weights, "optimizer.pt")}
-        hashes["state"] = state_hash(state)
-        (beside / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
-        for file in beside.iterdir():
-            files.sync(file)
-        files.sync(beside)
-        if final.exists():  # the same step once more, after a resume
-            os.rename(final, replaced)
-        os.rename(beside, final)
-        files.sync(out_dir)
-        if best:  # before `latest`, which says that all is done
-            files.replace(out_dir / "best", final.name + "\n")
-        files.replace(out_dir / "latest", final.name + "\n")
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"the checkpoint of step {state['step']} could not be written into {out_dir} ({reason}); those before it "
-            "are whole: make room, and go on with --init_from=resume"
-        ) from error
+class Writer:
+    """Writes the checkpoints of a run while it goes on training.
+
+    `save` returns as soon as parameters and moments are copied to host memory, one more copy of them, which is kept for
+    the next time; a thread writes it. Rank 0 writes alone, or, where the model is sharded, each process its rows, into
+    one `out_dir` that all of them see. They tell each other how it went through the key-value store that connects
+    them, because collectives of a thread would get between those of training.
+    """
+
+    def __init__(self, out_dir: Path, keep: int, rank: int = 0, world_size: int = 1):
+        self.out_dir, self.keep, self.rank, self.world_size = out_dir, keep, rank, world_size
+        self.copies = defaultdict(dict)  # in host memory, by file and name
+        self.writing = None  # what will come of the checkpoint that a thread works on
+        self.failure = None  # why the last one could not be written
+        if world_size > 1:  # over a connection of its own, where waiting is in nobody's way
+            store = torch.distributed.group.WORLD.get_group_store().clone()
+            self.store = torch.distributed.PrefixStore("checkpoint", store)
+
+    def save(self, model: GPT, optimizers: list[torch.optim.Optimizer], state: dict, best: bool) -> None:
+        """Begin to write `out_dir/step_NNNNNN` for state["step"], once the one before is done. Then `latest` (and
+        `best`) point at it, and all but the newest `keep` and the best are removed. All processes call this alike."""
+        self.wait()
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        shards = self.world_size if sharded else 1
+        state = {"format": FORMAT, "config": dataclasses.asdict(model.config), "shards": shards, **state}
+        parts = {}
+        if self.rank < shards:
+            for kind, tensors in (
+                (weights_kind(state), lora.adapters(model) or dict(model.named_parameters())),
+                ("optimizer", optim.named_moments(model, optimizers)),
+            ):
+                parts[file_names(kind, shards)[self.rank]] = copy_to_host(tensors, self.copies[kind])
+        self.writing = concurrent.futures.Future()
+        threading.Thread(target=self.run, args=(self.writing, parts, state, best)).start()
+
+    def wait(self) -> bool:
+        """Wait for the checkpoint that is being written, and say whether the last one succeeded. All processes hear the
+        same."""
+        if self.writing is not None:
+            if concurrent.futures.wait([self.writing], timeout=60).not_done and self.rank == 0:
+                print(f"waiting for the last checkpoint, which the disk of {self.out_dir} is slow to take", flush=True)
+            self.failure, self.writing = self.writing.result(), None
+        return self.failure is None
+
+    def run(self, writing: concurrent.futures.Future, *args) -> None:
+        if sys.platform == "linux":
+            os.nice(10)  # there it is this thread's alone: training comes first
+        try:
+            writing.set_result(self.write(*args))
+        except BaseException as error:  # for `wait` to raise
+            writing.set_exception(error)
+
+    def write(self, parts: dict[str, dict[str, torch.Tensor]], state: dict, best: bool) -> str | None:
+        """Write this process's files and, on rank 0, once all have theirs, complete the folder. Returns why that
+        failed, where it did."""
+        step = state["step"]
+        beside = self.out_dir / f".writing-step_{step:06d}"
+        hashes, failure = {}, None
+        try:
+            hashes = write_files(beside, parts)
+        except (OSError, SafetensorError) as error:
+            failure = reason(error)
+        if self.rank == 0:
+            for rank in range(1, state["shards"]):
+                other = self.hear(rank, step)
+                hashes |= other["hashes"]
+                failure = failure or (other["failure"] and f"rank {rank}: {other['failure']}")
+            if failure is None:
+                try:
+                    complete(beside, state, hashes, self.keep, best)
+                except OSError as error:
+                    failure = reason(error)
+            if failure is not None:
+                shutil.rmtree(beside, ignore_errors=True)
+                print(
+                    f"warning: the checkpoint of step {step} could not be written into {self.out_dir} ({failure}); "
+                    "those before it are whole; make room, or mend that, and the next evaluation saves again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if self.world_size > 1:
+            self.store.set(f"{step}/{self.rank}", json.dumps({"hashes": hashes, "failure": failure}))
+            failure = self.hear(0, step)["failure"]  # rank 0's word counts
+        return failure
+
+    def hear(self, rank: int, step: int) -> dict:
+        """What another process says of the checkpoint, as soon as it does; a slow disk may take its time."""
+        while not self.store.check([f"{step}/{rank}"]):
+            if not threading.main_thread().is_alive():
+                raise RuntimeError(f"training ended while rank {rank} was writing")
+            time.sleep(0.02)
+        return json.loads(self.store.get(f"{step}/{rank}"))
+
+
+def reason(error: Exception) -> str:
+    """What the disk says, in the system's words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors wraps them
+    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def copy_to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, of sharded ones the rows that this process has, copied into `copies`, which grows to hold them."""
+    for name, tensor in tensors.items():
+        own = sharding.local(tensor.detach())
+        if name not in copies:
+            copies[name] = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+        copies[name].copy_(own, non_blocking=own.is_cuda)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return {name: copies[name] for name in tensors}
+
+
+def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
+    """Write safetensors files, by name, into a new folder and onto the disk. Returns their SHA-256 (hex)."""
+    for name, tensors in parts.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / name)
+        files.sync(folder / name)
+    return {name: files.sha256(folder / name) for name in parts}
+
+
+def complete(beside: Path, state: dict, hashes: dict[str, str], keep: int, best: bool) -> None:
+    """Make the folder `beside`, which has all its tensors, the checkpoint of state["step"]."""
+    out_dir, final = beside.parent, beside.with_name(f"step_{state['step']:06d}")
+    replaced = out_dir / f".replaced-{final.name}"
+    for name in hashes:
+        deadline = time.monotonic() + 60  # network filesystems may show a new file late
+        while not (beside / name).exists():
+            if time.monotonic() > deadline:
+                raise OSError(0, f"{name} is not there: all machines must see the same folder as out_dir")
+            time.sleep(1)
+    for file in beside.iterdir():
+        if file.name not in hashes:  # of a process that was killed while it wrote the same step
+            file.unlink()
+    hashes = {**hashes, "state": state_hash(state)}
+    (beside / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+    files.sync(beside / "state.json")
+    files.sync(beside)
     shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # the same step once more, after a resume
+        os.rename(final, replaced)
+    os.rename(beside, final)
+    files.sync(out_dir)
+    if best:  # before `latest`, which says that all is done
+        files.replace(out_dir / "best", final.name + "\n")
+    files.replace(out_dir / "latest", final.name + "\n")
+    for leftover in out_dir.glob(".*-step_*"):  # of a process that was killed, too
+        shutil.rmtree(leftover, ignore_errors=True)
     # those beyond this step were damaged, or the run would have gone on from them
     earlier = [folder for folder in step_folders(out_dir) if step_of(folder) <= state["step"]]
     stay = {out_dir / (read_pointer(out_dir / "best") or ""), *earlier[:keep]}
     for folder in step_folders(out_dir):
         if folder not in stay or folder not in earlier:
             shutil.rmtree(folder, ignore_errors=True)
-    return final
 
 
-def parameters(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, on the CPU; a matrix that head and embedding share, once. Where it has adapters,
-    these alone."""
-    own = lora.adapters(model) or dict(model.named_parameters())
-    return {name: p.detach().cpu().contiguous() for name, p in own.items()}
+def weights_kind(state: dict) -> str:
+    """What the files of a step folder that hold the parameters are called."""
+    return "adapters" if state.get("lora") else "model"
 
 
-def weights_name(state: dict) -> str:
-    """The file of a step folder that holds the parameters."""
-    return "adapters.safetensors" if state.get("lora") else "model.safetensors"
+def file_names(kind: str, shards: int) -> list[str]:
+    """The files, one a shard, that hold the tensors of a kind: model, adapters or optimizer."""
+    if shards == 1:
+        return [f"{kind}.safetensors"]
+    return [f"{kind}-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+
+
+class Stored:
+    """A tensor in one safetensors file, or its rows (dimension 0) in several, one file's after the other's. Nothing but
+    `shape` is read until rows are asked for: `stored[3:7]`; a number has none, and is `stored[...]`. Numbers that are
+    not finite raise UserError then."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder, self.pieces = name, folder, []
+
+    @property
+    def shape(self) -> torch.Size:
+        first, *others = (piece.get_shape() for piece in self.pieces)
+        return torch.Size([first[0] + sum(shape[0] for shape in others), *first[1:]] if first else [])
+
+    def __getitem__(self, rows) -> torch.Tensor:
+        tensor = self.read(rows)
+        check_tensors({self.name: tensor}, str(self.folder))
+        return tensor
+
+    def read(self, rows) -> torch.Tensor:
+        if rows is ...:
+            rows = slice(None)
+            if not self.shape:
+                return self.pieces[0][...]
+        start, stop, _ = rows.indices(self.shape[0])
+        found = []
+        for piece in self.pieces:
+            n = piece.get_shape()[0]
+            if max(start, 0) < min(stop, n):
+                found.append(piece[max(start, 0) : min(stop, n)])
+            start, stop = start - n, stop - n
+        return torch.cat(found) if len(found) > 1 else found[0] if found else self.pieces[0][0:0]
+
+
+def open_tensors(folder: Path, state: dict, kind: str) -> dict[str, Stored]:
+    """The tensors of a kind in a checkpoint, by name. Raises UserError where their files do not fit together."""
+    tensors = {}
+    try:
+        for name in file_names(kind, state.get("shards", 1)):
+            file = safe_open(folder / name, "pt")
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                tensors.setdefault(key, Stored(key, folder)).pieces.append(file.get_slice(key))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / name} cannot be read: {error}") from error
+    for key, stored in tensors.items():
+        if len({(len(piece.get_shape()), *piece.get_shape()[1:]) for piece in stored.pieces}) > 1:
+            raise UserError(f"the files of {folder} do not fit together: {key} has another shape in each")
+    return tensors
 
 
 def state_hash(state: dict) -> str:
@@ -124,6 +294,17 @@ def holds_run(out_dir: Path) -> bool:
     return bool(step_folders(out_dir)) or any((out_dir / name).exists() for name in ("ckpt.pt", "state.json"))
 
 
+def launched_by(out_dir: Path, launch: str) -> bool:
+    """Whether a checkpoint in `out_dir` was saved by processes of this launch (`watch.launch_id`)."""
+    for folder in step_folders(out_dir):
+        try:
+            if json.loads((folder / "state.json").read_text()).get("launch") == launch:
+                return True
+        except (OSError, ValueError, AttributeError, RecursionError):  # damaged: `find` will say so
+            continue
+    return False
+
+
 def remove_run(out_dir: Path) -> None:
     """Remove what a run wrote into `out_dir`, and nothing else. A nanoGPT checkpoint there stays."""
     for folder in [*step_folders(out_dir), *out_dir.glob(".*-step_*")]:
@@ -144,12 +325,19 @@ def read_state(folder: Path) -> dict:
         raise Damaged(f"{path} is not whole") from error
     if not whole:
         raise Damaged(f"{path} is not what was written: its SHA-256 differs from the one in it")
-    if state.get("format") != FORMAT:
+    if state.get("format") not in (1, FORMAT):
         raise Damaged(f"{path} has format {state.get('format')!r:.20}, which this version does not read")
     # a stranger's file may be whole and still hold anything
     number, count = (int, float, type(None)), int
     kinds = dict(config=dict, settings=dict, tokenizer=dict, step=count, position=count, skipped=count, bad_steps=count)
-    kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
+    kinds |= dict(
+        shards=count,
+        scaler=dict,
+        seconds=(int, float),
+        best_loss=number,
+        val_loss=number,
+        evaluated_at=(int, type(None)),
+    )
     for name, kind in kinds.items():
         value = state.get(name)
         if name in state and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -158,12 +346,16 @@ def read_state(folder: Path) -> dict:
             raise Damaged(f"{path}: {name} = {value!r:.40} is not as it should be")
     if missing := {"config", "settings", "tokenizer", "step"} - state.keys():
         raise Damaged(f"{path} has no {min(missing)}")
+    shards = state.get("shards", 1)
+    if not 0 < shards < 2**20:
+        raise Damaged(f"{path}: shards = {shards} is not as it should be")
     if adapters := state.get("lora"):
         kinds = dict(rank=int, alpha=(int, float), base=str, sha256=str)
         whole = isinstance(adapters, dict) and all(isinstance(adapters.get(name), kinds[name]) for name in kinds)
         if not whole or not 0 < adapters["rank"] < 2**20:
             raise Damaged(f"{path}: lora = {adapters!r:.40} is not as it should be")
-    for name in (weights_name(state), "optimizer.pt"):
+    optimizer = ["optimizer.pt"] if state["format"] == 1 else file_names("optimizer", shards)
+    for name in [*file_names(weights_kind(state), shards), *optimizer]:
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{file} is missing")
@@ -211,15 +403,15 @@ def find(out_dir: Path, which: str = "latest") -> tuple[Path, dict]:
     )
 
 
-def build_model(folder: Path, state: dict) -> GPT:
-    """The model of a checkpoint, on the CPU in float32. That of a LoRA run has its adapters beside the weights of the
-    base; a base that is not the one they were trained on is a UserError."""
-    path = folder / weights_name(state)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    check_tensors(tensors, str(path))
+def build_model(folder: Path, state: dict, meta: bool = False) -> GPT:
+    """The model of a checkpoint, on the CPU in float32; with `meta` on the meta device, its parameters left for
+    `open_tensors`. That of a LoRA run has its adapters beside the weights of the base; a base that is not the one they
+    were trained on is a UserError."""
+    kind = weights_kind(state)
+    path = folder / file_names(kind, state.get("shards", 1))[0]
+    tensors = open_tensors(folder, state, kind)
+    if meta:
+        return fitting_model(state["config"], tensors, str(path))
     if not state.get("lora"):
         return fill(state["config"], tensors, str(path))
 
@@ -240,6 +432,7 @@ def build_model(folder: Path, state: dict) -> GPT:
         setattr(model.config, name, getattr(config, name))
     if config != model.config:
         raise UserError(f"{path} is not for a model of the shape of {source}")
+    tensors = {name: stored[...] for name, stored in tensors.items()}
     lora.load_adapters(model, tensors, adapters["rank"], adapters["alpha"], str(path))
     return model
 
@@ -269,9 +462,20 @@ def empty_model(shape: dict, source: str) -> GPT:
         raise UserError(f"{source} belongs to no model of this version ({error})") from error
 
 
-def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
+def fill(shape: dict, tensors: dict[str, torch.Tensor | Stored], source: str) -> GPT:
     """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
     are the model's, which is known before any memory is taken."""
+    model = fitting_model(shape, tensors, source)
+    tensors = {name: tensors[name][...].float().contiguous() for name, _ in model.named_parameters()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if model.config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def fitting_model(shape: dict, tensors: dict, source: str) -> GPT:
+    """The model with the GPTConfig fields `shape`, on the meta device. Raises UserError unless the names and shapes of
+    `tensors` are those of its parameters."""
     model = empty_model(shape, source)
     own = dict(model.named_parameters())
     if model.config.tie_weights:
@@ -284,9 +488,6 @@ def fill(shape: dict, tensors: dict[str, torch.Tensor], source: str) -> GPT:
         if p.shape != tensors[name].shape:
             shapes = f"{list(tensors[name].shape)} instead of {list(p.shape)}"
             raise UserError(f"{source} is a checkpoint of another shape: its {name} is {shapes}")
-    model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, strict=False, assign=True)
-    if model.config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
@@ -305,11 +506,19 @@ def check_tensors(tensors: dict[str, torch.Tensor], source: str) -> None:
             raise UserError(f"{source} is broken: {name} is no tensor of finite numbers; take an earlier checkpoint")
 
 
-def load_optimizer_state(folder: Path) -> dict:
-    try:
-        return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # its hash is right, so a stranger made it: a pickle of something else
-        raise UserError(f"{folder / 'optimizer.pt'} is not an optimizer's state; nothing in it was run") from error
+def load_optimizers(folder: Path, state: dict, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Give the optimizers of `model` what they remembered when the checkpoint was saved. Raises UserError where that
+    was of another model or other optimizers."""
+    if state["format"] == FORMAT:
+        saved = open_tensors(folder, state, "optimizer")
+    else:
+        try:
+            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["optimizers"]
+        except Exception as error:  # its hash is right, so a stranger made it: a pickle of something else
+            raise UserError(f"{folder / 'optimizer.pt'} is not an optimizer's state; nothing in it was run") from error
+        saved = optim.name_moments(model, optimizers, saved)
+        check_tensors(saved, str(folder / "optimizer.pt"))
+    optim.load_moments(model, optimizers, saved)
 
 
 def load_nanogpt(path: Path) -> tuple[GPT, dict]:

@@ -41,11 +41,16 @@ def sha256(path: str | Path) -> str:
 
 
 def sync(path: str | Path) -> None:
-    """Put a file, or the names in a folder, on the disk. Windows opens no folders, and needs none opened."""
-    if os.name == "posix" or not os.path.isdir(path):
+    """Put a file, or the names in a folder, on the disk. Windows opens no folders, and some network filesystems sync
+    none: there the names are as safe as that system makes them."""
+    is_folder = os.path.isdir(path)
+    if os.name == "posix" or not is_folder:
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
         finally:
             os.close(descriptor)
 

@@ -4,10 +4,12 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from acorn import UserError
-from acorn.checkpoint import is_whole
+from acorn.sharding import local, own_rows
 from model import GPT
 
 
@@ -19,6 +21,7 @@ def make_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     device_type: str,
+    muon_dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that update the model together: AdamW for everything ("adamw"), or Muon for the matrices inside
     the blocks and AdamW for embeddings, head and norms ("muon"). Each group's "peak_lr" is what a schedule scales."""
@@ -33,57 +36,87 @@ def make_optimizers(
         if others:
             optimizers.append(torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused))
         if matrices:  # either may be frozen
-            optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay))
+            optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     for group in (group for each in optimizers for group in each.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def load_state(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
-    """Restore what each optimizer remembers; rates and decay stay those that it has now.
+def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember, after the names of parameters: wte.weight.exp_avg, wte.weight.step and so on; only
+    numbers of steps are numbers, all else has the parameter's shape. Nothing before the first update."""
+    names = {p: name for name, p in model.named_parameters()}
+    remembered = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
+    return {f"{names[p]}.{kind}": value for p, moments in remembered for kind, value in moments.items()}
 
-    The state may come from a stranger, and a fused kernel trusts its shapes: anything but one tensor of the
-    parameter's shape, or one number, all finite, for each thing remembered raises UserError.
+
+def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
+    """Give the optimizers what `named_moments` had. The values of `saved` are tensors, or what has a `shape` and gives
+    its rows when indexed like one: of a sharded parameter only those of this process are asked for.
+
+    They may come from a stranger, and a fused kernel trusts their shapes: others than the parameters', and other names
+    than those of these optimizers, raise UserError.
     """
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers if saved else ():
+        kinds = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
+            value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
+            if value is None or value.shape != shape:
+                raise UserError(OTHER_OPTIMIZER)
+            if kind == "step":  # beside the parameter, as fused kernels want it
+                optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
+            else:
+                optimizer.state[p][kind] = torch.zeros_like(p)
+                local(optimizer.state[p][kind]).copy_(value[own_rows(p)])
+    if saved:
+        raise UserError(OTHER_OPTIMIZER)
+
+
+OTHER_OPTIMIZER = (
+    "the saved optimizer state is of another model or optimizer; start from the weights alone with "
+    "--init_from=OUT_DIR into a new --out_dir"
+)
+
+
+def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, Tensor]:
+    """What `named_moments` would have given for the optimizers whose state_dicts `saved` are, as older checkpoints have
+    them: they number the parameters. Raises UserError where they do not belong to these optimizers."""
+    names, named = {p: name for name, p in model.named_parameters()}, {}
     try:
         for optimizer, state in zip(optimizers, saved, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             order = [i for group in state["param_groups"] for i in group["params"]]
-            sizes = [len(group["params"]) for group in state["param_groups"]]
-            fits = sizes == [len(group["params"]) for group in optimizer.param_groups]
             for i, moments in state["state"].items():
-                shape = params[order.index(i)].shape
-                for value in moments.values():
-                    fits = fits and isinstance(value, Tensor) and is_whole(value) and value.shape in (shape, ())
-                names = {name for name, value in moments.items() if value.shape == shape}
-                fits = fits and ({"exp_avg", "exp_avg_sq"} <= names or names == {"momentum"})
-            if not fits:
-                raise ValueError("a shape differs")
-            now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(
-                {
-                    **state,
-                    "param_groups": [
-                        {**g, "params": p["params"]} for g, p in zip(now, state["param_groups"], strict=True)
-                    ],
-                }
-            )
+                for kind, value in moments.items():
+                    if not isinstance(value, Tensor) or value.layout != torch.strided:
+                        raise TypeError("no tensor")
+                    named[f"{names[params[order.index(i)]]}.{kind}"] = value
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            "the saved optimizer state is of another model or optimizer; start from the weights alone with "
-            "--init_from=OUT_DIR into a new --out_dir"
-        ) from error
+        raise UserError(OTHER_OPTIMIZER) from error
+    return named
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices: https://kellerjordan.github.io/posts/muon/
 
     Every direction of the weight then moves equally far, also those in which the gradient is small. Matrices of the
-    same shape are stacked and orthogonalized together, which is what makes it cheap for small models.
+    same shape are stacked and orthogonalized together, which is what makes it cheap for small models. Several processes
+    divide the matrices among them; of sharded ones each remembers the momentum of its own rows. `dtype` is that in
+    which they are orthogonalized: bfloat16 serves, but makes visible in the losses what float32 keeps in the last
+    digits, such as the order in which processes sum up a gradient.
     """
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -93,20 +126,67 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
             for (rows, columns), params in same_shape.items():
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                grads = [p.grad for p in params]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                updates = orthogonalize(torch.stack(nesterov)).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+                nesterov = nesterov.to(self.dtype)  # (N, own rows, columns)
+                if isinstance(params[0], DTensor):
+                    updates = orthogonalize_sharded(nesterov, rows)
+                else:
+                    updates = orthogonalize_divided(nesterov)
+                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+                updates = updates.to(own[0].dtype).unbind()
+                torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalize_divided(x: Tensor) -> Tensor:
+    """`orthogonalize` of x (N, rows, columns), which all processes have: each takes its share of the N matrices."""
+    n, world_size = len(x), dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalize(x)
+    share = math.ceil(n / world_size)
+    first = min(share * dist.get_rank(), n)
+    mine = pad(orthogonalize(x[first : first + share]), 0, share)
+    result = mine.new_empty(world_size * share, *x.shape[1:])
+    dist.all_gather_into_tensor(result, mine)
+    return result[:n]
+
+
+def orthogonalize_sharded(x: Tensor, rows: int) -> Tensor:
+    """`orthogonalize` of N matrices of so many `rows`, of which this process has its own: x (N, own rows, columns),
+    and so the result. Each matrix is put together in one process only, which orthogonalizes it and hands the rows back,
+    so none holds more elements than before."""
+    n, own_rows, columns = x.shape
+    world_size = dist.get_world_size()
+    share, chunk = math.ceil(n / world_size), math.ceil(rows / world_size)  # of matrices and of rows, at the most
+    x = pad(pad(x, 0, world_size * share), 1, chunk)
+    pieces = exchange(x.view(world_size, share, chunk, columns))  # my share of the matrices, the rows of each process
+    mine = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
+    mine = pad(orthogonalize(mine), 1, world_size * chunk)
+    pieces = exchange(mine.view(share, world_size, chunk, columns).transpose(0, 1))  # my rows of all the matrices
+    return pieces.reshape(world_size * share, chunk, columns)[:n, :own_rows]
+
+
+def exchange(x: Tensor) -> Tensor:
+    """x (world_size, ...), of which x[i] goes to process i -> the same shape, of which [i] came from process i."""
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x)
+    return received
+
+
+def pad(x: Tensor, dim: int, size: int) -> Tensor:
+    """x with zeros at its end, so that dimension `dim` has `size` elements."""
+    shape = list(x.shape)
+    shape[dim] = size - x.size(dim)
+    return torch.cat((x, x.new_zeros(shape)), dim) if shape[dim] else x
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     """The nearest orthogonal matrix to each of x (N, rows, columns), roughly: singular values end up around 1, from
-    0.7 to 1.2. A quintic Newton-Schulz iteration in bfloat16, with the coefficients of Muon's authors."""
+    0.7 to 1.2. A quintic Newton-Schulz iteration, with the coefficients of Muon's authors."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = x.bfloat16()
     tall = x.size(1) > x.size(2)
     if tall:  # so that x @ x.mT is the smaller product
         x = x.mT

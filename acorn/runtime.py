@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from acorn import UserError
+from acorn import UserError, watch
 
 # Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations a second, from the makers' data sheets.
 # The first name that stands in the device's own is its row.
@@ -47,6 +47,7 @@ class Runtime:
     notes: list[str]  # what was chosen, and why
     rank: int = 0
     world_size: int = 1
+    fsdp: bool = False  # whether the processes hold a shard of the model each
 
     @property
     def is_main(self) -> bool:
@@ -54,8 +55,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self):
-        """The context in which the model runs forward."""
-        if self.dtype == torch.float32:
+        """The context in which the model runs forward. A sharded one sees to its precision itself."""
+        if self.dtype == torch.float32 or self.fsdp:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -80,6 +81,37 @@ class Runtime:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """`values` of every process, by rank."""
+        if self.world_size == 1:
+            return [values]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyones = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(everyones, own)
+        return torch.stack(everyones).tolist()
+
+    def average_gradients(self, model: torch.nn.Module) -> None:
+        """What DistributedDataParallel does in the last backward pass, done after it."""
+        for p in model.parameters() if self.world_size > 1 else ():
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= self.world_size
+
+    def fits(self, work: Callable, *arguments) -> bool:
+        """Do `work`, in which no process may wait for another; whether the memory of every process sufficed for it."""
+        short = 0
+        try:
+            work(*arguments)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            short = 1
+        if self.sum(torch.tensor(short)).item() == 0:
+            return True
+        if self.device.type in ("cuda", "mps"):  # pieces of the larger size are of no use any more
+            getattr(torch, self.device.type).empty_cache()
+        return False
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock that is read next tells the truth."""
         if self.device.type in ("cuda", "mps"):
@@ -97,9 +129,11 @@ class Runtime:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024) -> Runtime:
+def setup(
+    device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024, fsdp: bool = False
+) -> Runtime:
     """Choose device and precision, and join the other processes where `torchrun` started several. `width` is that of
-    the model's matrices, in channels.
+    the model's matrices, in channels; `fsdp` says whether the model is to be sharded among the processes.
 
     Raises UserError for a device that this machine or this torch does not have.
     """
@@ -111,13 +145,27 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", w
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if backend == "auto" or chosen.type != "cuda":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
+        watch.join(backend, rank, world_size)
+        watch.start(rank, world_size)
         notes.append(f"{world_size} processes over {backend}")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
     precision = choose_dtype(dtype, chosen, width, notes)
-    return Runtime(chosen, precision, choose_compile(compile, chosen, notes), notes, rank, world_size)
+    if fsdp and world_size == 1:
+        notes.append("not sharded (fsdp: one process holds all of the model; torchrun starts several)")
+    elif fsdp and precision == torch.float16:
+        raise UserError("fsdp = True does not go with float16, whose gradients are scaled; give --dtype=float32")
+    elif fsdp:
+        notes.append("sharded among them")
+    compiled = choose_compile(compile, chosen, notes)
+    return Runtime(chosen, precision, compiled, notes, rank, world_size, fsdp and world_size > 1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which torch, its libraries and numpy say that memory is exhausted."""
+    words = ("out of memory", "allocate memory", "not enough memory", "memory object", "alloc_failed")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
 
 
 def leave(code: int) -> int:
@@ -128,6 +176,7 @@ def leave(code: int) -> int:
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        watch.end()
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
         sys.stdout.flush()

@@ -1,15 +1,17 @@
 """acorn/checkpoint.py: whole or not there, safe to load, and going back to the one before where one is damaged."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
+import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint
+from acorn import UserError, checkpoint, files, optim
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -22,10 +24,23 @@ def model(seed=0, **changes) -> GPT:
     return GPT(GPTConfig(**{**shape, **changes}))
 
 
-def save(folder, step, m=None, keep=2, best=False):
-    m = m or model(step)
-    optimizer = m.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    return checkpoint.save(folder, m, {"optimizer": optimizer.state_dict()}, {**STATE, "step": step}, keep, best)
+def make_optimizers(m: GPT, kind="adamw", updates=1) -> list[torch.optim.Optimizer]:
+    """Optimizers that made so many updates of the model."""
+    optimizers = optim.make_optimizers(m, kind, 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+    idx = torch.arange(16).view(2, 8)
+    for _ in range(updates):
+        m(idx, idx)[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return optimizers
+
+
+def save(folder, step, m=None, keep=2, best=False, optimizers=None):
+    m, writer = m or model(step), checkpoint.Writer(folder, keep)
+    writer.save(m, optimizers or make_optimizers(m), {**STATE, "step": step}, best)
+    assert writer.wait()
+    return folder / f"step_{step:06d}"
 
 
 def same(a: GPT, b: GPT) -> bool:
@@ -42,6 +57,120 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
         folder, state = checkpoint.find(tmp_path)
         loaded = checkpoint.build_model(folder, state)
         assert same(loaded, m) and loaded.config == m.config
+
+
+def assert_same_moments(one: dict, other: dict):
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("form", ["of now", "optimizer.pt"])
+def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
+    m = model()
+    optimizers = make_optimizers(m, kind)
+    folder = save(tmp_path, 1, m, optimizers=optimizers)
+    if form == "optimizer.pt":  # as older checkpoints have it
+        os.remove(folder / "optimizer.safetensors")
+        torch.save({"optimizers": [each.state_dict() for each in optimizers], "scaler": {}}, folder / "optimizer.pt")
+        state = json.loads((folder / "state.json").read_text()) | {"format": 1}
+        state["sha256"] |= {
+            "optimizer.pt": files.sha256(folder / "optimizer.pt"),
+            "state": checkpoint.state_hash(state),
+        }
+        (folder / "state.json").write_text(json.dumps(state))
+    folder, state = checkpoint.find(tmp_path)
+    again = checkpoint.build_model(folder, state)
+    loaded = make_optimizers(again, kind, updates=0)
+    checkpoint.load_optimizers(folder, state, again, loaded)
+    assert_same_moments(optim.named_moments(again, loaded), optim.named_moments(m, optimizers))
+    other = make_optimizers(again, "muon" if kind == "adamw" else "adamw", updates=0)
+    with pytest.raises(UserError, match="another model or optimizer"):
+        checkpoint.load_optimizers(folder, state, again, other)
+
+
+def test_a_checkpoint_before_the_first_update_has_nothing_to_remember(tmp_path):
+    m = model()
+    save(tmp_path, 0, m, optimizers=make_optimizers(m, updates=0))
+    folder, state = checkpoint.find(tmp_path)
+    again = checkpoint.build_model(folder, state)
+    checkpoint.load_optimizers(folder, state, again, optimizers := make_optimizers(again, updates=0))
+    assert optim.named_moments(again, optimizers) == {}
+
+
+@pytest.mark.parametrize("shards", [2, 3, 40])  # some of 40 have no row of the smaller tensors
+def test_what_several_processes_wrote_is_one_model(tmp_path, shards):
+    m = model()
+    optimizers = make_optimizers(m)
+    folder = save(tmp_path, 1, m, optimizers=optimizers)
+    state = json.loads((folder / "state.json").read_text()) | {"shards": shards}
+    for kind in ("model", "optimizer"):
+        whole = load_file(folder / f"{kind}.safetensors")
+        os.remove(folder / f"{kind}.safetensors")
+        rows = {name: torch.arange(len(t)).chunk(shards) if t.dim() else [] for name, t in whole.items()}
+        for i, name in enumerate(checkpoint.file_names(kind, shards)):
+            own = {
+                key: t[rows[key][i] if i < len(rows[key]) else slice(0, 0)] if t.dim() else t
+                for key, t in whole.items()
+            }
+            save_file(own, folder / name)
+            state["sha256"][name] = files.sha256(folder / name)
+        stored = checkpoint.open_tensors(folder, state, kind)
+        assert all(torch.equal(stored[name][...], t) and stored[name].shape == t.shape for name, t in whole.items())
+        longest = max(whole, key=lambda name: whole[name].numel())
+        for start, stop in ((0, 5), (3, 200), (100, 257), (80, 80)):
+            assert torch.equal(stored[longest][start:stop], whole[longest][start:stop])
+    state["sha256"]["state"] = checkpoint.state_hash(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    again = checkpoint.build_model(*checkpoint.find(tmp_path))
+    loaded = make_optimizers(again, updates=0)
+    checkpoint.load_optimizers(folder, state, again, loaded)
+    assert same(again, m)
+    assert_same_moments(optim.named_moments(again, loaded), optim.named_moments(m, optimizers))
+    os.remove(folder / checkpoint.file_names("optimizer", shards)[-1])
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is saved is what was there when `save` returned, whatever happens to the model after that."""
+    may_write = threading.Event()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: may_write.wait() and save_file(*args))
+    m = model()
+    before = {name: p.clone() for name, p in m.state_dict().items()}
+    writer = checkpoint.Writer(tmp_path, keep=2)
+    writer.save(m, optimizers := make_optimizers(m, updates=0), {**STATE, "step": 1}, best=False)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(1)
+    assert not checkpoint.step_folders(tmp_path)
+    may_write.set()
+    writer.save(m, optimizers, {**STATE, "step": 2}, best=False)  # once the first is done
+    assert writer.wait()
+    first = load_file(tmp_path / "step_000001" / "model.safetensors")
+    second = load_file(tmp_path / "step_000002" / "model.safetensors")
+    for name, p in first.items():
+        assert torch.equal(p, before[name]) and torch.equal(p + 1, second[name])
+
+
+def test_a_write_that_fails_is_said_and_the_next_one_is_tried(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save(tmp_path, 1)
+    m, writer = model(), checkpoint.Writer(tmp_path, keep=2)
+    for module, name in ((checkpoint, "save_file"), (files, "sync"), (os, "rename"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            writer.save(m, [], {**STATE, "step": 2}, best=True)
+            assert not writer.wait() and writer.failure == os.strerror(errno.ENOSPC)
+        said = capsys.readouterr().err
+        assert said.startswith("warning: the checkpoint of step 2 could not be written") and said.count("\n") == 1
+        assert checkpoint.find(tmp_path)[1]["step"] == 1
+        shutil.rmtree(tmp_path / "step_000002", ignore_errors=True)
+    writer.save(m, [], {**STATE, "step": 3}, best=True)
+    assert writer.wait() and checkpoint.find(tmp_path)[1]["step"] == 3
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_tied_weights_are_stored_once_and_are_tied_again(tmp_path):
@@ -83,7 +212,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
 
     really_remove = shutil.rmtree
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
-    for module, name in ((checkpoint, "save_file"), (checkpoint.files, "sync"), (checkpoint.torch, "save")):
+    for module, name in ((checkpoint, "save_file"), (checkpoint.files, "sync")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, dying(getattr(os, name)))
@@ -96,7 +225,6 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
         except Killed:
             folder, state = checkpoint.find(tmp_path)
             checkpoint.build_model(folder, state)
-            checkpoint.load_optimizer_state(folder)
         else:
             break
     assert die_at > 8  # there were that many instants, and then the save went through
@@ -123,7 +251,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path):
     save(tmp_path, 10)
-    (save(tmp_path, 20, best=True) / "optimizer.pt").write_bytes(b"x")
+    (save(tmp_path, 20, best=True) / "optimizer.safetensors").write_bytes(b"x")
     assert checkpoint.find(tmp_path)[1]["step"] == 10
     save(tmp_path, 15, keep=1)
     assert [f.name for f in checkpoint.step_folders(tmp_path)] == ["step_000015"]
@@ -165,7 +293,7 @@ def test_hostile_json_and_sizes_are_refused_before_they_cost_anything(tmp_path):
         checkpoint.find(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, file, damage):
     save(tmp_path, 1)
@@ -187,6 +315,32 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     shutil.rmtree(tmp_path / "step_000001")
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"step_0000", b"\xff\x00", b"step_000009\n"])
+def test_a_pointer_that_is_torn_or_gone_leads_to_the_newest_whole_checkpoint(tmp_path, content):
+    """As filesystems leave it where a rename over a file is no single step. No clock decides what is newest."""
+    for step in (1, 2):
+        os.utime(save(tmp_path, step), (0, 4e9 - step * 1e9))
+    (save(tmp_path, 3, keep=9) / "model.safetensors").write_bytes(b"torn")
+    for name in ("latest", "best"):
+        (tmp_path / name).unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert checkpoint.find(tmp_path, name)[1]["step"] == 2
+
+
+def test_a_filesystem_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
+    really_sync = os.fsync
+
+    def sync(descriptor):
+        if os.path.isdir(f"/dev/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        really_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    save(tmp_path, 1, best=True)
+    assert checkpoint.find(tmp_path)[1]["step"] == 1
 
 
 def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path):

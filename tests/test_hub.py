@@ -63,7 +63,9 @@ def assert_same_logits(model: GPT, other, vocab_size=37):
 
 def saved(folder: Path, model: GPT, kind="byte", texts=()) -> Path:
     state = {"settings": {}, "tokenizer": get_tokenizer(kind, texts).to_dict(), "step": 1}
-    checkpoint.save(folder, model, {}, state, 1, True)
+    writer = checkpoint.Writer(folder, keep=1)
+    writer.save(model, [], state, best=True)
+    assert writer.wait()
     return folder
 
 

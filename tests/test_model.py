@@ -195,6 +195,20 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
 
 
+def test_recomputed_blocks_have_the_gradients_of_kept_ones_to_the_bit():
+    """Dropout draws the same numbers twice."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, dropout=0.3, pos="rope"))
+    idx = torch.randint(11, (2, 9))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]] * 2)
+    grads = []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(1)
+        model(idx[:, :-1], idx[:, 1:], documents=documents)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*grads, strict=True))
+
+
 def test_softcap_bounds_the_logits():
     with torch.no_grad():
         capped, _ = random_model(logit_softcap=1.0)(tokens(), tokens())

@@ -49,7 +49,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 48, 16), (2, 16, 64)):
         x = torch.randn(shape)
-        y = orthogonalize(x).float()
+        y = orthogonalize(x.bfloat16()).float()
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
         values = torch.linalg.svdvals(y)
         assert y.shape == x.shape and 0.5 < values.min() and values.max() < 1.4
@@ -72,7 +72,7 @@ def test_muon_steps_are_the_formula_matrix_by_matrix():
         buffer = torch.zeros_like(p)
         for step in grads:
             buffer = 0.9 * buffer + 0.1 * step[i]
-            update = orthogonalize((0.1 * step[i] + 0.9 * buffer)[None])[0].float()
+            update = orthogonalize((0.1 * step[i] + 0.9 * buffer)[None].bfloat16())[0].float()
             p = p * (1 - 0.1 * 0.5) - 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5 * update
         torch.testing.assert_close(params[i].detach(), p, rtol=0.02, atol=2e-3)  # bfloat16 inside
 

@@ -1,0 +1,70 @@
+"""Fully sharded data parallelism (FSDP2): each process holds some rows of every parameter, of its gradient and of what
+the optimizer remembers of it.
+
+A block's parameters are gathered when the block runs, forward and backward, and let go after it, so that a model may be
+larger than the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FSDP, https://arxiv.org/abs/2304.11277.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from acorn.runtime import Runtime
+from model import GPT
+
+
+def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
+    """`model` with its parameters sharded among the processes, on their devices.
+
+    One that stands on the meta device takes no memory as a whole in any of them: here its parameters get their values,
+    by name, of which only the rows of this process are asked for; or without `values` they are initialized, one after
+    the other, to the numbers that they would have unsharded after the same `torch.manual_seed`.
+    """
+    on_meta = model.transformer.wte.weight.is_meta
+    mesh = init_device_mesh(r.device.type, (r.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=r.dtype, reduce_dtype=torch.float32)
+    for module in (*model.transformer.h, model):  # the last takes what the blocks leave: embeddings, norm and head
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if on_meta:
+        model.to_empty(device=r.device)
+        if model.config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+        for name, p in model.named_parameters():
+            if values is not None:
+                local(p.detach()).copy_(values[name][own_rows(p)])
+                continue
+            whole = torch.empty(p.shape)
+            model.init_parameter(name, whole)
+            p.detach().copy_(rows_of(whole, p))
+    return model
+
+
+def rows_of(whole: Tensor, p: Tensor) -> Tensor:
+    """The rows of `whole` that belong to this process, sharded as `p` is; all of it where p is not sharded."""
+    if not isinstance(p, DTensor):
+        return whole
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # each has it: nothing is sent
+
+
+def own_rows(p: Tensor) -> slice:
+    """Which rows (dimension 0) of a parameter this process has; all of one that is not sharded."""
+    if not isinstance(p, DTensor):
+        return slice(0, len(p))
+    share = math.ceil(len(p) / p.device_mesh.size())  # the last ones have less, or none
+    first = min(share * p.device_mesh.get_local_rank(), len(p))
+    return slice(first, min(first + share, len(p)))
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor: its rows of a sharded one, or all of it."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(tree):
+    """Sharded tensors gathered, in any nesting of dicts and lists. All processes call it; each has the result."""
+    return tree_map_only(DTensor, lambda x: x.full_tensor(), tree)

@@ -1,0 +1,115 @@
+"""Peak memory of a process, and milliseconds of an update, by how training is spread: on one process or several, data
+parallel (each holds the whole model) or sharded (FSDP), blocks kept or recomputed in the backward pass.
+
+$ python benchmarks/memory.py --processes 1,2,4
+
+The global batch is the same throughout. Each row is a run of its own of the parts of train.py on random tokens: the
+model, its initialization, the optimizer, a few updates. On a CPU the peak is that of resident memory (VmHWM), which the
+interpreter and its libraries are a part of, as the row "nothing but the libraries" shows.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+import bench
+import torch
+from bench import machine, median, synchronize, table
+from torch.nn.parallel import DistributedDataParallel
+from train_step import peak_memory
+
+from acorn import runtime, sharding
+from acorn.optim import make_optimizers
+from model import GPT, GPTConfig
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One process of a row: some updates, then rank 0 prints the figures of all as JSON."""
+    r = runtime.setup(args.device, args.dtype, False, fsdp=args.form == "fsdp")
+    L, C, H, T, V = map(int, args.shape.split(","))
+    seconds = []
+    if args.form != "nothing":
+        torch.manual_seed(0)
+        with torch.device("meta" if r.fsdp else "cpu"):
+            model = GPT(GPTConfig(T, V, L, H, C))
+        model.activation_checkpointing = args.recompute
+        model = sharding.shard(model, r) if r.fsdp else model.to(r.device)
+        optimizers = make_optimizers(model, args.optimizer, 6e-4, 0.02, 0.1, (0.9, 0.95), r.device.type)
+        forward = model
+        if r.world_size > 1 and not r.fsdp:
+            forward = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
+        x = torch.randint(V, (args.batch // r.world_size, T), device=r.device)
+        for _ in range(args.updates):
+            synchronize(r.device)
+            start = time.perf_counter()
+            with r.autocast():
+                loss = forward(x, x)[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+            synchronize(r.device)
+            seconds.append(time.perf_counter() - start)
+    peaks = [peak_memory(r.device)]
+    if r.world_size > 1:
+        peaks = [None] * r.world_size
+        torch.distributed.all_gather_object(peaks, peak_memory(r.device))
+    if r.is_main:
+        print(json.dumps({"peak_bytes": peaks, "seconds": median(seconds[1:]) if seconds else None}), flush=True)
+    runtime.leave(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", default="1,2,4", help="how many, one row after the other")
+    parser.add_argument("--shape", default="12,768,12,256,8192", help="layers, width, heads, block, vocabulary")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in an update, over all processes")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--updates", type=int, default=4, help="of which the first does not count")
+    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # of a row's own processes
+    parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.form:
+        return worker(args)
+
+    cases = [("nothing but the libraries", 1, ["--form", "nothing"])]
+    for n in map(int, args.processes.split(",")):
+        for form in ("one", "ddp", "fsdp"):
+            if (form == "one") == (n == 1):
+                for kept, words in (("kept", []), ("recomputed", ["--recompute"])):
+                    cases.append((f"{form}, blocks {kept}", n, ["--form", form, *words]))
+    with torch.device("meta"):
+        L, C, H, T, V = map(int, args.shape.split(","))
+        n_params = GPT(GPTConfig(T, V, L, H, C)).num_params()
+    print(machine(torch.device(args.device)))
+    print(f"{n_params:,} parameters, {args.batch} x {T} tokens, {args.optimizer}, {args.dtype}\n")
+    rows, results = [], {}
+    for name, n, words in cases:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+        threads = max(1, torch.get_num_threads() // n)
+        command = [sys.executable, *launcher, __file__, *sys.argv[1:], *words]
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}, {n} processes: left out ({(done.stderr.strip().splitlines() or ['no reason'])[-1][:100]})")
+            continue
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        peaks, seconds = result["peak_bytes"], result["seconds"]
+        row = {"processes": n, "training": name, "peak a process, MB": f"{max(peaks) / 1e6:,.0f}"}
+        row["peak of all, MB"] = f"{sum(peaks) / 1e6:,.0f}"
+        row["ms an update"] = "" if seconds is None else f"{1e3 * seconds:,.0f}"
+        rows.append(row)
+        results[f"{n}: {name}"] = result
+    print(table(rows))
+    bench.write(args.json, machine=machine(torch.device(args.device)), parameters=n_params, results=results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""For how long a checkpoint stops training, and how long its writing takes beside it.
+
+$ python benchmarks/saving.py --shape 12,768,12 --rounds 5
+
+The model has GPT-2's shapes and AdamW's moments; an update in between is one of a batch of 1 x 64 tokens.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import bench
+import torch
+from bench import machine, median, table
+
+from acorn.checkpoint import Writer
+from acorn.optim import make_optimizers
+from acorn.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="12,768,12", help="layers, width, heads")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default="", help="on the disk to measure; else where temporary files go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", default="", help="also write the result here")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    L, C, H = map(int, args.shape.split(","))
+    model = GPT(GPTConfig(block_size=1024, vocab_size=50304, n_layer=L, n_embd=C, n_head=H, bias=False)).to(device)
+    optimizers = make_optimizers(model, "adamw", 1e-4, 0.02, 0.1, (0.9, 0.95), device.type)
+    idx = torch.randint(50257, (1, 64), device=device)
+
+    def update() -> float:
+        """Seconds that an update takes."""
+        start = time.perf_counter()
+        model(idx, idx)[1].backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        bench.synchronize(device)
+        return time.perf_counter() - start
+
+    update()
+    alone, beside, pauses, writes = [update() for _ in range(3)], [], [], []
+    n_bytes = sum(p.nbytes * 3 for p in model.parameters())  # parameters and two moments
+    state = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict()}
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        writer = Writer(Path(folder), keep=1)
+        for step in range(args.rounds):
+            start = time.perf_counter()
+            writer.save(model, optimizers, {**state, "step": step}, best=False)
+            pauses.append(time.perf_counter() - start)
+            while not writer.writing.done():
+                beside.append(update())
+            assert writer.wait()
+            writes.append(time.perf_counter() - start)
+
+    rows = [
+        {"": "training stops, the first time", "seconds": f"{pauses[0]:.2f}"},
+        {"": "training stops, after that", "seconds": f"{median(pauses[1:] or pauses):.2f}"},
+        {"": "until the checkpoint is on the disk", "seconds": f"{median(writes):.2f}"},
+        {"": "an update, alone", "seconds": f"{median(alone):.2f}"},
+        {"": "an update, while a checkpoint is written", "seconds": f"{median(beside):.2f}"},
+    ]
+    print(machine(device))
+    print(f"{model.num_params():,} parameters, {n_bytes / 1e9:.2f} GB with their moments\n")
+    print(table(rows))
+    bench.write(args.json, machine=machine(device), pauses=pauses, writes=writes, alone=alone, beside=beside)
+
+
+if __name__ == "__main__":
+    main()

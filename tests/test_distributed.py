@@ -1,0 +1,159 @@
+"""Several processes, data parallel or sharded, have the losses of one: train.py started as torchrun starts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO, TINY, script
+from safetensors.torch import load_file
+
+from acorn import UserError
+from train import TrainSettings, micro_batch_size
+
+# several runs one after the other in the same processes, whose start takes longer than a tiny run
+RUNS = f"""
+import json, sys
+sys.path.insert(0, {str(REPO)!r})
+import torch, train
+torch.set_num_threads(1)
+join = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda *how: torch.distributed.is_initialized() or join(*how)
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["train.py", *words]
+    assert train.main() == 0
+train.runtime.leave(0)
+"""
+
+# rows and matrices that two and four processes do not divide, micro-batches that they have to split
+SHAPE = "--n_layer=3 --n_hidden=50 --dropout=0 --eval_interval=25 --max_iters=50".split()
+ADAMW = [*SHAPE, "--document_mask=True"]
+MUON = [*SHAPE, "--optimizer=muon", "--pos=rope", "--ngram=2", "--tie_weights=False", "--zero_init=True"]
+MUON += ["--gradient_accumulation_steps=1", "--batch_size=8"]
+OPTIMIZERS = [("adamw", ADAMW), ("muon", MUON)]
+
+
+def train(cwd, n_processes, *runs):
+    """Run train.py with each list of words, on so many processes; returns what they print."""
+    (cwd / "runs.py").write_text(RUNS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    runs = json.dumps([[*TINY, "--overwrite=True", *map(str, words)] for words in runs])
+    command = [sys.executable, *(launcher if n_processes > 1 else []), cwd / "runs.py", runs]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def losses(out_dir):
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "loss" in name or name == "step"} for line in lines]
+
+
+def assert_same(folder, *runs, rel=1e-5):
+    """The runs have the losses of the first, but for the order of summing up."""
+    one, *others = [losses(folder / run) for run in runs]
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert a == pytest.approx(b, rel=rel)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with a text, with conversations of which only the replies count, and one process's runs on both."""
+    folder = tmp_path_factory.mktemp("distributed")
+    pairs = [{"prompt": f"Say {n} times a.", "response": " ".join("a" * n)} for n in range(1, 40)]
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "t").mkdir()
+    for i in range(40):
+        (folder / "t" / f"{i}.txt").write_text(f"this is document number {i} of many. " * (i % 7 + 1))
+    for words in (["chat", "p.jsonl"], ["text", "t"]):
+        result = script("prepare", *words, "--tokenizer=byte", f"--out={words[0]}", cwd=folder)
+        assert result.returncode == 0, result.stderr
+    data = "--dataset=text:0.6,chat:0.4"
+    train(folder, 1, [*ADAMW, data, "--out_dir=adamw"], [*MUON, data, "--out_dir=muon"])
+    return folder
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_have_the_losses_of_one(alone, n):
+    data = "--dataset=text:0.6,chat:0.4"
+    forms = {"ddp": [], "fsdp": ["--fsdp=True"], "recomputed": ["--fsdp=True", "--activation_checkpointing=True"]}
+    runs = {f"{form}-{name}-{n}": [*words, *more] for form, more in forms.items() for name, words in OPTIMIZERS}
+    del runs[f"recomputed-adamw-{n}"]
+    out = train(alone, n, *([*words, data, f"--out_dir={name}"] for name, words in runs.items()))
+    assert out.count("step 25: train loss") == len(runs)  # one process speaks, and no other
+    assert f"{n} processes over gloo" in out and "sharded among them" in out
+    assert f"micro-batches of {8 // n} sequences" in out
+    for name, _ in OPTIMIZERS:
+        assert_same(alone, name, *(run for run in runs if f"-{name}-" in run))
+
+
+def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alone):
+    """The rate is 0, so what the first update leaves is what there was; then another form takes the run up."""
+    data = ["--dataset=text", "--max_iters=1", "--bias=True"]
+    still = ["--learning_rate=0", "--min_lr=0", "--optimizer=muon", "--muon_lr=0"]
+    train(alone, 1, [*SHAPE, *data, *still, "--out_dir=still"], [*ADAMW, "--dataset=text", "--out_dir=whole"])
+    first = [*ADAMW, "--dataset=text", "--lr_decay_iters=50", "--max_iters=20", "--out_dir=parts"]
+    train(alone, 2, [*SHAPE, *data, *still, "--out_dir=still2", "--fsdp=True"], [*first, "--fsdp=True"])
+    one, other = (load_file(alone / out / "step_000001" / "model.safetensors") for out in ("still", "still2"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    result = script("train.py", "--init_from=resume", "--out_dir=parts", "--max_iters=50", cwd=alone)
+    assert result.returncode == 0 and "not sharded (fsdp: one process" in result.stdout, result.stderr
+    one, other = ([m["loss"] for m in losses(alone / out) if "loss" in m] for out in ("whole", "parts"))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_part_of_a_sharded_model_is_trained_as_of_a_whole_one(alone):
+    """Adapters, frozen parameters; bfloat16, which rounds what float32 carries on, and samples on the way."""
+    data = ["--dataset=text", "--max_iters=6", "--eval_interval=3"]
+    forms = {
+        "lora": ["--init_from=adamw", "--lora_rank=3"],
+        "lora-muon": ["--init_from=adamw", "--lora_rank=3", "--optimizer=muon"],
+        "frozen": ["--freeze=wte|h.0", "--n_layer=3", "--dropout=0"],
+        "bf16": [*SHAPE[:-2], "--dtype=bfloat16", "--n_head=1", "--sample_interval=3"],
+    }
+    train(alone, 1, *([*words, *data, f"--out_dir={name}"] for name, words in forms.items()))
+    words = ["--fsdp=True", "--activation_checkpointing=True"]
+    out = train(alone, 2, *([*form, *data, *words, f"--out_dir={name}2"] for name, form in forms.items()))
+    assert out.count("a sample at step") == 2
+    for name in ("lora", "lora-muon", "frozen"):
+        assert_same(alone, name, f"{name}2")
+    assert_same(alone, "bf16", "bf162", rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_compiled(alone):
+    words = [*MUON, "--dataset=text", "--max_iters=6", "--compile=True"]
+    train(alone, 1, [*words[:-1], "--out_dir=eager"])
+    out = train(
+        alone,
+        2,
+        [*words, "--fsdp=True", "--out_dir=compiled"],
+        [*words, "--fsdp=True", "--activation_checkpointing=True", "--out_dir=compiled-recomputed"],
+    )
+    assert "warning" not in out
+    assert_same(alone, "eager", "compiled", "compiled-recomputed")
+
+
+def test_micro_batches_are_as_large_as_fits_and_a_batch_that_cannot_be_shared_is_refused():
+    def size(accumulation, batch_size, n_processes):
+        s = TrainSettings(gradient_accumulation_steps=accumulation, batch_size=batch_size)
+        return micro_batch_size(s, n_processes)
+
+    assert size(40, 12, 8) == 12  # nanoGPT's, which stays as it is
+    assert size(1, 12, 2) == 6 and size(1, 12, 4) == 3  # the quickstart's
+    assert size(3, 8, 2) == 6  # 12 sequences each, in two micro-batches
+    assert size(5, 12, 1) == 12
+    for accumulation, batch_size, n_processes, nearest in (
+        (1, 12, 8, 16),
+        (1, 1, 4, 4),
+        (40, 12, 64, 16),
+        (6, 5, 4, 4),
+    ):
+        with pytest.raises(UserError, match=rf"--batch_size={nearest} can"):
+            size(accumulation, batch_size, n_processes)
+        assert size(accumulation, nearest, n_processes)

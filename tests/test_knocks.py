@@ -1,0 +1,89 @@
+"""Two processes under torchrun, of which one is killed or stopped, or all are told to end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, TINY, script
+from test_train import numbers
+
+from acorn.watch import SILENT
+
+
+def launch(cwd, dataset, *words, restarts=0) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    command = [sys.executable, *torchrun, REPO / "train.py", *TINY, f"--dataset={dataset}", "--out_dir=o", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, **pipes)
+
+
+def read_until(process, beginning) -> str:
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def workers(launcher) -> list[int]:
+    """The processes that it started, by rank."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "train.py"], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_saves_once_and_ends(dataset, tmp_path, everyone):
+    """To the launcher alone, or to all processes of the job, as schedulers differ."""
+    process = launch(tmp_path, dataset, "--max_iters=1000000", "--eval_interval=1000000")
+    read_until(process, "step 6/")
+    for pid in workers(process) if everyone else []:
+        os.kill(pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert rest.count("stopping after this update") == rest.count("stopped at step") == 1
+    assert [folder.name for folder in (tmp_path / "o").glob("step_*")] == [
+        (tmp_path / "o" / "latest").read_text().strip()
+    ]
+    assert 'train.py", line' not in rest  # no traceback but torchrun's own
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint(dataset, tmp_path):
+    words = ["--max_iters=60", "--dropout=0"]
+    whole = script("train.py", *TINY, f"--dataset={dataset}", *words, "--out_dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    old = script("train.py", *TINY, f"--dataset={dataset}", "--max_iters=30", "--out_dir=o", cwd=tmp_path)
+    assert old.returncode == 0, old.stderr
+    process = launch(tmp_path, dataset, *words, "--overwrite=True", restarts=2)
+    read_until(process, "step 20:")
+    victim = workers(process)[1]
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    said = read_until(process, "error: ")
+    assert time.monotonic() - began < 20
+    assert f"rank 1 (process {victim} on " in said.splitlines()[-1]
+    assert "Traceback" not in said
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, rest
+    assert "from o/step_0000" in rest
+    for one, other in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "o"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named(dataset, tmp_path):
+    process = launch(tmp_path, dataset, "--max_iters=1000000", "--eval_interval=1000000")
+    read_until(process, "step 6/")
+    victim = workers(process)[1]
+    os.kill(victim, signal.SIGSTOP)
+    began = time.monotonic()
+    said = read_until(process, "error: ")
+    assert time.monotonic() - began < SILENT + 15
+    assert f"rank 1 (process {victim} on " in said.splitlines()[-1] and "at step " in said.splitlines()[-1]
+    process.communicate(timeout=60)
+    assert process.returncode != 0
