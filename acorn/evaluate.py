@@ -39,26 +39,25 @@ def window_sums(
     n = split_windows(tokens, block_size)
     whole = not max_windows or max_windows >= n
     count = n if whole else max_windows
+    windows = sequential_windows if whole else functools.partial(sample_windows, seed=SAME_WINDOWS)
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
     was_training = model.training
     model.eval()
     sums = [torch.zeros(0, 4, dtype=torch.float64)]
     for start in range(0, count, batch_size * runtime.world_size):
         first = start + batch_size * runtime.rank
-        n_rows = min(batch_size, count - first)
-        if n_rows <= 0 and not runtime.fsdp:
+        n_rows = max(0, min(batch_size, count - first))
+        if not n_rows and not runtime.fsdp:
             break
-        if n_rows <= 0:  # it looks at a window that does not count, since the others need its shard of the model
-            first = 0
-        windows = sequential_windows if whole else functools.partial(sample_windows, seed=SAME_WINDOWS)
-        x, y = windows(tokens, block_size, first, max(n_rows, 1))
+        # without rows it looks at a window that does not count, since the others need its shard of the model
+        x, y = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
         documents = None if eot is None else runtime.to_device(number_documents(x, y, eot))
         x, y = runtime.to_device(x), runtime.to_device(y)
         with runtime.autocast():
             _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 where masked
         n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
         columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
-        sums.append(torch.stack([column.cpu().double() for column in columns], dim=1)[: max(n_rows, 0)])
+        sums.append(torch.stack([column.cpu().double() for column in columns], dim=1)[:n_rows])
     model.train(was_training)
     return torch.cat(sums)
 

@@ -106,8 +106,9 @@ def main() -> None:
         row["peak of all, MB"] = f"{sum(peaks) / 1e6:,.0f}"
         row["ms an update"] = "" if seconds is None else f"{1e3 * seconds:,.0f}"
         rows.append(row)
+        print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)  # since each takes a while
         results[f"{n}: {name}"] = result
-    print(table(rows))
+    print("\n" + table(rows))
     bench.write(args.json, machine=machine(torch.device(args.device)), parameters=n_params, results=results)
 
 
