@@ -119,9 +119,8 @@ class Watch:
         late = [i for i, looks in enumerate(self.late) if looks > (TROUBLE if self.trouble else LATE)]
         names = [f"rank {i} (process {said[i]['process']} on {said[i]['host']})" for i in silent or late]
         if silent:
-            return (
-                f"no sign of life from {' and '.join(names)}, killed or hanging, when the others were at step {newest}"
-            )
+            who = " and ".join(names)
+            return f"no sign of life from {who}, killed, failed or hanging, when the others were at step {newest}"
         if late:
             return f"{' and '.join(names)} hangs at step {said[late[0]]['step']}, while others are at step {newest}"
         return ""
