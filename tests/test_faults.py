@@ -126,8 +126,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def result_of(out_dir: Path) -> tuple:
-    """What a run came to: all that it measured but for the clock, and its last weights and moments to the bit."""
-    clocks = ("seconds", "tokens_per_second", "mfu")
+    """What a run came to: all that it measured but for clock and memory, and its last weights and moments to the bit."""
+    clocks = ("seconds", "tokens_per_second", "mfu", "memory", "waited")
     lines = report.read_metrics(out_dir / "metrics.jsonl")
     numbers = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
     last = out_dir / (out_dir / "latest").read_text().strip()
