@@ -59,6 +59,15 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
         assert same(loaded, m) and loaded.config == m.config
 
 
+def make_older(folder, optimizer: bytes) -> None:
+    """Give a checkpoint the form of older ones, whose optimizer.pt may hold anything."""
+    (folder / "optimizer.safetensors").unlink(missing_ok=True)
+    (folder / "optimizer.pt").write_bytes(optimizer)
+    state = json.loads((folder / "state.json").read_text()) | {"format": 1}
+    state["sha256"] |= {"optimizer.pt": files.sha256(folder / "optimizer.pt"), "state": checkpoint.state_hash(state)}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 def assert_same_moments(one: dict, other: dict):
     assert one.keys() == other.keys() and one
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -70,15 +79,9 @@ def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
     m = model()
     optimizers = make_optimizers(m, kind)
     folder = save(tmp_path, 1, m, optimizers=optimizers)
-    if form == "optimizer.pt":  # as older checkpoints have it
-        os.remove(folder / "optimizer.safetensors")
-        torch.save({"optimizers": [each.state_dict() for each in optimizers], "scaler": {}}, folder / "optimizer.pt")
-        state = json.loads((folder / "state.json").read_text()) | {"format": 1}
-        state["sha256"] |= {
-            "optimizer.pt": files.sha256(folder / "optimizer.pt"),
-            "state": checkpoint.state_hash(state),
-        }
-        (folder / "state.json").write_text(json.dumps(state))
+    if form == "optimizer.pt":
+        torch.save({"optimizers": [each.state_dict() for each in optimizers], "scaler": {}}, tmp_path / "moments")
+        make_older(folder, (tmp_path / "moments").read_bytes())
     folder, state = checkpoint.find(tmp_path)
     again = checkpoint.build_model(folder, state)
     loaded = make_optimizers(again, kind, updates=0)

@@ -68,6 +68,7 @@ PLAIN = dict(
     n_hidden=[0, 7],
     ngram=[1, 2, 3],
     ngram_rows=[1, 9],
+    ngram_dropout=[0.0, 0.5],
     dropout=[0.0, 0.5],
     attn_dropout=[-1, 0.0, 0.3],
     logit_softcap=[0.0, 5.0],
@@ -342,14 +343,17 @@ def gpt2_hf(tmp_path_factory):
 def test_any_text_goes_through_any_tokenizer(kind, gpt2_hf, examples):
     fixed = {"byte": ByteTokenizer(), "gpt2": GPT2, "bpe": BPE, "hf": gpt2_hf, "sentencepiece": LLAMA}.get(kind)
     again = None if fixed is None else from_dict(json.loads(json.dumps(fixed.to_dict())))
+    assert again is None or tokenizer_hash(again) == tokenizer_hash(fixed)
 
     def one(text: str) -> None:
         tokenizer = fixed or train_char([text, "x"])
         copy = again or from_dict(json.loads(json.dumps(tokenizer.to_dict())))
         ids = tokenizer.encode(text)
         expected = text if kind == "char" else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if kind == "sentencepiece":  # writes a space so, and puts one first where there is none
+            expected = expected.replace("\u2581", " ").removeprefix(" ")
         assert tokenizer.decode(ids) == expected
-        assert copy.encode(text).tolist() == ids.tolist() and tokenizer_hash(copy) == tokenizer_hash(tokenizer)
+        assert copy.encode(text).tolist() == ids.tolist()
         assert not set(ids.tolist()) & set(tokenizer.control.values())  # text never becomes a control token
         assert [each.tolist() for each in tokenizer.encode_batch([text, "", text])][::2] == [ids.tolist()] * 2
         assert tokenizer.token_bytes()[ids].sum() == len(tokenizer.decode_bytes(ids))
