@@ -88,7 +88,7 @@ def test_patterns_that_mean_nothing_are_refused():
         lora.choose_targets(small({}), "wte")
 
 
-WORDS = ["--lora_rank=4", "--lora_alpha=8", "--learning_rate=1e-2", "--eval_interval=5", "--lr_decay_iters=10"]
+WORDS = ["--lora_rank=4", "--lora_alpha=8", "--learning_rate=3e-3", "--eval_interval=5", "--lr_decay_iters=10"]
 MACHINE = "--device=cpu --dtype=float32 --compile=False --batch_size=4 --gradient_accumulation_steps=1".split()
 
 
