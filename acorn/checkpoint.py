@@ -64,7 +64,7 @@ class Writer:
         self.failure = None  # why the last one could not be written
         if world_size > 1:  # over a connection of its own, where waiting is in nobody's way
             store = torch.distributed.group.WORLD.get_group_store().clone()
-            self.store = torch.distributed.PrefixStore("checkpoint", store)
+            self.store = torch.distributed.PrefixStore(f"checkpoint/{out_dir}", store)
 
     def save(self, model: GPT, optimizers: list[torch.optim.Optimizer], state: dict, best: bool) -> None:
         """Begin to write `out_dir/step_NNNNNN` for state["step"], once the one before is done. Then `latest` (and

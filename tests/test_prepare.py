@@ -787,7 +787,12 @@ def test_help_lists_the_corpora():
 def test_stopped_under_way(stop, code):
     rng = np.random.default_rng(0)
     Path("big.txt").write_bytes(rng.integers(32, 127, 20_000_000, dtype=np.uint8).tobytes())
-    process = subprocess.Popen([sys.executable, ROOT / "prepare", "text", "big.txt"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "prepare", "text", "big.txt"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background has it ignored
+    )
     deadline = time.time() + 30
     while not Path("data/big", PARTIAL).is_dir() and time.time() < deadline:
         time.sleep(0.005)
