@@ -1,29 +1,35 @@
-# A low loss on Tiny Shakespeare by character, in less than ten minutes on two CPU cores. For comparison, nanoGPT's
-# settings for a GPU (config/train_shakespeare_char.py) end at 1.4697, in three minutes on an A100.
+# A low loss on Tiny Shakespeare by character, in ten minutes on two CPU cores: about 1.475 over the whole validation
+# split, by seed. nanoGPT's settings for a GPU (config/train_shakespeare_char.py) end at 1.4697, in three minutes on an
+# A100; 2,700 updates passed that once, in 622 seconds.
 # $ python prepare tinyshakespeare --name shakespeare_char
 # $ python train.py config/shakespeare_best.py
 
 out_dir = "out/shakespeare_best"
 dataset = "shakespeare_char"
 
-# 8 sequences * 256 characters = 2,048 characters an update; 900 updates go through the text not quite twice
+# 8 sequences * 256 characters = 2,048 characters an update; 2,550 updates go through the text five times
 batch_size = 8
 block_size = 256
 gradient_accumulation_steps = 1
 
-# 4.7 million parameters in the blocks, and tables of n-grams, which learn the text by heart if the run is much longer
-n_layer = 6
+# a small model that sees much text: 1.8 million parameters in the blocks, and tables of n-grams. These would learn a
+# megabyte by heart; half of the n-grams dropped, they help
+n_layer = 4
 n_head = 2
-n_embd = 256
+n_embd = 192
 pos = "rope"
 mlp = "relu2"
 qk_norm = True
 tie_weights = False
 zero_init = True
+dropout = 0.1
+attn_dropout = 0.0
 ngram = 4
 ngram_rows = 32768
+ngram_dropout = 0.5
 
-max_iters = 900
+dtype = "bfloat16"  # auto takes float32 for matrices this small; here bfloat16 pays, where the CPU has it
+max_iters = 2550
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 5e-3
@@ -34,6 +40,6 @@ min_lr = 0.0
 weight_decay = 0.0
 beta2 = 0.99
 
-eval_interval = 300
+eval_interval = 850
 eval_iters = 20
 log_interval = 50
