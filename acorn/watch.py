@@ -113,7 +113,10 @@ class Watch:
         for i, (now, before) in enumerate(zip(said, self.said, strict=True)):
             behind = now["step"] == before.get("step") < newest
             self.silent[i] = self.silent[i] + 1 if now == before else 0
-            self.late[i] = self.late[i] + 1 if behind and now != before else 0
+            if not behind:
+                self.late[i] = 0
+            elif now != before:  # silence is counted above, and does not begin the count of lateness anew
+                self.late[i] += 1
         self.said = said
         silent = [i for i, looks in enumerate(self.silent) if looks > (TROUBLE if self.trouble else SILENT)]
         late = [i for i, looks in enumerate(self.late) if looks > (TROUBLE if self.trouble else LATE)]
