@@ -177,8 +177,10 @@ def load_initial(
         if s.lora_rank:
             if s.lora_rank > model.config.n_embd:
                 raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
-            base = dict(base=checkpoint.base_of(s.init_from), sha256=lora.fingerprint(model))
-            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, **base)
+            base = checkpoint.base_of(s.init_from)
+            if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
+                raise UserError(f"overwrite would remove {base}, which the adapters stand on; give another --out_dir")
+            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=lora.fingerprint(model))
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
