@@ -7,6 +7,7 @@ left, and they end.
 """
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ def launchers_store() -> "torch.distributed.TCPStore | None":
     return torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=600))
 
 
+@functools.cache
 def launch_id() -> str | None:
     """What the processes that one torchrun starts have in common, restarts included; None where it started none."""
     store = launchers_store()
