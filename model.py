@@ -209,9 +209,8 @@ class NgramEmbedding(nn.Module):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
             key = key * 1_000_003 + before  # int64, which wraps around
             rows = table((key ^ (key >> 15)) % table.num_embeddings)  # (B, T, C)
-            embedded = embedded + F.dropout1d(
-                rows, self.config.ngram_dropout, self.training
-            )  # of all C channels or none
+            # of an n-gram all C channels are dropped, or none
+            embedded = embedded + F.dropout1d(rows, self.config.ngram_dropout, self.training)
         return embedded
 
 

@@ -7,6 +7,7 @@ From where it ended: python train.py --init_from=resume --out_dir=out/quickstart
 This file reads from top to bottom: settings, machine, data, model, optimizer, loop.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -116,26 +117,19 @@ SHAPE = {f.name for f in dataclasses.fields(TrainSettings)} & {f.name for f in d
 
 def check(s: TrainSettings) -> None:
     """Raise UserError for a number that no run can have."""
-    for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size"):
+    at_least_1 = "gradient_accumulation_steps batch_size block_size eval_interval log_interval keep_checkpoints"
+    for name in [*at_least_1.split(), "max_bad_steps"]:
         if getattr(s, name) < 1:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
-    for name in "eval_iters max_iters warmup_iters lr_decay_iters sample_interval grad_clip lora_rank".split():
+    counts = ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "sample_interval", "lora_rank")
+    for name in (*counts, "learning_rate", "muon_lr", "min_lr", "weight_decay", "grad_clip"):
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")
-    for name in ("learning_rate", "muon_lr", "min_lr", "weight_decay"):
-        if getattr(s, name) < 0:
-            raise UserError(f"{name} = {getattr(s, name)} must not be negative")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "dropout", "ngram_dropout"):
         if not 0 <= getattr(s, name) < 1:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 0 and below 1")
     if not 0 < s.cooldown_frac <= 1:
         raise UserError(f"cooldown_frac = {s.cooldown_frac} must be above 0 and at most 1")
-    for name in ("keep_checkpoints", "max_bad_steps"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
-    for name in ("dropout", "ngram_dropout"):
-        if not 0 <= getattr(s, name) < 1:
-            raise UserError(f"{name} = {getattr(s, name)} must be at least 0 and below 1")
     if not (0 <= s.attn_dropout < 1 or s.attn_dropout == -1):
         raise UserError(f"attn_dropout = {s.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout")
     if not 0 <= s.seed < 2**62:
@@ -154,6 +148,70 @@ def check(s: TrainSettings) -> None:
         raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
     if not s.out_dir or "\0" in s.out_dir:
         raise UserError(f"out_dir = {s.out_dir!r:.100} is no folder's name; give one, such as out/mine")
+
+
+def read_settings(argv: list[str]) -> tuple[TrainSettings, dict, Path | None, dict]:
+    """The settings: the defaults, then the checkpoint's when resuming, then the config file, then the command line.
+    With them those that the person gave, and folder and state of the checkpoint that the run goes on from (None and {}
+    where it starts). Raises UserError for what no run can have, and for an out_dir that holds another run."""
+    given = settings.parse(TrainSettings, argv)
+    s = settings.build(TrainSettings, given)
+    out_dir, launch = Path(s.out_dir), watch.launch_id()
+    if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
+        given |= {"init_from": "resume", "overwrite": False}
+        s = settings.build(TrainSettings, given)
+    folder, state = None, {}
+    if s.init_from == "resume":
+        folder, state = checkpoint.find(out_dir)
+        for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
+        s = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]), for_this_time, given)
+        if (out_dir / "state.json").exists():
+            raise UserError(f"{out_dir} is one checkpoint of a run; resume with --out_dir={out_dir.parent}")
+    check(s)
+    if s.decay_lr and s.min_lr > s.learning_rate:
+        if "min_lr" in given:
+            raise UserError(
+                f"min_lr = {s.min_lr} is above learning_rate = {s.learning_rate}; it should be a tenth of it"
+            )
+        s.min_lr = s.learning_rate / 10
+    starts = s.init_from != "resume" and not (s.eval_only or s.dry_run)
+    if starts and not s.overwrite and checkpoint.holds_run(out_dir):
+        raise UserError(
+            f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
+            "or give another --out_dir"
+        )
+    return s, given, folder, state
+
+
+def load_data(s: TrainSettings, state: dict) -> Mixture:
+    """The data. Raises UserError where it lacks what the run needs, and where the run of `state` was on other data."""
+    data = load_mixture(s.dataset)
+    for dataset in data.datasets:
+        if dataset.val is None:
+            raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
+    if s.document_mask and data.tokenizer.eot is None:
+        raise UserError(
+            f"document_mask = True, but the {data.tokenizer.kind} tokenizer of {data.path} has no end-of-text token "
+            "that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave document_mask out"
+        )
+    if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
+        raise UserError(
+            f"{data.path} is not the data that {s.out_dir} was trained on, so its position means nothing there; "
+            f"start from its weights with --init_from={s.out_dir} into a new --out_dir"
+        )
+    return data
+
+
+def new_model(s: TrainSettings, n_vocab: int, meta: bool) -> GPT:
+    """An initialized model for so many token ids; with `meta` on the meta device, where it takes no memory."""
+    # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
+    vocab_size = n_vocab if n_vocab < 1024 else 64 * math.ceil(n_vocab / 64)
+    try:
+        config = GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with torch.device("meta" if meta else "cpu"):
+        return GPT(config)
 
 
 def load_initial(
@@ -177,8 +235,10 @@ def load_initial(
         if s.lora_rank:
             if s.lora_rank > model.config.n_embd:
                 raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
-            base = dict(base=checkpoint.base_of(s.init_from), sha256=lora.fingerprint(model))
-            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, **base)
+            base = checkpoint.base_of(s.init_from)
+            if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
+                raise UserError(f"overwrite would remove {base}, which the adapters stand on; give another --out_dir")
+            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=lora.fingerprint(model))
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
@@ -214,6 +274,25 @@ def load_initial(
     return model, source, adapters
 
 
+def describe(s: TrainSettings, data: Mixture, model: GPT, source: str) -> str:
+    """What a run consists of, for a person to read: its data, its model, its updates."""
+    lines, epochs = [], []
+    windows = s.max_iters * s.gradient_accumulation_steps * s.batch_size
+    for dataset, share in zip(data.datasets, data.shares, strict=True):
+        where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
+        lines += [f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate"]
+        lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
+        epochs += [f"{windows * float(share) / split_windows(dataset.train, s.block_size):.3g}"]
+    lines += [f"model: {model.num_params():,} parameters, vocabulary of {model.config.vocab_size:,}, from {source}"]
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if n_trained < model.num_params():
+        lines += [f"trained: {n_trained:,} of them, {'adapters' if s.lora_rank else 'the others are frozen'}"]
+    if not s.eval_only:
+        update = f"{s.gradient_accumulation_steps * s.batch_size * s.block_size:,} tokens"
+        lines += [f"run: {s.max_iters:,} updates of {update}, {' and '.join(epochs)} epochs, into {s.out_dir}"]
+    return "\n".join(lines)
+
+
 def micro_batch_size(s: TrainSettings, world_size: int) -> int:
     """Sequences in the micro-batches of each process: batch_size, or, where the micro-batches of an update cannot be
     dealt out evenly, the largest number below it that makes them. Raises UserError where there is none."""
@@ -236,6 +315,40 @@ def smaller(micro_batch: int) -> int:
 def batch_words(micro_batch: int, windows: int) -> str:
     """The settings of an update of so many windows, for a person to copy."""
     return f"--batch_size={micro_batch} --gradient_accumulation_steps={windows // micro_batch}"
+
+
+@contextlib.contextmanager
+def advice_on_memory(micro_batch: int, windows: int):
+    """Raise UserError with the settings that need less where memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not runtime.out_of_memory(error) or micro_batch == 1:
+            raise
+        raise UserError(
+            f"the memory does not hold micro-batches of {micro_batch}; {batch_words(smaller(micro_batch), windows)} "
+            "makes the same updates in smaller ones, and --auto_batch=True finds those that fit"
+        ) from error
+
+
+def foresee(
+    s: TrainSettings, data: Mixture, model: GPT, n_updates: int, dt: float, per_window: float, peak_memory: int
+) -> str:
+    """What so many updates of `dt` seconds each, and their evaluations, at `per_window` seconds, would take, for a
+    person to read."""
+    whole = max(split_windows(dataset.val, s.block_size) for dataset in data.datasets)
+    n_windows = 2 * (s.eval_iters * s.batch_size or whole)  # of each dataset, in both splits
+    evaluating = per_window * n_windows * (math.ceil(n_updates / s.eval_interval) + 1)
+    held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
+    fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
+    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    return (
+        f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
+        f"at its peak the process used {report.size(peak_memory)}\n"
+        f"time: {1000 * dt:.0f} ms an update, {tokens / dt:,.0f} tokens/s; about "
+        f"{report.duration(n_updates * dt)} for the updates and {report.duration(evaluating)} for the evaluations\n"
+        "this was a dry run: nothing was written"
+    )
 
 
 def request_stop(signals: list[int], number: int, frame) -> None:
@@ -266,34 +379,9 @@ def command(script: str, words: str, out_dir: str) -> str:
 
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a run
-    # ---- settings: the defaults, then the checkpoint's when resuming, then the config file, then the command line
-    given = settings.parse(TrainSettings, sys.argv[1:])
-    s = settings.build(TrainSettings, given)
-    out_dir = Path(s.out_dir)
-    launch = watch.launch_id()
-    if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
-        given |= {"init_from": "resume", "overwrite": False}
-        s = settings.build(TrainSettings, given)
-    folder, state = None, {}  # of the checkpoint that this run goes on from
-    if s.init_from == "resume":
-        folder, state = checkpoint.find(out_dir)
-        for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
-        s = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]), for_this_time, given)
-        if (out_dir / "state.json").exists():
-            raise UserError(f"{out_dir} is one checkpoint of a run; resume with --out_dir={out_dir.parent}")
-    check(s)
-    if s.decay_lr and s.min_lr > s.learning_rate:
-        if "min_lr" in given:
-            raise UserError(
-                f"min_lr = {s.min_lr} is above learning_rate = {s.learning_rate}; it should be a tenth of it"
-            )
-        s.min_lr = s.learning_rate / 10
-    writes = not (s.eval_only or s.dry_run)
-    if writes and s.init_from != "resume" and not s.overwrite and checkpoint.holds_run(out_dir):
-        raise UserError(
-            f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
-            "or give another --out_dir"
-        )
+    # ---- settings
+    s, given, folder, state = read_settings(sys.argv[1:])
+    out_dir, writes = Path(s.out_dir), not (s.eval_only or s.dry_run)
     there = checkpoint.step_folders(out_dir)
 
     # ---- machine
@@ -316,33 +404,12 @@ def main() -> int:
     say("; ".join(r.notes))
 
     # ---- data and model
-    data = load_mixture(s.dataset)
-    for dataset in data.datasets:
-        if dataset.val is None:
-            raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
+    data = load_data(s, state)
     eot = data.tokenizer.eot if s.document_mask else None  # where a document begins
-    if s.document_mask and eot is None:
-        raise UserError(
-            f"document_mask = True, but the {data.tokenizer.kind} tokenizer of {data.path} has no end-of-text token "
-            "that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave document_mask out"
-        )
-    if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
-        raise UserError(
-            f"{data.path} is not the data that {out_dir} was trained on, so its position means nothing there; "
-            f"start from its weights with --init_from={out_dir} into a new --out_dir"
-        )
     torch.manual_seed(s.seed)
     adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
-        # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
-        vocab_size = data.vocab_size if data.vocab_size < 1024 else 64 * math.ceil(data.vocab_size / 64)
-        try:
-            config = GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in SHAPE})
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        with torch.device("meta" if r.fsdp else "cpu"):  # on meta it takes no memory until it is sharded
-            model = GPT(config)
-        source = "scratch"
+        model, source = new_model(s, data.vocab_size, meta=r.fsdp), "scratch"  # sharded before it takes memory
     else:
         meta = r.fsdp and s.init_from == "resume" and not state.get("lora")  # each process reads its rows alone
         model, source, adapters = load_initial(s, given, folder, state, data, meta)
@@ -355,21 +422,7 @@ def main() -> int:
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
-    epochs = []
-    for dataset, share in zip(data.datasets, data.shares, strict=True):
-        where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
-        say(f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate")
-        for note in dataset.notes(s.block_size):
-            say(f"note: {note}")
-        windows = s.max_iters * windows_per_step * float(share)
-        epochs.append(f"{windows / split_windows(dataset.train, s.block_size):.3g}")
-    say(f"model: {raw_model.num_params():,} parameters, vocabulary of {raw_model.config.vocab_size:,}, from {source}")
-    n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-    if n_trained < raw_model.num_params():
-        say(f"trained: {n_trained:,} of them, {'adapters' if adapters else 'the others are frozen'}")
-    if not s.eval_only:
-        seen = " and ".join(epochs)  # of each dataset
-        say(f"run: {s.max_iters:,} updates of {tokens_per_step:,} tokens, {seen} epochs, into {out_dir}")
+    say(describe(s, data, raw_model, source))
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
@@ -440,7 +493,7 @@ def main() -> int:
             say(f"step {at['step']}: the val loss is no number, so this is not saved; the checkpoints before stay")
             return
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": launch}
+        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": watch.launch_id()}
         writer.save(raw_model, optimizers, progress, best)
 
     def saved_whole() -> bool:
@@ -542,16 +595,8 @@ def main() -> int:
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
         if not s.auto_batch:
-            try:
+            with advice_on_memory(micro_batch, windows_per_step):
                 accumulate(micro_batches, n_targets, nats)
-            except (MemoryError, RuntimeError) as error:
-                if not runtime.out_of_memory(error) or micro_batch == 1:
-                    raise
-                words = batch_words(smaller(micro_batch), windows_per_step)
-                raise UserError(
-                    f"the memory does not hold micro-batches of {micro_batch}; {words} makes the same updates in "
-                    "smaller ones, and --auto_batch=True finds those that fit"
-                ) from error
         elif r.fits(accumulate, micro_batches, n_targets, nats):
             r.average_gradients(raw_model)
         else:
@@ -597,22 +642,10 @@ def main() -> int:
         if s.dry_run and step == first_step + 4:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)
-            clock = time.perf_counter()
-            evaluate_mixture(raw_model, data, "val", r, s.batch_size, s.block_size, s.batch_size, token_bytes, eot)
-            windows = max(split_windows(dataset.val, s.block_size) for dataset in data.datasets)
-            n_batches = 2 * (s.eval_iters or math.ceil(windows / s.batch_size))  # of each dataset
-            n_evaluations = math.ceil((s.max_iters - first_step) / s.eval_interval) + 1
-            evaluating = (time.perf_counter() - clock) * n_batches * n_evaluations
-            training = dt * (s.max_iters - first_step)
-            held = [(p, sharding.local(p).nbytes) for p in raw_model.parameters()]
-            fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
-            say(
-                f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
-                f"at its peak the process used {report.size(r.peak_memory())}\n"
-                f"time: {1000 * dt:.0f} ms an update, {tokens_per_step / dt:,.0f} tokens/s; about "
-                f"{report.duration(training)} for the updates and {report.duration(evaluating)} for the evaluations\n"
-                "this was a dry run: nothing was written"
-            )
+            clock, n = time.perf_counter(), micro_batch * r.world_size
+            evaluate_mixture(raw_model, data, "val", r, micro_batch, s.block_size, n, token_bytes, eot)
+            per_window = (time.perf_counter() - clock) / n
+            say(foresee(s, data, raw_model, s.max_iters - first_step, dt, per_window, r.peak_memory()))
             return 0
 
         # say how it goes

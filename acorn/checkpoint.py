@@ -329,15 +329,9 @@ def read_state(folder: Path) -> dict:
         raise Damaged(f"{path} has format {state.get('format')!r:.20}, which this version does not read")
     # a stranger's file may be whole and still hold anything
     number, count = (int, float, type(None)), int
-    kinds = dict(config=dict, settings=dict, tokenizer=dict, step=count, position=count, skipped=count, bad_steps=count)
-    kinds |= dict(
-        shards=count,
-        scaler=dict,
-        seconds=(int, float),
-        best_loss=number,
-        val_loss=number,
-        evaluated_at=(int, type(None)),
-    )
+    kinds = dict.fromkeys(("config", "settings", "tokenizer", "scaler"), dict)
+    kinds |= dict.fromkeys(("step", "position", "skipped", "bad_steps", "shards"), count)
+    kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
     for name, kind in kinds.items():
         value = state.get(name)
         if name in state and (not isinstance(value, kind) or isinstance(value, bool)):

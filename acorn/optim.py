@@ -125,8 +125,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
             for (rows, columns), params in same_shape.items():
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                momenta = [self.state[p]["momentum"] for p in params]
                 own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))

@@ -22,10 +22,8 @@ ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # se
 class Metrics:
     """metrics.jsonl in `out_dir`, an object a line, also sent to wandb where it is on.
 
-    Where a line cannot be written, as on a full disk, a warning says so once, and it is kept for the next time: the
-    run goes on. A run that goes on from `step` drops what was written beyond it, so that the file has no gaps and no
-    doubles: lines of updates from `step` on, of evaluations that the checkpoint does not know, and a last line that was
-    cut off.
+    A run that goes on from `step` drops what was written beyond it, so that the file has no doubles: lines of updates
+    from `step` on, of evaluations that the checkpoint does not know, and a last line that was cut off.
     """
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):
@@ -39,7 +37,7 @@ class Metrics:
 
     def write(self, **values) -> None:
         """Append a line; a number that is not finite, which JSON does not have, becomes null. Where the disk does not
-        take it, the line is lost, a warning says so, and the run goes on."""
+        take it, as when it is full, the line is lost, a warning says so once, and the run goes on."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
             with open(self.path, "a") as file:

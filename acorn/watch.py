@@ -7,6 +7,7 @@ left, and they end.
 """
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ def launchers_store() -> "torch.distributed.TCPStore | None":
     return torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=600))
 
 
+@functools.cache
 def launch_id() -> str | None:
     """What the processes that one torchrun starts have in common, restarts included; None where it started none."""
     store = launchers_store()
@@ -113,7 +115,10 @@ class Watch:
         for i, (now, before) in enumerate(zip(said, self.said, strict=True)):
             behind = now["step"] == before.get("step") < newest
             self.silent[i] = self.silent[i] + 1 if now == before else 0
-            self.late[i] = self.late[i] + 1 if behind and now != before else 0
+            if not behind:
+                self.late[i] = 0
+            elif now != before:  # silence is counted above, and does not begin the count of lateness anew
+                self.late[i] += 1
         self.said = said
         silent = [i for i, looks in enumerate(self.silent) if looks > (TROUBLE if self.trouble else SILENT)]
         late = [i for i, looks in enumerate(self.late) if looks > (TROUBLE if self.trouble else LATE)]

@@ -121,6 +121,7 @@ def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
     assert result.returncode == 0, result.stderr
     assert losses(folder / "b") == losses(folder / "out")
     refused(script("train.py", "--init_from=resume", "--out_dir=b", "--lora_rank=2", cwd=folder), "lora_rank = 2")
+    refused(script("train.py", *words, "--out_dir=base_run", "--overwrite=True", cwd=folder), "the adapters stand on")
 
 
 def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
