@@ -13,7 +13,7 @@ document_mask = True  # a reply sees its own conversation, and none before it
 lora_rank = 8
 lora_alpha = 16
 
-# 8 sequences * 256 tokens = 2048 tokens an update; the examples have some 177,000 to train on, so an epoch is 87 updates
+# 8 sequences * 256 tokens = 2048 tokens an update; the examples have some 177,000, so an epoch is 87 updates
 block_size = 256
 batch_size = 8
 gradient_accumulation_steps = 1
