@@ -606,9 +606,11 @@ def main() -> int:
             training = dt * (s.max_iters - first_step)
             held = [(p, sharding.local(p).nbytes) for p in raw_model.parameters()]
             fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
+            copied = sum(n_bytes * 3 if p.requires_grad else 0 if adapters else n_bytes for p, n_bytes in held)
             say(
                 f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
-                f"at its peak the process used {report.size(r.peak_memory())}\n"
+                f"at its peak the process used {report.size(r.peak_memory())}; from the first checkpoint on up to "
+                f"{report.size(copied)} more of the host's, into which it is copied\n"
                 f"time: {1000 * dt:.0f} ms an update, {tokens_per_step / dt:,.0f} tokens/s; about "
                 f"{report.duration(training)} for the updates and {report.duration(evaluating)} for the evaluations\n"
                 "this was a dry run: nothing was written"
