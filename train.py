@@ -341,10 +341,12 @@ def foresee(
     evaluating = per_window * n_windows * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
     fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
+    copied = sum(n_bytes * (3 if p.requires_grad else 0 if s.lora_rank else 1) for p, n_bytes in held)
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     return (
         f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
-        f"at its peak the process used {report.size(peak_memory)}\n"
+        f"at its peak the process used {report.size(peak_memory)}; each checkpoint is copied into up to "
+        f"{report.size(copied)} more of main memory\n"
         f"time: {1000 * dt:.0f} ms an update, {tokens / dt:,.0f} tokens/s; about "
         f"{report.duration(n_updates * dt)} for the updates and {report.duration(evaluating)} for the evaluations\n"
         "this was a dry run: nothing was written"

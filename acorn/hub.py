@@ -347,11 +347,10 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     if tokenizer:  # rows beyond its ids pad the vocabulary, and stand for nothing
         cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
     tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, family).items()}
-    config = to_gpt2(cfg) if family == "gpt2" else to_llama(cfg)
-    config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:]))
     control = tokenizer.control if tokenizer else {}
     ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
-    config.update(ids)
+    config = (to_gpt2 if family == "gpt2" else to_llama)(cfg, **ids)  # which without ids would warn of GPT-2's
+    config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:]))
     ends = [ids["eos_token_id"], getattr(tokenizer, "eot", None)]  # of a text, and of a turn
     if tokenizer and tokenizer.chat_template:
         with contextlib.suppress(UserError):  # it ends a turn without a control token
@@ -395,24 +394,24 @@ def their_tensors(model: GPT, family: str) -> dict[str, Tensor]:
     return tensors
 
 
-def to_gpt2(cfg: GPTConfig):
-    """A transformers GPT2Config."""
+def to_gpt2(cfg: GPTConfig, **ids: int | None):
+    """A transformers GPT2Config, with the `ids` of control tokens."""
     from transformers import GPT2Config
 
     same = {theirs: getattr(cfg, name) for name, theirs in NAMES["gpt2"].items()}
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
-    return GPT2Config(**same, **dropouts, activation_function=activation)
+    return GPT2Config(**same, **ids, **dropouts, activation_function=activation)
 
 
-def to_llama(cfg: GPTConfig):
-    """A transformers LlamaConfig."""
+def to_llama(cfg: GPTConfig, **ids: int | None):
+    """A transformers LlamaConfig, with the `ids` of control tokens."""
     from transformers import LlamaConfig
 
     same = {theirs: getattr(cfg, name) for name, theirs in NAMES["llama"].items()}
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     # rope_theta apart is where transformers before 5, and what was made for it, look
-    return LlamaConfig(**same, rope_parameters=rope, rope_theta=cfg.rope_theta)
+    return LlamaConfig(**same, **ids, rope_parameters=rope, rope_theta=cfg.rope_theta)
 
 
 def main() -> None:

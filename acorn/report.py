@@ -221,7 +221,7 @@ def read_run(out_dir: Path) -> dict:
     evaluations = [m for m in metrics if isinstance(m.get("val_loss"), (int, float))]
     best = min(evaluations, key=lambda m: m["val_loss"], default={})
     figures = {
-        "steps": 1 + max((m["step"] for m in metrics if "loss" in m), default=-1),
+        "steps": max(m["step"] + ("loss" in m) for m in metrics),  # updates made; of a line of one, its own as well
         "best val loss": best.get("val_loss"),
         "at step": best.get("step"),
         "tokens a second": statistics.median(numbers("tokens_per_second") or [0]),
@@ -298,7 +298,7 @@ def main() -> int:
         print("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]))
     for name, run in runs.items():
         if not run["settings"]:
-            print(f"{name} has no checkpoint yet, so its settings are not known")
+            print(f"{name} has no whole checkpoint, so its settings are not known")
     print(f"drawn into {picture}")
     return 0
 

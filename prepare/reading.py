@@ -157,8 +157,9 @@ def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(f"{path} is not UTF-8 after row {number}: a byte", error)) from error
         except csv.Error as error:
+            why = "a quote there is never closed" if "end of data" in str(error) else error
             raise UserError(
-                f"{path} is no table of comma-separated values after row {number} ({error}); mend it or leave it out"
+                f"{path} is no table of comma-separated values after row {number} ({why}); mend it or leave it out"
             ) from error
 
 

@@ -87,10 +87,11 @@ def test_a_loss_that_spikes_is_found_and_one_that_falls_or_shakes_is_not():
 
 def make_run(out_dir, settings, loss, **more):
     metrics = report.Metrics(out_dir, 0, None)
-    for step in range(20):
-        if step % 5 == 0:
+    for step in range(0, 20, 2):  # logged at every second update
+        if step % 10 == 0:
             metrics.write(step=step, val_loss=loss + 1 / (step + 1), seconds=float(step))
         metrics.write(step=step, loss=loss + 2 / (step + 1), seconds=step + 0.5, tokens_per_second=100.0 + step, **more)
+    metrics.write(step=20, val_loss=loss + 1 / 21, seconds=20.0)
     if settings:
         (out_dir / "step_000020").mkdir()
         (out_dir / "step_000020" / "state.json").write_text(json.dumps({"settings": settings}))
@@ -111,15 +112,15 @@ def test_runs_compared(tmp_path, monkeypatch, capsys):
     assert compare(monkeypatch, "out/a", "out/b", "--json", "--out=x.png") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["differ"] == {"n_layer": {"a": 2, "b": 4}}
-    assert said["runs"]["b"]["best val loss"] == pytest.approx(0.5 + 1 / 16)
-    assert said["runs"]["b"]["at step"] == 15 and said["runs"]["b"]["skipped updates"] == 3
-    assert said["runs"]["a"]["tokens a second"] == 109.5 and said["runs"]["a"]["steps"] == 20
+    assert said["runs"]["b"]["best val loss"] == pytest.approx(0.5 + 1 / 21)
+    assert said["runs"]["b"]["at step"] == 20 and said["runs"]["b"]["skipped updates"] == 3
+    assert said["runs"]["a"]["tokens a second"] == 109 and said["runs"]["a"]["steps"] == 20
     from matplotlib import image
 
     assert image.imread("x.png").shape[1] > 1000
     assert compare(monkeypatch, "out/a", "out/c") == 0
     table = capsys.readouterr().out
-    assert "c has no checkpoint yet" in table and "n_layer" not in table and "report.png" in table
+    assert "c has no whole checkpoint" in table and "n_layer" not in table and "report.png" in table
     before = set(tmp_path.iterdir())
     for words, said in (
         (["out/a", "out/nowhere"], "out/nowhere holds no metrics.jsonl"),
