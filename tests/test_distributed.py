@@ -111,8 +111,8 @@ def test_a_part_of_a_sharded_model_is_trained_as_of_a_whole_one(alone):
     """Adapters, frozen parameters; bfloat16, which rounds what float32 carries on, and samples on the way."""
     data = ["--dataset=text", "--max_iters=6", "--eval_interval=3"]
     forms = {
-        "lora": ["--init_from=adamw", "--lora_rank=3"],
-        "lora-muon": ["--init_from=adamw", "--lora_rank=3", "--optimizer=muon"],
+        "lora": [*SHAPE[:3], "--init_from=adamw", "--lora_rank=3"],
+        "lora-muon": [*SHAPE[:3], "--init_from=adamw", "--lora_rank=3", "--optimizer=muon"],
         "frozen": ["--freeze=wte|h.0", "--n_layer=3", "--dropout=0"],
         "bf16": [*SHAPE[:-2], "--dtype=bfloat16", "--n_head=1", "--sample_interval=3"],
     }
