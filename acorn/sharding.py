@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
+from torch.distributed.tensor import DTensor
 
 from acorn.runtime import Runtime
 from model import GPT
@@ -35,20 +34,12 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
         if model.config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
         for name, p in model.named_parameters():
-            if values is not None:
-                local(p.detach()).copy_(values[name][own_rows(p)])
-                continue
-            whole = torch.empty(p.shape)
-            model.init_parameter(name, whole)
-            p.detach().copy_(rows_of(whole, p))
+            if values is None:
+                model.init_parameter(name, value := torch.empty(p.shape))
+            else:
+                value = values[name]
+            local(p.detach()).copy_(value[own_rows(p)])
     return model
-
-
-def rows_of(whole: Tensor, p: Tensor) -> Tensor:
-    """The rows of `whole` that belong to this process, sharded as `p` is; all of it where p is not sharded."""
-    if not isinstance(p, DTensor):
-        return whole
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # each has it: nothing is sent
 
 
 def own_rows(p: Tensor) -> slice:
@@ -65,6 +56,6 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(tree):
-    """Sharded tensors gathered, in any nesting of dicts and lists. All processes call it; each has the result."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor(), tree)
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor gathered, by all processes; each has the result."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
