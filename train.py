@@ -78,7 +78,7 @@ class TrainSettings:
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, start at zero output
     ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too; for small models
-    ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
+    ngram_rows: int = 16384  # rows of each table of n-grams at most; where there are more n-grams, these share rows
     ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
     # training a part of a model
     lora_rank: int = 0  # r > 0: the weights stay, and adapters of this rank are learned beside them (LoRA)

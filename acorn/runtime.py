@@ -4,6 +4,7 @@ Everything that `auto` chooses comes with its reason, in a sentence that the run
 """
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -148,6 +149,8 @@ def setup(
         watch.join(backend, rank, world_size)
         watch.start(rank, world_size)
         notes.append(f"{world_size} processes over {backend}")
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
@@ -160,6 +163,18 @@ def setup(
         notes.append("sharded among them")
     compiled = choose_compile(compile, chosen, notes)
     return Runtime(chosen, precision, compiled, notes, rank, world_size, fsdp and world_size > 1)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
+
+    Otherwise it goes back to the kernel, which clears it anew, page by page, in each update: about a twelfth of the
+    time. Pieces beyond 32 MB do go back, so that the peak stays as it was.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows, and other C libraries
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def out_of_memory(error: BaseException) -> bool:
