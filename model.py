@@ -171,7 +171,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, p: 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). In bfloat16, or with dropout, a CPU trains
-    faster so on short sequences, by products that hold all T * T weights, than by the kernel that saves their memory."""
+    short sequences faster by products that hold all T * T weights than by the kernel that saves their memory."""
     B, H, T, D = q.shape
     future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
     q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
