@@ -17,9 +17,8 @@ import time
 
 import bench
 import torch
-from bench import machine, median, synchronize, table
+from bench import machine, median, peak_memory, synchronize, table
 from torch.nn.parallel import DistributedDataParallel
-from train_step import peak_memory
 
 from acorn import runtime, sharding
 from acorn.optim import make_optimizers
