@@ -51,11 +51,11 @@ def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
-    """A copy of x in memory pages of 2 MB, where the system has them: reading a matrix then stops less often for the
-    address of the next page, of which there are usually 4 KB."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-        return x.clone(memory_format=torch.contiguous_format)
+    """x in memory pages of 2 MB, where the system has them and x is that large: reading a matrix then stops less often
+    for the address of the next page, of which there are usually 4 KB."""
     page = 2 << 20
+    if x.nbytes < page or not hasattr(mmap, "MADV_HUGEPAGE"):  # which Linux has
+        return x
     memory = mmap.mmap(-1, x.nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     pages = torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,5 +1,10 @@
 """acorn/runtime.py: what auto chooses and says, and what is refused."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,3 +54,17 @@ def test_peak_rates_are_known_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Unknown GPU")
     assert r.peak_flops() is None
     assert runtime.setup("cpu", "float32", False).peak_flops() is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_freed_memory_serves_the_next_tensor_without_the_kernel():
+    code = (
+        "import resource, torch; from acorn import runtime; runtime.setup('cpu', 'float32', False)\n"
+        "for i in range(12):\n"
+        "    if i == 2: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    a, b = torch.ones(4 << 20), torch.ones(4 << 20); del a, b\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10 * 2 * 4096 / 4  # of the pages of 4 KB that these tensors cover, few were asked for
