@@ -43,11 +43,10 @@ def in_turn(names: list[str], rounds: int) -> dict[str, list[dict]]:
     for name in names:
         command = [sys.executable, *sys.argv, "--alone", name]
         processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for turn in range(-1, rounds):  # the first answer only says that a contender is ready
+    for turn in range(-1, rounds):  # in the first turn they only make ready, one after the other too
         for name, process in list(processes.items()):
-            if turn >= 0:
-                process.stdin.write("go\n")
-                process.stdin.flush()
+            process.stdin.write("go\n")
+            process.stdin.flush()
             answer = json.loads(process.stdout.readline() or '{"failed": "its process ended"}')
             if "failed" in answer:
                 print(f"{name}: left out ({answer['failed']})", flush=True)
@@ -62,11 +61,12 @@ def in_turn(names: list[str], rounds: int) -> dict[str, list[dict]]:
 
 
 def serve(make: Callable[[], Callable[[], dict]], warm_up: int = 3) -> None:
-    """Be one of the processes of `in_turn`: make the contender and call it `warm_up` times, to compile and to settle;
-    then once for each line that comes in, answering with what it measured."""
+    """Be one of the processes of `in_turn`: at the first line that comes in make the contender and call it `warm_up`
+    times, to compile and to settle; at each further line once, answering with what it measured."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes elsewhere
     try:
+        sys.stdin.readline()
         work = make()
         for _ in range(warm_up):
             work()

@@ -29,9 +29,7 @@ MODERN = dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, tie_weights
 def step_of(model, forward, optimizers, dtype, device):
     """One training step as a function of nothing, which gives its figures. `forward` gives the loss."""
 
-    def step() -> dict:
-        synchronize(device)
-        start = time.perf_counter()
+    def update() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = forward()
         loss.backward()
@@ -39,8 +37,18 @@ def step_of(model, forward, optimizers, dtype, device):
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
+
+    def step() -> dict:
+        if device.type == "cuda":
+            update()  # asks for the memory that was given back below
         synchronize(device)
-        return {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory(device)}
+        start = time.perf_counter()
+        update()
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # so that the GPU has room for the activations of each contender in turn
+        return {"seconds": seconds, "peak_bytes": peak_memory(device)}
 
     return step
 
