@@ -314,6 +314,48 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+LOGITS_AT_ONCE = 2**24  # 64 MB
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and its cross-entropy in one, in nats, summed over the targets that are not masked (-1).
+
+    With a large vocabulary logits are the largest tensor of training, and the cross-entropy makes two more of their
+    size. Here they exist for some rows at a time, and gradients are taken at once, in the forward pass: those of the
+    head's input and weight are all that stays. As in Liger Kernel, https://arxiv.org/abs/2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        """x (N, C), weight (V, C), targets (N,) -> ()"""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        head, loss = weight.to(dtype), torch.zeros(())
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        n = math.ceil(LOGITS_AT_ONCE / len(weight))  # rows at a time
+        for some, d_some, wanted in zip(x.to(dtype).split(n), dx.split(n), targets.split(n), strict=True):
+            logits = (some @ head.T).float()  # (n, V)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            logp = logits.log_softmax(-1)
+            loss += F.nll_loss(logp, wanted, ignore_index=-1, reduction="sum")
+            dlogits = logp.exp_()  # softmax - one-hot
+            dlogits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
+            dlogits[wanted == -1] = 0
+            if softcap:
+                dlogits *= 1 - (logits / softcap).square()
+            dlogits = dlogits.to(dtype)
+            d_some.copy_(dlogits @ head)
+            if ctx.needs_input_grad[1]:  # it may be frozen
+                dweight += dlogits.T @ some
+        ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        dx, dweight = ctx.saved_tensors
+        return dx.mul_(gradient), dweight.mul_(gradient) if ctx.needs_input_grad[1] else None, None, None
+
+
 class GPT(nn.Module):
     """Parameter names are GPT-2's: `transformer.h.0.attn.c_attn.weight` and so on."""
 
@@ -371,7 +413,8 @@ class GPT(nn.Module):
         """Predict the token after each of `idx` (B, T).
 
         With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
-        targets that are not masked ("mean", 0 where all are masked; "sum"; or "none": (B, T), 0 at masked ones).
+        targets that are not masked ("mean", 0 where all are masked; "none": (B, T), 0 at masked ones; or, for training,
+        "sum", with None in place of the logits, which it need not make all at once).
         Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
         With `documents` (B, T), which number the documents in each row, attention stays inside a document and positions
         restart there. With a `cache`, idx continues its rows: row b stands at position cache.length[b]. Not both.
@@ -414,6 +457,9 @@ class GPT(nn.Module):
                 x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # what it was measured on
+        if targets is not None and reduction == "sum" and eager_cpu:
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cfg.logit_softcap)
         if targets is None:  # only the logits that the next token is drawn from
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
         logits = self.lm_head(x)  # (B, T or 1, V)

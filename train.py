@@ -470,7 +470,9 @@ def main() -> int:
         say("compiling ...")
         model = runtime.compile_or_eager(model, one_pass)
     if r.world_size > 1 and not r.fsdp:
-        model = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
+        device_ids = [r.device.index] if r.device.type == "cuda" else None
+        # gradients stand where they are averaged, or they would be there twice
+        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
     # ---- from here on the run writes
     metrics = None
@@ -513,12 +515,13 @@ def main() -> int:
     def accumulate(micro_batches: list, n_targets: int, nats: torch.Tensor) -> None:
         """Add the gradients of the micro-batches up, and their losses in `nats`."""
         for i, (x, y) in enumerate(micro_batches):
-            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass; with
-                # FSDP at each, as whole ones take memory; with auto_batch once all processes have got through
+            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass, with
+                # auto_batch once all processes have got through; with FSDP at each, since those of the whole model
+                # would stay in every process until the last
                 model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
             documents = None if eot is None else r.to_device(number_documents(x, y, eot))
             with r.autocast():
-                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
+                loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)[1]
             scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
             nats += loss.detach()
 

@@ -167,12 +167,30 @@ def test_masked_targets_do_not_count():
     assert each.shape == targets.shape and (each[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("switches", [{}, dict(logit_softcap=3.0, tie_weights=False)])
+def test_a_sum_over_rows_in_turn_has_the_gradients_of_one_over_all_logits(switches, monkeypatch):
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 5 * 37)  # of the 24 rows, five at a time
+    targets, frozen = tokens().roll(-1, dims=1), random_model(**switches)
+    targets[0, 2:8] = -1
+    frozen.lm_head.weight.requires_grad_(False)
+    for model in (random_model(**switches), frozen):
+        logits, _ = model(tokens(), targets)
+        expected = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0][targets != -1].sum()
+        params = [p for p in model.parameters() if p.requires_grad]
+        _, total = model(tokens(), targets, reduction="sum")
+        assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+        got, wanted = (torch.autograd.grad(0.3 * loss, params) for loss in (total, expected))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_fully_masked_batch_has_loss_and_gradient_zero():
     model = random_model()
-    _, loss = model(tokens(), torch.full((2, 12), -1))
-    loss.backward()
-    assert loss.item() == 0
-    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+    for reduction in ("mean", "sum"):
+        _, loss = model(tokens(), torch.full((2, 12), -1), reduction=reduction)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
 def test_without_targets_only_the_last_position_has_logits():
