@@ -355,12 +355,13 @@ def foresee(
 
 def request_stop(signals: list[int], number: int, frame) -> None:
     """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
-    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
+    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds.
+    Several processes first have to agree, so the loop says what comes."""
     signals.append(number)
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
         os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
 
@@ -594,6 +595,8 @@ def main() -> int:
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
         waited += time.perf_counter() - arrived
         stop = n_signals > 0  # known to all processes, so that all end at the same step
+        if stop and r.world_size > 1:  # not before: the signal may have come because another process is gone
+            say("stopping after this update, with a checkpoint")
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
         if not s.auto_batch:
@@ -630,11 +633,9 @@ def main() -> int:
         at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
         if at["bad_steps"] >= s.max_bad_steps:
             writer.wait()
-            print(
-                f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
-                "lower the learning rate, or look at the data",
-                file=sys.stderr,
-            )
+            words = f"{s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}"
+            if r.is_main:
+                print(f"error: {words}; lower the learning rate, or look at the data", file=sys.stderr)
             return 1
 
         # a dry run ends after a few updates, of which the first, which warms up, does not count
@@ -671,17 +672,21 @@ def main() -> int:
 
 
 def main_or_advice() -> int:
-    """main, with advice where memory runs out."""
+    """main, with advice where memory runs out. What several processes meet alike, one of them says."""
     try:
         return runtime.leave(main())
-    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+    except Exception as error:
         watch.explain(error)
-        if not runtime.out_of_memory(error):
-            raise
-        raise UserError(
-            "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "
-            "which keeps the updates the same, or make --block_size or the model smaller"
-        ) from error
+        watch.fail()
+        if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch's is a RuntimeError
+            error = UserError(
+                "the device's memory does not hold this run; halve --batch_size and double "
+                "--gradient_accumulation_steps, which keeps the updates the same, or make --block_size or the model "
+                "smaller"
+            )
+        if isinstance(error, (UserError, OSError)) and not watch.is_news(str(error)):
+            return 2
+        raise error
 
 
 if __name__ == "__main__":
