@@ -469,7 +469,7 @@ def main() -> int:
         shrink()
     if r.compile and not s.eval_only:
         say("compiling ...")
-        model = runtime.compile_or_eager(model, one_pass)
+        model = runtime.compile_or_eager(model, one_pass, r)
     if r.world_size > 1 and not r.fsdp:
         model = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
 
