@@ -492,9 +492,6 @@ def main() -> int:
     writer = checkpoint.Writer(out_dir, s.keep_checkpoints, r.rank, r.world_size)
 
     def save(best: bool = False) -> None:
-        if at["evaluated_at"] == at["step"] and not math.isfinite(at["val_loss"]):
-            say(f"step {at['step']}: the val loss is no number, so this is not saved; the checkpoints before stay")
-            return
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
         progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": watch.launch_id()}
         writer.save(raw_model, optimizers, progress, best)

@@ -529,7 +529,8 @@ def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start,
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, bad):
+def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(checkpoint, "astray", lambda *_: None)  # as a stranger's program may have written them
     m = small_model()
     with torch.no_grad():
         m.transformer.h[0].mlp.c_fc.weight[3, 2] = bad
@@ -589,8 +590,31 @@ def test_a_run_that_went_astray_does_not_push_out_its_good_checkpoints(dataset, 
     assert train_here(monkeypatch, *words, "--max_iters=4") == 0
     broken = [*words, "--init_from=resume", "--max_iters=30", "--learning_rate=1e30", "--decay_lr=False"]
     train_here(monkeypatch, *broken, "--grad_clip=0")
-    assert "not saved" in capsys.readouterr().out
+    assert "(the val loss is no number" in capsys.readouterr().err
     assert math_is_fine(checkpoint.load_model(str(tmp_path / "o"), "latest")[0])
+
+
+@pytest.mark.parametrize("ends", ["at its last update", "by a signal"])
+def test_a_run_does_not_end_well_on_weights_that_are_no_numbers(dataset, tmp_path, monkeypatch, capsys, ends):
+    clip, calls = torch.nn.utils.clip_grad_norm_, 0
+
+    def poisoned(parameters, *args, **kwargs):
+        nonlocal calls
+        parameters, calls = list(parameters), calls + 1
+        if calls == 7:
+            parameters[2].data.view(-1)[0] = float("nan")
+            if ends == "by a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return clip(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    words = [f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--eval_interval=3", "--max_iters=8"]
+    assert train_here(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert "done" not in said.out and "stopped at" not in said.out
+    why = "the val loss is no number" if ends == "at its last update" else "transformer.h.0.ln_1.weight is not finite"
+    assert f"error: the last updates are not saved ({why}; " in said.err.splitlines()[-1]
+    assert (tmp_path / "o" / "latest").read_text() == (tmp_path / "o" / "best").read_text() == "step_000006\n"
 
 
 def math_is_fine(model) -> bool:
