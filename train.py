@@ -522,7 +522,8 @@ def main() -> int:
 
     # ---- the loop
     token_bytes = data.tokenizer.token_bytes()
-    first_step, stop, best_before = at["step"], False, at["best_loss"]
+    first_step = sampled_at = at["step"]
+    stop, best_before = False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
     waited = 0.0  # seconds since then, for processes that came later to their updates
@@ -565,7 +566,8 @@ def main() -> int:
             if step > 0 and (best or failed or s.always_save_checkpoint):
                 save(best)
                 saved_at = step
-        sampling = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes
+        sampling = s.sample_interval and step % s.sample_interval == 0 and step > sampled_at and writes
+        sampled_at = step  # smaller micro-batches begin the same update again
         if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
             say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
         if due:
