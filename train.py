@@ -355,12 +355,13 @@ def foresee(
 
 def request_stop(signals: list[int], number: int, frame) -> None:
     """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
-    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
+    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds.
+    Several processes first have to agree, so the loop says what comes."""
     signals.append(number)
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
         os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
 
@@ -468,7 +469,7 @@ def main() -> int:
         shrink()
     if r.compile and not s.eval_only:
         say("compiling ...")
-        model = runtime.compile_or_eager(model, one_pass)
+        model = runtime.compile_or_eager(model, one_pass, r)
     if r.world_size > 1 and not r.fsdp:
         device_ids = [r.device.index] if r.device.type == "cuda" else None
         # gradients stand where they are averaged, or they would be there twice
@@ -493,9 +494,6 @@ def main() -> int:
     writer = checkpoint.Writer(out_dir, s.keep_checkpoints, r.rank, r.world_size)
 
     def save(best: bool = False) -> None:
-        if at["evaluated_at"] == at["step"] and not math.isfinite(at["val_loss"]):
-            say(f"step {at['step']}: the val loss is no number, so this is not saved; the checkpoints before stay")
-            return
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
         progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": watch.launch_id()}
         writer.save(raw_model, optimizers, progress, best)
@@ -527,7 +525,8 @@ def main() -> int:
 
     # ---- the loop
     token_bytes = data.tokenizer.token_bytes()
-    first_step, stop, best_before = at["step"], False, at["best_loss"]
+    first_step = sampled_at = at["step"]
+    stop, best_before = False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
     waited = 0.0  # seconds since then, for processes that came later to their updates
@@ -570,7 +569,8 @@ def main() -> int:
             if step > 0 and (best or failed or s.always_save_checkpoint):
                 save(best)
                 saved_at = step
-        sampling = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes
+        sampling = s.sample_interval and step % s.sample_interval == 0 and step > sampled_at and writes
+        sampled_at = step  # smaller micro-batches begin the same update again
         if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
             say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
         if due:
@@ -597,6 +597,8 @@ def main() -> int:
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
         waited += time.perf_counter() - arrived
         stop = n_signals > 0  # known to all processes, so that all end at the same step
+        if stop and r.world_size > 1:  # not before: the signal may have come because another process is gone
+            say("stopping after this update, with a checkpoint")
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
         if not s.auto_batch:
@@ -633,11 +635,9 @@ def main() -> int:
         at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
         if at["bad_steps"] >= s.max_bad_steps:
             writer.wait()
-            print(
-                f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
-                "lower the learning rate, or look at the data",
-                file=sys.stderr,
-            )
+            words = f"{s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}"
+            if r.is_main:
+                print(f"error: {words}; lower the learning rate, or look at the data", file=sys.stderr)
             return 1
 
         # a dry run ends after a few updates, of which the first, which warms up, does not count
@@ -674,17 +674,21 @@ def main() -> int:
 
 
 def main_or_advice() -> int:
-    """main, with advice where memory runs out."""
+    """main, with advice where memory runs out. What several processes meet alike, one of them says."""
     try:
         return runtime.leave(main())
-    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+    except Exception as error:
         watch.explain(error)
-        if not runtime.out_of_memory(error):
-            raise
-        raise UserError(
-            "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "
-            "which keeps the updates the same, or make --block_size or the model smaller"
-        ) from error
+        watch.fail()
+        if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch's is a RuntimeError
+            error = UserError(
+                "the device's memory does not hold this run; halve --batch_size and double "
+                "--gradient_accumulation_steps, which keeps the updates the same, or make --block_size or the model "
+                "smaller"
+            )
+        if isinstance(error, (UserError, OSError)) and not watch.is_news(str(error)):
+            return 2
+        raise error
 
 
 if __name__ == "__main__":

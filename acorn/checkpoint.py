@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -105,9 +106,9 @@ class Writer:
         failed, where it did."""
         step = state["step"]
         beside = self.out_dir / f".writing-step_{step:06d}"
-        hashes, failure = {}, None
+        hashes, failure = {}, astray(parts, state)
         try:
-            hashes = write_files(beside, parts)
+            hashes = {} if failure else write_files(beside, parts)
         except (OSError, SafetensorError) as error:
             failure = reason(error)
         if self.rank == 0:
@@ -124,7 +125,7 @@ class Writer:
                 shutil.rmtree(beside, ignore_errors=True)
                 print(
                     f"warning: the checkpoint of step {step} could not be written into {self.out_dir} ({failure}); "
-                    "those before it are whole; make room, or mend that, and the next evaluation saves again",
+                    "those before it are whole; mend that, and the next evaluation saves again",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -140,6 +141,17 @@ class Writer:
                 raise RuntimeError(f"training ended while rank {rank} was writing")
             time.sleep(0.02)
         return json.loads(self.store.get(f"{step}/{rank}"))
+
+
+def astray(parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str | None:
+    """Why a checkpoint is of no use, where it is: its loss is no number, or one of its tensors would not be loaded."""
+    if state.get("evaluated_at") == state["step"] and not math.isfinite(state["val_loss"]):
+        return "the val loss is no number; a lower learning rate may help"
+    for tensors in parts.values():
+        for name, tensor in tensors.items():
+            if not is_whole(tensor):
+                return f"{name} is not finite; a lower learning rate may help"
+    return None
 
 
 def reason(error: Exception) -> str:

@@ -273,18 +273,31 @@ def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) 
     return False
 
 
-def compile_or_eager(model: torch.nn.Module, trial: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
-    """`model` compiled; or, where `trial` of that fails, as it is, with one warning.
+def compile_or_eager(
+    model: torch.nn.Module, trial: Callable[[torch.nn.Module], None], runtime: Runtime
+) -> torch.nn.Module:
+    """`model` compiled; or, where `trial` of that fails in any process, as it is in all of them, with one warning.
 
     `trial` takes the model one step through what it will do, in the shapes of the run, since torch compiles at the
-    first call and not before.
+    first call and not before. Memory that it runs out of is no failure to compile: the run itself will meet it, and
+    has an answer. Raises UserError where the model is sharded, since then the others are in the middle of the pass.
     """
-    compiled = torch.compile(model)
+    compiled, failed = torch.compile(model), 0
     try:
         trial(compiled)
-        return compiled
     except Exception as error:
+        model.zero_grad(set_to_none=True)
+        short = out_of_memory(error)
+        if short and runtime.fsdp:
+            raise
+        failed = int(not short)
         first_line = str(error).strip().split("\n")[0][:200]
-        print(f"warning: torch.compile failed ({type(error).__name__}: {first_line}); going on without", flush=True)
-        torch._dynamo.reset()
-        return model
+        reason = f"torch.compile failed ({type(error).__name__}: {first_line})"
+        if failed and runtime.fsdp:
+            raise UserError(f"{reason}; mend that, or go on without it: --compile=False") from error
+        if failed and watch.is_news(reason):
+            print(f"warning: {reason}; going on without", flush=True)
+    if runtime.sum(torch.tensor(failed)).item() == 0:
+        return compiled
+    torch._dynamo.reset()
+    return model

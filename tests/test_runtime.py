@@ -34,16 +34,34 @@ def test_a_device_that_is_not_there_is_refused(device, word):
         runtime.setup(device, "auto", False)
 
 
-def test_a_compile_that_fails_falls_back_with_one_warning(capsys):
-    model = torch.nn.Linear(2, 2)
+def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning(capsys):
+    model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
 
     def failing_trial(compiled):
         assert compiled is not model
+        model(torch.ones(2)).sum().backward()
         raise RuntimeError("no compiler\nand a long trace")
 
-    assert runtime.compile_or_eager(model, failing_trial) is model
+    assert runtime.compile_or_eager(model, failing_trial, r) is model
+    assert model.weight.grad is None  # half a pass must not count in the first update
     said = capsys.readouterr().out
     assert said.count("warning:") == 1 and "no compiler" in said and "long trace" not in said
+
+    r.sum = lambda values: values + 1  # another one fails
+    assert runtime.compile_or_eager(model, lambda compiled: None, r) is model
+    r.sum, r.fsdp = lambda values: values, True  # another one may be in the middle of its pass, and cannot be asked
+    with pytest.raises(UserError, match=r"no compiler\); .*--compile=False"):
+        runtime.compile_or_eager(model, failing_trial, r)
+    assert capsys.readouterr().out == ""
+
+
+def test_memory_that_a_compiled_trial_lacks_is_no_failure_to_compile(capsys):
+    def short(compiled):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+
+    model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
+    assert runtime.compile_or_eager(model, short, r) is not model
+    assert capsys.readouterr().out == ""
 
 
 def test_peak_rates_are_known_by_name(monkeypatch):
