@@ -95,7 +95,8 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
         pieces = [Turned(there[part]) if turned(family, part) else there[part] for part in parts]
         values[name] = checkpoint.Stored(" and ".join(parts), source, pieces)
     if config.tie_weights and "lm_head.weight" in there:
-        wte, head = values["transformer.wte.weight"], checkpoint.Stored("", source, [there["lm_head.weight"]])
+        wte = values["transformer.wte.weight"]
+        head = checkpoint.Stored("lm_head.weight", source, [there["lm_head.weight"]])
         blocks = [slice(row, row + 4096) for row in range(0, config.vocab_size, 4096)]  # not both of them whole
         if not all(torch.equal(head[rows].float(), wte[rows].float()) for rows in blocks):
             raise UserError(
