@@ -188,6 +188,14 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * (keep.to(x.dtype) / (1 - p))
 
 
+def grown_rows(weight: Tensor, n_vocab: int, size: int) -> Tensor:
+    """An embedding, or a head, of n_vocab tokens with rows for the tokens n_vocab, ..., size - 1, which are new. Each
+    of these is the mean of those before, https://nlp.stanford.edu/~johnhew/vocab-expansion.html, so that none starts
+    out likelier than a token is on average. Rows that only pad the vocabulary, from n_vocab on, are used first."""
+    old, padding = weight[:n_vocab], weight[size:]
+    return torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding))
+
+
 def attention_dropout(config: GPTConfig) -> float:
     return config.dropout if config.attn_dropout < 0 else config.attn_dropout
 
@@ -500,14 +508,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow_vocab(self, n_vocab: int, size: int) -> None:
-        """Make room for the tokens n_vocab, ..., size - 1, which are new: in the embedding and in the head the row of
-        each is the mean of the n_vocab rows before, https://nlp.stanford.edu/~johnhew/vocab-expansion.html, so that
-        none starts out likelier than a token is on average. Rows that only pad the vocabulary, from n_vocab on, are
-        used first. The logits of the tokens before stay as they are."""
+        """Make room for the tokens n_vocab, ..., size - 1, which are new, in the embedding and in the head, as
+        `grown_rows` has it. The logits of the tokens before stay as they are."""
         wte, head = self.transformer.wte, self.lm_head
         for layer in (wte,) if self.config.tie_weights else (wte, head):
-            old, padding = layer.weight[:n_vocab], layer.weight[size:]
-            layer.weight = nn.Parameter(torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding)))
+            layer.weight = nn.Parameter(grown_rows(layer.weight, n_vocab, size))
         if self.config.tie_weights:
             head.weight = wte.weight
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)

@@ -30,7 +30,7 @@ from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, make_optimizers
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
-from model import DROPOUTS, GPT, GPTConfig
+from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
 
 @dataclass
@@ -150,21 +150,20 @@ def check(s: TrainSettings) -> None:
         raise UserError(f"out_dir = {s.out_dir!r:.100} is no folder's name; give one, such as out/mine")
 
 
-def read_settings(argv: list[str]) -> tuple[TrainSettings, dict, Path | None, dict]:
-    """The settings: the defaults, then the checkpoint's when resuming, then the config file, then the command line.
-    With them those that the person gave, and folder and state of the checkpoint that the run goes on from (None and {}
-    where it starts). Raises UserError for what no run can have, and for an out_dir that holds another run."""
+def read_settings(argv: list[str]) -> tuple[TrainSettings, dict]:
+    """The settings: the defaults, then those of the run that goes on, then the config file, then the command line. With
+    them those that the person gave. Raises UserError for what no run can have, and for an out_dir that holds another
+    run."""
     given = settings.parse(TrainSettings, argv)
     s = settings.build(TrainSettings, given)
     out_dir, launch = Path(s.out_dir), watch.launch_id()
     if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
         given |= {"init_from": "resume", "overwrite": False}
         s = settings.build(TrainSettings, given)
-    folder, state = None, {}
     if s.init_from == "resume":
-        folder, state = checkpoint.find(out_dir)
+        before = settings.checked(TrainSettings, checkpoint.last_settings(out_dir))
         for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
-        s = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]), for_this_time, given)
+        s = settings.build(TrainSettings, before, for_this_time, given)
         if (out_dir / "state.json").exists():
             raise UserError(f"{out_dir} is one checkpoint of a run; resume with --out_dir={out_dir.parent}")
     check(s)
@@ -180,12 +179,20 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict, Path | None, di
             f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
             "or give another --out_dir"
         )
-    return s, given, folder, state
+    if starts and (pinned := [folder for folder in checkpoint.step_folders(out_dir) if checkpoint.is_pinned(folder)]):
+        raise UserError(
+            f"overwrite would remove {pinned[0]}, on which adapters stand, as the file {checkpoint.PINNED} in it says; "
+            "give another --out_dir, or remove that file"
+        )
+    return s, given
 
 
-def load_data(s: TrainSettings, state: dict) -> Mixture:
-    """The data. Raises UserError where it lacks what the run needs, and where the run of `state` was on other data."""
-    data = load_mixture(s.dataset)
+def load_data(s: TrainSettings, state: dict, r: runtime.Runtime) -> Mixture:
+    """The data. Raises UserError where it lacks what the run needs, where the run of `state` was on other data, and
+    where the machines do not have the same."""
+    data = load_mixture(s.dataset, hashed=r.is_first_here)
+    if len(set(map(tuple, r.gather([int(data.identity()[:12], 16)])))) > 1:  # as a number that a float64 holds
+        raise UserError(f"{data.path} is not the same on all machines; copy it from one of them to the others")
     for dataset in data.datasets:
         if dataset.val is None:
             raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
@@ -215,31 +222,32 @@ def new_model(s: TrainSettings, n_vocab: int, meta: bool) -> GPT:
 
 
 def load_initial(
-    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture, meta: bool
-) -> tuple[GPT, str, dict | None]:
-    """The model that a run starts from when not from scratch, a word on where it comes from, and what a checkpoint says
-    of its adapters where it has any. The settings of its shape in `s` follow it; one that the person gave and that
-    differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free,
-    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows. With
-    `meta`, the model of a run that goes on stands on the meta device."""
+    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture, r: runtime.Runtime
+) -> tuple[GPT, dict, str, dict | None]:
+    """The model that a run starts from when not from scratch, on the meta device, its parameters, unread (see
+    `checkpoint.Opened`), a word on where it comes from, and what a checkpoint says of its adapters where it has any.
+
+    The settings of its shape in `s` follow it; one that the person gave and that differs raises UserError, as does a
+    dataset whose tokens mean something else to it. Only dropouts are free, block_size may be smaller, and for control
+    tokens that the dataset adds to the tokenizer the model grows."""
     adapters = None
     if s.init_from == "resume":
-        model, tokenizer = checkpoint.build_model(folder, state, meta), from_dict(state["tokenizer"])
-        source = str(folder)
-        adapters = state.get("lora")
+        model, values = checkpoint.build_model(folder, state, r)
+        tokenizer, source, adapters = from_dict(state["tokenizer"]), str(folder), state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
             if getattr(s, name) != state["settings"].get(name, getattr(TrainSettings, name)):
                 raise UserError(f"{name} = {getattr(s, name)!r} differs from the run's own; leave it out to resume")
     else:
-        model, tokenizer, source = checkpoint.load_model(s.init_from)
+        model, values, tokenizer, source, base = checkpoint.open_model(s.init_from, plain=s.lora_rank > 0, r=r)
         if s.lora_rank:
             if s.lora_rank > model.config.n_embd:
                 raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
-            base = checkpoint.base_of(s.init_from)
             if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
                 raise UserError(f"overwrite would remove {base}, which the adapters stand on; give another --out_dir")
-            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=lora.fingerprint(model))
-            lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
+            sha256 = lora.fingerprint(model, values) if r.is_main else None  # which reads all, and rank 0 writes it
+            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
+            lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
+            values |= lora.initial(model, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
@@ -250,7 +258,10 @@ def load_initial(
                 f"{data.path} has {n_new} tokens that are new to {source}, and with {setting} their embeddings would "
                 f"stay unlearned; leave {setting} out, or first train a base without it and give that to --init_from"
             )
-        model.grow_vocab(min(tokenizer.n_vocab, model.config.vocab_size), data.vocab_size)
+        n_before = min(tokenizer.n_vocab, model.config.vocab_size)
+        model.grow_vocab(n_before, data.vocab_size)
+        for name in {"transformer.wte.weight", "lm_head.weight"} & {name for name, _ in model.named_parameters()}:
+            values[name] = grown_rows(values[name][...].float(), n_before, data.vocab_size)
         source += f", with {n_new} new tokens"
     elif not same:
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
@@ -271,7 +282,7 @@ def load_initial(
         setattr(s, name, getattr(model.config, name))
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
-    return model, source, adapters
+    return model, values, source, adapters
 
 
 def describe(s: TrainSettings, data: Mixture, model: GPT, source: str) -> str:
@@ -383,7 +394,7 @@ def command(script: str, words: str, out_dir: str) -> str:
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a run
     # ---- settings
-    s, given, folder, state = read_settings(sys.argv[1:])
+    s, given = read_settings(sys.argv[1:])
     out_dir, writes = Path(s.out_dir), not (s.eval_only or s.dry_run)
     there = checkpoint.step_folders(out_dir)
 
@@ -407,21 +418,23 @@ def main() -> int:
     say("; ".join(r.notes))
 
     # ---- data and model
-    data = load_data(s, state)
+    folder, state = checkpoint.find(out_dir, r=r) if s.init_from == "resume" else (None, {})  # to go on from
+    data = load_data(s, state, r)
     eot = data.tokenizer.eot if s.document_mask else None  # where a document begins
     torch.manual_seed(s.seed)
     adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
-        model, source = new_model(s, data.vocab_size, meta=r.fsdp), "scratch"  # sharded before it takes memory
+        model, source = new_model(s, data.vocab_size, meta=r.fsdp), "scratch"
     else:
-        meta = r.fsdp and s.init_from == "resume" and not state.get("lora")  # each process reads its rows alone
-        model, source, adapters = load_initial(s, given, folder, state, data, meta)
-        values = checkpoint.open_tensors(folder, state, "model") if meta else None
+        model, values, source, adapters = load_initial(s, given, folder, state, data, r)
     if s.freeze:
         lora.freeze(model, s.freeze)
     model.activation_checkpointing = s.activation_checkpointing
-    # `model` may become a compiled and distributed form of it
-    raw_model = model = sharding.shard(model, r, values) if r.fsdp else model.to(r.device)
+    if r.fsdp:  # from here on it takes memory, each process for its rows alone
+        model = sharding.shard(model, r, values)
+    else:
+        model = (checkpoint.fill(model, values) if values else model).to(r.device)
+    raw_model, values = model, None  # `model` may become a compiled and distributed form of it
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
@@ -484,6 +497,8 @@ def main() -> int:
             raise UserError(f"another run wrote into {out_dir} while this one started; look at it, and start again")
         if s.init_from != "resume":
             checkpoint.remove_run(out_dir)  # only with overwrite does this find more than a run without a checkpoint
+            if adapters:
+                checkpoint.pin(Path(adapters["base"]), out_dir)
         wandb_run = None
         if s.wandb_log:
             named = (s.wandb_project, s.wandb_run_name, dataclasses.asdict(s), out_dir, at["wandb_id"])

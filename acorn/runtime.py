@@ -55,6 +55,11 @@ class Runtime:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this process is the first on its machine, which checks what lies on that machine's disks."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
     def autocast(self):
         """The context in which the model runs forward. A sharded one sees to its precision itself."""
         if self.dtype == torch.float32 or self.fsdp:
@@ -91,6 +96,10 @@ class Runtime:
         torch.distributed.all_gather(everyones, own)
         return torch.stack(everyones).tolist()
 
+    def agree(self, holds: bool) -> bool:
+        """Whether it holds in every process."""
+        return self.sum(torch.tensor(int(not holds))).item() == 0
+
     def average_gradients(self, model: torch.nn.Module) -> None:
         """What DistributedDataParallel does in the last backward pass, done after it."""
         for p in model.parameters() if self.world_size > 1 else ():
@@ -100,14 +109,14 @@ class Runtime:
 
     def fits(self, work: Callable, *arguments) -> bool:
         """Do `work`, in which no process may wait for another; whether the memory of every process sufficed for it."""
-        short = 0
+        sufficed = True
         try:
             work(*arguments)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            short = 1
-        if self.sum(torch.tensor(short)).item() == 0:
+            sufficed = False
+        if self.agree(sufficed):
             return True
         if self.device.type in ("cuda", "mps"):  # pieces of the larger size are of no use any more
             getattr(torch, self.device.type).empty_cache()
@@ -128,6 +137,9 @@ class Runtime:
             return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # a process that has no others
 
 
 def setup(

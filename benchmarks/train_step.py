@@ -61,6 +61,7 @@ def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
     if rank:
         lora.add_adapters(model, lora.linear_layers(model), rank, 2.0 * rank)
+        model.load_state_dict(lora.initial(model, seed=0), strict=False)
     optimizers = make_optimizers(model, "muon" if modern else "adamw", 6e-4, 0.02, 0.1, (0.9, 0.95), x.device.type)
     forward = torch.compile(model) if compile else model
 

@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, caps
     originals = {}
     for folder in checkpoint.step_folders(tmp_path):
         state = checkpoint.read_state(folder)
-        parameters = dict(checkpoint.build_model(folder, state).named_parameters())
+        parameters = dict(checkpoint.fill(*checkpoint.build_model(folder, state)).named_parameters())
         originals[folder.name] = state, parameters, moments_of(folder, state)
     newest = tmp_path / "step_000002"
     targets = [*newest.iterdir(), tmp_path / "latest", tmp_path / "best"]
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, caps
         data = target.read_bytes()
         target.write_bytes(damaged(data, chance))
         folder, state = checkpoint.find(tmp_path)
-        parameters = dict(checkpoint.build_model(folder, state).named_parameters())
+        parameters = dict(checkpoint.fill(*checkpoint.build_model(folder, state)).named_parameters())
         expected = originals[folder.name]
         assert state == expected[0] and moments_of(folder, state) == expected[2]
         assert parameters.keys() == expected[1].keys()
@@ -498,7 +498,7 @@ def test_files_that_vanish_from_under_a_run(dataset, start, tmp_path):
     os.kill(run_.process.pid, signal.SIGTERM)
     assert run_.end() == 128 + signal.SIGTERM and "Traceback" not in run_.said(), run_.said()
     folder, state = checkpoint.find(tmp_path / "o")
-    checkpoint.build_model(folder, state)
+    checkpoint.fill(*checkpoint.build_model(folder, state))
     assert state["step"] > step + 10
     again = start("train.py", "--init_from=resume", "--out_dir=o", cwd=tmp_path)
     assert "no dataset 'mine'" in said_in_a_sentence(again, 2)
@@ -540,7 +540,7 @@ def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypat
     save_small(tmp_path, 1, m)
     for load in (
         lambda: checkpoint.load_model(str(tmp_path)),
-        lambda: checkpoint.build_model(*checkpoint.find(tmp_path)),
+        lambda: checkpoint.fill(*checkpoint.build_model(*checkpoint.find(tmp_path))),
     ):
         with pytest.raises(UserError, match=r"broken: transformer\."):
             load()
