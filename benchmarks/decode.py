@@ -5,15 +5,17 @@ $ python benchmarks/decode.py --nanogpt PATH_OF_A_CHECKOUT
 GPT-2 124M shapes with random weights, greedy, so that only speed is compared. A run reads a prompt and writes
 `new` tokens; tokens/s counts the written ones over the whole time, prompt included; the first token's time stands
 beside it. Each contender has a process of its own, and they take turns. Peers that are not installed are named and left
-out (requirements-bench.txt).
+out (requirements-bench.txt). The wheel of llama.cpp is built for AVX2 and can do no better where a processor has more.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import bench
@@ -52,7 +54,6 @@ def acorn_run(dtype, device, quantize="none"):
 def hugging_face_run(dtype, device):
     import transformers
 
-    transformers.logging.set_verbosity_error()
     config = transformers.GPT2Config(eos_token_id=None, bos_token_id=None)
     model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
 
@@ -121,6 +122,56 @@ def ctranslate2_run(compute_type):
     return run
 
 
+def llama_cpp_run(dtype, batch):
+    """`dtype` by gguf's names; Q8_0 is int8 with a scale for every 32 weights."""
+    import gguf
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.n_parallel, params.n_ctx = batch, batch * SHAPES["block_size"]
+    params.cache_ram_mib = 0  # nothing of one round is kept for the next
+    params.verbosity = 1  # errors
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, SHAPES["n_layer"])
+    with tempfile.TemporaryDirectory() as scratch:
+        params.model.path = str(Path(scratch) / "gpt2.gguf")
+        writer = gguf.GGUFWriter(params.model.path, "gpt2")
+        writer.add_context_length(SHAPES["block_size"])
+        writer.add_embedding_length(SHAPES["n_embd"])
+        writer.add_feed_forward_length(4 * SHAPES["n_embd"])
+        writer.add_block_count(SHAPES["n_layer"])
+        writer.add_head_count(SHAPES["n_head"])
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([f"t{i}" for i in range(SHAPES["vocab_size"])])  # pieces of letters would be held back
+        writer.add_token_merges(["t 0"])  # not used, but due
+        for name, weight in GPT(GPTConfig(**SHAPES)).named_parameters():
+            as_is = weight.dim() == 1 or "wpe" in name  # what its own converter leaves in float32
+            kind = gguf.GGMLQuantizationType["F32" if as_is else dtype]
+            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(theirs, gguf.quantize(weight.detach().numpy(), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        server = xllamacpp.Server(params)  # called in this process, not over HTTP
+
+    def run(prompts, new):
+        request = dict(prompt=prompts if batch > 1 else prompts[0], max_tokens=new, ignore_eos=True, stream=True)
+        request |= dict(samplers=["top_k"], top_k=1, cache_prompt=False)  # each round reads the prompt anew
+        chunks = []
+        start = time.perf_counter()
+        server.handle_completions(request, lambda chunk: chunks.append((time.perf_counter() - start, chunk)))
+        whole = time.perf_counter() - start
+        if "error" in chunks[-1][1]:
+            raise RuntimeError(chunks[-1][1]["error"]["message"])
+        first = next(seconds for seconds, chunk in chunks if chunk)  # with several prompts, empty ones come before
+        return {"first": first, "whole": whole}
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
@@ -134,6 +185,8 @@ def main() -> None:
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
     args = parser.parse_args()
 
+    # for the processes of all contenders: transformers, which CTranslate2 converts with too, says only what went wrong
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     device = torch.device(args.device)
     contenders = {
         "acorn, fp32": lambda: acorn_run(torch.float32, device),
@@ -147,6 +200,8 @@ def main() -> None:
         contenders["acorn, int8"] = lambda: acorn_run(torch.float32, device, "int8")
         contenders["CTranslate2, fp32"] = lambda: ctranslate2_run("float32")
         contenders["CTranslate2, int8"] = lambda: ctranslate2_run("int8")
+        for precision, dtype in ("fp32", "F32"), ("bf16", "BF16"), ("int8", "Q8_0"):
+            contenders[f"llama.cpp, {precision}"] = partial(llama_cpp_run, dtype, args.batch)
     prompts = [[(7 * i + j) % 1000 for j in range(args.prompt)] for i in range(args.batch)]
     if args.alone:
 
