@@ -400,6 +400,8 @@ def main() -> int:
 
     # ---- machine
     r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd, s.fsdp)
+    if s.activation_checkpointing:
+        runtime.set_malloc(lean=True)
     signals = []  # those that asked this process to stop
 
     def say(text: str) -> None:

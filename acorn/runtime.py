@@ -182,7 +182,7 @@ def set_malloc(lean: bool) -> None:
 
     It keeps pieces of up to 32 MB for the next ones. Otherwise they go back to the kernel, which clears them anew, page
     by page, in each update: about a twelfth of the time. With `lean` only those of up to 1 MB are kept: between what a
-    sharded model gathers and lets go of, gaps would stay that took up more than sharding saves.
+    sharded model gathers and lets go of, or blocks recompute, gaps would stay that take up as much as that saves.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows, and other C libraries
         mallopt = ctypes.CDLL(None).mallopt

@@ -31,6 +31,8 @@ from model import GPT, GPTConfig
 def worker(args: argparse.Namespace) -> None:
     """One process of a row: some updates, then rank 0 prints the figures of all as JSON."""
     r = runtime.setup(args.device, args.dtype, False, fsdp=args.form == "fsdp")
+    if args.recompute:  # as in train.py
+        runtime.set_malloc(lean=True)
     L, C, H, T, V = map(int, args.shape.split(","))
     seconds = []
     if args.form != "nothing":
