@@ -322,7 +322,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**24  # 64 MB
+LOGITS_AT_ONCE = 2**25  # numbers, 128 MB in float32
 
 
 class HeadLoss(torch.autograd.Function):
@@ -353,7 +353,11 @@ class HeadLoss(torch.autograd.Function):
                 dlogits *= 1 - (logits / softcap).square()
             dlogits = dlogits.to(dtype)
             d_some.copy_(dlogits @ head)
-            if ctx.needs_input_grad[1]:  # it may be frozen
+            if not ctx.needs_input_grad[1]:  # it may be frozen
+                continue
+            if dtype == torch.float32:
+                dweight.addmm_(dlogits.T, some)
+            else:
                 dweight += dlogits.T @ some
         ctx.save_for_backward(dx, dweight.to(weight.dtype))
         return loss
@@ -422,7 +426,7 @@ class GPT(nn.Module):
 
         With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
         targets that are not masked ("mean", 0 where all are masked; "none": (B, T), 0 at masked ones; or, for training,
-        "sum", with None in place of the logits, which it need not make all at once).
+        "sum", with None in place of logits that are too many to be made all at once).
         Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
         With `documents` (B, T), which number the documents in each row, attention stays inside a document and positions
         restart there. With a `cache`, idx continues its rows: row b stands at position cache.length[b]. Not both.
@@ -466,7 +470,8 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)  # (B, T, C)
 
         eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # what it was measured on
-        if targets is not None and reduction == "sum" and eager_cpu:
+        large = B * T * self.lm_head.weight.size(0) > LOGITS_AT_ONCE
+        if targets is not None and reduction == "sum" and eager_cpu and large and torch.is_grad_enabled():
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cfg.logit_softcap)
         if targets is None:  # only the logits that the next token is drawn from
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
