@@ -78,8 +78,8 @@ def test_peak_rates_are_known_by_name(monkeypatch):
 def test_freed_memory_serves_the_next_tensor_without_the_kernel():
     code = (
         "import resource, torch; from acorn import runtime; runtime.setup('cpu', 'float32', False)\n"
-        "for i in range(12):\n"
-        "    if i == 2: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for i in range(20):\n"
+        "    if i == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    a, b = torch.ones(4 << 20), torch.ones(4 << 20); del a, b\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
