@@ -392,6 +392,13 @@ def find(out_dir: Path, which: str = "latest") -> tuple[Path, dict]:
         raise UserError(f"no checkpoint in {out_dir} is whole; train again with --overwrite=True")
     if (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from it with --init_from={out_dir / 'ckpt.pt'}")
+    if (out_dir / "adapter_config.json").exists():
+        raise UserError(
+            f"{out_dir} holds adapters of the library peft; merge them into their base there (merge_and_unload, then "
+            "save_pretrained) and give the folder of that"
+        )
+    if any(out_dir.glob("*.safetensors")):
+        raise UserError(f"{out_dir} holds weights without their config.json; get the checkpoint again, whole")
     raise UserError(
         f"there is no checkpoint in {out_dir} yet: a run saves its first at its first evaluation, or at its end"
     )
