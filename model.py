@@ -42,7 +42,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # start with every block, and an untied head, at zero output
     ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too, added to the token's own
-    ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
+    ngram_rows: int = 16384  # rows of each table of n-grams at most; where there are more n-grams, these share rows
     ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -156,27 +156,44 @@ def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
     return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, p: float) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, in the way that is fastest here. q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
-    Without a mask it is causal."""
+    Without a mask it is causal; p is the share of weights that are dropped."""
     T, grouped = q.size(2), q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
         return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
-    cpu_bf16 = v.device.type == "cpu" and v.dtype == torch.bfloat16
-    if cpu_bf16 and torch.is_grad_enabled() and mask is None and not grouped and T <= 512:
-        return plain_attention(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=grouped)
+    fused_is_slow = v.device.type == "cpu" and (v.dtype == torch.bfloat16 or p > 0)
+    if fused_is_slow and torch.is_grad_enabled() and mask is None and not grouped and T <= 512:
+        return plain_attention(q, k, v, p)
+    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, enable_gqa=grouped)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). For short sequences in bfloat16 a CPU trains
-    faster so, by products that hold all T * T weights, than by the fused kernel, which saves memory."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). In bfloat16, or with dropout, a CPU trains
+    short sequences faster by products that hold all T * T weights than by the kernel that saves their memory."""
     B, H, T, D = q.shape
     future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
     q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)).softmax(-1)  # (B * H, T, T)
-    return (F.dropout(weights, dropout).to(v.dtype) @ v.reshape(B * H, T, D)).view(B, H, T, D)
+    return (dropout(weights, p, True).to(v.dtype) @ v.reshape(B * H, T, D)).view(B, H, T, D)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout, which draws a number for each element, one after the other on a CPU: there, one for four elements."""
+    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (keep.to(x.dtype) / (1 - p))
+
+
+def grown_rows(weight: Tensor, n_vocab: int, size: int) -> Tensor:
+    """An embedding, or a head, of n_vocab tokens with rows for the tokens n_vocab, ..., size - 1, which are new. Each
+    of these is the mean of those before, https://nlp.stanford.edu/~johnhew/vocab-expansion.html, so that none starts
+    out likelier than a token is on average. Rows that only pad the vocabulary, from n_vocab on, are used first."""
+    old, padding = weight[:n_vocab], weight[size:]
+    return torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding))
 
 
 def attention_dropout(config: GPTConfig) -> float:
@@ -199,18 +216,21 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
+        V = config.vocab_size
+        self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # n-grams, by how far they go back
+        self.tables = nn.ModuleList(nn.Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
 
     def forward(self, idx: Tensor, index: Tensor, at: Tensor) -> Tensor:
         """The sum of the embeddings (B, T, C) of the n-grams that end at `index` (B, T) of idx (B, S), where the
         document's tokens number `at` (B, T) stand; what would lie before the first of them is left out."""
         key, embedded = idx.gather(1, index), 0
-        for back, table in enumerate(self.tables, start=1):
+        for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
-            key = key * 1_000_003 + before  # int64, which wraps around
-            rows = table((key ^ (key >> 15)) % table.num_embeddings)  # (B, T, C)
+            key = key * (self.config.vocab_size + 1) + before  # int64, which wraps around
+            # Fibonacci hashing, where there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
+            row = key if table.num_embeddings == possible else (key * -7046029254386353131 >> 32) % table.num_embeddings
             # of an n-gram all C channels are dropped, or none
-            embedded = embedded + F.dropout1d(rows, self.config.ngram_dropout, self.training)
+            embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
         return embedded
 
 
@@ -264,7 +284,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         if cache is not None:
             y = y.to(x.dtype)  # in which a sharded model computes, whatever the cache holds
-        return F.dropout(self.c_proj(y), cfg.dropout, self.training)
+        return dropout(self.c_proj(y), cfg.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -286,7 +306,7 @@ class MLP(nn.Module):
         else:  # swiglu, https://arxiv.org/abs/2002.05202
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
-        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+        return dropout(self.c_proj(x), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -300,6 +320,48 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary=None, cache=None, positions=None, mask=None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, cache, positions, mask)
         return x + self.mlp(self.ln_2(x))
+
+
+LOGITS_AT_ONCE = 2**24  # 64 MB
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and its cross-entropy in one, in nats, summed over the targets that are not masked (-1).
+
+    With a large vocabulary logits are the largest tensor of training, and the cross-entropy makes two more of their
+    size. Here they exist for some rows at a time, and gradients are taken at once, in the forward pass: those of the
+    head's input and weight are all that stays. As in Liger Kernel, https://arxiv.org/abs/2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        """x (N, C), weight (V, C), targets (N,) -> ()"""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        head, loss = weight.to(dtype), torch.zeros(())
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        n = math.ceil(LOGITS_AT_ONCE / len(weight))  # rows at a time
+        for some, d_some, wanted in zip(x.to(dtype).split(n), dx.split(n), targets.split(n), strict=True):
+            logits = (some @ head.T).float()  # (n, V)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            logp = logits.log_softmax(-1)
+            loss += F.nll_loss(logp, wanted, ignore_index=-1, reduction="sum")
+            dlogits = logp.exp_()  # softmax - one-hot
+            dlogits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
+            dlogits[wanted == -1] = 0
+            if softcap:
+                dlogits *= 1 - (logits / softcap).square()
+            dlogits = dlogits.to(dtype)
+            d_some.copy_(dlogits @ head)
+            if ctx.needs_input_grad[1]:  # it may be frozen
+                dweight += dlogits.T @ some
+        ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        dx, dweight = ctx.saved_tensors
+        return dx.mul_(gradient), dweight.mul_(gradient) if ctx.needs_input_grad[1] else None, None, None
 
 
 class GPT(nn.Module):
@@ -359,7 +421,8 @@ class GPT(nn.Module):
         """Predict the token after each of `idx` (B, T).
 
         With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
-        targets that are not masked ("mean", 0 where all are masked; "sum"; or "none": (B, T), 0 at masked ones).
+        targets that are not masked ("mean", 0 where all are masked; "none": (B, T), 0 at masked ones; or, for training,
+        "sum", with None in place of the logits, which it need not make all at once).
         Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
         With `documents` (B, T), which number the documents in each row, attention stays inside a document and positions
         restart there. With a `cache`, idx continues its rows: row b stands at position cache.length[b]. Not both.
@@ -373,8 +436,8 @@ class GPT(nn.Module):
             at = torch.arange(T, device=idx.device)  # (T,)
             if documents is not None:
                 at = document_positions(documents)  # (B, T)
-                dropout = self.training and attention_dropout(cfg) > 0  # which flex attention does not have
-                mask = document_mask(documents, idx.is_cuda and HAS_TRITON and not dropout and cfg.head_dim >= 16)
+                drops = self.training and attention_dropout(cfg) > 0  # which flex attention does not have
+                mask = document_mask(documents, idx.is_cuda and HAS_TRITON and not drops and cfg.head_dim >= 16)
         else:
             if documents is not None:
                 raise ValueError("documents are told apart in whole sequences only, not with a cache")
@@ -394,7 +457,7 @@ class GPT(nn.Module):
             cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
             rotary = (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
 
-        x = F.dropout(x, cfg.dropout, self.training)
+        x = dropout(x, cfg.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rotary, mask=mask, use_reentrant=False)
@@ -402,6 +465,9 @@ class GPT(nn.Module):
                 x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # what it was measured on
+        if targets is not None and reduction == "sum" and eager_cpu:
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cfg.logit_softcap)
         if targets is None:  # only the logits that the next token is drawn from
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
         logits = self.lm_head(x)  # (B, T or 1, V)
@@ -442,14 +508,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow_vocab(self, n_vocab: int, size: int) -> None:
-        """Make room for the tokens n_vocab, ..., size - 1, which are new: in the embedding and in the head the row of
-        each is the mean of the n_vocab rows before, https://nlp.stanford.edu/~johnhew/vocab-expansion.html, so that
-        none starts out likelier than a token is on average. Rows that only pad the vocabulary, from n_vocab on, are
-        used first. The logits of the tokens before stay as they are."""
+        """Make room for the tokens n_vocab, ..., size - 1, which are new, in the embedding and in the head, as
+        `grown_rows` has it. The logits of the tokens before stay as they are."""
         wte, head = self.transformer.wte, self.lm_head
         for layer in (wte,) if self.config.tie_weights else (wte, head):
-            old, padding = layer.weight[:n_vocab], layer.weight[size:]
-            layer.weight = nn.Parameter(torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding)))
+            layer.weight = nn.Parameter(grown_rows(layer.weight, n_vocab, size))
         if self.config.tie_weights:
             head.weight = wte.weight
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)

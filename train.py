@@ -30,7 +30,7 @@ from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, make_optimizers
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
-from model import DROPOUTS, GPT, GPTConfig
+from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
 
 @dataclass
@@ -78,7 +78,7 @@ class TrainSettings:
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, start at zero output
     ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too; for small models
-    ngram_rows: int = 16384  # rows of each table of n-grams, which share them as a hash has it
+    ngram_rows: int = 16384  # rows of each table of n-grams at most; where there are more n-grams, these share rows
     ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
     # training a part of a model
     lora_rank: int = 0  # r > 0: the weights stay, and adapters of this rank are learned beside them (LoRA)
@@ -150,21 +150,20 @@ def check(s: TrainSettings) -> None:
         raise UserError(f"out_dir = {s.out_dir!r:.100} is no folder's name; give one, such as out/mine")
 
 
-def read_settings(argv: list[str]) -> tuple[TrainSettings, dict, Path | None, dict]:
-    """The settings: the defaults, then the checkpoint's when resuming, then the config file, then the command line.
-    With them those that the person gave, and folder and state of the checkpoint that the run goes on from (None and {}
-    where it starts). Raises UserError for what no run can have, and for an out_dir that holds another run."""
+def read_settings(argv: list[str]) -> tuple[TrainSettings, dict]:
+    """The settings: the defaults, then those of the run that goes on, then the config file, then the command line. With
+    them those that the person gave. Raises UserError for what no run can have, and for an out_dir that holds another
+    run."""
     given = settings.parse(TrainSettings, argv)
     s = settings.build(TrainSettings, given)
     out_dir, launch = Path(s.out_dir), watch.launch_id()
     if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
         given |= {"init_from": "resume", "overwrite": False}
         s = settings.build(TrainSettings, given)
-    folder, state = None, {}
     if s.init_from == "resume":
-        folder, state = checkpoint.find(out_dir)
+        before = settings.checked(TrainSettings, checkpoint.last_settings(out_dir))
         for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
-        s = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]), for_this_time, given)
+        s = settings.build(TrainSettings, before, for_this_time, given)
         if (out_dir / "state.json").exists():
             raise UserError(f"{out_dir} is one checkpoint of a run; resume with --out_dir={out_dir.parent}")
     check(s)
@@ -180,12 +179,20 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict, Path | None, di
             f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
             "or give another --out_dir"
         )
-    return s, given, folder, state
+    if starts and (pinned := [folder for folder in checkpoint.step_folders(out_dir) if checkpoint.is_pinned(folder)]):
+        raise UserError(
+            f"overwrite would remove {pinned[0]}, on which adapters stand, as the file {checkpoint.PINNED} in it says; "
+            "give another --out_dir, or remove that file"
+        )
+    return s, given
 
 
-def load_data(s: TrainSettings, state: dict) -> Mixture:
-    """The data. Raises UserError where it lacks what the run needs, and where the run of `state` was on other data."""
-    data = load_mixture(s.dataset)
+def load_data(s: TrainSettings, state: dict, r: runtime.Runtime) -> Mixture:
+    """The data. Raises UserError where it lacks what the run needs, where the run of `state` was on other data, and
+    where the machines do not have the same."""
+    data = load_mixture(s.dataset, hashed=r.is_first_here)
+    if len(set(map(tuple, r.gather([int(data.identity()[:12], 16)])))) > 1:  # as a number that a float64 holds
+        raise UserError(f"{data.path} is not the same on all machines; copy it from one of them to the others")
     for dataset in data.datasets:
         if dataset.val is None:
             raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
@@ -215,31 +222,32 @@ def new_model(s: TrainSettings, n_vocab: int, meta: bool) -> GPT:
 
 
 def load_initial(
-    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture, meta: bool
-) -> tuple[GPT, str, dict | None]:
-    """The model that a run starts from when not from scratch, a word on where it comes from, and what a checkpoint says
-    of its adapters where it has any. The settings of its shape in `s` follow it; one that the person gave and that
-    differs raises UserError, as does a dataset whose tokens mean something else to it. Only dropouts are free,
-    block_size may be smaller, and for control tokens that the dataset adds to the tokenizer the model grows. With
-    `meta`, the model of a run that goes on stands on the meta device."""
+    s: TrainSettings, given: dict, folder: Path | None, state: dict, data: Mixture, r: runtime.Runtime
+) -> tuple[GPT, dict, str, dict | None]:
+    """The model that a run starts from when not from scratch, on the meta device, its parameters, unread (see
+    `checkpoint.Opened`), a word on where it comes from, and what a checkpoint says of its adapters where it has any.
+
+    The settings of its shape in `s` follow it; one that the person gave and that differs raises UserError, as does a
+    dataset whose tokens mean something else to it. Only dropouts are free, block_size may be smaller, and for control
+    tokens that the dataset adds to the tokenizer the model grows."""
     adapters = None
     if s.init_from == "resume":
-        model, tokenizer = checkpoint.build_model(folder, state, meta), from_dict(state["tokenizer"])
-        source = str(folder)
-        adapters = state.get("lora")
+        model, values = checkpoint.build_model(folder, state, r)
+        tokenizer, source, adapters = from_dict(state["tokenizer"]), str(folder), state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
             if getattr(s, name) != state["settings"].get(name, getattr(TrainSettings, name)):
                 raise UserError(f"{name} = {getattr(s, name)!r} differs from the run's own; leave it out to resume")
     else:
-        model, tokenizer, source = checkpoint.load_model(s.init_from)
+        model, values, tokenizer, source, base = checkpoint.open_model(s.init_from, plain=s.lora_rank > 0, r=r)
         if s.lora_rank:
             if s.lora_rank > model.config.n_embd:
                 raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
-            base = checkpoint.base_of(s.init_from)
             if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
                 raise UserError(f"overwrite would remove {base}, which the adapters stand on; give another --out_dir")
-            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=lora.fingerprint(model))
-            lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha, s.seed)
+            sha256 = lora.fingerprint(model, values) if r.is_main else None  # which reads all, and rank 0 writes it
+            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
+            lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
+            values |= lora.initial(model, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
@@ -250,7 +258,10 @@ def load_initial(
                 f"{data.path} has {n_new} tokens that are new to {source}, and with {setting} their embeddings would "
                 f"stay unlearned; leave {setting} out, or first train a base without it and give that to --init_from"
             )
-        model.grow_vocab(min(tokenizer.n_vocab, model.config.vocab_size), data.vocab_size)
+        n_before = min(tokenizer.n_vocab, model.config.vocab_size)
+        model.grow_vocab(n_before, data.vocab_size)
+        for name in {"transformer.wte.weight", "lm_head.weight"} & {name for name, _ in model.named_parameters()}:
+            values[name] = grown_rows(values[name][...].float(), n_before, data.vocab_size)
         source += f", with {n_new} new tokens"
     elif not same:
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
@@ -271,7 +282,7 @@ def load_initial(
         setattr(s, name, getattr(model.config, name))
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
-    return model, source, adapters
+    return model, values, source, adapters
 
 
 def describe(s: TrainSettings, data: Mixture, model: GPT, source: str) -> str:
@@ -355,12 +366,13 @@ def foresee(
 
 def request_stop(signals: list[int], number: int, frame) -> None:
     """At the first signal ask for a checkpoint and an end after this update; a second one ends the process at once.
-    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds."""
+    Not so under torchrun, which passes on what its processes may have got already, and kills them after 30 seconds.
+    Several processes first have to agree, so the loop says what comes."""
     signals.append(number)
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
         os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
 
@@ -382,7 +394,7 @@ def command(script: str, words: str, out_dir: str) -> str:
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a run
     # ---- settings
-    s, given, folder, state = read_settings(sys.argv[1:])
+    s, given = read_settings(sys.argv[1:])
     out_dir, writes = Path(s.out_dir), not (s.eval_only or s.dry_run)
     there = checkpoint.step_folders(out_dir)
 
@@ -406,21 +418,23 @@ def main() -> int:
     say("; ".join(r.notes))
 
     # ---- data and model
-    data = load_data(s, state)
+    folder, state = checkpoint.find(out_dir, r=r) if s.init_from == "resume" else (None, {})  # to go on from
+    data = load_data(s, state, r)
     eot = data.tokenizer.eot if s.document_mask else None  # where a document begins
     torch.manual_seed(s.seed)
     adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
-        model, source = new_model(s, data.vocab_size, meta=r.fsdp), "scratch"  # sharded before it takes memory
+        model, source = new_model(s, data.vocab_size, meta=r.fsdp), "scratch"
     else:
-        meta = r.fsdp and s.init_from == "resume" and not state.get("lora")  # each process reads its rows alone
-        model, source, adapters = load_initial(s, given, folder, state, data, meta)
-        values = checkpoint.open_tensors(folder, state, "model") if meta else None
+        model, values, source, adapters = load_initial(s, given, folder, state, data, r)
     if s.freeze:
         lora.freeze(model, s.freeze)
     model.activation_checkpointing = s.activation_checkpointing
-    # `model` may become a compiled and distributed form of it
-    raw_model = model = sharding.shard(model, r, values) if r.fsdp else model.to(r.device)
+    if r.fsdp:  # from here on it takes memory, each process for its rows alone
+        model = sharding.shard(model, r, values)
+    else:
+        model = (checkpoint.fill(model, values) if values else model).to(r.device)
+    raw_model, values = model, None  # `model` may become a compiled and distributed form of it
 
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
@@ -468,9 +482,11 @@ def main() -> int:
         shrink()
     if r.compile and not s.eval_only:
         say("compiling ...")
-        model = runtime.compile_or_eager(model, one_pass)
+        model = runtime.compile_or_eager(model, one_pass, r)
     if r.world_size > 1 and not r.fsdp:
-        model = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
+        device_ids = [r.device.index] if r.device.type == "cuda" else None
+        # gradients stand where they are averaged, or they would be there twice
+        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
     # ---- from here on the run writes
     metrics = None
@@ -481,6 +497,8 @@ def main() -> int:
             raise UserError(f"another run wrote into {out_dir} while this one started; look at it, and start again")
         if s.init_from != "resume":
             checkpoint.remove_run(out_dir)  # only with overwrite does this find more than a run without a checkpoint
+            if adapters:
+                checkpoint.pin(Path(adapters["base"]), out_dir)
         wandb_run = None
         if s.wandb_log:
             named = (s.wandb_project, s.wandb_run_name, dataclasses.asdict(s), out_dir, at["wandb_id"])
@@ -491,9 +509,6 @@ def main() -> int:
     writer = checkpoint.Writer(out_dir, s.keep_checkpoints, r.rank, r.world_size)
 
     def save(best: bool = False) -> None:
-        if at["evaluated_at"] == at["step"] and not math.isfinite(at["val_loss"]):
-            say(f"step {at['step']}: the val loss is no number, so this is not saved; the checkpoints before stay")
-            return
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
         progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": watch.launch_id()}
         writer.save(raw_model, optimizers, progress, best)
@@ -513,18 +528,20 @@ def main() -> int:
     def accumulate(micro_batches: list, n_targets: int, nats: torch.Tensor) -> None:
         """Add the gradients of the micro-batches up, and their losses in `nats`."""
         for i, (x, y) in enumerate(micro_batches):
-            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass; with
-                # FSDP at each, as whole ones take memory; with auto_batch once all processes have got through
+            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass, with
+                # auto_batch once all processes have got through; with FSDP at each, since those of the whole model
+                # would stay in every process until the last
                 model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
             documents = None if eot is None else r.to_device(number_documents(x, y, eot))
             with r.autocast():
-                _, loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)
+                loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)[1]
             scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
             nats += loss.detach()
 
     # ---- the loop
     token_bytes = data.tokenizer.token_bytes()
-    first_step, stop, best_before = at["step"], False, at["best_loss"]
+    first_step = sampled_at = at["step"]
+    stop, best_before = False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
     waited = 0.0  # seconds since then, for processes that came later to their updates
@@ -567,7 +584,8 @@ def main() -> int:
             if step > 0 and (best or failed or s.always_save_checkpoint):
                 save(best)
                 saved_at = step
-        sampling = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes
+        sampling = s.sample_interval and step % s.sample_interval == 0 and step > sampled_at and writes
+        sampled_at = step  # smaller micro-batches begin the same update again
         if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
             say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
         if due:
@@ -596,6 +614,8 @@ def main() -> int:
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
         waited += time.perf_counter() - arrived
         stop = n_signals > 0  # known to all processes, so that all end at the same step
+        if stop and r.world_size > 1:  # not before: the signal may have come because another process is gone
+            say("stopping after this update, with a checkpoint")
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
         if not s.auto_batch:
@@ -632,11 +652,9 @@ def main() -> int:
         at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
         if at["bad_steps"] >= s.max_bad_steps:
             writer.wait()
-            print(
-                f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}; "
-                "lower the learning rate, or look at the data",
-                file=sys.stderr,
-            )
+            words = f"{s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}"
+            if r.is_main:
+                print(f"error: {words}; lower the learning rate, or look at the data", file=sys.stderr)
             return 1
 
         # a dry run ends after a few updates, of which the first, which warms up, does not count
@@ -673,17 +691,21 @@ def main() -> int:
 
 
 def main_or_advice() -> int:
-    """main, with advice where memory runs out."""
+    """main, with advice where memory runs out. What several processes meet alike, one of them says."""
     try:
         return runtime.leave(main())
-    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+    except Exception as error:
         watch.explain(error)
-        if not runtime.out_of_memory(error):
-            raise
-        raise UserError(
-            "the device's memory does not hold this run; halve --batch_size and double --gradient_accumulation_steps, "
-            "which keeps the updates the same, or make --block_size or the model smaller"
-        ) from error
+        watch.fail()
+        if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch's is a RuntimeError
+            error = UserError(
+                "the device's memory does not hold this run; halve --batch_size and double "
+                "--gradient_accumulation_steps, which keeps the updates the same, or make --block_size or the model "
+                "smaller"
+            )
+        if isinstance(error, (UserError, OSError)) and not watch.is_news(str(error)):
+            return 2
+        raise error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -35,17 +36,30 @@ from torch.distributed.tensor import DTensor
 
 from acorn import UserError, files, lora, optim, settings, sharding
 from acorn import tokenizer as tokenizers
+from acorn.runtime import ALONE, Runtime
 from acorn.shards import load_dataset
 from model import DROPOUTS, GPT, GPTConfig
 
 FORMAT = 2  # of state.json; 1 had optimizer.pt, where the optimizers' state stands by number
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
+REPLACED = ".replaced-"  # before the name of a step folder, while the same step is saved again
+PINNED = "pinned"  # a file in a step folder that has to stay
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # others there: owner/name
 
 
 class Damaged(Exception):
     """A checkpoint that is not whole; the message says what is missing."""
+
+
+class Opened(typing.NamedTuple):
+    """A checkpoint of which no weight is read yet."""
+
+    model: GPT  # on the meta device, where it takes no memory
+    values: dict  # its parameters by name, of which rows can be asked for: tensors, or Stored, or lora.Merged
+    tokenizer: tokenizers.Tokenizer | None  # None where it is not known
+    source: str  # a word on it, for a person
+    name: str  # by which adapters find it again from anywhere
 
 
 class Writer:
@@ -105,9 +119,9 @@ class Writer:
         failed, where it did."""
         step = state["step"]
         beside = self.out_dir / f".writing-step_{step:06d}"
-        hashes, failure = {}, None
+        hashes, failure = {}, astray(parts, state)
         try:
-            hashes = write_files(beside, parts)
+            hashes = {} if failure else write_files(beside, parts)
         except (OSError, SafetensorError) as error:
             failure = reason(error)
         if self.rank == 0:
@@ -124,7 +138,7 @@ class Writer:
                 shutil.rmtree(beside, ignore_errors=True)
                 print(
                     f"warning: the checkpoint of step {step} could not be written into {self.out_dir} ({failure}); "
-                    "those before it are whole; make room, or mend that, and the next evaluation saves again",
+                    "those before it are whole; mend that, and the next evaluation saves again",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -140,6 +154,17 @@ class Writer:
                 raise RuntimeError(f"training ended while rank {rank} was writing")
             time.sleep(0.02)
         return json.loads(self.store.get(f"{step}/{rank}"))
+
+
+def astray(parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str | None:
+    """Why a checkpoint is of no use, where it is: its loss is no number, or one of its tensors would not be loaded."""
+    if state.get("evaluated_at") == state["step"] and not math.isfinite(state["val_loss"]):
+        return "the val loss is no number; a lower learning rate may help"
+    for tensors in parts.values():
+        for name, tensor in tensors.items():
+            if not is_whole(tensor):
+                return f"{name} is not finite; a lower learning rate may help"
+    return None
 
 
 def reason(error: Exception) -> str:
@@ -172,7 +197,10 @@ def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict
 def complete(beside: Path, state: dict, hashes: dict[str, str], keep: int, best: bool) -> None:
     """Make the folder `beside`, which has all its tensors, the checkpoint of state["step"]."""
     out_dir, final = beside.parent, beside.with_name(f"step_{state['step']:06d}")
-    replaced = out_dir / f".replaced-{final.name}"
+    replaced = out_dir / f"{REPLACED}{final.name}"
+    for folder in step_folders(out_dir):  # where a kill came while one was replaced, it gets its name back
+        if folder.name != step_name(folder):
+            os.rename(folder, out_dir / step_name(folder))
     for name in hashes:
         deadline = time.monotonic() + 60  # network filesystems may show a new file late
         while not (beside / name).exists():
@@ -198,10 +226,30 @@ def complete(beside: Path, state: dict, hashes: dict[str, str], keep: int, best:
         shutil.rmtree(leftover, ignore_errors=True)
     # those beyond this step were damaged, or the run would have gone on from them
     earlier = [folder for folder in step_folders(out_dir) if step_of(folder) <= state["step"]]
-    stay = {out_dir / (read_pointer(out_dir / "best") or ""), *earlier[:keep]}
+    stay = {read_pointer(out_dir / "best"), *earlier[:keep]}
     for folder in step_folders(out_dir):
-        if folder not in stay or folder not in earlier:
+        if (folder not in stay or folder not in earlier) and not is_pinned(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_pinned(folder: Path) -> bool:
+    """Whether a step folder has to stay, since adapters stand on it."""
+    return (folder / PINNED).exists()
+
+
+def pin(folder: Path, out_dir: Path) -> None:
+    """Make a step folder stay, whatever its run saves after it: the adapters in `out_dir` stand on it. Raises UserError
+    where its run removed it meanwhile; in a folder that cannot be written to, a note says that nothing keeps it. Other
+    bases, which no run removes, need no pin."""
+    if not STEP_NAME.fullmatch(folder.name):
+        return
+    try:
+        with open(folder / PINNED, "a", encoding="utf-8") as file:
+            file.write(f"the adapters in {out_dir.absolute()} stand on this checkpoint; without this file it may go\n")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} was removed by its run while it was read; start again") from error
+    except OSError as error:
+        print(f"note: {folder}, the base, may be removed by its run: {error.strerror}", file=sys.stderr)
 
 
 def weights_kind(state: dict) -> str:
@@ -217,12 +265,12 @@ def file_names(kind: str, shards: int) -> list[str]:
 
 
 class Stored:
-    """A tensor in one safetensors file, or its rows (dimension 0) in several, one file's after the other's. Nothing but
-    `shape` is read until rows are asked for: `stored[3:7]`; a number has none, and is `stored[...]`. Numbers that are
-    not finite raise UserError then."""
+    """A tensor in safetensors files: one piece, or several, the rows (dimension 0) of one after the other's. Nothing
+    but `shape` is read until rows are asked for: `stored[3:7]`, or all, `stored[...]`. Numbers that are not finite
+    raise UserError then."""
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder, self.pieces = name, folder, []
+    def __init__(self, name: str, source: str, pieces: list):
+        self.name, self.source, self.pieces = name, source, pieces
 
     @property
     def shape(self) -> torch.Size:
@@ -231,7 +279,7 @@ class Stored:
 
     def __getitem__(self, rows) -> torch.Tensor:
         tensor = self.read(rows)
-        check_tensors({self.name: tensor}, str(self.folder))
+        check_tensors({self.name: tensor}, self.source)
         return tensor
 
     def read(self, rows) -> torch.Tensor:
@@ -254,9 +302,9 @@ def open_tensors(folder: Path, state: dict, kind: str) -> dict[str, Stored]:
     tensors = {}
     try:
         for name in file_names(kind, state.get("shards", 1)):
-            file = safe_open(folder / name, "pt")
+            file = safe_open(folder / name, "pt", backend="pread")  # a memory map would count as memory in use
             for key in file.keys():  # noqa: SIM118 (it is no dict)
-                tensors.setdefault(key, Stored(key, folder)).pieces.append(file.get_slice(key))
+                tensors.setdefault(key, Stored(key, str(folder), [])).pieces.append(file.get_slice(key))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / name} cannot be read: {error}") from error
     for key, stored in tensors.items():
@@ -271,22 +319,29 @@ def state_hash(state: dict) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def read_pointer(pointer: Path) -> str | None:
-    """The name of the step folder that `latest` or `best` gives; None where that is not there."""
+def read_pointer(pointer: Path) -> Path | None:
+    """The step folder that `latest` or `best` names; None where that is not there."""
     try:
         name = pointer.read_text()[:100].strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return name if STEP_NAME.fullmatch(name) and (pointer.parent / name).is_dir() else None
+    return next((folder for folder in step_folders(pointer.parent) if step_name(folder) == name), None)
+
+
+def step_name(folder: Path) -> str:
+    return folder.name.removeprefix(REPLACED)
 
 
 def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+    return int(folder.name.rpartition("_")[2])
 
 
 def step_folders(out_dir: Path) -> list[Path]:
-    """The checkpoints in `out_dir`, the newest first."""
-    return sorted((f for f in out_dir.glob("step_*") if STEP_NAME.fullmatch(f.name)), key=step_of, reverse=True)
+    """The checkpoints in `out_dir`, the newest first. One is called `.replaced-step_NNNNNN` where a kill came while
+    that step was saved once more."""
+    both = (*out_dir.glob(f"{REPLACED}step_*"), *out_dir.glob("step_*"))
+    found = {step_name(folder): folder for folder in both}  # where there are two, the latter
+    return sorted((found[name] for name in found if STEP_NAME.fullmatch(name)), key=step_of, reverse=True)
 
 
 def holds_run(out_dir: Path) -> bool:
@@ -307,14 +362,14 @@ def launched_by(out_dir: Path, launch: str) -> bool:
 
 def remove_run(out_dir: Path) -> None:
     """Remove what a run wrote into `out_dir`, and nothing else. A nanoGPT checkpoint there stays."""
-    for folder in [*step_folders(out_dir), *out_dir.glob(".*-step_*")]:
+    for folder in {*step_folders(out_dir), *out_dir.glob(".*-step_*")}:
         shutil.rmtree(folder)
     for name in ("latest", "best", "base", "metrics.jsonl", "loss.png"):
         (out_dir / name).unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict:
-    """state.json of a step folder, all files checked against their hashes. Raises Damaged."""
+    """state.json of a step folder. Raises Damaged where it is not what was written."""
     path = folder / "state.json"
     try:
         state = json.loads(path.read_text())
@@ -348,108 +403,115 @@ def read_state(folder: Path) -> dict:
         whole = isinstance(adapters, dict) and all(isinstance(adapters.get(name), kinds[name]) for name in kinds)
         if not whole or not 0 < adapters["rank"] < 2**20:
             raise Damaged(f"{path}: lora = {adapters!r:.40} is not as it should be")
+    return state
+
+
+def check_files(folder: Path, state: dict, rank: int, world_size: int) -> None:
+    """Compare files of a checkpoint with their hashes, of several processes each its share. Raises Damaged."""
+    shards = state.get("shards", 1)
     optimizer = ["optimizer.pt"] if state["format"] == 1 else file_names("optimizer", shards)
-    for name in [*file_names(weights_kind(state), shards), *optimizer]:
+    for name in [*file_names(weights_kind(state), shards), *optimizer][rank::world_size]:
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{file} is missing")
         if files.sha256(file) != state["sha256"].get(name):
             raise Damaged(f"{file} is not what was written: its SHA-256 differs from the one in state.json")
-    return state
 
 
-def find(out_dir: Path, which: str = "latest") -> tuple[Path, dict]:
-    """The folder and the state of a whole checkpoint in `out_dir`: `which` is "latest", "best" or a folder's name.
-
-    Where it is damaged, a sentence says so and the newest whole one is taken. Raises UserError where there is none.
-    """
+def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
+    """The checkpoints in `out_dir`, in the order in which they are to be taken: the one that `which` says ("latest",
+    "best" or a name), then the newest first. Raises UserError where there is none, or not that name."""
     if not out_dir.is_dir():
         raise UserError(f"there is no folder {out_dir}; train first, or give --out_dir where a checkpoint lies")
-    for moved in out_dir.glob(".replaced-step_*"):  # a kill while a step was saved again
-        with contextlib.suppress(OSError):
-            os.rename(moved, out_dir / moved.name.removeprefix(".replaced-"))  # fails, rightly, where the new one is
-    folders = step_folders(out_dir)
     if (out_dir / "state.json").exists():  # a step folder itself
-        folders, first = [out_dir], out_dir
-    elif which in ("latest", "best"):
-        pointer = out_dir / which
-        if pointer.exists() and not read_pointer(pointer):
-            print(f"warning: {pointer} names no checkpoint that is here", file=sys.stderr)
-        first = out_dir / (read_pointer(pointer) or "")
+        return [out_dir]
+    folders = step_folders(out_dir)
+    if which in ("latest", "best"):
+        first = read_pointer(out_dir / which)
     else:
-        first = out_dir / which
-        if first not in folders:
-            there = ", ".join(["best", "latest", *(folder.name for folder in folders)])
+        first = next((folder for folder in folders if step_name(folder) == which), None)
+        if first is None:
+            there = ", ".join(["best", "latest", *map(step_name, folders)])
             raise UserError(f"there is no {which} in {out_dir}; choose one of {there}")
-    for folder in sorted(folders, key=lambda folder: folder != first):  # the one asked for, then the newest
-        try:
-            state = read_state(folder)
-        except Damaged as damage:
-            print(f"warning: {damage}; going back to another checkpoint", file=sys.stderr)
-            continue
-        return folder, state
-    if folders:
-        raise UserError(f"no checkpoint in {out_dir} is whole; train again with --overwrite=True")
-    if (out_dir / "ckpt.pt").exists():
+    if not folders and (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from it with --init_from={out_dir / 'ckpt.pt'}")
-    if (out_dir / "adapter_config.json").exists():
+    if not folders and (out_dir / "adapter_config.json").exists():
         raise UserError(
             f"{out_dir} holds adapters of the library peft; merge them into their base there (merge_and_unload, then "
             "save_pretrained) and give the folder of that"
         )
-    if any(out_dir.glob("*.safetensors")):
+    if not folders and any(out_dir.glob("*.safetensors")):
         raise UserError(f"{out_dir} holds weights without their config.json; get the checkpoint again, whole")
-    raise UserError(
-        f"there is no checkpoint in {out_dir} yet: a run saves its first at its first evaluation, or at its end"
-    )
+    if not folders:
+        raise UserError(
+            f"there is no checkpoint in {out_dir} yet: a run saves its first at its first evaluation, or at its end"
+        )
+    return sorted(folders, key=lambda folder: folder != first)
 
 
-def build_model(folder: Path, state: dict, meta: bool = False) -> GPT:
-    """The model of a checkpoint, on the CPU in float32; with `meta` on the meta device, its parameters left for
-    `open_tensors`. That of a LoRA run has its adapters beside the weights of the base; a base that is not the one they
-    were trained on is a UserError."""
+def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path, dict]:
+    """The folder and the state of the first whole checkpoint in `in_order`; of those before a sentence says what is
+    wrong. Nothing is changed there, since a run may be saving. Raises UserError where none is whole.
+
+    Several processes share the files out among them, so that each is hashed once: all must see the same `out_dir`.
+    """
+    folders, pointer = in_order(out_dir, which), out_dir / which
+    if r.is_main and which in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
+        print(f"warning: {pointer} names no checkpoint that is here", file=sys.stderr)
+    for folder in folders:
+        state, whole = {}, True
+        try:
+            state = read_state(folder)
+            check_files(folder, state, r.rank, r.world_size)
+        except Damaged as damage:
+            whole = False
+            print(f"warning: {damage}; going back to another checkpoint", file=sys.stderr)
+        found = r.gather([state.get("step", -1), whole])
+        if len({step for step, _ in found}) > 1:
+            raise UserError(f"the processes see different checkpoints in {out_dir}; all must see the same folder there")
+        if all(is_whole for _, is_whole in found):
+            return folder, state
+    raise UserError(f"no checkpoint in {out_dir} is whole; train again with --overwrite=True")
+
+
+def last_settings(out_dir: Path) -> dict:
+    """The settings of a run, by the newest state.json that is whole, whatever the files beside it are; {} where none
+    is, as `find` will say."""
+    for folder in in_order(out_dir):
+        with contextlib.suppress(Damaged):
+            return read_state(folder)["settings"]
+    return {}
+
+
+def build_model(folder: Path, state: dict, r: Runtime = ALONE) -> tuple[GPT, dict]:
+    """The model of a checkpoint, on the meta device, and its parameters, unread, for `fill` or `sharding.shard`. That
+    of a LoRA run has its adapters beside the weights of the base; a base that is not the one they were trained on is a
+    UserError."""
     kind = weights_kind(state)
     path = folder / file_names(kind, state.get("shards", 1))[0]
     tensors = open_tensors(folder, state, kind)
-    if meta:
-        return fitting_model(state["config"], tensors, str(path))
     if not state.get("lora"):
-        return fill(state["config"], tensors, str(path))
+        return fitting_model(state["config"], tensors, str(path)), tensors
 
     adapters, moved = state["lora"], folder.parent / "base"
-    base = (files.read_text(str(moved)).strip() if moved.is_file() else "") or adapters["base"]
+    name = (files.read_text(str(moved)).strip() if moved.is_file() else "") or adapters["base"]
     advice = f"write where it lies into the file {moved}"
     try:
-        base_of(base)  # refuses adapters, which could be their own base
-        model, _, source = load_model(base)
+        base = open_model(name, plain=True, r=r)  # not adapters, which could be their own base
     except UserError as error:
-        raise UserError(f"{folder} holds adapters for {base}, which cannot be loaded ({error}); {advice}") from error
-    if lora.fingerprint(model) != adapters["sha256"]:
+        raise UserError(f"{folder} holds adapters for {name}, which cannot be loaded ({error}); {advice}") from error
+    if not r.agree(not r.is_main or lora.fingerprint(base.model, base.values) == adapters["sha256"]):
+        source = base.source
         raise UserError(f"{folder} holds adapters for {adapters['base']}, but not for {source} as it is now; {advice}")
-    config = empty_model(state["config"], str(path)).config
+    model, config = base.model, empty_model(state["config"], str(path)).config
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
-    for name in DROPOUTS:
-        setattr(model.config, name, getattr(config, name))
+    for dropout in DROPOUTS:
+        setattr(model.config, dropout, getattr(config, dropout))
     if config != model.config:
-        raise UserError(f"{path} is not for a model of the shape of {source}")
-    tensors = {name: stored[...] for name, stored in tensors.items()}
-    lora.load_adapters(model, tensors, adapters["rank"], adapters["alpha"], str(path))
-    return model
-
-
-def base_of(source: str) -> str:
-    """What adapters call the base that `load_model` makes of `source`, so that it is found again from anywhere. Raises
-    UserError for a run that is made of adapters itself, whose weights exist only once it is exported."""
-    path = Path(source)
-    if (path / "state.json").exists() or step_folders(path):
-        path, state = find(path, "best")
-        if state.get("lora"):
-            raise UserError(
-                f"{source} is made of adapters, and adapters need a base that is whole: first make one of it by "
-                f"python -m acorn.hub export {source} FOLDER, then give --init_from=FOLDER"
-            )
-    return str(path.absolute()) if path.exists() else source
+        raise UserError(f"{path} is not for a model of the shape of {base.source}")
+    lora.fit_adapters(model, tensors, adapters["rank"], adapters["alpha"], str(path))
+    return model, base.values | tensors
 
 
 def empty_model(shape: dict, source: str) -> GPT:
@@ -463,11 +525,10 @@ def empty_model(shape: dict, source: str) -> GPT:
         raise UserError(f"{source} belongs to no model of this version ({error})") from error
 
 
-def fill(shape: dict, tensors: dict[str, torch.Tensor | Stored], source: str) -> GPT:
-    """The model with the GPTConfig fields `shape` and these parameters. Raises UserError unless their names and shapes
-    are the model's, which is known before any memory is taken."""
-    model = fitting_model(shape, tensors, source)
-    tensors = {name: tensors[name][...].float().contiguous() for name, _ in model.named_parameters()}
+def fill(model: GPT, values: dict) -> GPT:
+    """The model, which stands on the meta device, with these parameters, on the CPU in float32. They are read one after
+    the other, so that memory holds them once; of one that has more rows than the model's, the first."""
+    tensors = {name: values[name][: len(p)].float().contiguous() for name, p in model.named_parameters()}
     model.load_state_dict(tensors, strict=False, assign=True)
     if model.config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
@@ -522,8 +583,9 @@ def load_optimizers(folder: Path, state: dict, model: GPT, optimizers: list[torc
     optim.load_moments(model, optimizers, saved)
 
 
-def load_nanogpt(path: Path) -> tuple[GPT, dict]:
-    """The model and the rest of a nanoGPT `ckpt.pt`, loaded so that a pickle in it cannot run anything."""
+def open_nanogpt(path: Path) -> tuple[GPT, dict, dict]:
+    """The model of a nanoGPT `ckpt.pt` on the meta device, its parameters, and the rest, loaded so that a pickle in it
+    cannot run anything."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -541,7 +603,7 @@ def load_nanogpt(path: Path) -> tuple[GPT, dict]:
     if not whole:
         raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds more than tensors")
     check_tensors(tensors, str(path))
-    return fill(shape, tensors, str(path)), checkpoint
+    return fitting_model(shape, tensors, str(path)), tensors, checkpoint
 
 
 def is_on_hub(source: str) -> bool:
@@ -551,21 +613,28 @@ def is_on_hub(source: str) -> bool:
     return not path.exists() and (source in PUBLISHED or bool(is_name))
 
 
-def load_model(source: str, which: str = "best") -> tuple[GPT, object, str]:
-    """The model, its tokenizer (None where it is not known) and a word on what was loaded, from an acorn out_dir or
-    step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by its name or folder."""
+def load_model(source: str, which: str = "best") -> tuple[GPT, tokenizers.Tokenizer | None, str]:
+    """The model, on the CPU in float32, its tokenizer and a word on what was loaded, of what `open_model` opens."""
+    opened = open_model(source, which)
+    return fill(opened.model, opened.values), opened.tokenizer, opened.source
+
+
+def open_model(source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE) -> Opened:
+    """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
+    its name or folder. A run that is made of adapters is its base with them merged in; where the model has to be
+    `plain`, it is a UserError."""
     path = Path(source)
     if (path / "config.json").exists() or is_on_hub(source):
         from acorn import hub
 
-        model, tokenizer = hub.load(source)
-        return model, tokenizer, f"the published weights {source}"
+        name = str(path.absolute()) if path.exists() else source
+        return Opened(*hub.open_model(source), f"the published weights {source}", name)
     if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
     if path.is_file() and path.suffix in (".safetensors", ".bin"):
         raise UserError(f"{source} is one file of a checkpoint; give the folder that holds it, {path.parent}")
     if path.is_file():
-        model, checkpoint = load_nanogpt(path)
+        model, tensors, checkpoint = open_nanogpt(path)
         config, tokenizer = checkpoint.get("config"), None
         dataset = config.get("dataset") if isinstance(config, dict) else None
         with contextlib.suppress(UserError):  # its vocabulary lies beside the data that it was trained on
@@ -579,8 +648,19 @@ def load_model(source: str, which: str = "best") -> tuple[GPT, object, str]:
                 "run this where data/ holds it, or prepare it again",
                 file=sys.stderr,
             )
-        return model, tokenizer, f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
-    folder, state = find(path, which)
+        word = f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
+        return Opened(model, tensors, tokenizer, word, str(path.absolute()))
+    folder, state = find(path, which, r)
+    adapters = state.get("lora")
+    if adapters and plain:
+        raise UserError(
+            f"{source} is made of adapters, and adapters need a base that is whole: first make one of it by "
+            f"python -m acorn.hub export {source} FOLDER, then give --init_from=FOLDER"
+        )
+    model, values = build_model(folder, state, r)
+    if adapters:
+        model = empty_model(state["config"], str(folder))
+        values = lora.merged(values, adapters["alpha"] / adapters["rank"])
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
-    model = lora.merge(build_model(folder, state))
-    return model, tokenizers.from_dict(state["tokenizer"]), f"{folder}, step {state['step']}{loss}"
+    word = f"{folder}, step {state['step']}{loss}"
+    return Opened(model, values, tokenizers.from_dict(state["tokenizer"]), word, str(folder.absolute()))

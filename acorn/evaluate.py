@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from acorn import UserError
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
 from acorn.shards import Tokens, number_documents, sample_windows, sequential_windows, split_windows
@@ -97,7 +98,17 @@ def evaluate_mixture(
 def _means(model: GPT, tokens: Tokens, runtime: Runtime, *how) -> np.ndarray:
     """Means over the tokens that all processes look at: nats, nats of the tokens that have bytes, and bytes."""
     n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *how).sum(0)).tolist()
+    refuse_none(n_tokens, tokens)
     return np.array(sums) / n_tokens
+
+
+def refuse_none(n_tokens: float, tokens: Tokens) -> None:
+    """Raise UserError where an evaluation saw no token that counts, so that there is no loss."""
+    if not n_tokens:
+        raise UserError(
+            f"the {tokens.name} split has no token that counts where this evaluation looks, since its mask leaves all "
+            "of them out, so there is no loss; `python prepare inspect` shows how many count"
+        )
 
 
 def _figures(means: np.ndarray) -> dict[str, float]:

@@ -64,16 +64,17 @@ HAS = {  # the switches of GPTConfig that each of them has
 }
 
 
-def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
-    """The model of a checkpoint, by its name on the hub ("gpt2-xl") or its folder, in float32 on the CPU, and its
-    tokenizer, None where it comes without. Raises UserError where it cannot be had, or is no model that acorn has."""
+def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
+    """The model of a checkpoint, by its name on the hub ("gpt2-xl") or its folder, on the meta device; its parameters,
+    unread (see `checkpoint.Opened`); and its tokenizer, None where it comes without. Raises UserError where it cannot
+    be had, or is no model that acorn has."""
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
     there = open_tensors(folder, source, PREFIX[family])
 
-    # names and shapes are compared before any memory is taken
     model = checkpoint.empty_model(dataclasses.asdict(config), source)
-    shapes = {name: list(view.shape) for name, view in their_views(model, family).items()}
+    views = their_views(model, family)
+    shapes = {name: list(view.shape) for name, view in flat(views).items()}
     if config.tie_weights and "lm_head.weight" in there:
         shapes["lm_head.weight"] = [config.vocab_size, config.n_embd]
     if missing := sorted(shapes.keys() - there.keys()):
@@ -84,26 +85,20 @@ def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
             "config.json does not have; it is of another architecture"
         )
     for name, shape in shapes.items():
-        file, stored = there[name]
-        found, dtype = file.get_slice(stored).get_shape(), file.get_slice(stored).get_dtype()
+        found, dtype = there[name].get_shape(), there[name].get_dtype()
         if found != shape:
             raise UserError(f"{name} of the checkpoint {source} is {found} instead of the {shape} of its config.json")
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(f"{name} of the checkpoint {source} is {dtype}; quantized weights are not loaded")
-
-    # one tensor after the other goes into its place, so that memory holds the model once
-    model.to_empty(device="cpu")
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
-    with torch.no_grad():
-        for name, view in their_views(model, family).items():
-            file, stored = there[name]
-            tensor = file.get_tensor(stored)
-            checkpoint.check_tensors({stored: tensor}, source)
-            view.copy_(tensor)
+    values = {}
+    for name, parts in views.items():
+        pieces = [Turned(there[part]) if turned(family, part) else there[part] for part in parts]
+        values[name] = checkpoint.Stored(" and ".join(parts), source, pieces)
     if config.tie_weights and "lm_head.weight" in there:
-        file, stored = there["lm_head.weight"]
-        if not torch.equal(file.get_tensor(stored).float(), model.lm_head.weight):
+        wte = values["transformer.wte.weight"]
+        head = checkpoint.Stored("lm_head.weight", source, [there["lm_head.weight"]])
+        blocks = [slice(row, row + 4096) for row in range(0, config.vocab_size, 4096)]  # not both of them whole
+        if not all(torch.equal(head[rows].float(), wte[rows].float()) for rows in blocks):
             raise UserError(
                 f"the checkpoint {source} has a head of its own, but its config.json ties it to the embedding; "
                 'put "tie_word_embeddings": false there'
@@ -113,7 +108,7 @@ def load(source: str) -> tuple[GPT, tokenizers.Tokenizer | None]:
         tokenizer = tokenizers.get_tokenizer("gpt2")
     if tokenizer is None:
         print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
-    return model, tokenizer
+    return model, values, tokenizer
 
 
 def download(name: str, wanted: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
@@ -216,8 +211,8 @@ def refuse(path: Path, unsupported: dict[str, object]) -> None:
             raise UserError(f"{path} has {feature}, which acorn's model does not; it is not loaded")
 
 
-def open_tensors(folder: Path, source: str, prefix: str) -> dict[str, tuple[object, str]]:
-    """For each tensor of a checkpoint, by its full name: the open file that holds it, and its name in there."""
+def open_tensors(folder: Path, source: str, prefix: str) -> dict:
+    """The tensors of a checkpoint, by their full names, unread: slices as safetensors makes them."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / names[0]).exists():
         if not index.exists():
@@ -243,39 +238,61 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict[str, tuple[obje
             raise UserError(f"{path} is not whole ({error}); get the checkpoint again") from error
         for name in stored:
             if not name.endswith(CONSTANTS):
-                there[name if name.startswith((prefix, "lm_head.")) else prefix + name] = (file, name)
+                there[name if name.startswith((prefix, "lm_head.")) else prefix + name] = file.get_slice(name)
     return there
 
 
-def their_views(model: GPT, family: str) -> dict[str, Tensor]:
-    """The parameters of a model as transformers names, cuts and turns them: views, to read from or to write into."""
-    if family == "gpt2":  # whose matrices multiply from the other side
-        matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        return {name: p.t() if name.endswith(matrices) else p for name, p in model.named_parameters()}
+class Turned:
+    """A stored matrix with rows and columns exchanged, of which rows can be asked for."""
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def get_shape(self) -> list[int]:
+        return self.stored.get_shape()[::-1]
+
+    def __getitem__(self, rows) -> Tensor:
+        return self.stored[:, rows].t()
+
+
+def turned(family: str, name: str) -> bool:
+    """Whether transformers multiplies with this tensor from the other side."""
+    return family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
+    """For each parameter of a model, by name: the tensors, by name, that transformers has instead, as views of it. If
+    several, they are its rows, one's after the other's."""
+    own = dict(model.named_parameters())
+    if family == "gpt2":
+        return {name: {name: p.t() if turned(family, name) else p} for name, p in own.items()}
     cfg = model.config
     views = {
-        "model.embed_tokens.weight": model.transformer.wte.weight,
-        "model.norm.weight": model.transformer.ln_f.weight,
+        "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},
+        "transformer.ln_f.weight": {"model.norm.weight": model.transformer.ln_f.weight},
     }
     if not cfg.tie_weights:
-        views["lm_head.weight"] = model.lm_head.weight
+        views["lm_head.weight"] = {"lm_head.weight": model.lm_head.weight}
     for i, block in enumerate(model.transformer.h):
         kv_channels = cfg.n_kv_head * cfg.head_dim
         q, k, v = block.attn.c_attn.weight.split((cfg.n_embd, kv_channels, kv_channels))
         gate, up = block.mlp.c_fc.weight.chunk(2)
         layer = {
-            "input_layernorm": block.ln_1.weight,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attn.c_proj.weight,
-            "post_attention_layernorm": block.ln_2.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": block.mlp.c_proj.weight,
+            "ln_1": {"input_layernorm": block.ln_1.weight},
+            "attn.c_attn": {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v},
+            "attn.c_proj": {"self_attn.o_proj": block.attn.c_proj.weight},
+            "ln_2": {"post_attention_layernorm": block.ln_2.weight},
+            "mlp.c_fc": {"mlp.gate_proj": gate, "mlp.up_proj": up},
+            "mlp.c_proj": {"mlp.down_proj": block.mlp.c_proj.weight},
         }
-        views |= {f"model.layers.{i}.{name}.weight": view for name, view in layer.items()}
+        for name, parts in layer.items():
+            theirs = {f"model.layers.{i}.{part}.weight": view for part, view in parts.items()}
+            views[f"transformer.h.{i}.{name}.weight"] = theirs
     return views
+
+
+def flat(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: view.detach() for parts in views.values() for name, view in parts.items()}
 
 
 def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
@@ -384,13 +401,13 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
 
 def their_tensors(model: GPT, family: str) -> dict[str, Tensor]:
     """`their_views` for export: as many rows of the vocabulary as the model's configuration says, and every bias."""
-    tensors = {name: view.detach() for name, view in their_views(model, family).items()}
+    tensors = flat(their_views(model, family))
     for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             tensors[name] = tensors[name][: model.config.vocab_size]
     if family == "gpt2" and not model.config.bias:  # GPT-2 has biases everywhere; zeros do nothing
         full = checkpoint.empty_model({**dataclasses.asdict(model.config), "bias": True}, family)
-        zeros = {name: torch.zeros(view.shape) for name, view in their_views(full, family).items()}
+        zeros = {name: torch.zeros(view.shape) for name, view in flat(their_views(full, family)).items()}
         tensors = zeros | tensors
     return tensors
 

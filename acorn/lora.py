@@ -32,15 +32,6 @@ class LoRALinear(nn.Module):
         """x: (..., in) -> (..., out)."""
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The plain layer that does the same."""
-        out_features, in_features = self.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight + self.scale * self.lora_B @ self.lora_A)
-        linear.bias = self.bias
-        return linear
-
 
 def choose_targets(model: GPT, pattern: str) -> list[str]:
     """The names of the Linear layers in the blocks in which the regular expression `pattern` is found. Raises UserError
@@ -53,16 +44,21 @@ def linear_layers(model: GPT) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".h." in name]
 
 
-def add_adapters(model: GPT, names: Iterable[str], rank: int, alpha: float, seed: int = 0) -> None:
-    """Freeze the model, and give an adapter that does nothing yet to each Linear layer of these names. A starts normal
-    with a standard deviation of 1 / sqrt(in), drawn from `seed`, and B at zero."""
+def add_adapters(model: GPT, names: Iterable[str], rank: int, alpha: float) -> None:
+    """Freeze the model, and give an adapter that does nothing to each Linear layer of these names."""
     model.requires_grad_(False)
-    random = torch.Generator().manual_seed(seed)
     for name in names:
-        layer = LoRALinear(model.get_submodule(name), rank, alpha)
-        in_features = layer.lora_A.size(1)
-        layer.lora_A.data.copy_(torch.randn(rank, in_features, generator=random) / in_features**0.5)
-        model.set_submodule(name, layer)
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+
+
+def initial(model: GPT, seed: int) -> dict[str, Tensor]:
+    """What adapters start from, by name: A normal with a standard deviation of 1 / sqrt(in), drawn from `seed`, and B
+    at zero."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(p.shape, generator=random) / p.size(1) ** 0.5 if name.endswith("A") else torch.zeros(p.shape)
+        for name, p in adapters(model).items()
+    }
 
 
 def adapters(model: GPT) -> dict[str, Tensor]:
@@ -70,8 +66,9 @@ def adapters(model: GPT) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def load_adapters(model: GPT, tensors: dict[str, Tensor], rank: int, alpha: float, source: str) -> None:
-    """Give a model the adapters that `adapters` took from one of its kind. Raises UserError where they do not fit."""
+def fit_adapters(model: GPT, tensors: dict, rank: int, alpha: float, source: str) -> None:
+    """Give a model adapters for what `adapters` took from one of its kind. Raises UserError where `tensors` do not
+    fit."""
     names = {name.rpartition(".lora_")[0] for name in tensors}
     ranks_fit = all(rank in t.shape for t in tensors.values())  # known before memory is taken for them
     if not names or not ranks_fit or not names <= set(linear_layers(model)):
@@ -83,18 +80,28 @@ def load_adapters(model: GPT, tensors: dict[str, Tensor], rank: int, alpha: floa
         expected = list(own[name].shape) if name in own else None
         if shapes.get(name) != expected:
             raise UserError(f"{source} holds no adapters for this model: {name} is {shapes.get(name)}, not {expected}")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
 
 
-def merge(model: GPT) -> GPT:
-    """The model with its adapters, if it has any, added to the weights that they stand beside, and all of it trainable
-    again."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            model.set_submodule(name, module.merged())
-    return model.requires_grad_(True)
+class Merged:
+    """A weight with the product of an adapter's matrices added to it; nothing is read until rows are asked for."""
+
+    def __init__(self, weight, a, b, scale: float):
+        self.weight, self.a, self.b, self.scale = weight, a, b, scale
+
+    def __getitem__(self, rows) -> Tensor:
+        return self.weight[rows].float() + self.scale * self.b[rows] @ self.a[...]
+
+
+def merged(values: dict, scale: float) -> dict:
+    """The parameters of the plain model that does what one with adapters does, whose parameters are `values`."""
+    result = {}
+    for name, value in values.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A" in values:
+            result[name] = Merged(value, values[f"{layer}.lora_A"], values[f"{layer}.lora_B"], scale)
+        elif ".lora_" not in name:
+            result[name] = value
+    return result
 
 
 def freeze(model: GPT, pattern: str) -> None:
@@ -117,10 +124,11 @@ def matching(setting: str, pattern: str, names: list[str]) -> list[str]:
     return found
 
 
-def fingerprint(model: GPT) -> str:
+def fingerprint(model: GPT, values: dict) -> str:
     """SHA-256 (hex) of a model's parameters, by which adapters know their base wherever it lies, in whatever form."""
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, _ in sorted(model.named_parameters()):
+        p = values[name][...]
         digest.update(f"{name} {list(p.shape)}\n".encode())
         digest.update(p.detach().cpu().float().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

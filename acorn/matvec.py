@@ -6,6 +6,7 @@ of the matrix does not, and reads bfloat16 or int8 weights as they are, in a hal
 blocks are compiled, all of them as one, so that what stands between the products costs little too.
 """
 
+import mmap
 import sys
 
 import torch
@@ -26,7 +27,7 @@ class DecodingLinear(nn.Module):
         scale = None
         if quantize == "int8":
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (rows,)
-            weight = (weight.float() / scale[:, None]).round().to(torch.int8)
+            weight = in_huge_pages((weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
@@ -47,6 +48,19 @@ class DecodingLinear(nn.Module):
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
     """weight (rows, columns) times x (columns,) in float32, written so that the compiler reads each weight once."""
     return (weight.float() * x).sum(-1)
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """x in memory pages of 2 MB, where the system has them and x is that large: reading a matrix then stops less often
+    for the address of the next page, of which there are usually 4 KB."""
+    page = 2 << 20
+    if x.nbytes < page or not hasattr(mmap, "MADV_HUGEPAGE"):  # which Linux has
+        return x
+    memory = mmap.mmap(-1, x.nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    pages = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -pages.data_ptr() % page
+    return pages[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 class OneTokenCompiled(nn.Module):
@@ -74,6 +88,9 @@ def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = Tru
     `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast way for single tokens,
     which takes some seconds; where that fails, a warning says so and it is done without.
     """
+    if quantize == "none":
+        for p in model.parameters():  # a tied one stays so
+            p.data = in_huge_pages(p.data)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

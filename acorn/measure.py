@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from acorn import UserError, chat, checkpoint, files, runtime
-from acorn.evaluate import window_sums
+from acorn.evaluate import refuse_none, window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
 from acorn.shards import ShardWriter, Tokens, open_shard
@@ -50,6 +50,7 @@ def measure_tokens(
     `block_size` tokens stand side by side. Given `eot`, attention stays inside a document."""
     sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes(), eot).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
+    refuse_none(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
     perplexity = math.exp(min(loss, 700.0))
     result = {"loss": (loss, error, n_tokens), "perplexity": (perplexity, perplexity * error, n_tokens)}

@@ -80,22 +80,23 @@ def _rounded(n: int, part: Fraction) -> int:
     return (2 * n * part.numerator + part.denominator) // (2 * part.denominator)
 
 
-def load_mixture(spec: str) -> Mixture:
+def load_mixture(spec: str, hashed: bool = True) -> Mixture:
     """Open the datasets of 'NAME:PROPORTION,NAME:PROPORTION,...', or the one that `spec` names.
 
     Proportions count relative to their sum. A comma makes a mixture, and the last colon of a part ends its name, so
-    C:\\data\\mine and data/12:30 are plain names. Whatever is wrong, different tokenizers too, is a UserError.
+    C:\\data\\mine and data/12:30 are plain names. Whatever is wrong, different tokenizers too, is a UserError. For
+    `hashed` see `load_dataset`.
     """
     texts = spec.split(",")
     parts = [PART.fullmatch(text) for text in texts]
     if len(parts) == 1 or not any(parts):
-        return Mixture([load_dataset(spec)], [Fraction(1)])
+        return Mixture([load_dataset(spec, hashed)], [Fraction(1)])
     for text, part in zip(texts, parts, strict=True):
         if not part or not Fraction(part[2]):
             raise UserError(
                 f"dataset = {spec!r}: {text.strip()!r} should be a name and a proportion above 0, such as mine:0.2"
             )
-    datasets, weights = [load_dataset(part[1]) for part in parts], [Fraction(part[2]) for part in parts]
+    datasets, weights = [load_dataset(part[1], hashed) for part in parts], [Fraction(part[2]) for part in parts]
     for i, dataset in enumerate(datasets):
         if dataset.path in [other.path for other in datasets[:i]]:
             raise UserError(f"dataset = {spec!r} names {dataset.path} twice; give it one proportion")

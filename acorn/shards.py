@@ -248,19 +248,17 @@ class Tokens:
         if not tokens:
             return np.empty(0, dtype)
         try:
-            if shard not in self._maps:
-                if len(self._maps) >= OPEN_FILES:
-                    self._maps = {}
-                file = open(path, "rb")  # noqa: SIM115 (it stays open as long as the map)
-                if _which_file(os.fstat(file.fileno())) != which:
-                    raise UserError(f"{path} was replaced while it was in use; start again: {_GO_ON}")
-                self._maps[shard] = file, np.memmap(file, dtype, "r", offset, tokens).view(np.ndarray)
-            file, mapped = self._maps[shard]
-            size = os.fstat(file.fileno()).st_size
+            file, mapped = self._maps.get(shard) or (open(path, "rb"), None)  # noqa: SIM115 (as long as the map)
+            now = _which_file(os.fstat(file.fileno()))
         except OSError as error:
             raise UserError(f"{path} cannot be read any more ({error.strerror}); bring it back: {_GO_ON}") from error
-        if size < offset + mapped.nbytes:  # to read behind the end of a mapped file would kill the process
-            raise UserError(f"{path} was cut short while it was in use; prepare the dataset again: {_GO_ON}")
+        if now != which:  # and to read behind the end of a mapped file would kill the process
+            raise UserError(f"{path} was replaced, changed or cut short while it was in use; start again: {_GO_ON}")
+        if mapped is None:
+            if len(self._maps) >= OPEN_FILES:
+                self._maps = {}
+            mapped = np.memmap(file, dtype, "r", offset, tokens).view(np.ndarray)
+            self._maps[shard] = file, mapped
         return mapped
 
     def _drop_maps(self, windows: np.ndarray) -> None:
@@ -338,16 +336,17 @@ class Dataset:
         return hashlib.sha256(json.dumps(listed or sizes, sort_keys=True).encode()).hexdigest()
 
 
-def load_dataset(name: str) -> Dataset:
+def load_dataset(name: str, hashed: bool = True) -> Dataset:
     """Open a dataset: a path, or the name of a folder in `data/` here or in the repository.
 
     Reads what `prepare` wrote, nanoGPT's folders (headerless `train.bin`), and those of llm.c and modded-nanogpt
-    (`NAME_train_000001.bin`). Whatever is wrong with the dataset is a UserError.
+    (`NAME_train_000001.bin`). Whatever is wrong with the dataset is a UserError. Where another process of this machine
+    compares the shards with their hashes, `hashed` may be False.
     """
     candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
     for path in candidates:
         if os.path.isfile(path / "meta.json"):  # not Path.is_file, which a name that is too long makes an error
-            return _load_prepared(name, path)
+            return _load_prepared(name, path, HASHED if hashed else 0)
         if os.path.isfile(path / "train.bin"):
             return _load_nanogpt(name, path)
         if os.path.isdir(path) and any(path.glob("*_train_*.bin")):
@@ -373,7 +372,7 @@ def _prepare_command(name: str) -> str:
     return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
 
 
-def _load_prepared(name: str, path: Path) -> Dataset:
+def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
     meta_path = path / "meta.json"
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
@@ -397,7 +396,7 @@ def _load_prepared(name: str, path: Path) -> Dataset:
     if not same:
         raise UserError(f"the tokenizer in {meta_path} is not the one its shards were made with; prepare it again")
 
-    opened, hashed, unhashed = {}, 0, 0
+    opened, unhashed = {}, 0
     for (split, key), entries in listed.items():
         opened[split, key] = []
         for file, tokens, sha256 in entries:
@@ -405,8 +404,8 @@ def _load_prepared(name: str, path: Path) -> Dataset:
                 raise UserError(f"{meta_path} lists {file!r:.60}, which is no shard's name; prepare the dataset again")
             shard = open_shard(path / file)
             size = tokens * shard.dtype.itemsize
-            if hashed + size <= HASHED:
-                hashed += size
+            if size <= to_hash:
+                to_hash -= size
                 other = shard.tokens != tokens or files.sha256(shard.path) != sha256
             else:  # the count has to do
                 unhashed += size

@@ -3,10 +3,11 @@
 When one of them is killed or hangs, the others wait for it inside a collective, which would end only with a timeout of
 many minutes. So a thread of each process puts a sign of life into the store that they share, once a second, and reads
 those of the others. Whose sign stays the same, or who stays behind the others' step, is named by one of those that are
-left, and they end.
+left, and they end. One that ends with an error of its own leaves a sign that says so, and the others end quietly.
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import json
@@ -82,6 +83,7 @@ class Watch:
     def __init__(self, store: "torch.distributed.Store", rank: int, world_size: int):
         self.rank, self.host = rank, socket.gethostname()
         self.step, self.beats, self.trouble, self.over = 0, 0, False, threading.Event()
+        self.failed = False  # whether this process ends with an error, which it says itself
         self.store = store
         self.keys = [f"alive/{i}" for i in range(world_size)]
         self.said = [{}] * world_size  # when last looked
@@ -96,6 +98,8 @@ class Watch:
                 lost = self.look()
             except RuntimeError as error:  # the store went with the process that kept it
                 lost = f"the store that the processes share is gone ({str(error).splitlines()[0]})"
+            if any(each.get("failed") for each in self.said) and not self.over.wait(3):  # who failed is to end first
+                os._exit(1)
             if lost and not self.over.is_set():
                 first = min((i for i, looks in enumerate(self.silent) if looks <= TROUBLE), default=self.rank)
                 if self.rank == first:  # of those that are left one speaks
@@ -105,7 +109,7 @@ class Watch:
 
     def beat(self) -> None:
         self.beats += 1
-        sign = dict(beats=self.beats, step=self.step, host=self.host, process=os.getpid())
+        sign = dict(beats=self.beats, step=self.step, host=self.host, process=os.getpid(), failed=self.failed)
         self.store.set(self.keys[self.rank], json.dumps(sign))
 
     def look(self) -> str:
@@ -158,6 +162,24 @@ def explain(error: BaseException) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends now; first the sentence
         _watch.trouble = True
         _watch.thread.join(timeout=TROUBLE + 5)
+
+
+def is_news(text: str) -> bool:
+    """Whether no process that this torchrun started has said `text` yet. What all of them meet, or meet again when they
+    are started again, one of them says once."""
+    store = launchers_store()
+    return store is None or store.add(f"acorn/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+
+
+def fail() -> None:
+    """This process is about to end with an error of its own, which it says; the others end without a word."""
+    if "WORLD_SIZE" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends when another is gone already
+    if _watch is not None:
+        with contextlib.suppress(RuntimeError):  # it has not begun to watch, or the store is gone
+            end()
+            _watch.failed = True
+            _watch.beat()
 
 
 def end() -> None:

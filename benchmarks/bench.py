@@ -1,8 +1,11 @@
 """What the benchmarks share: the machine in words, contenders timed in turn, and results as a table and as JSON."""
 
 import json
+import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,26 +35,57 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(contenders: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contender in each round. They take turns (A B C A B C), so that a machine that drifts drifts
-    for all of them alike; one call each before that does not count. A contender that fails is named and left out."""
-    seconds = {}
-    for name, call in contenders.items():
-        try:
-            call()
-            seconds[name] = []
-        except Exception as error:
-            print(
-                f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
-            )
-    for _ in range(rounds):
-        for name in seconds:
-            synchronize(device)
-            start = time.perf_counter()
-            contenders[name]()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def in_turn(names: list[str], rounds: int) -> dict[str, list[dict]]:
+    """What each contender measured in each round: its process is this script again, with `--alone NAME`, which calls
+    `serve`. They take turns (A B C A B C), so that a machine that drifts drifts for all of them alike, and share
+    nothing. One that fails is named and left out."""
+    processes, results = {}, {}
+    for name in names:
+        command = [sys.executable, *sys.argv, "--alone", name]
+        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for turn in range(-1, rounds):  # in the first turn they only make ready, one after the other too
+        for name, process in list(processes.items()):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline() or '{"failed": "its process ended"}')
+            if "failed" in answer:
+                print(f"{name}: left out ({answer['failed']})", flush=True)
+                processes.pop(name).kill()
+                results.pop(name, None)
+            elif turn >= 0:
+                results.setdefault(name, []).append(answer)
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    return results
+
+
+def serve(make: Callable[[], Callable[[], dict]], warm_up: int = 3) -> None:
+    """Be one of the processes of `in_turn`: at the first line that comes in make the contender and call it `warm_up`
+    times, to compile and to settle; at each further line once, answering with what it measured."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print goes elsewhere
+    try:
+        sys.stdin.readline()
+        work = make()
+        for _ in range(warm_up):
+            work()
+        print("{}", file=channel, flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(work()), file=channel, flush=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+        print(json.dumps({"failed": reason}), file=channel, flush=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most bytes this process has held: on the GPU, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss counts what the process that started this one held
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def median(values: list[float]) -> float:
@@ -62,15 +96,25 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
     """Operations a second of a large matrix product: the limit that a training step runs against."""
     n = n or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = in_turn({"matmul": lambda: a @ b}, 10, device)["matmul"]
-    return 2 * n**3 / min(times)
+    return 2 * n**3 / shortest(lambda: a @ b, device)
 
 
 def read_rate(device: torch.device) -> float:
     """Bytes a second at which memory is read: the limit that decoding one token runs against."""
     x = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
-    times = in_turn({"sum": lambda: x.sum()}, 10, device)["sum"]
-    return x.numel() * 4 / min(times)
+    return x.numel() * 4 / shortest(x.sum, device)
+
+
+def shortest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of ten calls."""
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def table(rows: list[dict]) -> str:

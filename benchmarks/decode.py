@@ -4,7 +4,8 @@ $ python benchmarks/decode.py --nanogpt PATH_OF_A_CHECKOUT
 
 GPT-2 124M shapes with random weights, greedy, so that only speed is compared. A run reads a prompt and writes
 `new` tokens; tokens/s counts the written ones over the whole time, prompt included; the first token's time stands
-beside it. Peers that are not installed are named and left out (requirements-bench.txt).
+beside it. Each contender has a process of its own, and they take turns. Peers that are not installed are named and left
+out (requirements-bench.txt).
 """
 
 import argparse
@@ -43,7 +44,7 @@ def acorn_run(dtype, device, quantize="none"):
 
         compile = device.type == "cuda"
         generate(model, prompts, new, Sampling(temperature=0), [0] * len(prompts), on_token, compile=compile)
-        return first[0], time.perf_counter() - start
+        return {"first": first[0], "whole": time.perf_counter() - start}
 
     return run
 
@@ -62,7 +63,7 @@ def hugging_face_run(dtype, device):
         first = time.perf_counter() - start
         start = time.perf_counter()
         model.generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        return first, time.perf_counter() - start
+        return {"first": first, "whole": time.perf_counter() - start}
 
     return run
 
@@ -81,7 +82,7 @@ def nanogpt_run(path, device):
         first = time.perf_counter() - start
         start = time.perf_counter()
         model.generate(idx, new, top_k=1)
-        return first, time.perf_counter() - start
+        return {"first": first, "whole": time.perf_counter() - start}
 
     return run
 
@@ -115,7 +116,7 @@ def ctranslate2_run(compute_type):
         first = time.perf_counter() - start
         start = time.perf_counter()
         generator.generate_batch(texts, max_length=new, min_length=new, **options)
-        return first, time.perf_counter() - start
+        return {"first": first, "whole": time.perf_counter() - start}
 
     return run
 
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
     parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
     args = parser.parse_args()
 
     device = torch.device(args.device)
@@ -145,29 +147,24 @@ def main() -> None:
         contenders["acorn, int8"] = lambda: acorn_run(torch.float32, device, "int8")
         contenders["CTranslate2, fp32"] = lambda: ctranslate2_run("float32")
         contenders["CTranslate2, int8"] = lambda: ctranslate2_run("int8")
-    runs = {}
-    for name, make in contenders.items():
-        if args.only in name:
-            try:
-                runs[name] = make()
-                runs[name]([[1] * 4] * args.batch, 4)  # warm up, and compile
-            except ImportError as error:
-                print(f"{name}: left out, {error}")
-                runs.pop(name, None)
+    prompts = [[(7 * i + j) % 1000 for j in range(args.prompt)] for i in range(args.batch)]
+    if args.alone:
+
+        def make():
+            run = contenders[args.alone]()
+            return lambda: run(prompts, args.new)
+
+        return bench.serve(make, warm_up=1)
 
     print(machine(device))
     print(
         f"GPT-2 124M, {args.batch} prompts of {args.prompt}, {args.new} new tokens; medians of {args.rounds} rounds\n"
     )
-    prompts = [[(7 * i + j) % 1000 for j in range(args.prompt)] for i in range(args.batch)]
-    results = {name: [] for name in runs}
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            results[name].append(run(prompts, args.new))
+    results = bench.in_turn([name for name in contenders if args.only in name], args.rounds)
     rate = read_rate(device)
     rows, medians = [], {}
-    for name, pairs in results.items():
-        first, whole = (median([pair[i] for pair in pairs]) for i in (0, 1))
+    for name, figures in results.items():
+        first, whole = (median([each[key] for each in figures]) for key in ("first", "whole"))
         medians[name] = {"first": first, "tokens_per_second": args.batch * args.new / whole}
     base = medians.get("Hugging Face, fp32")
     for name, m in sorted(medians.items(), key=lambda item: -item[1]["tokens_per_second"]):

@@ -1,14 +1,17 @@
 """Peak memory of a process, and milliseconds of an update, by how training is spread: on one process or several, data
 parallel (each holds the whole model) or sharded (FSDP), blocks kept or recomputed in the backward pass.
 
-$ python benchmarks/memory.py --processes 1,2,4
+$ python benchmarks/memory.py --optimizers adamw,muon --blocks kept
+$ python benchmarks/memory.py --shape 12,256,4,512,256 --batch 8 --processes 1,2
 
-The global batch is the same throughout. Each row is a run of its own of the parts of train.py on random tokens: the
-model, its initialization, the optimizer, a few updates. On a CPU the peak is that of resident memory (VmHWM), which the
-interpreter and its libraries are a part of, as the row "nothing but the libraries" shows.
+In the first, parameters and what belongs to them dominate; in the second, activations. The global batch is the same
+throughout. Each row is a run of its own of the parts of train.py on random tokens: the model, its initialization, the
+optimizer, a few updates. On a CPU the peak is that of resident memory (VmHWM); how much of it is beyond the interpreter
+and its libraries has a column.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -17,9 +20,8 @@ import time
 
 import bench
 import torch
-from bench import machine, median, synchronize, table
+from bench import machine, median, peak_memory, synchronize, table
 from torch.nn.parallel import DistributedDataParallel
-from train_step import peak_memory
 
 from acorn import runtime, sharding
 from acorn.optim import make_optimizers
@@ -40,13 +42,14 @@ def worker(args: argparse.Namespace) -> None:
         optimizers = make_optimizers(model, args.optimizer, 6e-4, 0.02, 0.1, (0.9, 0.95), r.device.type)
         forward = model
         if r.world_size > 1 and not r.fsdp:
-            forward = DistributedDataParallel(model, device_ids=[r.device.index] if r.device.type == "cuda" else None)
+            device_ids = [r.device.index] if r.device.type == "cuda" else None
+            forward = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
         x = torch.randint(V, (args.batch // r.world_size, T), device=r.device)
         for _ in range(args.updates):
             synchronize(r.device)
             start = time.perf_counter()
             with r.autocast():
-                loss = forward(x, x)[1]
+                loss = forward(x, x, reduction="sum")[1] / x.numel()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -66,31 +69,33 @@ def worker(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,4", help="how many, one row after the other")
-    parser.add_argument("--shape", default="12,768,12,256,8192", help="layers, width, heads, block, vocabulary")
-    parser.add_argument("--batch", type=int, default=8, help="sequences in an update, over all processes")
-    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
+    parser.add_argument("--shape", default="12,512,8,128,8192", help="layers, width, heads, block, vocabulary")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in an update, over all processes")
+    parser.add_argument("--optimizers", default="adamw", help="adamw, muon or both")
+    parser.add_argument("--blocks", default="kept,recomputed", help="whether in the backward pass; or one of the two")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--updates", type=int, default=4, help="of which the first does not count")
     parser.add_argument("--json", default="", help="also write the result here")
-    parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # of a row's own processes
+    parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # this and the next of a row's own processes
+    parser.add_argument("--optimizer", default="adamw", help=argparse.SUPPRESS)
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.form:
         return worker(args)
 
     cases = [("nothing but the libraries", 1, ["--form", "nothing"])]
-    for n in map(int, args.processes.split(",")):
-        for form in ("one", "ddp", "fsdp"):
-            if (form == "one") == (n == 1):
-                for kept, words in (("kept", []), ("recomputed", ["--recompute"])):
-                    cases.append((f"{form}, blocks {kept}", n, ["--form", form, *words]))
+    for optimizer, n in itertools.product(args.optimizers.split(","), map(int, args.processes.split(","))):
+        for form in ("one",) if n == 1 else ("ddp", "fsdp"):
+            for blocks in args.blocks.split(","):
+                words = ["--form", form, "--optimizer", optimizer] + ["--recompute"] * (blocks == "recomputed")
+                cases.append((f"{form}, {optimizer}, blocks {blocks}", n, words))
     with torch.device("meta"):
         L, C, H, T, V = map(int, args.shape.split(","))
         n_params = GPT(GPTConfig(T, V, L, H, C)).num_params()
     print(machine(torch.device(args.device)))
-    print(f"{n_params:,} parameters, {args.batch} x {T} tokens, {args.optimizer}, {args.dtype}\n")
-    rows, results = [], {}
+    print(f"{n_params:,} parameters, {args.batch} x {T} tokens, {args.dtype}\n")
+    rows, results, libraries = [], {}, 0
     for name, n, words in cases:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
         threads = max(1, torch.get_num_threads() // n)
@@ -102,8 +107,9 @@ def main() -> None:
             continue
         result = json.loads(done.stdout.strip().splitlines()[-1])
         peaks, seconds = result["peak_bytes"], result["seconds"]
+        libraries = libraries or max(peaks)  # the first row is nothing but these
         row = {"processes": n, "training": name, "peak a process, MB": f"{max(peaks) / 1e6:,.0f}"}
-        row["peak of all, MB"] = f"{sum(peaks) / 1e6:,.0f}"
+        row["beyond the libraries"] = f"{(max(peaks) - libraries) / 1e6:,.0f}"
         row["ms an update"] = "" if seconds is None else f"{1e3 * seconds:,.0f}"
         rows.append(row)
         print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)  # since each takes a while

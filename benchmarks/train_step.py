@@ -2,26 +2,24 @@
 
 $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8,256
 
-A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch. With
---memory, each contender runs alone in a process of its own as well, and the peak of that is shown; with
---documents 4, acorn is also timed with four documents in each row kept apart, as document_mask = True does; with
---lora 8, also with adapters of that rank beside all matrices in the blocks, as lora_rank = 8 does.
+A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch. Each
+contender has a process of its own, whose peak memory is shown, and they take turns. With --documents 4, acorn is also
+timed with four documents in each row kept apart, as document_mask = True does; with --lora 8, also with adapters of
+that rank beside all matrices in the blocks, as lora_rank = 8 does.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
-import resource
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import bench
 import torch
-from bench import in_turn, machine, matmul_rate, median, table
+from bench import in_turn, machine, matmul_rate, median, peak_memory, synchronize, table
 
-from acorn import lora
+from acorn import lora, runtime
 from acorn.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -29,9 +27,9 @@ MODERN = dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, tie_weights
 
 
 def step_of(model, forward, optimizers, dtype, device):
-    """One training step as a function of nothing. `forward` gives the loss."""
+    """One training step as a function of nothing, which gives its figures. `forward` gives the loss."""
 
-    def step() -> None:
+    def update() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = forward()
         loss.backward()
@@ -40,16 +38,30 @@ def step_of(model, forward, optimizers, dtype, device):
             optimizer.step()
         model.zero_grad(set_to_none=True)
 
+    def step() -> dict:
+        if device.type == "cuda":
+            update()  # asks for the memory that was given back below
+        synchronize(device)
+        start = time.perf_counter()
+        update()
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # so that the GPU has room for the activations of each contender in turn
+        return {"seconds": seconds, "peak_bytes": peak_memory(device)}
+
     return step
 
 
 def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     L, C, H, B, T, V = shape
+    runtime.setup(str(x.device), str(dtype).removeprefix("torch."), compile)  # as train.py does
     switches = MODERN if modern else {}
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
     if rank:
         lora.add_adapters(model, lora.linear_layers(model), rank, 2.0 * rank)
+        model.load_state_dict(lora.initial(model, seed=0), strict=False)
     optimizers = make_optimizers(model, "muon" if modern else "adamw", 6e-4, 0.02, 0.1, (0.9, 0.95), x.device.type)
     forward = torch.compile(model) if compile else model
 
@@ -62,6 +74,7 @@ def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
 def hugging_face_step(shape, dtype, x, y):
     import transformers
 
+    transformers.logging.set_verbosity_error()
     L, C, H, _, T, V = shape
     config = transformers.GPT2Config(
         vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
@@ -83,16 +96,6 @@ def nanogpt_step(path, shape, dtype, compile, x, y):
     return step_of(model, lambda: forward(x, y)[1], [optimizer], dtype, x.device)
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most bytes this process has held: on the GPU, or in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss counts what the process that started this one held
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
@@ -104,8 +107,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too, each in its own process")
-    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of such a process
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
     parser.add_argument("--json", default="", help="also write the result here")
     args = parser.parse_args()
 
@@ -136,18 +138,12 @@ def main() -> None:
                 contenders[f"nanoGPT, {name} {how}"] = make
         contenders[f"Hugging Face, {name} eager"] = lambda d=dtype: hugging_face_step(shape, d, x, y)
     if args.alone:
-        step = contenders[args.alone]()
-        for _ in range(3):
-            step()
-        print(peak_memory(device))
-        return
-    steps = {name: make() for name, make in contenders.items() if args.only in name}
+        return bench.serve(contenders[args.alone])
 
     print(machine(device))
     print(f"{L} layers, {C} wide, {H} heads, {B} x {T} tokens, vocabulary {V}; medians of {args.rounds} rounds\n")
-    for _ in range(2):  # compile, and settle
-        in_turn(steps, 1, device)
-    seconds = {name: median(times) for name, times in in_turn(steps, args.rounds, device).items()}
+    rounds = in_turn([name for name in contenders if args.only in name], args.rounds)
+    seconds = {name: median([each["seconds"] for each in figures]) for name, figures in rounds.items()}
     peers = [s for name, s in seconds.items() if name.startswith("nanoGPT")]
     with torch.device("meta"):
         flops = GPT(GPTConfig(T, V, L, H, C, bias=False)).flops_per_token() * B * T
@@ -157,17 +153,14 @@ def main() -> None:
         row = {"contender": name, "ms a step": f"{1e3 * s:.1f}", "tokens/s": f"{B * T / s:,.0f}"}
         if peers:
             row["x nanoGPT's best"] = f"{min(peers) / s:.2f}"
-        if args.memory:
-            alone = [sys.executable, __file__, *sys.argv[1:], "--alone", name]
-            output = subprocess.run(alone, capture_output=True, text=True, check=True).stdout
-            row["peak memory, MB"] = f"{float(output.split()[-1]) / 1e6:,.0f}"
+        row["peak memory, MB"] = f"{max(each['peak_bytes'] for each in rounds[name]) / 1e6:,.0f}"
         row["of the matmul rate"] = f"{flops / s / peak['bf16' if 'bf16' in name else 'fp32']:.0%}"
         rows.append(row)
     print(table(rows))
     print("\nmatmul rate: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in peak.items()))
     results = {
         row["contender"]: {"seconds": seconds[row["contender"]], "tokens_per_second": B * T / seconds[row["contender"]]}
-        | {"note": f"{row['of the matmul rate']} of the matmul rate"}
+        | {"note": f"{row['of the matmul rate']} of the matmul rate, {row['peak memory, MB']} MB"}
         for row in rows
     }
     bench.write(args.json, machine=machine(device), shape=args.shape, results=results, matmul_rate=peak)

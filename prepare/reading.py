@@ -17,6 +17,7 @@ from typing import BinaryIO
 from acorn import UserError
 
 BLOCK = 1 << 20  # bytes; a longer text comes in blocks
+LONGEST = 1 << 26  # bytes of a line of .jsonl, characters of a field of .csv, which are held whole
 PACKED = (".gz", ".zst")
 
 
@@ -124,8 +125,10 @@ def _jsonl(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
 def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl file, each with the words by which messages say where it stands."""
     with naming(path), open_unpacked(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             where = f"line {number} of {path}"
+            if len(line) == LONGEST:
+                raise UserError(f"{where} has more than {LONGEST:,} bytes; give so long a text as a file of its own")
             if line.isspace():
                 continue
             try:
@@ -143,24 +146,31 @@ def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
 
 
 def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses long documents
+    csv.field_size_limit(LONGEST)
     with open_unpacked(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors, newline="") as text:
         rows = csv.reader(text, strict=True)  # or a quote that is never closed takes all the rest in
-        number = 1
+        number = line = 1  # of the row that is read next, and where it begins
         try:
             heads = next(rows, [])
             if field not in heads:
                 raise _missing(path, field, heads)
             column = heads.index(field)
-            for number, row in enumerate(rows, 2):
+            number, line = 2, rows.line_num + 1
+            for row in rows:
                 if row:
                     yield f"row {number} of {path}", row[column] if column < len(row) else None
+                number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
-            raise UserError(_not_utf8(f"{path} is not UTF-8 after row {number}: a byte", error)) from error
+            raise UserError(_not_utf8(f"{path} is not UTF-8 after row {number - 1}: a byte", error)) from error
         except csv.Error as error:
-            why = "a quote there is never closed" if "end of data" in str(error) else error
+            why = str(error)
+            if "end of data" in why:
+                why = "a quote there is never closed"
+            elif "field limit" in why:
+                why = f"a field there has more than {LONGEST:,} characters, as where a quote is never closed"
             raise UserError(
-                f"{path} is no table of comma-separated values after row {number} ({why}); mend it or leave it out"
+                f"{path} is no table of comma-separated values in row {number}, which begins in line {line} ({why}); "
+                "mend it or leave it out"
             ) from error
 
 

@@ -1,6 +1,9 @@
 """acorn/checkpoint.py: whole or not there, safe to load, and going back to the one before where one is damaged."""
 
+import concurrent.futures
+import dataclasses
 import errno
+import functools
 import json
 import os
 import pickle
@@ -12,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acorn import UserError, checkpoint, files, optim
+from acorn.files import sha256 as files_sha256
+from acorn.runtime import ALONE
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -55,7 +60,7 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
         m = model(step, **changes)
         save(tmp_path, step, m)
         folder, state = checkpoint.find(tmp_path)
-        loaded = checkpoint.build_model(folder, state)
+        loaded = checkpoint.fill(*checkpoint.build_model(folder, state))
         assert same(loaded, m) and loaded.config == m.config
 
 
@@ -83,7 +88,7 @@ def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
         torch.save({"optimizers": [each.state_dict() for each in optimizers], "scaler": {}}, tmp_path / "moments")
         make_older(folder, (tmp_path / "moments").read_bytes())
     folder, state = checkpoint.find(tmp_path)
-    again = checkpoint.build_model(folder, state)
+    again = checkpoint.fill(*checkpoint.build_model(folder, state))
     loaded = make_optimizers(again, kind, updates=0)
     checkpoint.load_optimizers(folder, state, again, loaded)
     assert_same_moments(optim.named_moments(again, loaded), optim.named_moments(m, optimizers))
@@ -96,7 +101,7 @@ def test_a_checkpoint_before_the_first_update_has_nothing_to_remember(tmp_path):
     m = model()
     save(tmp_path, 0, m, optimizers=make_optimizers(m, updates=0))
     folder, state = checkpoint.find(tmp_path)
-    again = checkpoint.build_model(folder, state)
+    again = checkpoint.fill(*checkpoint.build_model(folder, state))
     checkpoint.load_optimizers(folder, state, again, optimizers := make_optimizers(again, updates=0))
     assert optim.named_moments(again, optimizers) == {}
 
@@ -125,7 +130,7 @@ def test_what_several_processes_wrote_is_one_model(tmp_path, shards):
             assert torch.equal(stored[longest][start:stop], whole[longest][start:stop])
     state["sha256"]["state"] = checkpoint.state_hash(state)
     (folder / "state.json").write_text(json.dumps(state))
-    again = checkpoint.build_model(*checkpoint.find(tmp_path))
+    again = checkpoint.fill(*checkpoint.build_model(*checkpoint.find(tmp_path)))
     loaded = make_optimizers(again, updates=0)
     checkpoint.load_optimizers(folder, state, again, loaded)
     assert same(again, m)
@@ -180,7 +185,7 @@ def test_tied_weights_are_stored_once_and_are_tied_again(tmp_path):
     m = model()
     folder = save(tmp_path, 1, m)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    loaded = checkpoint.build_model(*checkpoint.find(tmp_path))
+    loaded = checkpoint.fill(*checkpoint.build_model(*checkpoint.find(tmp_path)))
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
@@ -193,6 +198,44 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert checkpoint.find(tmp_path, "step_000004")[1]["step"] == 4
     with pytest.raises(UserError, match="no step_000001"):
         checkpoint.find(tmp_path, "step_000001")
+
+
+def test_what_adapters_stand_on_stays(tmp_path):
+    base = save(tmp_path / "base", 1, keep=1)
+    checkpoint.pin(base, tmp_path / "adapters")
+    for step in (2, 3):
+        save(tmp_path / "base", step, keep=1)
+    assert [f.name for f in checkpoint.step_folders(tmp_path / "base")] == ["step_000003", "step_000001"]
+    assert str(tmp_path / "adapters") in (base / "pinned").read_text()
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="was removed by its run"):
+        checkpoint.pin(base, tmp_path / "adapters")
+
+
+def test_processes_share_the_files_out_and_all_hear_of_a_damaged_one(tmp_path, monkeypatch, capsys):
+    """Two processes, here threads: each file is hashed by one of them, and they go on from the same checkpoint."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_000002" / "optimizer.safetensors").write_bytes(b"x")
+    hashed, told, meet = [], [None, None], threading.Barrier(2)
+    monkeypatch.setattr(checkpoint.files, "sha256", lambda path: hashed.append(path) or files_sha256(path))
+
+    def gather(rank, values):
+        told[rank] = values
+        meet.wait()
+        both = list(told)
+        meet.wait()
+        return both
+
+    def process(rank):
+        r = dataclasses.replace(ALONE, rank=rank, world_size=2)
+        r.gather = functools.partial(gather, rank)
+        return checkpoint.find(tmp_path, r=r)[0].name
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process, range(2))) == ["step_000001"] * 2
+    assert len(hashed) == len(set(hashed)) == 4
+    assert capsys.readouterr().err.count("going back") == 1
 
 
 def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeypatch):
@@ -227,7 +270,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
             save(tmp_path, 1 + die_at)
         except Killed:
             folder, state = checkpoint.find(tmp_path)
-            checkpoint.build_model(folder, state)
+            checkpoint.fill(*checkpoint.build_model(folder, state))
         else:
             break
     assert die_at > 8  # there were that many instants, and then the save went through
@@ -235,7 +278,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
 
 
 def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
-    save(tmp_path, 3, keep=1)
+    save(tmp_path, 3, keep=1, best=True)
     rename = os.rename
 
     def dies_at_the_second(source, target):
@@ -247,9 +290,13 @@ def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 3, keep=1)
     monkeypatch.undo()
-    assert checkpoint.find(tmp_path)[1]["step"] == 3
-    save(tmp_path, 3, keep=1)
-    assert checkpoint.find(tmp_path)[1]["step"] == 3
+    left = {path.name for path in tmp_path.iterdir()}
+    for which in ("latest", "best", "step_000003"):
+        assert checkpoint.find(tmp_path, which)[1]["step"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == left  # who reads changes nothing
+    save(tmp_path, 4, keep=2)
+    assert checkpoint.find(tmp_path, "best")[0].name == "step_000003"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path):
@@ -290,7 +337,7 @@ def test_hostile_json_and_sizes_are_refused_before_they_cost_anything(tmp_path):
     state = json.loads((folder / "state.json").read_text())
     for change in ({"n_embd": 10**12}, {"n_layer": 10**9}, {"norm_eps": "x"}, {"from_the_future": 1}):
         with pytest.raises(UserError, match="no model of this version"):
-            checkpoint.build_model(folder, {**state, "config": {**state["config"], **change}})
+            checkpoint.fill(*checkpoint.build_model(folder, {**state, "config": {**state["config"], **change}}))
     (folder / "state.json").write_text("[" * 200000)
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.find(tmp_path)
@@ -366,7 +413,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
         state = json.loads((folder / "state.json").read_text())
         state["config"] |= change | ({"n_hidden": 0} if "n_embd" in change else {})
         with pytest.raises(UserError, match=word):
-            checkpoint.build_model(folder, state)
+            checkpoint.fill(*checkpoint.build_model(folder, state))
 
 
 # ---- nanoGPT

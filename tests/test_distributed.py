@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO, TINY, script
 
-from acorn import UserError, checkpoint
-from train import TrainSettings, micro_batch_size
+from acorn import UserError, checkpoint, files, hub
+from train import TrainSettings, load_data, micro_batch_size
 
 # several runs one after the other in the same processes, whose start takes longer than a tiny run
 RUNS = f"""
@@ -110,9 +111,11 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
 def test_a_part_of_a_sharded_model_is_trained_as_of_a_whole_one(alone):
     """Adapters, frozen parameters; bfloat16, which rounds what float32 carries on, and samples on the way."""
     data = ["--dataset=text", "--max_iters=6", "--eval_interval=3"]
+    hub.export(str(alone / "adamw"), alone / "hf")
     forms = {
         "lora": [*SHAPE[:3], "--init_from=adamw", "--lora_rank=3"],
         "lora-muon": [*SHAPE[:3], "--init_from=adamw", "--lora_rank=3", "--optimizer=muon"],
+        "published": [*SHAPE[:3], "--init_from=hf"],
         "frozen": ["--freeze=wte|h.0", "--n_layer=3", "--dropout=0"],
         "bf16": [*SHAPE[:-2], "--dtype=bfloat16", "--n_head=1", "--sample_interval=3"],
     }
@@ -120,7 +123,7 @@ def test_a_part_of_a_sharded_model_is_trained_as_of_a_whole_one(alone):
     words = ["--fsdp=True", "--activation_checkpointing=True"]
     out = train(alone, 2, *([*form, *data, *words, f"--out_dir={name}2"] for name, form in forms.items()))
     assert out.count("a sample at step") == 2
-    for name in ("lora", "lora-muon", "frozen"):
+    for name in ("lora", "lora-muon", "published", "frozen"):
         assert_same(alone, name, f"{name}2")
     assert_same(alone, "bf16", "bf162", rel=0.01)
 
@@ -157,3 +160,15 @@ def test_micro_batches_are_as_large_as_fits_and_a_batch_that_cannot_be_shared_is
         with pytest.raises(UserError, match=rf"--batch_size={nearest} can"):
             size(accumulation, batch_size, n_processes)
         assert size(accumulation, nearest, n_processes)
+
+
+def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(dataset, monkeypatch):
+    hashed, really = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or really(path))
+    s = TrainSettings(dataset=str(dataset))
+    for first, n_files in ((True, 2), (False, 0)):
+        hashed.clear()
+        load_data(s, {}, SimpleNamespace(is_first_here=first, gather=lambda values: [values, values]))
+        assert len(hashed) == n_files
+    with pytest.raises(UserError, match="not the same on all machines"):
+        load_data(s, {}, SimpleNamespace(is_first_here=True, gather=lambda values: [values, [values[0] + 1]]))

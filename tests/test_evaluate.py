@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from acorn import runtime, shards
+from acorn import UserError, runtime, shards
 from acorn.evaluate import evaluate, evaluate_mixture
 from acorn.mixture import Mixture
 from acorn.tokenizer import get_tokenizer
@@ -50,6 +50,15 @@ def by_hand(model, ids, T=16):
             nats += [-logp[t, target].item() for t, target in enumerate(y)]
     model.float()
     return np.array(nats)
+
+
+def test_a_split_without_a_token_that_counts_is_refused(byte_tokens, tmp_path):
+    tokens, ids, _ = byte_tokens
+    with shards.MaskWriter(tmp_path, "val") as writer:
+        writer.write(np.zeros(len(ids), dtype=np.int64))
+    tokens.mask = shards.Tokens([shards.open_shard(tmp_path / "val_000000.mask")], 2, "mask")
+    with pytest.raises(UserError, match="the val split has no token that counts"):
+        evaluate(random_model(), tokens, runtime.ALONE, 2, 16)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -54,7 +54,7 @@ def rounds(few: int, many: int):
 # Processes
 
 
-def child(name, argv, cwd, log, environment, file_size, as_nobody) -> None:
+def child(name, argv, cwd, log, environment, file_size, memory, as_nobody) -> None:
     os.chdir(cwd)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -64,6 +64,9 @@ def child(name, argv, cwd, log, environment, file_size, as_nobody) -> None:
     report.draw_curve = lambda *args: None  # it takes longer than all the rest of a tiny run
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if memory:  # so many bytes of addresses more than there are now
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
     if as_nobody and os.getuid() == 0:  # whom no permission stops
         os.setgroups([])
         os.setgid(NOBODY)
@@ -75,9 +78,9 @@ def child(name, argv, cwd, log, environment, file_size, as_nobody) -> None:
 class Forked:
     """A script that runs: `process`, and the file `log` with what it says."""
 
-    def __init__(self, context, name, *argv, cwd, environment=None, file_size=0, as_nobody=False):
+    def __init__(self, context, name, *argv, cwd, environment=None, file_size=0, memory=0, as_nobody=False):
         self.log = Path(cwd).parent / f"{Path(cwd).name}-{time.monotonic_ns()}.log"
-        words = (name, argv, cwd, self.log, environment or {}, file_size, as_nobody)
+        words = (name, argv, cwd, self.log, environment or {}, file_size, memory, as_nobody)
         self.process = context.Process(target=child, args=words, daemon=True)
         self.process.start()
 
@@ -269,7 +272,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, caps
     originals = {}
     for folder in checkpoint.step_folders(tmp_path):
         state = checkpoint.read_state(folder)
-        parameters = dict(checkpoint.build_model(folder, state).named_parameters())
+        parameters = dict(checkpoint.fill(*checkpoint.build_model(folder, state)).named_parameters())
         originals[folder.name] = state, parameters, moments_of(folder, state)
     newest = tmp_path / "step_000002"
     targets = [*newest.iterdir(), tmp_path / "latest", tmp_path / "best"]
@@ -279,7 +282,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, caps
         data = target.read_bytes()
         target.write_bytes(damaged(data, chance))
         folder, state = checkpoint.find(tmp_path)
-        parameters = dict(checkpoint.build_model(folder, state).named_parameters())
+        parameters = dict(checkpoint.fill(*checkpoint.build_model(folder, state)).named_parameters())
         expected = originals[folder.name]
         assert state == expected[0] and moments_of(folder, state) == expected[2]
         assert parameters.keys() == expected[1].keys()
@@ -495,7 +498,7 @@ def test_files_that_vanish_from_under_a_run(dataset, start, tmp_path):
     os.kill(run_.process.pid, signal.SIGTERM)
     assert run_.end() == 128 + signal.SIGTERM and "Traceback" not in run_.said(), run_.said()
     folder, state = checkpoint.find(tmp_path / "o")
-    checkpoint.build_model(folder, state)
+    checkpoint.fill(*checkpoint.build_model(folder, state))
     assert state["step"] > step + 10
     again = start("train.py", "--init_from=resume", "--out_dir=o", cwd=tmp_path)
     assert "no dataset 'mine'" in said_in_a_sentence(again, 2)
@@ -529,14 +532,15 @@ def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start,
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, bad):
+def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(checkpoint, "astray", lambda *_: None)  # as a stranger's program may have written them
     m = small_model()
     with torch.no_grad():
         m.transformer.h[0].mlp.c_fc.weight[3, 2] = bad
     save_small(tmp_path, 1, m)
     for load in (
         lambda: checkpoint.load_model(str(tmp_path)),
-        lambda: checkpoint.build_model(*checkpoint.find(tmp_path)),
+        lambda: checkpoint.fill(*checkpoint.build_model(*checkpoint.find(tmp_path))),
     ):
         with pytest.raises(UserError, match=r"broken: transformer\."):
             load()
@@ -589,8 +593,46 @@ def test_a_run_that_went_astray_does_not_push_out_its_good_checkpoints(dataset, 
     assert train_here(monkeypatch, *words, "--max_iters=4") == 0
     broken = [*words, "--init_from=resume", "--max_iters=30", "--learning_rate=1e30", "--decay_lr=False"]
     train_here(monkeypatch, *broken, "--grad_clip=0")
-    assert "not saved" in capsys.readouterr().out
+    assert "(the val loss is no number" in capsys.readouterr().err
     assert math_is_fine(checkpoint.load_model(str(tmp_path / "o"), "latest")[0])
+
+
+@pytest.mark.parametrize("ends", ["at its last update", "by a signal"])
+def test_a_run_does_not_end_well_on_weights_that_are_no_numbers(dataset, tmp_path, monkeypatch, capsys, ends):
+    clip, calls = torch.nn.utils.clip_grad_norm_, 0
+
+    def poisoned(parameters, *args, **kwargs):
+        nonlocal calls
+        parameters, calls = list(parameters), calls + 1
+        if calls == 7:
+            parameters[2].data.view(-1)[0] = float("nan")
+            if ends == "by a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return clip(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    words = [f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--eval_interval=3", "--max_iters=8"]
+    assert train_here(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert "done" not in said.out and "stopped at" not in said.out
+    why = "the val loss is no number" if ends == "at its last update" else "transformer.h.0.ln_1.weight is not finite"
+    assert f"error: the last updates are not saved ({why}; " in said.err.splitlines()[-1]
+    assert (tmp_path / "o" / "latest").read_text() == (tmp_path / "o" / "best").read_text() == "step_000006\n"
+
+
+@pytest.mark.slow
+def test_memory_that_really_ends(dataset, start, tmp_path):
+    """The same updates come out in smaller micro-batches; or a sentence has the settings for that."""
+    large = "--batch_size=512 --gradient_accumulation_steps=1 --block_size=128 --n_embd=64 --max_iters=2"
+    words = [*RUN, *large.split(), f"--dataset={dataset}", "--dropout=0"]
+    assert start("train.py", *words, "--out_dir=whole", cwd=tmp_path).end() == 0
+    pieces = start("train.py", *words, "--out_dir=pieces", "--auto_batch=True", cwd=tmp_path, memory=250 * 2**20)
+    assert pieces.end() == 0 and "out of memory; going on as with --batch_size=" in pieces.said(), pieces.said()
+    one, other = (report.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("whole", "pieces"))
+    losses = [[m.get("loss", m.get("val_loss")) for m in lines] for lines in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    plain = start("train.py", *words, "--out_dir=plain", cwd=tmp_path, memory=250 * 2**20)
+    assert "makes the same updates in smaller ones" in said_in_a_sentence(plain, 2)
 
 
 def math_is_fine(model) -> bool:

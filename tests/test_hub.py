@@ -81,12 +81,22 @@ def saved(folder: Path, model: GPT, kind="byte", texts=()) -> Path:
 def test_logits_and_loss_of_an_import_are_hugging_faces(tmp_path, family, changes):
     model = theirs(family, **changes)
     model.save_pretrained(tmp_path)
-    mine, tokenizer = hub.load(str(tmp_path))
+    mine, tokenizer, _ = checkpoint.load_model(str(tmp_path))
     assert_same_logits(mine, model)
     with torch.no_grad():
         loss = mine(tokens()[:, :-1], tokens()[:, 1:])[1]
         assert loss.item() == pytest.approx(model(tokens(), labels=tokens()).loss.item(), rel=1e-5)
     assert tokenizer is None and mine.config.block_size == 16
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_process_reads_rows_of_its_own_alone(tmp_path, family):
+    theirs(family).save_pretrained(tmp_path)
+    model, values, _ = hub.open_model(str(tmp_path))
+    assert all(p.is_meta for p in model.parameters())
+    for name, p in checkpoint.load_model(str(tmp_path))[0].named_parameters():
+        for rows in (slice(0, 7), slice(30, 45), slice(7, len(p))):
+            assert torch.equal(values[name][rows], p[rows]), name
 
 
 def test_the_forms_that_checkpoints_come_in(tmp_path):
@@ -103,7 +113,7 @@ def test_the_forms_that_checkpoints_come_in(tmp_path):
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
     other = transformers.LlamaForCausalLM(model.config)  # its frequencies are computed when it is made
     other.load_state_dict(model.state_dict())
-    assert_same_logits(hub.load(str(tmp_path / "shards"))[0], other)
+    assert_same_logits(checkpoint.load_model(str(tmp_path / "shards"))[0], other)
 
     model = theirs("gpt2")
     model.save_pretrained(tmp_path / "bare")
@@ -111,7 +121,7 @@ def test_the_forms_that_checkpoints_come_in(tmp_path):
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     save_file(tensors, path)
-    assert_same_logits(hub.load(str(tmp_path / "bare"))[0], model)
+    assert_same_logits(checkpoint.load_model(str(tmp_path / "bare"))[0], model)
 
 
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
@@ -127,7 +137,7 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
         (case / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
         save_file(tensors, case / "model.safetensors")
         with pytest.raises(UserError) as caught:
-            hub.load(str(case))
+            checkpoint.load_model(str(case))
         return str(caught.value)
 
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -155,18 +165,18 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
     (case / "config.json").write_text(json.dumps(config))
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="not whole"):
-        hub.load(str(case))
+        checkpoint.load_model(str(case))
     path.rename(case / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no model.safetensors; a pickle .* python -c"):
-        hub.load(str(case))
+        checkpoint.load_model(str(case))
     with pytest.raises(UserError, match="one file of a checkpoint; give the folder"):
         checkpoint.load_model(str(case / "pytorch_model.bin"))
     (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing"):
-        hub.load(str(case))
+        checkpoint.load_model(str(case))
     (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../source/model.safetensors"}}')
     with pytest.raises(UserError, match="not in its folder"):
-        hub.load(str(case))
+        checkpoint.load_model(str(case))
     (case / "config.json").unlink()
     save_file(tensors, case / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"without their config\.json"):
@@ -329,7 +339,10 @@ def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tm
     assert fast(text)["input_ids"] == same(text)["input_ids"] and 260 in fast(text)["input_ids"]
     chat = [{"role": "user", "content": "the"}]
     assert fast.apply_chat_template(chat, tokenize=False) == "the" and fast.eos_token == "<|im_end|>"
-    assert checkpoint.load_model(str(tmp_path / "hf"))[1].to_dict() == hub.load(str(tmp_path / "base"))[1].to_dict()
+    assert (
+        checkpoint.load_model(str(tmp_path / "hf"))[1].to_dict()
+        == checkpoint.load_model(str(tmp_path / "base"))[1].to_dict()
+    )
 
 
 def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypatch):
@@ -387,12 +400,14 @@ def test_a_published_checkpoint_comes_in_and_goes_out(tmp_path):
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         expected = theirs(answer).logits
-        ours = hub.load(str(tmp_path / "base"))[0](answer, answer)[0]
+        ours = checkpoint.load_model(str(tmp_path / "base"))[0](answer, answer)[0]
         assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
         assert torch.equal(exported(answer).logits, expected)
     assert torch.equal(exported.generate(idx, max_new_tokens=20, do_sample=False), answer)
     text = "It's 2026, and 12345 tokens: naïve café 今天"
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (
-        again(text)["input_ids"] == fast(text)["input_ids"] == hub.load(str(tmp_path / "hf"))[1].encode(text).tolist()
+        again(text)["input_ids"]
+        == fast(text)["input_ids"]
+        == checkpoint.load_model(str(tmp_path / "hf"))[1].encode(text).tolist()
     )

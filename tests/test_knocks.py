@@ -10,6 +10,7 @@ import pytest
 from conftest import REPO, TINY, script
 from test_train import numbers
 
+from acorn import files
 from acorn.watch import SILENT
 
 
@@ -53,6 +54,17 @@ def test_sigterm_saves_once_and_ends(dataset, tmp_path, everyone):
 
 
 @pytest.mark.slow
+def test_an_error_is_said_once(dataset, tmp_path):
+    """One that all processes meet, and meet again after each restart; and one that the first meets alone."""
+    said = launch(tmp_path, "none", restarts=1).communicate(timeout=120)[0]
+    assert said.count("error: there is no dataset 'none'") == said.count("error: ") == 1
+    (tmp_path / "o").mkdir()
+    with files.lock(tmp_path / "o", "training into"):
+        said = launch(tmp_path, dataset).communicate(timeout=120)[0]
+    assert said.count("error: o is in use") == said.count("error: ") == 1
+
+
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint(dataset, tmp_path):
     words = ["--max_iters=60", "--dropout=0"]
     whole = script("train.py", *TINY, f"--dataset={dataset}", *words, "--out_dir=whole", cwd=tmp_path)
@@ -67,7 +79,7 @@ def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint
     said = read_until(process, "error: ")
     assert time.monotonic() - began < 20
     assert f"rank 1 (process {victim} on " in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "with a checkpoint" not in said  # which it cannot save alone
     rest = process.communicate(timeout=120)[0]
     assert process.returncode == 0, rest
     assert "from o/step_0000" in rest

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import mmap
 
 import pytest
 import torch
@@ -34,6 +35,18 @@ def test_int8_is_within_half_a_step_of_each_weight():
     assert ((ours.weight * ours.scale[:, None] - weight).abs() <= 0.501 * step[:, None]).all()
     x = torch.randn(1, 1, 24)
     assert ((ours(x)[0, 0] - weight @ x[0, 0]).abs() <= 0.501 * step * x.abs().sum()).all()
+
+
+def test_a_large_weight_moves_to_memory_that_starts_at_a_huge_page_and_keeps_its_values_and_ties():
+    model = GPT(GPTConfig(block_size=8, vocab_size=8200, n_layer=1, n_head=2, n_embd=64, norm="rmsnorm"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ready = prepare_for_decoding(model, compile=False)
+    for name, value in before.items():
+        assert torch.equal(ready.state_dict()[name], value)
+    wte = ready.transformer.wte.weight  # of 2.1 MB, the head's too
+    assert ready.lm_head.weight.data_ptr() == wte.data_ptr()
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert wte.data_ptr() % (2 << 20) == 0
 
 
 def test_greedy_text_is_the_same():

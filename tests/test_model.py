@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as model_file
-from model import GPT, GPTConfig, KVCache, rotary_angles, rotate, sinusoidal_positions
+from model import GPT, GPTConfig, KVCache, dropout, rotary_angles, rotate, sinusoidal_positions
 
 SMALL = dict(block_size=16, vocab_size=37, n_layer=2, n_head=4, n_embd=32)
 SWITCHES = dict(
@@ -167,12 +167,30 @@ def test_masked_targets_do_not_count():
     assert each.shape == targets.shape and (each[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("switches", [{}, dict(logit_softcap=3.0, tie_weights=False)])
+def test_a_sum_over_rows_in_turn_has_the_gradients_of_one_over_all_logits(switches, monkeypatch):
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 5 * 37)  # of the 24 rows, five at a time
+    targets, frozen = tokens().roll(-1, dims=1), random_model(**switches)
+    targets[0, 2:8] = -1
+    frozen.lm_head.weight.requires_grad_(False)
+    for model in (random_model(**switches), frozen):
+        logits, _ = model(tokens(), targets)
+        expected = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0][targets != -1].sum()
+        params = [p for p in model.parameters() if p.requires_grad]
+        _, total = model(tokens(), targets, reduction="sum")
+        assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+        got, wanted = (torch.autograd.grad(0.3 * loss, params) for loss in (total, expected))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_fully_masked_batch_has_loss_and_gradient_zero():
     model = random_model()
-    _, loss = model(tokens(), torch.full((2, 12), -1))
-    loss.backward()
-    assert loss.item() == 0
-    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+    for reduction in ("mean", "sum"):
+        _, loss = model(tokens(), torch.full((2, 12), -1), reduction=reduction)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
 def test_without_targets_only_the_last_position_has_logits():
@@ -193,6 +211,21 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     assert torch.equal(model(idx, idx)[0], model(idx, idx)[0])
     model.train()
     assert not torch.equal(model(idx, idx)[0], model(idx, idx)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_each_element_by_itself(dtype):
+    torch.manual_seed(0)
+    x = torch.full((1000, 4, 33), 2.0, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.2, True)
+    kept = y != 0
+    assert y.dtype == dtype
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 2.5))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], y / 2)
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.005)
+    neighbours = kept[:, :, 1:] & kept[:, :, :-1]
+    assert neighbours.float().mean().item() == pytest.approx(0.8**2, abs=0.005)
+    assert torch.equal(dropout(x, 0.2, False), x)
 
 
 def test_recomputed_blocks_have_the_gradients_of_kept_ones_to_the_bit():
@@ -244,9 +277,11 @@ def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
     others = [added[0, 10], added[1, 4], added[1, 7], added[1, 0]]  # 0 2 3, 3 2 3, 1 0 3, and 1 at the beginning
     assert all(not torch.allclose(added[0, 3], other) for other in others)
     assert not torch.allclose(added[1, 0], added[0, 1])  # 1 at the beginning, and after 5
-    by_hand = embedding.tables[0].weight[key_row(3 * 1_000_003 + 2 + 1)]
-    by_hand = by_hand + embedding.tables[1].weight[key_row((3 * 1_000_003 + 3) * 1_000_003 + 1 + 1)]
-    torch.testing.assert_close(added[0, 3], by_hand)
+    bigrams, trigrams = (table.weight for table in embedding.tables)
+    assert len(bigrams) == 37 * 38 and len(trigrams) == 4096  # all that there are: a token, and one or none before
+    product = ((3 * 38 + 3) * 38 + 2) * 11400714819323198485 % 2**64  # with 2**64 / 1.618
+    signed = product - 2**64 if product >= 2**63 else product
+    torch.testing.assert_close(added[0, 3], bigrams[3 * 38 + 3] + trigrams[(signed >> 32) % 4096])
 
 
 def test_an_ngram_is_dropped_whole_and_in_training_only():
@@ -259,10 +294,6 @@ def test_an_ngram_is_dropped_whole_and_in_training_only():
     kept = dropped.abs().sum(-1) > 0  # (B, T)
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
     torch.testing.assert_close(dropped, torch.where(kept[..., None], whole / 0.75, 0))
-
-
-def key_row(key: int) -> int:
-    return (key ^ (key >> 15)) % 4096
 
 
 def test_bias_false_leaves_no_bias_anywhere():

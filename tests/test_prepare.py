@@ -195,12 +195,21 @@ def test_records_in_a_folder_and_lines_that_are_none():
         ("f.jsonl", b'{"text": "caf\xe9"}\n', r"line 1 of f\.jsonl is not UTF-8"),
         ("g.jsonl", b"[1, 2]\n", r"line 1 of g\.jsonl is \[1, 2\], not an object"),
         ("h.csv", b"a,b\n1,2\n", r"h\.csv has no field 'text'.*a, b"),
-        ("k.csv", b'text\na\n"b\nc\n', r"k\.csv is no table .* after row 2 \(a quote there is never closed\)"),
+        ("k.csv", b'text\na\n"b\nc\n', r"k\.csv is no table .* row 3, which begins in line 3 \(a quote there is nev"),
         ("i.parquet", b"PAR1 or not", r"i\.parquet is no whole parquet file"),
         ("j.jsonl.zst", pyarrow.compress(TEXT.encode(), "zstd", asbytes=True)[:-9], r"j\.jsonl\.zst is no whole zstd"),
     ):
         Path(name).write_bytes(data)
         fails(match, "text", name)
+
+
+def test_records_too_long_to_be_held_are_refused(monkeypatch):
+    """A quote that is never closed would take in all of a large file."""
+    monkeypatch.setattr(reading, "LONGEST", 500)
+    Path("a.csv").write_text('text\n"a\na"\n"' + 200 * "b,\n")
+    fails(r"row 3, which begins in line 4 \(a field there has more than 500 characters", "text", "a.csv")
+    Path("b.jsonl").write_text('{"text": "a"}\n{"text": "' + 600 * "b" + '"}\n')
+    fails(r"line 2 of b\.jsonl has more than 500 bytes", "text", "b.jsonl")
 
 
 def test_half_a_surrogate_pair_in_json():

@@ -1,5 +1,10 @@
 """acorn/runtime.py: what auto chooses and says, and what is refused."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,16 +34,34 @@ def test_a_device_that_is_not_there_is_refused(device, word):
         runtime.setup(device, "auto", False)
 
 
-def test_a_compile_that_fails_falls_back_with_one_warning(capsys):
-    model = torch.nn.Linear(2, 2)
+def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning(capsys):
+    model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
 
     def failing_trial(compiled):
         assert compiled is not model
+        model(torch.ones(2)).sum().backward()
         raise RuntimeError("no compiler\nand a long trace")
 
-    assert runtime.compile_or_eager(model, failing_trial) is model
+    assert runtime.compile_or_eager(model, failing_trial, r) is model
+    assert model.weight.grad is None  # half a pass must not count in the first update
     said = capsys.readouterr().out
     assert said.count("warning:") == 1 and "no compiler" in said and "long trace" not in said
+
+    r.sum = lambda values: values + 1  # another one fails
+    assert runtime.compile_or_eager(model, lambda compiled: None, r) is model
+    r.sum, r.fsdp = lambda values: values, True  # another one may be in the middle of its pass, and cannot be asked
+    with pytest.raises(UserError, match=r"no compiler\); .*--compile=False"):
+        runtime.compile_or_eager(model, failing_trial, r)
+    assert capsys.readouterr().out == ""
+
+
+def test_memory_that_a_compiled_trial_lacks_is_no_failure_to_compile(capsys):
+    def short(compiled):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+
+    model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
+    assert runtime.compile_or_eager(model, short, r) is not model
+    assert capsys.readouterr().out == ""
 
 
 def test_peak_rates_are_known_by_name(monkeypatch):
@@ -49,3 +72,17 @@ def test_peak_rates_are_known_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Unknown GPU")
     assert r.peak_flops() is None
     assert runtime.setup("cpu", "float32", False).peak_flops() is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_freed_memory_serves_the_next_tensor_without_the_kernel():
+    code = (
+        "import resource, torch; from acorn import runtime; runtime.setup('cpu', 'float32', False)\n"
+        "for i in range(12):\n"
+        "    if i == 2: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    a, b = torch.ones(4 << 20), torch.ones(4 << 20); del a, b\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10 * 2 * 4096 / 4  # of the pages of 4 KB that these tensors cover, few were asked for

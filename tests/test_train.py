@@ -283,6 +283,7 @@ def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, 
     def run(out, *more):
         passes.clear()
         words = ["--dropout=0", "--max_iters=6", "--eval_interval=2", f"--dataset={dataset}", f"--out_dir={out}"]
+        words += ["--sample_interval=2"]
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, *more])
         return train_script.main()
 
@@ -295,6 +296,7 @@ def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, 
     said = capsys.readouterr().out
     assert "--batch_size=2 --gradient_accumulation_steps=4" in said
     assert "--batch_size=1 --gradient_accumulation_steps=8" in said
+    assert said.count("a sample at step 2") == 2  # one in each run, though this update began three times
     for one, other in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "pieces"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     with pytest.raises(UserError, match="--batch_size=2 --gradient_accumulation_steps=4 makes the same updates"):
@@ -364,9 +366,11 @@ def test_wandb_offline(dataset, tmp_path):
     pytest.importorskip("wandb")
     result = train(tmp_path, dataset, "--wandb_log=True", "--max_iters=2", "--out_dir=o")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert list((tmp_path / "o" / "wandb").glob("offline-run-*"))
-    state = json.loads((tmp_path / "o" / "step_000002" / "state.json").read_text())
-    assert state["wandb_id"]
+    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=4", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    state = json.loads((tmp_path / "o" / "step_000004" / "state.json").read_text())
+    pieces = [folder.name for folder in (tmp_path / "o" / "wandb").glob("offline-run-*")]
+    assert len(pieces) == 2 and all(name.endswith(f"-{state['wandb_id']}") for name in pieces)  # of one run
 
 
 def test_nanogpts_config_files_run_unchanged(dataset, tmp_path):
