@@ -190,6 +190,8 @@ def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict
     for name, tensors in parts.items():
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / name)
+        with contextlib.suppress(OSError):  # safetensors keeps it to this user; others may read what they may list
+            os.chmod(folder / name, folder.stat().st_mode & 0o666)
         files.sync(folder / name)
     return {name: files.sha256(folder / name) for name in parts}
 
