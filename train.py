@@ -598,7 +598,9 @@ def main() -> int:
             if not saved_whole():
                 return 2
             best_loss = "none" if at["best_loss"] is None else f"{at['best_loss']:.4f}"
-            say(f"done, best val loss {best_loss}; sample from it with: {command('sample.py', '', s.out_dir)}")
+            talks = any(d.train.mask is not None for d in data.datasets)  # conversations: the replies are learned
+            sample = command("sample.py", "--chat=True" if talks else "", s.out_dir)
+            say(f"done, best val loss {best_loss}; sample from it with: {sample}")
             return 0
 
         # forward and backward: the loss is a sum over this step's targets, of all micro-batches and processes,

@@ -190,6 +190,8 @@ def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict
     for name, tensors in parts.items():
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / name)
+        with contextlib.suppress(OSError):  # safetensors keeps it to this user; others may read what they may list
+            os.chmod(folder / name, folder.stat().st_mode & 0o666)
         files.sync(folder / name)
     return {name: files.sha256(folder / name) for name in parts}
 
@@ -435,6 +437,13 @@ def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
             raise UserError(f"there is no {which} in {out_dir}; choose one of {there}")
     if not folders and (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from it with --init_from={out_dir / 'ckpt.pt'}")
+    if not folders and (out_dir / "adapter_config.json").exists():
+        raise UserError(
+            f"{out_dir} holds adapters of the library peft; merge them into their base there (merge_and_unload, then "
+            "save_pretrained) and give the folder of that"
+        )
+    if not folders and any(out_dir.glob("*.safetensors")):
+        raise UserError(f"{out_dir} holds weights without their config.json; get the checkpoint again, whole")
     if not folders:
         raise UserError(
             f"there is no checkpoint in {out_dir} yet: a run saves its first at its first evaluation, or at its end"

@@ -3,7 +3,7 @@
     python -m acorn.examples data/examples
 
     answers.jsonl        {"prompt", "response"}: what does this function do? its docstring's first line
-    summaries.jsonl      the same form: the rest of a docstring, and its first line
+    summaries.jsonl      the same form: a function's name and the rest of its docstring, and the first line
     translations.jsonl   the same form: an English sentence, and the same in German, from a small grammar
     labels.jsonl         the same form: which of four modules is a function of? to learn it
     choices_val.jsonl    {"prompt", "choices", "answer"}: the same, to choose by likelihood
@@ -113,7 +113,9 @@ def write_examples(folder: Path) -> dict[str, int]:
         split = "_val" if is_val(line) else ""
         tables[f"answers{split}"].append({"prompt": f"What does {module}.{name} of Python do?", "response": line})
         if 100 <= len(rest) <= 600:
-            tables[f"summaries{split}"].append({"prompt": f"In one sentence: {rest}", "response": line})
+            tables[f"summaries{split}"].append(
+                {"prompt": f"In one sentence: {module}.{name}. {rest}", "response": line}
+            )
         topic = module.split(".")[0]
         if topic in TOPICS:
             choices = choices_of(topic, line)

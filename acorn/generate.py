@@ -129,6 +129,11 @@ def generate(
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
+    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
+        raise UserError(
+            f"the prompt has the token {largest}, which is beyond the model's vocabulary of {model.config.vocab_size}: "
+            "its tokenizer has control tokens that it was not made for; leave them out"
+        )
     was_training = model.training
     model.eval()
     try:

@@ -227,6 +227,8 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
         names = sorted(map(str, set(where.values()))) if isinstance(where, dict) else []
     there = {}
     for path in (folder / name for name in names):
+        if path.parent != folder:
+            raise UserError(f"{index} names {path}, which is not in its folder; get the checkpoint again")
         if not path.is_file():
             raise UserError(f"{path} is missing; get the checkpoint again")
         try:
@@ -375,11 +377,10 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     ends = list(dict.fromkeys(i for i in ends if i is not None))
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir()
+        beside.mkdir(parents=True)
         config.save_pretrained(beside)
         transformers.GenerationConfig(**ids).save_pretrained(beside)
         save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})

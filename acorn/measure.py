@@ -199,10 +199,13 @@ def read_jsonl(path: str, limit: int) -> list[tuple[str, dict]]:
         if line.strip() and not (limit and len(records) == limit):
             try:
                 record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()  # fails where an escape is half a character
             except (ValueError, RecursionError) as error:
-                raise UserError(f"line {number} of {path} is no JSON") from error
+                raise UserError(
+                    f"line {number} of {path} is no JSON ({error}); a .jsonl file has one object a line"
+                ) from error
             if not isinstance(record, dict):
-                raise UserError(f"line {number} of {path} is no object with fields")
+                raise UserError(f"line {number} of {path} is no object with fields; a .jsonl file has one a line")
             records.append((f"line {number} of {path}", record))
     if not records:
         raise UserError(f"{path} is empty; write one JSON object a line")
@@ -216,6 +219,13 @@ def check_choices(where: str, record: dict) -> None:
         raise UserError(f'{where} should have "prompt", a text, and "choices", a list of two or more texts')
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(f'{where}: "answer" should be the number of the right choice, from 0 to {len(choices) - 1}')
+
+
+def check_target(path: Path, inputs: list[str | None]) -> None:
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"--answers {path} cannot be written: give a file, in a folder that is there")
+    if path.exists() and any(source and Path(source).exists() and path.samefile(source) for source in inputs):
+        raise UserError(f"--answers {path} would replace what is measured on; give another file")
 
 
 def trained_beside(source: str, which: str) -> tuple[str, bool]:
@@ -260,6 +270,8 @@ def main() -> int:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
 
     # ---- what is measured on, read before the model, which may take long
+    if args.answers:
+        check_target(Path(args.answers), [args.text, args.pairs, args.choices])
     dataset, apart = args.dataset, False
     if not (args.dataset or args.text or args.pairs or args.choices):
         dataset, apart = trained_beside(args.source, args.checkpoint)
@@ -323,9 +335,6 @@ def main() -> int:
     if choices:
         figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
-    if args.answers:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answered]
-        Path(args.answers).write_text("".join(lines), encoding="utf-8")
 
     # ---- what came out
     rows = [
@@ -335,10 +344,13 @@ def main() -> int:
     ]
     if args.json:
         print(json.dumps({"checkpoint": source, "block_size": block_size, "results": rows}, ensure_ascii=False))
-        return 0
-    width = max(len(row["on"]) for row in rows)
-    print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
-    for row in rows:
-        error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-        print(f"{row['on']:{width}}  {row['measure']:16} {row['value']:10.4f}  {error:>9} {row['n']:11,}")
+    else:
+        width = max(len(row["on"]) for row in rows)
+        print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
+        for row in rows:
+            error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+            print(f"{row['on']:{width}}  {row['measure']:16} {row['value']:10.4f}  {error:>9} {row['n']:11,}")
+    if args.answers:
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answered]
+        Path(args.answers).write_text("".join(lines), encoding="utf-8")
     return 0

@@ -135,6 +135,8 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
             writers[split].write(ids)
             mask_writers[split].write(learned)
             counts[split].update(bytes=int(sizes[ids].sum()), learned=int(learned.sum()))
+    if not n:
+        raise UserError(f"there is no conversation in {', '.join(args.files)}; write one JSON object a line")
     for split, count in counts.items():
         if not count["learned"]:
             raise UserError(

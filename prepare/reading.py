@@ -140,7 +140,8 @@ def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
                     f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
                 ) from error
             if not isinstance(record, dict):
-                raise UserError(f"{where} is {line.decode(errors='replace').strip()[:40]}, not an object with fields")
+                found = line.decode(errors="replace").strip()[:40]
+                raise UserError(f"{where} is {found}, not an object with fields; a .jsonl file has one a line")
             yield where, record
 
 

@@ -249,6 +249,14 @@ def test_bad_input_leaves_nothing(pairs, line, options, message):
     assert not Path("data/bad").exists()
 
 
+def test_a_file_without_conversations_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"no conversation in empty.jsonl"):
+        prepare_corpus(["chat", "empty.jsonl", "--tokenizer", "byte"])
+    assert not Path("data/empty").exists()
+
+
 def test_masks_that_do_not_belong_are_refused(pairs):
     prepare_corpus("chat pairs.jsonl --tokenizer byte".split())
     meta = json.loads(Path("data/pairs/meta.json").read_text())

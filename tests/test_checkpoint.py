@@ -97,6 +97,11 @@ def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
         checkpoint.load_optimizers(folder, state, again, other)
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    folder = save(tmp_path, 1, model())
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+
+
 def test_a_checkpoint_before_the_first_update_has_nothing_to_remember(tmp_path):
     m = model()
     save(tmp_path, 0, m, optimizers=make_optimizers(m, updates=0))

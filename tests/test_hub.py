@@ -174,6 +174,16 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
     (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing"):
         checkpoint.load_model(str(case))
+    (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../source/model.safetensors"}}')
+    with pytest.raises(UserError, match="not in its folder"):
+        checkpoint.load_model(str(case))
+    (case / "config.json").unlink()
+    save_file(tensors, case / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"without their config\.json"):
+        checkpoint.load_model(str(case))
+    (case / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"peft; .*merge_and_unload"):
+        checkpoint.load_model(str(case))
 
 
 def test_the_hub_is_asked_for_what_is_not_here_and_its_refusals_are_sentences(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def chatting(tmp_path_factory):
     run = "--max_iters=150 --warmup_iters=0 --learning_rate=3e-3 --eval_interval=150 --log_interval=50 --eval_iters=0"
     machine = "--device=cpu --dtype=float32 --compile=False --document_mask=True"
     trained = script("train.py", *words.split(), *run.split(), *machine.split(), "--dataset=d", "--out_dir=o", cwd=cwd)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.returncode == 0 and "sample.py --chat=True --out_dir=o" in trained.stdout, trained.stderr
     return cwd
 
 
@@ -123,17 +123,23 @@ def test_bad_input_is_one_sentence(chatting, trained):
     (chatting / "bad.jsonl").write_text('{"prompt": "a"}\n')
     (chatting / "long.jsonl").write_text(json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}))
     (chatting / "talk.jsonl").write_text(json.dumps({"prompt": "a" * 99, "response": "b"}))
+    (chatting / "half.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}')
+    (chatting / "array.jsonl").write_text('[{"prompt": "a", "response": "b"}]')
     (chatting / "empty.txt").write_text("")
-    for words, said in (
+    for words, *said in (
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
         (["o", "--choices=long.jsonl"], "more than the block size of 64"),
         (["o", "--pairs=talk.jsonl"], "line 1 of talk.jsonl has 119 tokens before the answer; the model holds 64"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
+        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is no JSON", "surrogates"),
+        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is no object", "has one a line"),
+        (["o", "--pairs=talk.jsonl", "--answers=nowhere/a.jsonl"], "nowhere/a.jsonl cannot be written"),
+        (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would replace what is measured on"),
         (["o", "--text=empty.txt"], "nothing in it to predict"),
         ([trained, "--dataset=d"], "another tokenizer"),
     ):
-        refused(measure(*words, cwd=chatting), said)
+        refused(measure(*words, cwd=chatting), *said)
 
 
 def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns(chatting):
