@@ -74,6 +74,8 @@ class GPTConfig:
             raise ValueError(
                 f"attn_dropout = {self.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout"
             )
+        if not 1 <= self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta = {self.rope_theta} must be a number of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
         if self.n_head % self.n_kv_head:

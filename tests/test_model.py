@@ -364,6 +364,7 @@ def test_mfu_of_gpt2_is_the_hand_computation():
         (dict(mlp="relu"), "not one of"),
         (dict(n_embd=12, pos="rope"), "even"),
         (dict(dropout=1.0), "below 1"),
+        (dict(rope_theta=0.0), "at least 1"),
         (dict(n_layer=0), "at least 1"),
     ],
 )
