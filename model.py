@@ -471,9 +471,9 @@ class GPT(nn.Module):
                 x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
+        large = B * T * cfg.vocab_size > LOGITS_AT_ONCE
         eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # what it was measured on
-        large = B * T * self.lm_head.weight.size(0) > LOGITS_AT_ONCE
-        if targets is not None and reduction == "sum" and eager_cpu and large and torch.is_grad_enabled():
+        if targets is not None and reduction == "sum" and large and eager_cpu and torch.is_grad_enabled():
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cfg.logit_softcap)
         if targets is None:  # only the logits that the next token is drawn from
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
