@@ -12,7 +12,7 @@ from torch import nn
 from acorn import checkpoint, runtime, shards
 from acorn.evaluate import evaluate
 from acorn.generate import Sampling, generate
-from acorn.matvec import DecodingLinear, pays_back, prepare_for_decoding
+from acorn.matvec import DecodingLinear, OneTokenCompiled, pays_back, prepare_for_decoding
 from model import GPT, GPTConfig
 
 
@@ -102,4 +102,5 @@ def test_compiled_decoding_is_the_same(quantize):
 
     plain = logprobs(prepare_for_decoding(copy.deepcopy(model), quantize, compile=False))
     compiled = logprobs(prepare_for_decoding(model, quantize))
+    assert isinstance(model.lm_head, OneTokenCompiled)  # it did not go on without
     assert compiled == pytest.approx(plain, abs=1e-4)
