@@ -589,7 +589,11 @@ def main() -> int:
         sampling = s.sample_interval and step % s.sample_interval == 0 and step > sampled_at and writes
         sampled_at = step  # smaller micro-batches begin the same update again
         if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
-            say(f"--- a sample at step {step}\n{sample_text(raw_model, data.tokenizer, 200, s.seed)}\n---")
+            try:
+                text = sample_text(raw_model, data.tokenizer, 200, s.seed)
+            except UserError as error:  # logits that are no numbers; what is saved has checks of its own
+                text = f"none: {error}"
+            say(f"--- a sample at step {step}\n{text}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
         if step == s.max_iters and not s.dry_run:
