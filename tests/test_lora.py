@@ -147,7 +147,7 @@ def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
     assert not torch.allclose(F.softmax(base.eval()(idx)[0], -1), F.softmax(model(idx)[0], -1), atol=1e-3)
 
 
-def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path):
+def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path, monkeypatch):
     folder, words = adapted
     shutil.copytree(folder / "out", tmp_path / "out")
     sample = ["sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
@@ -156,12 +156,15 @@ def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path)
     shutil.copytree(folder / "base_run" / "step_000030", tmp_path / "other")  # neither the best nor the newest
     (tmp_path / "out" / "base").write_text("other\n")
     refused(script(*sample, cwd=tmp_path), "but not for other", "write where it lies into the file out/base")
-    (tmp_path / "out" / "base").write_text("out\n")
-    refused(script(*sample, cwd=tmp_path), "a base that is whole")
-    (tmp_path / "out" / "base").write_bytes(b"\xff")
-    refused(script(*sample, cwd=tmp_path), "base is not UTF-8")
-    (tmp_path / "out" / "base").write_text("nowhere\n")
-    refused(script(*sample, cwd=tmp_path), "there is no folder nowhere")
+    monkeypatch.chdir(tmp_path)
+    for text, said in (
+        (b"out", "a base that is whole"),
+        (b"\xff", "base is not UTF-8"),
+        (b"nowhere", "no folder nowhere"),
+    ):
+        (tmp_path / "out" / "base").write_bytes(text)
+        with pytest.raises(UserError, match=said):
+            checkpoint.load_model("out")
 
     shutil.move(folder / "base_run", tmp_path / "moved")
     try:

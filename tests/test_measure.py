@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import REPO, refused, script
 
-from acorn import chat, checkpoint, runtime
-from acorn.measure import choice_logprobs, encode_choice, measure_answers, ratio_and_error
+from acorn import UserError, chat, checkpoint, runtime
+from acorn.measure import choice_logprobs, encode_choice, main, measure_answers, ratio_and_error
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -119,13 +119,14 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
         assert value == pytest.approx(expected, abs=1e-4)
 
 
-def test_bad_input_is_one_sentence(chatting, trained):
+def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     (chatting / "bad.jsonl").write_text('{"prompt": "a"}\n')
     (chatting / "long.jsonl").write_text(json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}))
     (chatting / "talk.jsonl").write_text(json.dumps({"prompt": "a" * 99, "response": "b"}))
     (chatting / "half.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}')
     (chatting / "array.jsonl").write_text('[{"prompt": "a", "response": "b"}]')
     (chatting / "empty.txt").write_text("")
+    monkeypatch.chdir(chatting)
     for words, *said in (
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
@@ -139,7 +140,11 @@ def test_bad_input_is_one_sentence(chatting, trained):
         (["o", "--text=empty.txt"], "nothing in it to predict"),
         ([trained, "--dataset=d"], "another tokenizer"),
     ):
-        refused(measure(*words, cwd=chatting), *said)
+        monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *map(str, words), "--device=cpu"])
+        with pytest.raises(UserError) as refusal:
+            main()
+        assert all(words in str(refusal.value) for words in said)
+    refused(measure("o", "--pairs=nowhere", cwd=chatting), "nowhere cannot be read")  # as a person runs it
 
 
 def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns(chatting):
