@@ -373,7 +373,8 @@ def test_any_ids_come_out_as_the_same_text_at_once_and_one_by_one(kind, gpt2_hf,
         stream = StreamDecoder(tokenizer)
         pieces = "".join(stream.push(i) for i in ids) + stream.finish()
         whole = joined.decode("utf-8", "replace")
-        assert whole.startswith(pieces) and whole.removeprefix(pieces) in ("", "\ufffd")
+        # of a last character that is not whole, at most three bytes, nothing is shown
+        assert whole.startswith(pieces) and whole.removeprefix(pieces) in ("", *("\ufffd" * n for n in (1, 2, 3)))
 
     fuzz(one, examples, st.lists(st.integers(0, 2**20), max_size=20))
 
