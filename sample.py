@@ -228,7 +228,8 @@ def main() -> int:
     else:
         compile = s.compile
     if r.device.type == "cpu" and (compile or s.quantize != "none"):
-        model = prepare_for_decoding(model, s.quantize, compile)
+        n_rows = 1 if s.interactive or s.chat else len(prompts)
+        model = prepare_for_decoding(model, s.quantize, compile, n_rows)
         compile = False  # what is worth compiling on a CPU now is
     stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
     stream = stream and not s.json and len(prompts) == 1

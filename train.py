@@ -673,7 +673,7 @@ def main() -> int:
             clock, n = time.perf_counter(), micro_batch * r.world_size
             evaluate_mixture(raw_model, data, "val", r, micro_batch, s.block_size, n, token_bytes, eot)
             per_window = (time.perf_counter() - clock) / n
-            say(foresee(s, data, raw_model, s.max_iters - first_step, dt, per_window, r.peak_memory()))
+            say(foresee(s, data, raw_model, s.max_iters - first_step, dt, per_window, runtime.peak_memory(r.device)))
             return 0
 
         # say how it goes
@@ -688,7 +688,7 @@ def main() -> int:
                 f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
                 f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
             )
-            memory, waits = zip(*r.gather([r.peak_memory(), waited]), strict=True)  # of each process
+            memory, waits = zip(*r.gather([runtime.peak_memory(r.device), waited]), strict=True)  # of each process
             waited = 0.0
             if metrics is not None:
                 values = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=tokens_per_step / dt)

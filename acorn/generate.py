@@ -146,6 +146,8 @@ def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, com
     # on CUDA as a graph of kernels, replayed by one call
     one_token = torch.compile(model, mode="reduce-overhead") if compile else model
     block_size, embedding = model.config.block_size, model.transformer.wte.weight
+    # a CPU's attention over bfloat16 keys and values takes several times as long
+    kept_in = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
     rows = [list(prompt) for prompt in prompts]
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     going = [True] * len(rows)
@@ -156,7 +158,7 @@ def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, com
         if start != windows_start:  # at first, and whenever a window slides
             windows_start = start
             size = min(block_size, max(map(len, windows)) + max_new_tokens - n)
-            cache = KVCache(model.config, len(rows), size, embedding.device, embedding.dtype)
+            cache = KVCache(model.config, len(rows), size, embedding.device, kept_in)
             if compile:  # a CUDA graph writes into the memory that it was recorded with
                 for tensor in (cache.idx, cache.length, *(t for layer in cache.layers for t in layer)):
                     torch._dynamo.mark_static_address(tensor)

@@ -34,20 +34,26 @@ class DecodingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., columns) -> (..., rows), in the dtype of x."""
-        if x.numel() == x.size(-1) and torch.compiler.is_compiling():
-            y = multiply_and_sum(self.weight, x.reshape(-1).float()).view(*x.shape[:-1], -1)
-        elif self.scale is not None:
-            y = F.linear(x.float(), self.weight.float())
-        else:
-            y = F.linear(x.to(self.weight.dtype), self.weight)
+        rows = x.flatten(0, -2)  # (B, columns)
+        if torch.compiler.is_compiling():
+            # as_strided asks for x in memory; the compiler would compute what x is anew for each row of the weight
+            rows = rows.float().contiguous()
+            y = multiply_and_sum(self.weight, rows.as_strided(rows.shape, (rows.size(1), 1)))
+        elif self.weight.dtype == torch.bfloat16:
+            y = F.linear(rows.to(torch.bfloat16), self.weight)
+        else:  # a part of the weight in float32 stays in the cache, and MKL is faster with the weight first
+            parts = self.weight.split(max(1, 2**20 // rows.size(1)))
+            y = torch.cat([part.float() @ rows.float().T for part in parts]).T.contiguous()
+        y = y.view(*x.shape[:-1], -1)
         y = y if self.scale is None else y * self.scale
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
 
 
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (rows, columns) times x (columns,) in float32, written so that the compiler reads each weight once."""
-    return (weight.float() * x).sum(-1)
+    """x (B, columns) times weight (rows, columns) -> (B, rows), in float32, written so that the compiler reads each
+    weight once: all sums over the columns become one loop, and two rows of the weight share what it loads of x."""
+    return torch.cat([torch.stack([(half.float() * row).sum(-1) for row in x]) for half in weight.chunk(2)], -1)
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
@@ -64,16 +70,16 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 
 class OneTokenCompiled(nn.Module):
-    """A module with `compiled`, the compiled form of its class's forward, for one token of one row. What has more
-    tokens, a prompt or a batch, is bound by arithmetic, and takes the plain way."""
+    """A module with `compiled`, the compiled form of its class's forward, for one token in each of `n_rows` rows. What
+    has more tokens, a prompt, is bound by arithmetic, and takes the plain way."""
 
-    def __init__(self, module: nn.Module, compiled):
+    def __init__(self, module: nn.Module, compiled, n_rows: int):
         super().__init__()
-        self.module, self.compiled = module, compiled
+        self.module, self.compiled, self.n_rows = module, compiled, n_rows
 
     def forward(self, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Tensor:
         rest = () if mask is None else (rotary, cache, positions, mask)  # a Linear layer takes x alone
-        if x.numel() > x.size(-1):
+        if x.shape[:-1] != (self.n_rows, 1):
             return self.module(x, *rest)
         for tensor in cache:
             torch._dynamo.maybe_mark_dynamic(tensor, 2)  # the size of a cache may change, and nothing else
@@ -82,11 +88,15 @@ class OneTokenCompiled(nn.Module):
         return self.compiled(self.module, x, *rest)
 
 
-def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = True) -> GPT:
+MOST_ROWS = 8  # beyond these a CPU is bound by arithmetic, for which torch's own product is made
+
+
+def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = True, n_rows: int = 1) -> GPT:
     """The model with its Linear layers, head included, replaced by DecodingLinear; it can generate, but not train.
 
-    `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast way for single tokens,
-    which takes some seconds; where that fails, a warning says so and it is done without.
+    `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast way for single tokens
+    of `n_rows` rows side by side, up to MOST_ROWS, which takes some seconds; where that fails, a warning says so and it
+    is done without.
     """
     if quantize == "none":
         for p in model.parameters():  # a tied one stays so
@@ -95,15 +105,16 @@ def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = Tru
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, DecodingLinear(child.weight, child.bias, quantize))
-    if not compile:
+    if not compile or n_rows > MOST_ROWS:
         return model
-    blocks, head, weight = model.transformer.h, model.lm_head, model.transformer.wte.weight
+    blocks, head = model.transformer.h, model.lm_head
     try:
-        one_block, product = (torch.compile(kind.forward) for kind in (Block, DecodingLinear))
-        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block) for block in blocks)
-        model.lm_head = OneTokenCompiled(head, product)
+        options = {"size_asserts": False}  # checks of each tensor's shape in each call, beside those of torch.compile
+        one_block, product = (torch.compile(kind.forward, options=options) for kind in (Block, DecodingLinear))
+        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, n_rows) for block in blocks)
+        model.lm_head = OneTokenCompiled(head, product, n_rows)
         with torch.no_grad():  # torch compiles at the first call
-            model(torch.zeros(1, 1, dtype=torch.long), cache=KVCache(model.config, 1, 16, dtype=weight.dtype))
+            model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)

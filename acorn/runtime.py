@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,16 +128,19 @@ class Runtime:
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
-    def peak_memory(self) -> int:
-        """The most bytes that were in use: on the GPU, or resident in this process on a CPU; 0 where unknown."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use: on the GPU, or resident in this process on a CPU; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss begins with what the process that started this one held
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # a process that has no others

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -76,16 +75,6 @@ def serve(make: Callable[[], Callable[[], dict]], warm_up: int = 3) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
         print(json.dumps({"failed": reason}), file=channel, flush=True)
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most bytes this process has held: on the GPU, or in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss counts what the process that started this one held
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def median(values: list[float]) -> float:

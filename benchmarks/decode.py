@@ -22,6 +22,7 @@ import bench
 import torch
 from bench import machine, median, read_rate, table
 
+from acorn import runtime
 from acorn.generate import Sampling, generate
 from acorn.matvec import prepare_for_decoding
 from model import GPT, GPTConfig
@@ -29,11 +30,12 @@ from model import GPT, GPTConfig
 SHAPES = dict(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
 
 
-def acorn_run(dtype, device, quantize="none"):
+def acorn_run(dtype, device, batch, quantize="none"):
+    runtime.setup(str(device), "float32", False)  # as sample.py does
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPES)).to(device, dtype).eval()
     if device.type == "cpu":
-        model = prepare_for_decoding(model, quantize)
+        model = prepare_for_decoding(model, quantize, n_rows=batch)
 
     def run(prompts, new):
         first = []
@@ -189,15 +191,15 @@ def main() -> None:
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     device = torch.device(args.device)
     contenders = {
-        "acorn, fp32": lambda: acorn_run(torch.float32, device),
-        "acorn, bf16": lambda: acorn_run(torch.bfloat16, device),
+        "acorn, fp32": lambda: acorn_run(torch.float32, device, args.batch),
+        "acorn, bf16": lambda: acorn_run(torch.bfloat16, device, args.batch),
         "Hugging Face, fp32": lambda: hugging_face_run(torch.float32, device),
         "Hugging Face, bf16": lambda: hugging_face_run(torch.bfloat16, device),
     }
     if args.nanogpt:
         contenders["nanoGPT, fp32"] = lambda: nanogpt_run(args.nanogpt, device)
     if device.type == "cpu":
-        contenders["acorn, int8"] = lambda: acorn_run(torch.float32, device, "int8")
+        contenders["acorn, int8"] = lambda: acorn_run(torch.float32, device, args.batch, "int8")
         contenders["CTranslate2, fp32"] = lambda: ctranslate2_run("float32")
         contenders["CTranslate2, int8"] = lambda: ctranslate2_run("int8")
         for precision, dtype in ("fp32", "F32"), ("bf16", "BF16"), ("int8", "Q8_0"):

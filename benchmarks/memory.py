@@ -20,7 +20,7 @@ import time
 
 import bench
 import torch
-from bench import machine, median, peak_memory, synchronize, table
+from bench import machine, median, synchronize, table
 from torch.nn.parallel import DistributedDataParallel
 
 from acorn import runtime, sharding
@@ -59,10 +59,10 @@ def worker(args: argparse.Namespace) -> None:
             model.zero_grad(set_to_none=True)
             synchronize(r.device)
             seconds.append(time.perf_counter() - start)
-    peaks = [peak_memory(r.device)]
+    peaks = [runtime.peak_memory(r.device)]
     if r.world_size > 1:
         peaks = [None] * r.world_size
-        torch.distributed.all_gather_object(peaks, peak_memory(r.device))
+        torch.distributed.all_gather_object(peaks, runtime.peak_memory(r.device))
     if r.is_main:
         print(json.dumps({"peak_bytes": peaks, "seconds": median(seconds[1:]) if seconds else None}), flush=True)
     runtime.leave(0)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import bench
 import torch
-from bench import in_turn, machine, matmul_rate, median, peak_memory, synchronize, table
+from bench import in_turn, machine, matmul_rate, median, synchronize, table
 
 from acorn import lora, runtime
 from acorn.optim import make_optimizers
@@ -48,7 +48,7 @@ def step_of(model, forward, optimizers, dtype, device):
         seconds = time.perf_counter() - start
         if device.type == "cuda":
             torch.cuda.empty_cache()  # so that the GPU has room for the activations of each contender in turn
-        return {"seconds": seconds, "peak_bytes": peak_memory(device)}
+        return {"seconds": seconds, "peak_bytes": runtime.peak_memory(device)}
 
     return step
 

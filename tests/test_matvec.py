@@ -86,8 +86,8 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_compiled_decoding_is_the_same(quantize):
+@pytest.mark.parametrize(("quantize", "n_rows"), [("none", 1), ("int8", 1), ("int8", 3)])
+def test_compiled_decoding_is_the_same(quantize, n_rows):
     torch.manual_seed(0)
     switches = dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, ngram=3, ngram_rows=64, qk_norm=True)
     model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **switches)).eval()
@@ -95,12 +95,15 @@ def test_compiled_decoding_is_the_same(quantize):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
 
+    prompts = [[1, 2, 3], [4], [5, 6]][:n_rows]
+
     def logprobs(model) -> list[float]:  # of greedy tokens, past the end of the block, where the window slides
         seen = []
-        generate(model, [[1, 2, 3]], 40, Sampling(temperature=0), [0], lambda *token: bool(seen.append(token[2])))
+        how, seeds = Sampling(temperature=0), [0] * n_rows
+        generate(model, prompts, 40, how, seeds, lambda *token: bool(seen.append(token[2])))
         return seen
 
     plain = logprobs(prepare_for_decoding(copy.deepcopy(model), quantize, compile=False))
-    compiled = logprobs(prepare_for_decoding(model, quantize))
+    compiled = logprobs(prepare_for_decoding(model, quantize, n_rows=n_rows))
     assert isinstance(model.lm_head, OneTokenCompiled)  # it did not go on without
     assert compiled == pytest.approx(plain, abs=1e-4)
