@@ -39,9 +39,9 @@ class DecodingLinear(nn.Module):
             # as_strided asks for x in memory; the compiler would compute what x is anew for each row of the weight
             rows = rows.float().contiguous()
             y = multiply_and_sum(self.weight, rows.as_strided(rows.shape, (rows.size(1), 1)))
-        elif self.weight.dtype == torch.bfloat16:
-            y = F.linear(rows.to(torch.bfloat16), self.weight)
-        else:  # a part of the weight in float32 stays in the cache, and MKL is faster with the weight first
+        elif self.scale is None and (self.weight.dtype == torch.bfloat16 or len(rows) > 256):
+            y = F.linear(rows.to(self.weight.dtype), self.weight)
+        else:  # a part of an int8 weight in float32 stays in the cache; MKL takes few rows faster as columns
             parts = self.weight.split(max(1, 2**20 // rows.size(1)))
             y = torch.cat([part.float() @ rows.float().T for part in parts]).T.contiguous()
         y = y.view(*x.shape[:-1], -1)
@@ -52,8 +52,9 @@ class DecodingLinear(nn.Module):
 
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
     """x (B, columns) times weight (rows, columns) -> (B, rows), in float32, written so that the compiler reads each
-    weight once: all sums over the columns become one loop, and two rows of the weight share what it loads of x."""
-    return torch.cat([torch.stack([(half.float() * row).sum(-1) for row in x]) for half in weight.chunk(2)], -1)
+    weight once: all sums over the columns become one loop, in which two rows of the weight share what it loads of x."""
+    parts = weight.chunk(2 if len(x) > 1 else 1)
+    return torch.cat([torch.stack([(part.float() * row).sum(-1) for row in x]) for part in parts], -1)
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
