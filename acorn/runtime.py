@@ -298,7 +298,7 @@ def compile_or_eager(
     first call and not before. Memory that it runs out of is no failure to compile: the run itself will meet it, and
     has an answer. Raises UserError where the model is sharded, since then the others are in the middle of the pass.
     """
-    compiled, failed = torch.compile(model), 0
+    compiled, failed = torch.compile(model), False
     try:
         trial(compiled)
     except Exception as error:
@@ -306,14 +306,14 @@ def compile_or_eager(
         short = out_of_memory(error)
         if short and runtime.fsdp:
             raise
-        failed = int(not short)
+        failed = not short
         first_line = str(error).strip().split("\n")[0][:200]
         reason = f"torch.compile failed ({type(error).__name__}: {first_line})"
         if failed and runtime.fsdp:
             raise UserError(f"{reason}; mend that, or go on without it: --compile=False") from error
         if failed and watch.is_news(reason):
             print(f"warning: {reason}; going on without", flush=True)
-    if runtime.sum(torch.tensor(failed)).item() == 0:
+    if runtime.agree(not failed):
         return compiled
     torch._dynamo.reset()
     return model

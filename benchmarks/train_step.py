@@ -2,10 +2,11 @@
 
 $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8,256
 
-A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch. Each
-contender has a process of its own, whose peak memory is shown, and they take turns. With --documents 4, acorn is also
-timed with four documents in each row kept apart, as document_mask = True does; with --lora 8, also with adapters of
-that rank beside all matrices in the blocks, as lora_rank = 8 does.
+A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch; GELU is
+exact, as nanoGPT has it, but in the modern form. Each contender has a process of its own, whose peak memory is shown,
+and they take turns. With --documents 4, acorn is also timed with four documents in each row kept apart, as
+document_mask = True does; with --lora 8, also with adapters of that rank beside all matrices in the blocks, as
+lora_rank = 8 does.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from acorn import lora, runtime
 from acorn.optim import make_optimizers
 from model import GPT, GPTConfig
 
+EXACT = dict(mlp="gelu")
 MODERN = dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, tie_weights=False, zero_init=True)
 
 
@@ -56,7 +58,7 @@ def step_of(model, forward, optimizers, dtype, device):
 def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     L, C, H, B, T, V = shape
     runtime.setup(str(x.device), str(dtype).removeprefix("torch."), compile)  # as train.py does
-    switches = MODERN if modern else {}
+    switches = MODERN if modern else EXACT
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
     if rank:
@@ -79,6 +81,7 @@ def hugging_face_step(shape, dtype, x, y):
     config = transformers.GPT2Config(
         vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
+    config.activation_function = "gelu"
     model = transformers.GPT2LMHeadModel(config).to(x.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
     return step_of(model, lambda: model(x, labels=x).loss, [optimizer], dtype, x.device)
