@@ -124,7 +124,7 @@ def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = Tru
 
 
 def pays_back(model: GPT, n_tokens: int) -> bool:
-    """Whether compiling, some five seconds, gains that much over `n_tokens`: float32 weights are then read at 25
-    instead of 12 GB/s, as measured on two cores by benchmarks/decode.py."""
+    """Whether compiling, some five seconds (at the very first time more), gains that much over `n_tokens`: float32
+    weights are then read at 25 instead of 12 GB/s, as measured on two cores by benchmarks/decode.py."""
     n_bytes = 4 * model.num_params(non_embedding=True) * n_tokens
     return n_bytes / 12e9 - n_bytes / 25e9 > 5
