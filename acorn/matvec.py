@@ -41,9 +41,9 @@ class DecodingLinear(nn.Module):
             y = multiply_and_sum(self.weight, rows.as_strided(rows.shape, (rows.size(1), 1)))
         elif self.scale is None and (self.weight.dtype == torch.bfloat16 or len(rows) > 256):
             y = F.linear(rows.to(self.weight.dtype), self.weight)
-        else:  # a part of an int8 weight in float32 stays in the cache; MKL takes few rows faster as columns
+        else:  # int8 becomes x's dtype in parts that stay in the cache; MKL takes few rows faster as columns
             parts = self.weight.split(max(1, 2**20 // rows.size(1)))
-            y = torch.cat([part.float() @ rows.float().T for part in parts]).T.contiguous()
+            y = torch.cat([part.to(x.dtype) @ rows.T for part in parts]).T.contiguous()
         y = y.view(*x.shape[:-1], -1)
         y = y if self.scale is None else y * self.scale
         y = y if self.bias is None else y + self.bias
