@@ -1,8 +1,8 @@
 """A model made ready to generate on a CPU: one token at a time, as fast as memory delivers the weights.
 
 Decoding one token reads every weight once and does little with it, so its speed is that of reading. Torch's own product
-of a matrix with a single row leaves half of a CPU's memory bandwidth unused; a compiled multiply-and-sum over the rows
-of the matrix does not, and reads bfloat16 or int8 weights as they are, in a half or a quarter of the bytes. Whole
+of a matrix with one or a few rows leaves half of a CPU's memory bandwidth unused; a compiled multiply-and-sum over the
+rows of the matrix does not, and reads bfloat16 or int8 weights as they are, in a half or a quarter of the bytes. Whole
 blocks are compiled, all of them as one, so that what stands between the products costs little too.
 """
 
