@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--config", default="config/quickstart.py")
     parser.add_argument("--dataset", default="shakespeare_char")
     parser.add_argument("--block_size", type=int, default=64, help="of the windows in which the val split is judged")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--picture", default="", help="draw loss against time into this PNG file")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("settings", nargs="*", help="more settings for acorn's run, such as max_iters=500")
@@ -76,8 +77,8 @@ def main() -> None:
     rows, curves, runs = [], {}, []
     target, peer_seconds = args.target, None
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(args.seeds):
-            if args.nanogpt and seed == 0:  # in turn with acorn's runs, so that both see the same machine
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            if args.nanogpt and seed == args.first_seed:  # in turn with acorn's runs, so that both see the same machine
                 out = Path(scratch) / "nanogpt"
                 command = [sys.executable, "train.py", *README_RUN, f"--out_dir={out}"]
                 peer_seconds, lines = timed(command, Path(args.nanogpt))
@@ -85,18 +86,18 @@ def main() -> None:
                 curves["nanoGPT"] = curve(lines)
                 rows.append({"run": "nanoGPT", "seconds": f"{peer_seconds:.1f}", "val loss": f"{target:.4f}"})
             out = Path(scratch) / "acorn"
-            words = [args.config, f"--dataset={dataset}", f"--out_dir={out}", f"--seed={seed + 1}", "--device=cpu"]
+            words = [args.config, f"--dataset={dataset}", f"--out_dir={out}", f"--seed={seed}", "--device=cpu"]
             words += [f"--{setting}" for setting in args.settings]
             seconds, lines = timed([sys.executable, REPO / "train.py", *words], REPO)
             loss = whole_val_loss(out, dataset, args.block_size)
-            curves[f"acorn, seed {seed + 1}"] = curve(lines)
-            row = {"run": f"acorn, seed {seed + 1}", "seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"}
+            curves[f"acorn, seed {seed}"] = curve(lines)
+            row = {"run": f"acorn, seed {seed}", "seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"}
             if target:
                 row["reached"] = "yes" if loss <= target else "no"
             if peer_seconds:
                 row["of nanoGPT's time"] = f"1/{peer_seconds / seconds:.1f}"
             rows.append(row)
-            runs.append({"seed": seed + 1, "seconds": seconds, "loss": loss})
+            runs.append({"seed": seed, "seconds": seconds, "loss": loss})
             shutil.rmtree(out)
     print(bench.table([{key: row.get(key, "") for key in rows[-1]} for row in rows]))
     if args.picture:
