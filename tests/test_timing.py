@@ -1,0 +1,37 @@
+"""timing.py: choosing the fastest of several computations."""
+
+import time
+
+from acorn.timing import fastest
+
+
+def sleeper(seconds: float, calls: list | None = None):
+    def work():
+        if calls is not None:
+            calls.append(seconds)
+        time.sleep(seconds)
+
+    return work
+
+
+def test_the_faster_candidate_is_chosen_and_its_time_is_right():
+    name, times = fastest({"slow": sleeper(0.02), "fast": sleeper(0.004)})
+    assert name == "fast"
+    assert 0.004 <= times["fast"] < 0.012 and times["slow"] >= 0.02
+
+
+def test_the_first_candidate_wins_among_equals():
+    for _ in range(3):
+        assert fastest({"default": sleeper(0.005), "other": sleeper(0.005)}, margin=1.5)[0] == "default"
+
+
+def test_a_candidate_far_behind_is_not_called_again():
+    calls = []
+    name, _ = fastest({"emulated": sleeper(0.2, calls), "plain": sleeper(0.002)})
+    assert name == "plain" and len(calls) == 1
+
+
+def test_the_time_limit_holds():
+    began = time.perf_counter()
+    fastest({"a": sleeper(0.01), "b": sleeper(0.01)}, seconds=0.1)
+    assert time.perf_counter() - began < 0.5
