@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only variants whose name has this in it, beside the first")
     parser.add_argument("--json", default="", help="also write the result here")
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
 
     dataset = str(load_dataset(args.dataset).path.resolve())
     print(bench.machine(torch.device("cpu")))

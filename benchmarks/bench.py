@@ -1,11 +1,13 @@
 """What the benchmarks share: the machine in words, contenders timed in turn, and results as a table and as JSON."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -16,8 +18,32 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+# What makes torch, oneDNN and MKL leave AVX-512 unused; torch.compile takes its vector length from the first.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, with `--isa` added. With `--isa avx2` this process starts again with AVX2 forced by
+    environment variables, since libraries read them when they load; its child processes inherit them."""
+    parser.add_argument("--isa", choices=("native", "avx2"), default="native", help="avx2: leave AVX-512 unused")
+    args = parser.parse_args()
+    if args.isa == "avx2" and any(os.environ.get(name) != value for name, value in AVX2.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+    if args.isa == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        parser.error("--isa avx2: this CPU has no AVX2. Leave the option out.")
+    return args
+
+
+def cpu_kind() -> str:
+    """The vector instructions that torch uses on this CPU, such as "AVX512 with bfloat16" or "AVX2 (forced)"."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    if kind == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return f"{kind} with bfloat16"
+    return f"{kind} (forced)" if "ATEN_CPU_CAPABILITY" in os.environ else kind
+
+
 def machine(device: torch.device) -> str:
-    """The machine in words: processor or GPU, threads, torch, date."""
+    """The machine in words: processor or GPU; of a CPU its vector instructions, cores and threads; torch; date."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -25,7 +51,7 @@ def machine(device: torch.device) -> str:
         if Path("/proc/cpuinfo").exists():
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-        name += f", {torch.get_num_threads()} threads"
+        name += f", {cpu_kind()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}, {date.today()}"
 
 
@@ -34,42 +60,82 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(names: list[str], rounds: int) -> dict[str, list[dict]]:
+def in_turn(
+    names: list[str], rounds: int, limit: float = 600.0, show: Callable[[dict], str] | None = None
+) -> dict[str, list[dict]]:
     """What each contender measured in each round: its process is this script again, with `--alone NAME`, which calls
     `serve`. They take turns (A B C A B C), so that a machine that drifts drifts for all of them alike, and share
-    nothing. One that fails is named and left out."""
-    processes, results = {}, {}
-    for name in names:
-        command = [sys.executable, *sys.argv, "--alone", name]
-        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    nothing. One that fails is named and left out.
+
+    A contender that has taken `limit` seconds is stopped and named. It keeps the rounds that it finished; without one,
+    what it measured while warming up, if anything. `show` turns the figures of a warm-up into words, which are printed
+    as soon as they are there."""
+    processes, results, warm_ups, spent = {}, {}, {}, dict.fromkeys(names, 0.0)
     for turn in range(-1, rounds):  # in the first turn they only make ready, one after the other too
-        for name, process in list(processes.items()):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline() or '{"failed": "its process ended"}')
-            if "failed" in answer:
+        for name in names if turn < 0 else list(processes):
+            start = time.perf_counter()
+            if turn < 0:
+                command = [sys.executable, *sys.argv, "--alone", name]
+                processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            process = processes[name]
+            answer = next_answer(process, limit - spent[name])
+            spent[name] += time.perf_counter() - start
+            if answer is None:
+                done = f"{len(results[name])} rounds" if name in results else "no round"
+                print(f"{name}: stopped after {done}, at its limit of {limit:g} s", flush=True)
+                processes.pop(name).wait()
+                if name not in results and warm_ups.get(name):
+                    results[name] = [warm_ups[name]]
+            elif "failed" in answer:
                 print(f"{name}: left out ({answer['failed']})", flush=True)
                 processes.pop(name).kill()
                 results.pop(name, None)
             elif turn >= 0:
                 results.setdefault(name, []).append(answer)
+            else:
+                warm_ups[name] = answer
+                words = f": {show(answer)}, warming up" if show and answer else ""
+                print(f"{name}{words} (ready after {spent[name]:.0f} s)", flush=True)
     for process in processes.values():
         process.stdin.close()
         process.wait()
     return results
 
 
+def next_answer(process: subprocess.Popen, seconds: float) -> dict | None:
+    """Let a contender take its turn; return what it measured, or None where it took more than `seconds` and was
+    killed."""
+    late = threading.Event()
+    timer = threading.Timer(max(seconds, 0), lambda: (late.set(), process.kill()))
+    timer.start()
+    line = ""
+    try:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:  # it ended between its turns
+        pass
+    timer.cancel()
+    if late.is_set():
+        return None
+    return json.loads(line or '{"failed": "its process ended"}')
+
+
 def serve(make: Callable[[], Callable[[], dict]], warm_up: int = 3) -> None:
     """Be one of the processes of `in_turn`: at the first line that comes in make the contender and call it `warm_up`
-    times, to compile and to settle; at each further line once, answering with what it measured."""
+    times (but no more than once where that takes over 5 s after the first call), to compile and to settle; at each
+    further line once, answering with what it measured."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes elsewhere
     try:
         sys.stdin.readline()
         work = make()
-        for _ in range(warm_up):
-            work()
-        print("{}", file=channel, flush=True)
+        figures = work()
+        start = time.perf_counter()
+        for _ in range(warm_up - 1):
+            if time.perf_counter() - start < 5:
+                figures = work()
+        print(json.dumps(figures), file=channel, flush=True)
         for _ in sys.stdin:
             print(json.dumps(work()), file=channel, flush=True)
     except Exception as error:

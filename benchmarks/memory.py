@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # this and the next of a row's own processes
     parser.add_argument("--optimizer", default="adamw", help=argparse.SUPPRESS)
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
     if args.form:
         return worker(args)
 

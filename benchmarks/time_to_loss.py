@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--picture", default="", help="draw loss against time into this PNG file")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("settings", nargs="*", help="more settings for acorn's run, such as max_iters=500")
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
 
     dataset = str(load_dataset(args.dataset).path.resolve())
     print(bench.machine(torch.device("cpu")))
