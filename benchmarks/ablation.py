@@ -14,7 +14,8 @@ from pathlib import Path
 
 import bench
 import torch
-from time_to_loss import REPO, timed, whole_val_loss
+from bench import REPO, timed
+from time_to_loss import whole_val_loss
 
 from acorn import checkpoint
 from acorn.shards import load_dataset
@@ -62,9 +63,10 @@ def main() -> None:
                 out = Path(scratch) / f"{seed}-{len(losses[name])}-{len(words)}"
                 command = [sys.executable, REPO / "train.py", args.config, f"--dataset={dataset}", f"--out_dir={out}"]
                 command += [f"--seed={seed}", "--overwrite=True", "--device=cpu", "--eval_interval=1000000"]
-                timed([*command, *(f"--{word}" for word in words)], REPO)
+                timed([*command, *(f"--{word}" for word in words)])
                 losses[name].append(whole_val_loss(out, dataset, 64))
                 seconds[name].append(checkpoint.find(out)[1]["seconds"])
+                print(f"seed {seed}, {name}: {losses[name][-1]:.4f} after {seconds[name][-1]:.1f} s", flush=True)
     rows = []
     for name in variants:
         row = {"variant": name, "val loss": " ".join(f"{loss:.3f}" for loss in losses[name])}
@@ -72,7 +74,7 @@ def main() -> None:
         row["worse by"] = f"{statistics.mean(losses[name]) - statistics.mean(losses[first]):+.3f}"
         row["seconds"] = f"{bench.median(seconds[name]):.1f}"
         rows.append(row)
-    print(bench.table(rows))
+    print(f"\n{bench.table(rows)}")
     bench.write(args.json, machine=bench.machine(torch.device("cpu")), losses=losses, seconds=seconds)
 
 

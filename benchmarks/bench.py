@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
 
 
 # What makes torch, oneDNN and MKL leave AVX-512 unused; torch.compile takes its vector length from the first.
@@ -172,12 +174,56 @@ def shortest(work: Callable[[], object], device: torch.device) -> float:
     return min(seconds)
 
 
+def timed(
+    command: list, cwd: Path = REPO, limit: float = 3600.0, env: dict | None = None, until: str = ""
+) -> tuple[float | None, list[tuple[float, str]]]:
+    """Seconds of a whole process, or None where it took more than `limit` and was killed; and its lines, with the
+    second at which each came. With `until`, a regular expression, the process is killed, and its time ends, at the
+    first line that begins with it. A process that fails ends the benchmark with its last lines."""
+    start, lines, late, found = time.perf_counter(), [], threading.Event(), None
+    with subprocess.Popen(
+        [str(word) for word in command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        timer = threading.Timer(limit, lambda: (late.set(), process.kill()))
+        timer.start()
+        for line in process.stdout:
+            lines.append((time.perf_counter() - start, line.rstrip()))
+            if until and re.match(until, line):
+                found = lines[-1][0]
+                process.kill()
+                break
+        process.wait()
+        timer.cancel()
+    if late.is_set():
+        return None, lines
+    if process.returncode and found is None:
+        sys.exit("\n".join(line for _, line in lines[-20:]))
+    return found or time.perf_counter() - start, lines
+
+
+def tiny_dataset(folder: Path, tokenizer: str = "char") -> Path:
+    """Prepare a dataset of acorn's own text in `folder`, for timings that do not depend on what the text says."""
+    texts = [REPO / "README.md", REPO / "model.py", REPO / "train.py"]
+    words = ["--tokenizer", tokenizer, "--out", folder]
+    timed([sys.executable, REPO / "prepare", "text", *texts, *words])
+    return folder
+
+
 def table(rows: list[dict]) -> str:
     """Rows as a Markdown table; the keys of the first are the heads."""
+    return "\n".join(table_lines(rows))
+
+
+def table_lines(rows: list[dict]) -> list[str]:
     heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(str(row.get(head, "")) for head in heads) + " |" for row in rows]
-    return "\n".join(lines)
+    return lines + ["| " + " | ".join(str(row.get(head, "")) for head in heads) + " |" for row in rows]
+
+
+def print_row(rows: list[dict]) -> None:
+    """Print the last of `rows` as soon as it is there, with the heads if it is the first; all have the same keys."""
+    lines = table_lines(rows)
+    print("\n".join(lines if len(rows) == 1 else lines[-1:]), flush=True)
 
 
 def write(path: str, **result) -> None:

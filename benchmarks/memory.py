@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,20 @@ def worker(args: argparse.Namespace) -> None:
     runtime.leave(0)
 
 
+def run(command: list[str], env: dict, limit: float) -> tuple[str, str]:
+    """What a command prints, or the reason why it failed; past `limit` seconds it is killed with its children."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        try:
+            out, error = process.communicate(timeout=limit)
+        except BaseException as stopped:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(stopped, subprocess.TimeoutExpired):
+                return "", f"stopped at its limit of {limit:g} s"
+            raise
+    return out, (error.strip().splitlines() or ["no reason"])[-1][:100] if process.returncode else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,4", help="how many, one row after the other")
@@ -78,6 +93,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--updates", type=int, default=4, help="of which the first does not count")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds of each row; one beyond is left out")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # this and the next of a row's own processes
     parser.add_argument("--optimizer", default="adamw", help=argparse.SUPPRESS)
@@ -103,11 +119,11 @@ def main() -> None:
         threads = max(1, torch.get_num_threads() // n)
         command = [sys.executable, *launcher, __file__, *sys.argv[1:], *words]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{name}, {n} processes: left out ({(done.stderr.strip().splitlines() or ['no reason'])[-1][:100]})")
+        out, reason = run(command, env, args.limit)
+        if reason:
+            print(f"{name}, {n} processes: left out ({reason})", flush=True)
             continue
-        result = json.loads(done.stdout.strip().splitlines()[-1])
+        result = json.loads(out.strip().splitlines()[-1])
         peaks, seconds = result["peak_bytes"], result["seconds"]
         libraries = libraries or max(peaks)  # the first row is nothing but these
         row = {"processes": n, "training": name, "peak a process, MB": f"{max(peaks) / 1e6:,.0f}"}
