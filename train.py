@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
