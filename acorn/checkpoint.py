@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from acorn import UserError, files, lora, optim, settings, sharding
 from acorn import tokenizer as tokenizers
@@ -84,7 +83,7 @@ class Writer:
         """Begin to write `out_dir/step_NNNNNN` for state["step"], once the one before is done. Then `latest` (and
         `best`) point at it, and all but the newest `keep` and the best are removed. All processes call this alike."""
         self.wait()
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        sharded = any(sharding.is_sharded(p) for p in model.parameters())
         shards = self.world_size if sharded else 1
         state = {"format": FORMAT, "config": dataclasses.asdict(model.config), "shards": shards, **state}
         parts = {}

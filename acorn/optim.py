@@ -6,10 +6,9 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from acorn import UserError
-from acorn.sharding import local, own_rows
+from acorn.sharding import is_sharded, local, own_rows
 from model import GPT
 
 
@@ -133,7 +132,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 nesterov = nesterov.to(self.dtype)  # (N, own rows, columns)
-                if isinstance(params[0], DTensor):
+                if is_sharded(params[0]):
                     updates = orthogonalize_sharded(nesterov, rows)
                 else:
                     updates = orthogonalize_divided(nesterov)

@@ -1,9 +1,12 @@
 """acorn/settings.py: where a setting comes from, and how a wrong one is refused."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from conftest import REPO
 
 from acorn import UserError
 from acorn.settings import build, parse
@@ -132,3 +135,26 @@ def test_help_lists_every_field_with_its_comment(capsys):
 
 def test_build_leaves_out_names_of_another_version():
     assert build(Settings, {"max_iters": 3, "from_the_future": 1}) == Settings(max_iters=3)
+
+
+def test_help_starts_without_heavy_imports():
+    """They would take longer than torch itself."""
+    program = """
+import contextlib, runpy, sys
+import torch
+at_start = set(sys.modules)
+for script in ("train.py", "sample.py"):
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+print(*sorted(set(sys.modules) - at_start), file=sys.stderr)
+"""
+    words = [sys.executable, "-c", program]
+    result = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert "--eval_interval" in result.stdout and "--top_k" in result.stdout
+    imported = result.stderr.split()
+    assert "acorn.checkpoint" in imported
+    slow = "torch.distributed.tensor torch.distributed.fsdp torch._dynamo torch._inductor sympy triton matplotlib "
+    slow += "datasets transformers tokenizers tiktoken fastokens wandb pandas pyarrow scipy"
+    assert not set(slow.split()) & set(imported)
