@@ -30,7 +30,27 @@ def test_defaults_then_file_then_command_line(tmp_path):
     given = parse(Settings, [str(config), "--out_dir=from-line"])
     assert given == {"max_iters": 6, "out_dir": "from-line"}
     assert build(Settings, given) == Settings(out_dir="from-line", max_iters=6)
-    assert parse(Settings, ["--max_iters=1", str(config)])["max_iters"] == 6  # in the order given, as nanoGPT
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_the_command_line_wins_wherever_a_file_stands(tmp_path, at):
+    config = tmp_path / "c.py"
+    config.write_text("max_iters = 6\nout_dir = 'from-file'\nstop = ['file']\nlearning_rate = 0.5\n")
+    words = ["--out_dir=from-line", "--stop=a", "--max_iters=1", "--stop=b"]
+    words.insert(at, str(config))
+    given = parse(Settings, words)
+    assert given == {"out_dir": "from-line", "max_iters": 1, "stop": ["a", "b"], "learning_rate": 0.5}
+
+
+def test_of_two_files_the_later_one_wins(tmp_path):
+    for name, text in (("a.py", "max_iters = 1\nout_dir = 'a'\nstop = ['a']"), ("b.py", "max_iters = 2\nstop = ['b']")):
+        (tmp_path / name).write_text(text)
+    assert parse(Settings, [str(tmp_path / "a.py"), "--bias", str(tmp_path / "b.py")]) == {
+        "max_iters": 2,
+        "out_dir": "a",
+        "stop": ["b"],
+        "bias": True,
+    }
 
 
 @pytest.mark.parametrize(
