@@ -144,6 +144,7 @@ def check(s: TrainSettings) -> None:
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
+    learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises where it has no branch
     if s.auto_batch and s.fsdp:
         raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
     if not s.out_dir or "\0" in s.out_dir:

@@ -3,11 +3,13 @@
 import argparse
 import difflib
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
 import shlex
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +18,7 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
-from acorn import UserError  # noqa: E402
+from acorn import UserError, settings  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
@@ -44,8 +46,16 @@ def main() -> int:
 def prepare_corpus(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in (*CORPORA, "inspect"):
         raise UserError(_unknown_corpus(argv[0]))
-    corpora = {name: importlib.import_module(f"prepare.{name}") for name in CORPORA}
-    args, unknown = _parser(corpora).parse_known_args(argv)
+    corpora, broken = {}, {}
+    if argv and argv[0] in CORPORA:
+        corpora[argv[0]] = load_corpus(argv[0])
+    elif not argv or argv[0] != "inspect":  # the list of all
+        for name in CORPORA:
+            try:
+                corpora[name] = load_corpus(name)
+            except UserError as error:
+                broken[name] = str(error)
+    args, unknown = _parser(corpora, broken).parse_known_args(argv)
     if unknown:
         options = [f"--{name}" for name in vars(args)]
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--"), options, 1)
@@ -69,7 +79,7 @@ def prepare_corpus(argv: list[str]) -> None:
     if (out / "meta.json").exists() and not args.overwrite:  # said before a download or a long read
         raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
 
-    description = corpus.__doc__.splitlines()[0]
+    description = _first_line(corpus)
     arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
     source = {"corpus": args.corpus, "description": description, "arguments": arguments}
     tokenizer = tokenizer_of(args.tokenizer)
@@ -93,6 +103,32 @@ def prepare_corpus(argv: list[str]) -> None:
         overwrite=args.overwrite,
     )
     print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+
+
+def load_corpus(name: str) -> types.ModuleType:
+    """The module of a corpus. Raises UserError, with its file and what is wrong, where it is not complete."""
+    file = Path(importlib.util.find_spec(f"prepare.{name}").origin)
+    where = f"prepare/{file.name}"
+    try:
+        corpus = importlib.import_module(f"prepare.{name}")
+    except (Exception, SystemExit) as error:
+        line = settings.line_of(error, file)
+        reason = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+        raise UserError(f"{where}{f', line {line}' if line else ''} does not run: {reason}") from error
+    has = {
+        "a docstring": (corpus.__doc__ or "").strip(),
+        "TOKENIZER (a name, such as 'gpt2')": isinstance(getattr(corpus, "TOKENIZER", None), str),
+        "documents(args)": callable(getattr(corpus, "documents", getattr(corpus, "prepare", None))),
+    }
+    if missing := [part for part, there in has.items() if not there]:
+        raise UserError(f"{where} lacks {' and '.join(missing)}; prepare/__init__.py says what a corpus has")
+    try:
+        _parser({name: corpus})
+    except Exception as error:
+        line = settings.line_of(error, file)
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}{f', line {line}' if line else ''}: its options fail: {reason}") from error
+    return corpus
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
@@ -170,14 +206,13 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
     )
 
 
-def _parser(corpora: dict) -> argparse.ArgumentParser:
+def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python prepare", description=__doc__.split(":")[0], allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
     for name, corpus in corpora.items():
-        first_line = corpus.__doc__.splitlines()[0]
         sub = subparsers.add_parser(
             name,
-            help=first_line,
+            help=_first_line(corpus).replace("%", "%%"),
             description=corpus.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -227,8 +262,14 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
             default="strict",
             help="bytes that are not UTF-8; default: strict",
         )
+    for name, error in (broken or {}).items():
+        subparsers.add_parser(name, help=f"broken: {error}".replace("%", "%%"))
     _add_inspect(subparsers)
     return parser
+
+
+def _first_line(corpus: types.ModuleType) -> str:
+    return corpus.__doc__.strip().splitlines()[0]
 
 
 def _add_inspect(subparsers) -> None:

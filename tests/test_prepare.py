@@ -791,6 +791,37 @@ def test_help_lists_the_corpora():
         assert f"default: {kind}" in options and "--val_fraction" in options and "--overwrite" in options
 
 
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ('"""mine at 100%"""\ndef documents(args): return []', r"broken_one\.py lacks TOKENIZER"),
+        ('"""mine"""\nTOKENIZER = "char"', r"broken_one\.py lacks documents\(args\)"),
+        ('TOKENIZER = "char"\ndef documents(args): return []', r"broken_one\.py lacks a docstring"),
+        ('"""mine"""\nTOKENIZER = = 3', r"broken_one\.py, line 2 .*SyntaxError"),
+        ('"""mine"""\n\nimport not_installed', r"broken_one\.py, line 3 .*not_installed"),
+        ("raise SystemExit(3)", r"broken_one\.py, line 1 .*SystemExit"),
+        (
+            '"""mine"""\nTOKENIZER = "char"\ndef documents(args): return []\n'
+            "def add_arguments(parser):\n    parser.add_argument('--files', nargs=a)",
+            r"broken_one\.py, line 5: .*NameError",
+        ),
+    ],
+)
+def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, capsys):
+    Path("corpora").mkdir()
+    Path("corpora/broken_one.py").write_text(text)
+    monkeypatch.setattr(cli.prepare, "__path__", [*cli.prepare.__path__, str(tmp_path / "corpora")])
+    monkeypatch.setattr(cli, "CORPORA", [*cli.CORPORA, "broken_one"])
+    fails(match, "broken_one")
+    Path("mine.txt").write_text(TEXT)
+    assert prepare("text", "mine.txt", "--tokenizer=char")["name"] == "mine"
+    with pytest.raises(SystemExit):
+        cli.prepare_corpus(["--help"])
+    listed = capsys.readouterr().out
+    assert "broken: prepare/broken_one.py" in listed and "tinystories" in listed
+    sys.modules.pop("prepare.broken_one", None)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_stopped_under_way(stop, code):
