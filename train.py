@@ -27,7 +27,7 @@ from acorn import UserError, checkpoint, files, lora, report, run, runtime, sett
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, make_optimizers
+from acorn.optim import learning_rate_at, make_optimizers, rate_change
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
@@ -442,6 +442,10 @@ def main() -> int:
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
     say(describe(s, data, raw_model, source))
+    if s.init_from == "resume":
+        before = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]))
+        if change := rate_change(before, s, state["step"]):
+            say(f"note: {change}")
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))

@@ -243,3 +243,25 @@ def learning_rate_at(
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     return learning_rate if left == 1 else min_lr + left * (learning_rate - min_lr)
+
+
+def rate_change(before, after, step: int) -> str | None:
+    """A sentence on how the learning rate of update `step` differs between two TrainSettings, those of a run and those
+    that it is resumed with; None where it does not."""
+
+    def rate(s) -> float:
+        if not s.decay_lr:
+            return s.learning_rate
+        decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
+        return learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
+
+    old, new = rate(before), rate(after)
+    if math.isclose(old, new, rel_tol=1e-3):
+        return None
+    jump = f"the learning rate at step {step} goes from {old:.2e} to {new:.2e}"
+    if before.lr_decay_iters or after.lr_decay_iters or before.max_iters == after.max_iters:
+        return jump
+    return (
+        f"max_iters={after.max_iters} instead of {before.max_iters} stretches the schedule (lr_decay_iters=0): {jump}; "
+        f"--lr_decay_iters={before.max_iters} keeps the schedule"
+    )

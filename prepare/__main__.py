@@ -134,11 +134,13 @@ def load_corpus(name: str) -> types.ModuleType:
 def tokenizer_of(name: str) -> str | Tokenizer:
     """A kind of tokenizer, or the tokenizer itself: of a Hugging Face checkpoint, of a tokenizer.json, of a
     dataset, of a run's newest checkpoint."""
+    if name == "bpe" and not Path(name).exists():
+        raise UserError("--tokenizer bpe lacks the size of its vocabulary; give it, as in --tokenizer bpe:8192")
     if name.startswith("bpe:"):
         tokenizers.bpe_size(name)  # said before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
-    states = sorted(Path(name).glob("step_*/state.json"))
+    states = _states(name)
     if (Path(name) / "config.json").exists() or not Path(name).exists():
         from acorn import checkpoint, hub  # here, for they import torch
 
@@ -147,15 +149,35 @@ def tokenizer_of(name: str) -> str | Tokenizer:
             return tokenizer
     if tokenizers.is_hf(name):
         return tokenizers.load_hf(name)
+    if Path(name).is_file():  # a nanoGPT checkpoint
+        from acorn import checkpoint
+
+        if (tokenizer := checkpoint.open_model(name).tokenizer) is not None:
+            return tokenizer
     try:
         if states:
             return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
         return load_dataset(name).tokenizer
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        near = difflib.get_close_matches(name, KINDS, 1)
         raise UserError(
             f"--tokenizer {name} is neither {', '.join(KINDS)} or bpe:8192, nor a tokenizer.json, nor a dataset, nor "
-            "the out_dir of a run with a checkpoint"
+            f"the out_dir of a run with a checkpoint{f'; did you mean {near[0]}?' if near else ''}"
         ) from error
+
+
+def _states(source: str) -> list[Path]:
+    """The state.json of each checkpoint in an out_dir, the newest last, or of a step folder."""
+    states = sorted(Path(source).glob("step_*/state.json"), key=lambda path: (len(path.parent.name), path))
+    own = Path(source) / "state.json"
+    return [own] if own.is_file() else states
+
+
+def _block_size(source: str) -> int:
+    """The block_size of a run, by its out_dir, step folder or ckpt.pt."""
+    from acorn import checkpoint
+
+    return checkpoint.open_model(source).model.config.block_size
 
 
 def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
@@ -183,6 +205,11 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         if published or (Path(tokenizer) / "config.json").exists():
             config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
             words = f"{config} --init_from={shlex.quote(tokenizer)} {words}"
+        elif _states(tokenizer) or Path(tokenizer).suffix == ".pt":  # a run whose weights go on
+            words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
+            block_size = _block_size(tokenizer)
+            words += f" --block_size={block_size}" if block_size < 256 else ""  # of the config
+            words += " --document_mask=False" if kind == "char" else ""  # which has no end-of-text token
         else:
             words = f"config/quickstart.py {words}"
         command = f"python train.py {words}"
@@ -289,7 +316,7 @@ def _default_name(corpus, name: str) -> str:
 
 def _unknown_corpus(name: str) -> str:
     if os.path.exists(name):
-        return f"'{name}' is a path, not a corpus; you want `python prepare text {name}`"
+        return f"'{name}' is a path, not a corpus; you want `python prepare text {shlex.quote(name)}`"
     near = difflib.get_close_matches(name, [*CORPORA, "inspect"], 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no corpus '{name}'; {hint}the corpora are {', '.join(CORPORA)}"

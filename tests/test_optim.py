@@ -1,6 +1,7 @@
 """Muon against the singular value decomposition, learning-rate schedules against hand computations."""
 
 import copy
+import dataclasses
 import math
 import typing
 
@@ -9,7 +10,7 @@ import torch
 
 import train
 from acorn import UserError
-from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
+from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize, rate_change
 from model import GPT, GPTConfig
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -73,6 +74,19 @@ def test_every_choice_of_the_settings_is_implemented():
             assert logits.isfinite().all()
     for optimizer in choices["optimizer"]:
         assert make_optimizers(GPT(GPTConfig(**shape)), optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+
+
+def test_a_change_of_the_learning_rate_on_resume_is_foretold():
+    before = train.TrainSettings(max_iters=100, warmup_iters=0, learning_rate=1e-3, min_lr=0.0, lr_schedule="linear")
+    longer = dataclasses.replace(before, max_iters=200)
+    said = rate_change(before, longer, 75)
+    assert "2.50e-04 to 6.25e-04" in said and "--lr_decay_iters=100" in said and "max_iters=200" in said
+    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # what was advised
+    assert rate_change(before, before, 75) is rate_change(before, longer, 0) is None
+    constant = [dataclasses.replace(s, decay_lr=False) for s in (before, longer)]
+    assert rate_change(*constant, 75) is None
+    said = rate_change(before, dataclasses.replace(before, learning_rate=2e-3), 75)
+    assert "2.50e-04 to 5.00e-04" in said and "lr_decay_iters" not in said
 
 
 def test_a_run_of_warmup_only():

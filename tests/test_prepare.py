@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import TEXT as TRAINED_ON
 
 from acorn import UserError
 from acorn.shards import PARTIAL, ShardWriter, load_dataset, open_shard
@@ -820,6 +822,18 @@ def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, ca
     listed = capsys.readouterr().out
     assert "broken: prepare/broken_one.py" in listed and "tinystories" in listed
     sys.modules.pop("prepare.broken_one", None)
+
+
+def test_the_train_next_line_works_for_the_tokenizer_of_a_run(trained, capsys):
+    """It names the run, whose weights the tokenizer belongs to, and settings that its model can have."""
+    Path("more.txt").write_text(TRAINED_ON * 3)
+    prepare("text", "more.txt", f"--tokenizer={trained}")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train next"))
+    words = shlex.split(line.removeprefix("train next"))
+    assert words[:2] == ["python", "train.py"] and f"--init_from={trained}" in words
+    done = command(ROOT / "train.py", *words[2:], "--dry_run=True", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "this was a dry run" in done.stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
