@@ -551,6 +551,7 @@ def main() -> int:
     stop, best_before = False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
+    time_left = report.TimeLeft(s.max_iters, s.eval_interval)
     waited = 0.0  # seconds since then, for processes that came later to their updates
     model.train()
     while True:
@@ -566,6 +567,7 @@ def main() -> int:
 
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
+        due_at = time.perf_counter() if due and at["evaluated_at"] != step else None
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
             how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
             train = evaluate_mixture(raw_model, data, "train", *how)
@@ -601,6 +603,8 @@ def main() -> int:
             say(f"--- a sample at step {step}\n{text}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
+            if due_at is not None:
+                time_left.evaluated(clock - due_at)
         if step == s.max_iters and not s.dry_run:
             if saved_at != step:  # the last weights, even where they are not the best
                 save()
@@ -685,14 +689,12 @@ def main() -> int:
         if step % s.log_interval == 0 and not s.dry_run:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)  # seconds an update
+            time_left.updated(step + 1 - clock_step, dt * (step + 1 - clock_step))
             clock, clock_step = time.perf_counter(), step + 1
             loss = r.sum(nats).item() / max(n_targets, 1)
             mfu = raw_model.estimate_mfu(windows_per_step, dt, r.peak_flops())
-            left = report.duration(dt * (s.max_iters - step - 1))
-            say(
-                f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-                f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
-            )
+            left = time_left.estimate(step + 1)
+            say(report.update_line(step, s.max_iters, loss, lr, grad_norm, tokens_per_step / dt, mfu, left))
             memory, waits = zip(*r.gather([runtime.peak_memory(r.device), waited]), strict=True)  # of each process
             waited = 0.0
             if metrics is not None:
