@@ -195,13 +195,11 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     from matplotlib import font_manager, rcParams
 
     families = list(rcParams["font.family"])
-    missing = {ord(c) for name in names for c in name} - characters(
-        font_manager.findfont(font_manager.FontProperties())
-    )
+    default = font_manager.findfont(font_manager.FontProperties())
+    missing = {ord(c) for name in names for c in name} - characters(default)
     if missing:
-        likely = re.compile(
-            "CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans"
-        )  # these first: opening takes time
+        # these first, because opening a font takes time
+        likely = re.compile("CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans")
         fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
         for name in sorted(fonts, key=lambda name: (not likely.search(name), name)):
             if missing and missing & (own := characters(fonts[name])):
