@@ -28,7 +28,7 @@ from acorn import UserError, autotune, checkpoint, files, lora, report, run, run
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, make_optimizers
+from acorn.optim import learning_rate_at, make_optimizers, rate_change
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
@@ -145,6 +145,7 @@ def check(s: TrainSettings) -> None:
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
+    learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises where it has no branch
     if s.auto_batch and s.fsdp:
         raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
     if not s.out_dir or "\0" in s.out_dir:
@@ -448,6 +449,10 @@ def main() -> int:
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
     say(describe(s, data, raw_model, source))
+    if s.init_from == "resume":
+        before = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]))
+        if change := rate_change(before, s, state["step"]):
+            say(f"note: {change}")
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
@@ -552,6 +557,7 @@ def main() -> int:
     stop, best_before = False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
+    time_left = report.TimeLeft(s.max_iters, s.eval_interval)
     waited = 0.0  # seconds since then, for processes that came later to their updates
     model.train()
     while True:
@@ -567,6 +573,7 @@ def main() -> int:
 
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
+        due_at = time.perf_counter() if due and at["evaluated_at"] != step else None
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
             how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
             train = evaluate_mixture(raw_model, data, "train", *how)
@@ -602,6 +609,8 @@ def main() -> int:
             say(f"--- a sample at step {step}\n{text}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
+            if due_at is not None:
+                time_left.evaluated(clock - due_at)
         if step == s.max_iters and not s.dry_run:
             if saved_at != step:  # the last weights, even where they are not the best
                 save()
@@ -686,14 +695,12 @@ def main() -> int:
         if step % s.log_interval == 0 and not s.dry_run:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)  # seconds an update
+            time_left.updated(step + 1 - clock_step, dt * (step + 1 - clock_step))
             clock, clock_step = time.perf_counter(), step + 1
             loss = r.sum(nats).item() / max(n_targets, 1)
             mfu = raw_model.estimate_mfu(windows_per_step, dt, r.peak_flops())
-            left = report.duration(dt * (s.max_iters - step - 1))
-            say(
-                f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-                f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
-            )
+            left = time_left.estimate(step + 1)
+            say(report.update_line(step, s.max_iters, loss, lr, grad_norm, tokens_per_step / dt, mfu, left))
             memory, waits = zip(*r.gather([runtime.peak_memory(r.device), waited]), strict=True)  # of each process
             waited = 0.0
             if metrics is not None:

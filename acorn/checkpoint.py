@@ -15,6 +15,7 @@ is then the rows of all these files, in their order, whoever reads it: any numbe
 import concurrent.futures
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -32,7 +33,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from acorn import UserError, files, lora, optim, settings, sharding
 from acorn import tokenizer as tokenizers
@@ -84,7 +84,7 @@ class Writer:
         """Begin to write `out_dir/step_NNNNNN` for state["step"], once the one before is done. Then `latest` (and
         `best`) point at it, and all but the newest `keep` and the best are removed. All processes call this alike."""
         self.wait()
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        sharded = any(sharding.is_sharded(p) for p in model.parameters())
         shards = self.world_size if sharded else 1
         state = {"format": FORMAT, "config": dataclasses.asdict(model.config), "shards": shards, **state}
         parts = {}
@@ -424,7 +424,7 @@ def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
     """The checkpoints in `out_dir`, in the order in which they are to be taken: the one that `which` says ("latest",
     "best" or a name), then the newest first. Raises UserError where there is none, or not that name."""
     if not out_dir.is_dir():
-        raise UserError(f"there is no folder {out_dir}; train first, or give --out_dir where a checkpoint lies")
+        raise UserError(f"there is no folder {out_dir}; {_runs_near(out_dir)}")
     if (out_dir / "state.json").exists():  # a step folder itself
         return [out_dir]
     folders = step_folders(out_dir)
@@ -449,6 +449,14 @@ def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
             f"there is no checkpoint in {out_dir} yet: a run saves its first at its first evaluation, or at its end"
         )
     return sorted(folders, key=lambda folder: folder != first)
+
+
+def _runs_near(out_dir: Path) -> str:
+    """Advice for an out_dir that does not exist: the run whose name is nearest, else all runs beside it and in out/."""
+    runs = {str(f) for parent in (out_dir.parent, Path("out")) for f in parent.glob("*") if step_folders(f)}
+    if near := difflib.get_close_matches(str(out_dir), runs, 1, 0.8):
+        return f"did you mean {near[0]}?"
+    return f"the runs here: {', '.join(sorted(runs)[:10])}" if runs else "train first, or give the out_dir of a run"
 
 
 def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path, dict]:

@@ -231,7 +231,8 @@ def check_target(path: Path, inputs: list[str | None]) -> None:
 def trained_beside(source: str, which: str) -> tuple[str, bool]:
     """The dataset that a run was trained on, and whether it kept documents apart."""
     path = Path(source)
-    if not (path / "state.json").exists() and not checkpoint.step_folders(path):
+    from_elsewhere = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
+    if (from_elsewhere or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
         raise UserError(f"{source} does not say what it was trained on; give --dataset, --text, --pairs or --choices")
     settings = checkpoint.find(path, which)[1]["settings"]
     return str(settings.get("dataset")), settings.get("document_mask") is True

@@ -11,6 +11,7 @@ A batch is a pure function of (seed, position in the data): see `sample_windows`
 """
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -355,9 +356,26 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
         ):
             raise UserError(f"preparation of {path} was interrupted; run it again: {_prepare_command(name)}")
+    raise UserError(_no_dataset(name[:200]))
+
+
+CORPORA = "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split()  # also dataset names
+
+
+def _no_dataset(name: str) -> str:
+    """The error for a dataset that does not exist: the nearest one that does, else a command that makes one."""
     found = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
-    there_are = f" (the datasets here: {', '.join(found)})" if found else ""
-    raise UserError(f"there is no dataset {name!r:.200}{there_are}; make it with {_prepare_command(name[:200])}")
+    error = f"there is no dataset {name!r}" + (f" (the datasets here: {', '.join(found)})" if found else "")
+    known = [*found, *CORPORA, "shakespeare", "shakespeare_char", "plays"]
+    near = next(iter(difflib.get_close_matches(Path(name).name, known, 1, 0.75)), "")
+    if near in found:
+        return f"{error}; did you mean --dataset={near}?"
+    if near == "shakespeare":  # the corpus has another name than its dataset, since nanoGPT has one of this name
+        plays = "--dataset=plays is what `python prepare shakespeare` makes"
+        return f"{error}; {plays}, and nanoGPT's dataset shakespeare comes from {_prepare_command(near)}"
+    if near and near != name:
+        return f"{error}; did you mean --dataset={near}? Make it with {_prepare_command(near)}"
+    return f"{error}; make it with {_prepare_command(name)}"
 
 
 def _prepare_command(name: str) -> str:
@@ -367,7 +385,7 @@ def _prepare_command(name: str) -> str:
         return "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
     if name == "plays":
         return "`python prepare shakespeare`"
-    if name in "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split():
+    if name in CORPORA:
         return f"`python prepare {name}`"
     return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
 

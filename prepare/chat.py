@@ -118,7 +118,7 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
             writer = ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)
             writers[split] = stack.enter_context(writer)
             mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
-        for where, messages in tqdm(conversations(args), desc="encoding", unit=" conversations"):
+        for where, messages in tqdm(conversations(args), desc="encoding", unit=" conversations", disable=None):
             try:
                 ids, learned = chat.render_to_learn(tokenizer, messages)
             except UserError as error:

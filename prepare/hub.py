@@ -6,6 +6,7 @@ It streams by default: nothing is stored but the shards. `--max_tokens` takes th
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 from acorn import UserError
@@ -112,6 +113,8 @@ class HubDocuments:
         """The rows of a split, as an iterable dataset of Arrow tables with the one field."""
         import datasets
 
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         args = self.args
         try:
             rows = datasets.load_dataset(

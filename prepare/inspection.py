@@ -44,7 +44,9 @@ def inspect(args: argparse.Namespace) -> None:
     dataset = load_dataset(args.dataset)
     tokenizer = dataset.tokenizer
     splits = {name: tokens for name, tokens in (("train", dataset.train), ("val", dataset.val)) if tokens}
-    with tqdm(total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True) as progress:
+    with tqdm(
+        total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True, disable=None
+    ) as progress:
         found = {name: survey(tokens, tokenizer, progress) for name, tokens in splits.items()}
 
     print(f"{'dataset':<18}{dataset.path}, {_origin(dataset)}")
@@ -189,7 +191,7 @@ def verify(dataset: Dataset) -> None:
     try:
         corpus = importlib.import_module(f"prepare.{source['corpus']}")
         reader = Reader(corpus.documents(argparse.Namespace(**arguments)), None, 0.5)
-        for _ in tqdm(reader, desc="reading the source", unit=" pieces"):
+        for _ in tqdm(reader, desc="reading the source", unit=" pieces", disable=None):
             pass
     except (UserError, ImportError, AttributeError, KeyError, TypeError) as error:
         print(f"the text that it was made from is not checked: it is not here any more ({error})")

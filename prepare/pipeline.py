@@ -157,7 +157,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
 
     def texts() -> Iterator[str]:
         nonlocal count, chars, size
-        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False) as bar:
+        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
             for document in documents:
                 before = chars
                 for block in _blocks(document):
@@ -333,7 +333,9 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             writers[split] = stack.enter_context(writer)
             if "splits" in progress:
                 writer.resume(progress["splits"][split])
-        bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
+        bar = stack.enter_context(
+            tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True, disable=None)
+        )
         bar.update(counts["train"] + counts["val"])
         for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
