@@ -156,7 +156,8 @@ def save_picture(figure, picture: Path) -> None:
     """Write a matplotlib figure, whole or not at all, and close it."""
     beside = picture.with_name(f".{picture.stem}.writing{picture.suffix}")
     try:
-        figure.savefig(beside, dpi=120)
+        with files.create(beside) as file:
+            figure.savefig(file, dpi=120, format=picture.suffix[1:])
         os.replace(beside, picture)
     finally:
         beside.unlink(missing_ok=True)
@@ -211,8 +212,8 @@ def read_run(out_dir: Path) -> dict:
     settings = {}
     for state in sorted(out_dir.glob("step_*/state.json"), key=lambda file: (len(file.parent.name), file)):
         try:
-            settings = dict(json.loads(state.read_text())["settings"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            settings = dict(files.read_json(state)["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
             print(f"warning: {state} is not whole; passing it over", file=sys.stderr)
 
     def numbers(name: str) -> list[float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError
+from acorn import UserError, files
 
 KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # and bpe:SIZE, and the path of a tokenizer.json
 TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
@@ -497,9 +497,11 @@ def load_hf(path: str | Path) -> Tokenizer:
         if isinstance(template, list):  # several, for different uses
             template = {t["name"]: t["template"] for t in template}["default"]
         if (file := path.with_name("chat_template.jinja")).is_file():
-            template = file.read_text(encoding="utf-8")
+            template = files.read_bytes(file).decode()
         if not isinstance(template, str | None):
             raise TypeError("the chat template is no text")
+        if not isinstance(bos, str | None) or not isinstance(eos, str | None):
+            raise TypeError("the name of a control token is no text")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise UserError(f"{path}, or a JSON file beside it, is broken ({error!r:.80}); get the folder again") from error
     try:
@@ -516,10 +518,10 @@ def _read_json(path: Path, missing: dict | None = None) -> dict:
     if missing is not None and not path.is_file():
         return missing
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
         if isinstance(content, dict):
             return content
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error!s:.80}); get it again") from error
     raise UserError(f"{path} does not hold a JSON object; get it again")
 

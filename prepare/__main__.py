@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib
-import json
 import os
 import pkgutil
 import shlex
@@ -16,7 +15,7 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
-from acorn import UserError  # noqa: E402
+from acorn import UserError, files  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
@@ -113,7 +112,7 @@ def tokenizer_of(name: str) -> str | Tokenizer:
         return tokenizers.load_hf(name)
     try:
         if states:
-            return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
+            return from_dict(files.read_json(states[-1])["tokenizer"])
         return load_dataset(name).tokenizer
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -157,7 +157,8 @@ def draw_lengths(lengths: dict[str, Counter], title: str, picture: Path) -> None
     axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents", title=title)
     axes.legend()
     beside = picture.with_name(f".{picture.stem}.writing.png")
-    figure.savefig(beside, dpi=120)
+    with files.create(beside) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
     os.replace(beside, picture)
 
