@@ -1,10 +1,18 @@
 """The parts that train.py, sample.py and prepare share; each module can be read alone."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # C0, C1, and bidi overrides
 REPO = Path(__file__).resolve().parent.parent  # whose config/ and data/ are found from anywhere
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped as in JSON (\\u001b), but for line breaks and tabs. What a stranger's
+    file says could otherwise clear a terminal, rename it, or show other words than it has."""
+    return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class UserError(Exception):
@@ -19,7 +27,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable("error: " + " ".join(str(error).split("\n"))), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130  # what a shell reports for a program that Ctrl-C ended
@@ -27,6 +35,6 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:  # no permission, a full disk, a name that is too long
-        print(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"), file=sys.stderr)
         code = 2
     sys.exit(code or 0)

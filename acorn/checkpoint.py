@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from acorn import UserError, files, lora, optim, settings, sharding
+from acorn import UserError, files, lora, optim, printable, settings, sharding
 from acorn import tokenizer as tokenizers
 from acorn.runtime import ALONE, Runtime
 from acorn.shards import load_dataset
@@ -474,7 +474,7 @@ def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path
             check_files(folder, state, r.rank, r.world_size)
         except Damaged as damage:
             whole = False
-            print(f"warning: {damage}; going back to another checkpoint", file=sys.stderr)
+            print(printable(f"warning: {damage}; going back to another checkpoint"), file=sys.stderr)
         found = r.gather([state.get("step", -1), whole])
         if len({step for step, _ in found}) > 1:
             raise UserError(f"the processes see different checkpoints in {out_dir}; all must see the same folder there")

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError, files
+from acorn import UserError, files, printable
+
+MOST = 1 << 31  # bytes of a metrics.jsonl
+FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
 
 ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that tell runs apart by name only
 
@@ -30,7 +33,7 @@ class Metrics:
         self.path, self.wandb_run, self.torn = out_dir / "metrics.jsonl", wandb_run, False
         kept = [
             line
-            for line in read_metrics(self.path)
+            for line in read_metrics(self.path, warn=True)
             if line["step"] < step or ("val_loss" in line and line["step"] == step == evaluated_at)
         ]
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -40,7 +43,7 @@ class Metrics:
         take it, as when it is full, the line is lost, a warning says so once, and the run goes on."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
-            with open(self.path, "a") as file:
+            with files.open_own(self.path, "a") as file:
                 file.write("\n" * self.torn + json.dumps(values) + "\n")
             self.torn = False
         except OSError as error:
@@ -50,20 +53,38 @@ class Metrics:
         if self.wandb_run is not None:  # which draws no lists, so what each process has, as memory/0, memory/1, ...
             lists = {k: v for k, v in values.items() if isinstance(v, list)}
             each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
-            self.wandb_run.log({k: v for k, v in values.items() if k not in lists} | each, step=values["step"])
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The objects in a metrics.jsonl; lines that a kill left half-written are passed over."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
             try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+                self.wandb_run.log({k: v for k, v in values.items() if k not in lists} | each, step=values["step"])
+            except Exception as error:  # wandb raises many kinds
+                reason = printable(f"{error!s:.200}")
+                print(f"warning: wandb takes no more metrics ({reason}); the run goes on without it", file=sys.stderr)
+                self.wandb_run = None
+
+
+def read_metrics(path: Path, warn: bool = False) -> list[dict]:
+    """The objects in a metrics.jsonl; of their figures those that are not finite are None, as they are written. Lines
+    that are not as `Metrics` writes them are passed over, such as one that a kill left half-written; with `warn`, a
+    sentence says how many. A file that cannot be read has none."""
+    lines, bad, content = [], [], b""
+    try:
+        content = files.read_bytes(path, MOST)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        print(f"warning: {path} cannot be read ({error.strerror})", file=sys.stderr)
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int) or not 0 <= line["step"] < 2**53 or line["step"] is True:
+                raise ValueError("its step is not a count")
+            for name in FIGURES & line.keys():
+                line[name] = None if line[name] is None or not math.isfinite(line[name]) else line[name]
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            bad += [number] if text.strip() else []
+        else:
+            lines.append(line)
+    if warn and bad:
+        print(f"warning: {len(bad)} lines of {path} are no metrics, line {bad[0]} first; left out", file=sys.stderr)
     return lines
 
 
@@ -89,7 +110,16 @@ def running_mean(values: list[float], width: int) -> np.ndarray:
 
 
 def draw_curve(metrics: list[dict], picture: Path) -> None:
-    """Draw the losses of `metrics` over the steps into the PNG file `picture`, with marks where a loss spikes."""
+    """Draw the losses of `metrics` over the steps into the PNG file `picture`, with marks where a loss spikes. Where
+    that fails, a warning says why: a picture never ends a run."""
+    try:
+        draw_losses(metrics, picture)
+    except Exception as error:  # of the disk, or of the library that draws
+        reason = printable(f"{getattr(error, 'strerror', None) or error!s:.200}")
+        print(f"warning: {picture} cannot be written ({reason}); the run goes on", file=sys.stderr)
+
+
+def draw_losses(metrics: list[dict], picture: Path) -> None:
     plt = import_pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     updates = [m for m in metrics if m.get("loss") is not None]
@@ -108,10 +138,7 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    try:
-        save_picture(figure, picture)
-    except OSError as error:
-        print(f"warning: {picture} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+    save_picture(figure, picture)
 
 
 def draw_runs(runs: dict[str, list[dict]], picture: Path) -> None:
@@ -172,6 +199,9 @@ def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: 
         raise UserError(
             "wandb_log is on, but wandb is not installed; pip install wandb, or --wandb_log=False"
         ) from error
+    for name in ("wandb", ".wandb"):
+        if (out_dir / name).is_symlink():
+            raise UserError(f"{out_dir / name} is a symbolic link, which wandb would write through; remove it")
     try:
         return wandb.init(
             project=project, name=name, config=settings, dir=str(out_dir), id=run_id, resume="allow" if run_id else None
@@ -206,7 +236,7 @@ def size(n_bytes: float) -> str:
 def read_run(out_dir: Path) -> dict:
     """What a run left in its out_dir: `metrics`, `settings` (empty before its first checkpoint), and the figures of the
     table. Raises UserError where no run is."""
-    metrics = read_metrics(out_dir / "metrics.jsonl")
+    metrics = read_metrics(out_dir / "metrics.jsonl", warn=True)
     if not metrics:
         raise UserError(f"{out_dir} holds no metrics.jsonl with the steps of a run; give the out_dir of a training run")
     settings = {}
@@ -214,7 +244,7 @@ def read_run(out_dir: Path) -> dict:
         try:
             settings = dict(files.read_json(state)["settings"])
         except (OSError, ValueError, KeyError, TypeError):
-            print(f"warning: {state} is not whole; passing it over", file=sys.stderr)
+            print(printable(f"warning: {state} is not whole; passing it over"), file=sys.stderr)
 
     def numbers(name: str) -> list[float]:
         return [m[name] for m in metrics if isinstance(m.get(name), (int, float))]
@@ -280,15 +310,18 @@ def main() -> int:
     if args.json:
         settings = {name: dict(zip(names, row, strict=True)) for name, row in differ.items()}
         figures = {name: run["figures"] for name, run in runs.items()}
-        print(json.dumps({"runs": figures, "differ": settings, "picture": str(picture)}, ensure_ascii=False))
+        result = {"runs": figures, "differ": settings, "picture": str(picture)}
+        print(printable(json.dumps(result, ensure_ascii=False)))
         return 0
 
     def cell(value) -> str:
         if value is None:
             return "-"
-        return f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) and abs(value) >= 1 else f"{value}"
+        if isinstance(value, float) and abs(value) >= 1:
+            return f"{value:,.4f}".rstrip("0").rstrip(".")
+        return printable(f"{value}").replace("\n", "\\n")
 
-    rows = [["", *names]]
+    rows = [["", *map(printable, names)]]
     rows += [
         [name, *(cell(run["figures"][name]) for run in runs.values())] for name in next(iter(runs.values()))["figures"]
     ]

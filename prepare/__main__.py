@@ -15,7 +15,7 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
-from acorn import UserError, files  # noqa: E402
+from acorn import UserError, files, printable  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
@@ -76,7 +76,7 @@ def prepare_corpus(argv: list[str]) -> None:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # not one of documents
         meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer, source=source)
-        print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+        print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
         return
     meta = pipeline.prepare(
         corpus.documents(args),
@@ -91,7 +91,7 @@ def prepare_corpus(argv: list[str]) -> None:
         shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
-    print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+    print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
