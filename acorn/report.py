@@ -18,6 +18,7 @@ from acorn import UserError, files, printable
 
 MOST = 1 << 31  # bytes of a metrics.jsonl
 FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
+FIGURES |= {"val_perplexity", "val_bits_per_byte"}
 
 ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that tell runs apart by name only
 
@@ -84,7 +85,8 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
         else:
             lines.append(line)
     if warn and bad:
-        print(f"warning: {len(bad)} lines of {path} are no metrics, line {bad[0]} first; left out", file=sys.stderr)
+        lines_are = f"{len(bad)} lines are not" if len(bad) > 1 else "a line is not"
+        print(f"warning: {path}, line {bad[0]}: {lines_are} as a run writes them, and left out", file=sys.stderr)
     return lines
 
 
@@ -317,11 +319,9 @@ def main() -> int:
     def cell(value) -> str:
         if value is None:
             return "-"
-        if isinstance(value, float) and abs(value) >= 1:
-            return f"{value:,.4f}".rstrip("0").rstrip(".")
-        return printable(f"{value}").replace("\n", "\\n")
+        return f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) and abs(value) >= 1 else f"{value}"
 
-    rows = [["", *map(printable, names)]]
+    rows = [["", *names]]
     rows += [
         [name, *(cell(run["figures"][name]) for run in runs.values())] for name in next(iter(runs.values()))["figures"]
     ]
@@ -329,7 +329,8 @@ def main() -> int:
     rows += [[f"  {name}", *map(cell, row)] for name, row in differ.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for first, *others in rows:
-        print("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]))
+        cells = [first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]
+        print(printable("  ".join(cells)))
     for name, run in runs.items():
         if not run["settings"]:
             print(f"{name} has no whole checkpoint, so its settings are not known")

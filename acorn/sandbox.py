@@ -89,7 +89,7 @@ def _call(what: str, task: str, arguments: dict) -> str:
     with _lock:
         if _worker is None or _worker.owner != os.getpid():  # a forked process does not share its parent's
             _worker = _Worker()
-        answer = _worker.ask(json.dumps([task, arguments]).encode() + b"\n")
+        answer = _worker.ask(json.dumps([task, arguments, SECONDS]).encode() + b"\n")
         if answer is None:
             _worker.end()
             _worker = None
@@ -111,13 +111,13 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin.buffer:
-        task, arguments = json.loads(line)
+        task, arguments, seconds = json.loads(line)
         run, failed = {
             "render": (_render, "does not take this conversation"),
             "check_patterns": (_check_patterns, "fails on a text of one character, repeated"),
         }[task]
         try:
-            answer = {"value": run(**arguments)}
+            answer = {"value": run(seconds, **arguments)}
         except MemoryError:
             answer = {"error": f"takes more than {MEMORY >> 30} GB of memory; use another one"}
         except RecursionError:
@@ -128,7 +128,7 @@ def serve() -> None:
         answers.flush()
 
 
-def _limit() -> None:
+def _limit(seconds: int) -> None:
     """Set the limits of a call, where the system has such."""
     try:
         import resource
@@ -141,27 +141,27 @@ def _limit() -> None:
             resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
     limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
+    limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             taken = int(file.read().split()[0]) * resource.getpagesize()
         limit(resource.RLIMIT_AS, taken + MEMORY)
 
 
-def _render(**arguments) -> str:
+def _render(seconds: int, **arguments) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _limit()
+    _limit(seconds)
     text = render_jinja_template(**arguments)[0][0]
     if len(text) > LONGEST:
         raise ValueError(f"it makes a text of {len(text):,} characters")
     return text
 
 
-def _check_patterns(normalizer: dict | None, pre_tokenizer: dict | None) -> None:
+def _check_patterns(seconds: int, normalizer: dict | None, pre_tokenizer: dict | None) -> None:
     import tokenizers
 
-    _limit()
+    _limit(seconds)
     model = {"type": "BPE", "vocab": {}, "merges": []}  # the patterns alone take time: what follows is linear
     parts = dict(added_tokens=[], normalizer=normalizer, pre_tokenizer=pre_tokenizer, model=model)
     backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **parts}))

@@ -106,7 +106,8 @@ class ShardWriter:
             if (self.folder / self._name).exists():  # it was finished after that
                 os.replace(self.folder / self._name, self._temporary)
             size = HEADER_BYTES + self._in_shard * self.dtype.itemsize
-            if not self._temporary.exists() or self._temporary.stat().st_size < size:
+            is_own = self._temporary.is_file() and not self._temporary.is_symlink()
+            if not is_own or self._temporary.stat().st_size < size:
                 raise UserError(f"{self._temporary} has lost tokens; prepare the dataset again")
             self._file = files.open_own(self._temporary, "r+b")
             self._file.seek(size)

@@ -332,7 +332,11 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             writer = ShardWriter(folder, split, tokenizer.n_vocab, command["shard_tokens"])
             writers[split] = stack.enter_context(writer)
             if "splits" in progress:
-                writer.resume(progress["splits"][split])
+                try:
+                    writer.resume(progress["splits"][split])
+                except UserError:  # it would be raised each time
+                    (folder / PROGRESS).unlink(missing_ok=True)
+                    raise
         bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
         bar.update(counts["train"] + counts["val"])
         for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
@@ -466,37 +470,32 @@ def _take_up(partial: Path, command: dict) -> dict:
 
 def _read_progress(partial: Path, command: dict) -> dict:
     """The progress of `command` in `partial`; empty where it is of another one, or not as it was written."""
-
-    def is_count(*numbers) -> bool:
-        return all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers)
-
     try:
         progress = files.read_json(partial / PROGRESS)
-        place, splits, bookmark = progress["place"], progress["splits"], progress["place"]["bookmark"]
-        lists = [split["shards"] for split in splits.values()]
-        names = [shard["file"] for shards in lists for shard in shards]
-        counts = [progress[name] for name in ("chars", "size")] + [
-            place[name] for name in ("documents", "pieces", "chars")
-        ]
+        place, bookmark, splits = progress["place"], progress["place"]["bookmark"] or {}, progress["splits"]
+        listed = [shard for split in splits.values() for shard in split["shards"]]
+        counts = [progress["chars"], progress["size"], 0 if progress["cut"] is None else progress["cut"]]
+        counts += [place["documents"], place["pieces"], place["chars"], *(shard["tokens"] for shard in listed)]
         counts += [progress["counts"][name] for name in ("documents", "train", "val")]
         counts += [split[name] for split in splits.values() for name in ("tokens", "in_shard")]
-        counts += [shard["tokens"] for shards in lists for shard in shards]
-        counts += [] if progress["cut"] is None else [progress["cut"]]
-        counts += [bookmark[name] for name in ("documents", "part")] if bookmark else []
-        texts = [place["sha256"], *names, *(shard["sha256"] for shards in lists for shard in shards)]
-        as_written = (
-            is_count(*counts) and all(isinstance(text, str) for text in texts) and set(splits) == {"train", "val"}
-        )
-        as_written &= place.keys() == asdict(Place()).keys()
+        counts += [bookmark[name] for name in ("documents", "part") if bookmark]
+        texts = [place["sha256"], *(shard[name] for shard in listed for name in ("file", "sha256"))]
         from_dict(progress["tokenizer"])
-        as_written &= all(SHARD_NAME.fullmatch(name) for name in names)
+        as_written = (
+            progress["command"] == command
+            and splits.keys() == {"train", "val"}
+            and place.keys() == asdict(Place()).keys()
+            and all(isinstance(count, int) and 0 <= count < 2**62 for count in counts)
+            and all(isinstance(text, str) for text in texts)
+            and all(SHARD_NAME.fullmatch(shard["file"]) for shard in listed)
+        )
         if (partial / "meta.json").exists():
             _new_shards(partial)
         else:
-            as_written &= all((partial / name).exists() for name in names)
+            as_written = as_written and all((partial / shard["file"]).exists() for shard in listed)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return progress if as_written and progress["command"] == command else {}
+    return progress if as_written else {}
 
 
 def _new_shards(partial: Path) -> set[str]:
