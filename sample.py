@@ -74,8 +74,8 @@ def check(s: SampleSettings) -> None:
 
 
 def for_stdout(text: str) -> str:
-    """What is to be printed of a model's text. A terminal would obey control characters, so there they are escaped; a
-    pipe or a file gets the text as it is."""
+    """A model's text as it is printed: control characters are escaped on a terminal, which would obey them, and exact
+    in a pipe or a file."""
     return printable(text) if sys.stdout.isatty() else text
 
 

@@ -10,8 +10,8 @@ REPO = Path(__file__).resolve().parent.parent  # whose config/ and data/ are fou
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped as in JSON (\\u001b), but for line breaks and tabs. What a stranger's
-    file says could otherwise clear a terminal, rename it, or show other words than it has."""
+    """The text with control characters and bidirectional overrides escaped as in JSON (\\u001b), except line breaks and
+    tabs. Text from a stranger's file could otherwise control the terminal or display other words than it contains."""
     return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -28,6 +28,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = main()
     except UserError as error:
         print(printable("error: " + " ".join(str(error).split("\n"))), file=sys.stderr)
+        code = 2
+    except MemoryError:
+        print("error: out of memory; close other programs, or use a smaller model or file", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130  # what a shell reports for a program that Ctrl-C ended

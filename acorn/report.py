@@ -63,9 +63,8 @@ class Metrics:
 
 
 def read_metrics(path: Path, warn: bool = False) -> list[dict]:
-    """The objects in a metrics.jsonl; of their figures those that are not finite are None, as they are written. Lines
-    that are not as `Metrics` writes them are passed over, such as one that a kill left half-written; with `warn`, a
-    sentence says how many. A file that cannot be read has none."""
+    """The objects in a metrics.jsonl, with None for figures that are not finite. Lines that `Metrics` did not write are
+    left out, such as one that a kill cut off; `warn` prints how many. A file that cannot be read gives no lines."""
     lines, bad, content = [], [], b""
     try:
         content = files.read_bytes(path, MOST)
@@ -85,8 +84,8 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
         else:
             lines.append(line)
     if warn and bad:
-        lines_are = f"{len(bad)} lines are not" if len(bad) > 1 else "a line is not"
-        print(f"warning: {path}, line {bad[0]}: {lines_are} as a run writes them, and left out", file=sys.stderr)
+        count = f"{len(bad)} lines that are" if len(bad) > 1 else "a line that is"
+        print(f"warning: {path} has {count} not metrics (line {bad[0]}); left out", file=sys.stderr)
     return lines
 
 

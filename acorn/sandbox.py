@@ -1,10 +1,10 @@
-"""A process with limits, for what a stranger's file makes run: a chat template, the patterns of a tokenizer.json.
+"""A process with limits on time and memory, for the chat templates and tokenizer patterns in strangers' files.
 
     text = sandbox.render("the chat template", conversations=..., chat_template=..., ...)
 
-Either may loop without end or take all memory, inside a library that cannot be interrupted. So they run in one more
-process, which is kept for the next call and may take SECONDS of processor time a call. On Linux it may also take
-MEMORY bytes of addresses more than it has before the call. Beyond that it ends, and the call is a UserError.
+Both can loop without end or fill the memory, inside libraries that cannot be interrupted. They run in a second process,
+which is kept for later calls. Each call may take SECONDS of processor time and, on Linux, MEMORY bytes of new address
+space. If a call exceeds a limit, that process ends and the call raises UserError. Windows has only the timeout WAIT.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ import time
 from acorn import REPO, UserError
 
 SECONDS = 5  # of processor time; a conversation takes milliseconds
-WAIT = 60  # seconds until a process that got no processor time, or has no such limit, is given up
+WAIT = 60  # seconds; the timeout of a call, for a busy machine or a system without such limits
 MEMORY = 1 << 30  # bytes
 LONGEST = 1 << 26  # characters of a rendered conversation
-RUN = 1 << 16  # characters of one kind in a row, which patterns have to get through
+RUN = 1 << 16  # length of the runs of one character that patterns are tried on
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
 _worker, _lock = None, threading.Lock()
@@ -36,20 +36,20 @@ def render(what: str, **arguments) -> str:
 
 
 def check_patterns(what: str, normalizer: dict | None, pre_tokenizer: dict | None) -> None:
-    """Try these parts of a tokenizer.json on long runs of letters, spaces and so on. Raises UserError where they fail
-    there or exceed the limits, as regular expressions do whose time grows with the square of a text, or faster."""
+    """Try these parts of a tokenizer.json on long runs of letters, spaces and other characters. Raises UserError if
+    they fail or exceed the limits, as regular expressions of quadratic or exponential time do."""
     _call(what, "check_patterns", dict(normalizer=normalizer, pre_tokenizer=pre_tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The process that asks
+# The calling process
 
 
 class _Worker:
-    """The other process; a thread collects what it answers, line by line."""
+    """The process with limits, and a thread that collects its answers, one JSON object a line."""
 
     def __init__(self):
-        # the first place that Python looks for modules would be the folder where a person stands
+        # sys.path[0] would be the working directory, whose modules must not be imported
         start = f"import sys; sys.path[0] = {str(REPO)!r}; from acorn import sandbox; sandbox.serve()"
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         env = os.environ | ONE_THREAD | {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -59,7 +59,7 @@ class _Worker:
 
     def collect(self, descriptor: int) -> None:
         pieces = []
-        while piece := os.read(descriptor, 1 << 16):  # not a file object, whose lock would trouble the end of Python
+        while piece := os.read(descriptor, 1 << 16):  # a file object's lock could abort Python's shutdown
             while b"\n" in piece:
                 line, piece = piece.split(b"\n", 1)
                 self.answers.put(b"".join([*pieces, line]))
@@ -68,7 +68,7 @@ class _Worker:
         self.answers.put(None)
 
     def ask(self, request: bytes) -> dict | None:
-        """The answer; None where the process ended, or did not answer in time."""
+        """The answer to a request; None if the process ended or the timeout passed."""
         try:
             rest = memoryview(request)
             while rest:
@@ -103,13 +103,13 @@ def _call(what: str, task: str, arguments: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The process that answers
+# The process with limits
 
 
 def serve() -> None:
-    """Answer the requests on standard input, a line of JSON each, until its end."""
+    """Answer the requests on standard input, one JSON array a line, until it is closed."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # libraries may print
     for line in sys.stdin.buffer:
         task, arguments, seconds = json.loads(line)
         run, failed = {
@@ -129,7 +129,7 @@ def serve() -> None:
 
 
 def _limit(seconds: int) -> None:
-    """Set the limits of a call, where the system has such."""
+    """Set the limits of a call, as far as the system supports them."""
     try:
         import resource
     except ImportError:  # Windows
@@ -162,7 +162,7 @@ def _check_patterns(seconds: int, normalizer: dict | None, pre_tokenizer: dict |
     import tokenizers
 
     _limit(seconds)
-    model = {"type": "BPE", "vocab": {}, "merges": []}  # the patterns alone take time: what follows is linear
+    model = {"type": "BPE", "vocab": {}, "merges": []}  # only the patterns can take more than linear time
     parts = dict(added_tokens=[], normalizer=normalizer, pre_tokenizer=pre_tokenizer, model=model)
     backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **parts}))
     for char in "a !1\n\té字":
