@@ -24,7 +24,20 @@ import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, autotune, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
+from acorn import (
+    UserError,
+    autotune,
+    checkpoint,
+    files,
+    lora,
+    printable,
+    report,
+    run,
+    runtime,
+    settings,
+    sharding,
+    watch,
+)
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
@@ -409,7 +422,7 @@ def main() -> int:
     def say(text: str) -> None:
         if r.is_main:
             try:
-                print(text, flush=True)
+                print(printable(text), flush=True)
             except BrokenPipeError:  # whoever read this went away, as in `python train.py | head`
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 signals.append(signal.SIGTERM)
@@ -592,13 +605,13 @@ def main() -> int:
             )
             if s.eval_only:
                 return 0
+            if step > 0 and (best or failed or s.always_save_checkpoint):
+                save(best)
+                saved_at = step
             if metrics is not None:
                 values = {f"val_{name}": value for name, value in val.items()}
                 metrics.write(step=step, train_loss=train["loss"], **values, seconds=at["seconds"])
                 report.draw_curve(report.read_metrics(metrics.path), out_dir / "loss.png")
-            if step > 0 and (best or failed or s.always_save_checkpoint):
-                save(best)
-                saved_at = step
         sampling = s.sample_interval and step % s.sample_interval == 0 and step > sampled_at and writes
         sampled_at = step  # smaller micro-batches begin the same update again
         if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none

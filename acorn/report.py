@@ -16,7 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError, files
+from acorn import UserError, files, printable
+
+MOST = 1 << 31  # bytes of a metrics.jsonl
+FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
+FIGURES |= {"val_perplexity", "val_bits_per_byte"}
 
 ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that tell runs apart by name only
 
@@ -32,7 +36,7 @@ class Metrics:
         self.path, self.wandb_run, self.torn = out_dir / "metrics.jsonl", wandb_run, False
         kept = [
             line
-            for line in read_metrics(self.path)
+            for line in read_metrics(self.path, warn=True)
             if line["step"] < step or ("val_loss" in line and line["step"] == step == evaluated_at)
         ]
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -42,7 +46,7 @@ class Metrics:
         take it, as when it is full, the line is lost, a warning says so once, and the run goes on."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
-            with open(self.path, "a") as file:
+            with files.open_own(self.path, "a") as file:
                 file.write("\n" * self.torn + json.dumps(values) + "\n")
             self.torn = False
         except OSError as error:
@@ -52,20 +56,38 @@ class Metrics:
         if self.wandb_run is not None:  # which draws no lists, so what each process has, as memory/0, memory/1, ...
             lists = {k: v for k, v in values.items() if isinstance(v, list)}
             each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
-            self.wandb_run.log({k: v for k, v in values.items() if k not in lists} | each, step=values["step"])
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The objects in a metrics.jsonl; lines that a kill left half-written are passed over."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
             try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+                self.wandb_run.log({k: v for k, v in values.items() if k not in lists} | each, step=values["step"])
+            except Exception as error:  # wandb raises many kinds
+                reason = printable(f"{error!s:.200}")
+                print(f"warning: wandb takes no more metrics ({reason}); the run goes on without it", file=sys.stderr)
+                self.wandb_run = None
+
+
+def read_metrics(path: Path, warn: bool = False) -> list[dict]:
+    """The objects in a metrics.jsonl, with None for figures that are not finite. Lines that `Metrics` did not write are
+    left out, such as one that a kill cut off; `warn` prints how many. A file that cannot be read gives no lines."""
+    lines, bad, content = [], [], b""
+    try:
+        content = files.read_bytes(path, MOST)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        print(f"warning: {path} cannot be read ({error.strerror})", file=sys.stderr)
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int) or not 0 <= line["step"] < 2**53 or line["step"] is True:
+                raise ValueError("its step is not a count")
+            for name in FIGURES & line.keys():
+                line[name] = None if line[name] is None or not math.isfinite(line[name]) else line[name]
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            bad += [number] if text.strip() else []
+        else:
+            lines.append(line)
+    if warn and bad:
+        count = f"{len(bad)} lines that are" if len(bad) > 1 else "a line that is"
+        print(f"warning: {path} has {count} not metrics (line {bad[0]}); left out", file=sys.stderr)
     return lines
 
 
@@ -92,7 +114,16 @@ def running_mean(values: list[float], width: int) -> np.ndarray:
 
 def draw_curve(metrics: list[dict], picture: Path) -> None:
     """Draw the losses of `metrics` over the steps into the PNG file `picture`, with marks where a loss spikes. The
-    title is the folder of the picture. The axis shows the losses after the first tenth of the run."""
+    title is the folder of the picture. The axis shows the losses after the first tenth of the run. Where drawing
+    fails, a warning says why: a picture never ends a run."""
+    try:
+        draw_losses(metrics, picture)
+    except Exception as error:  # of the disk, or of the library that draws
+        reason = printable(f"{getattr(error, 'strerror', None) or error!s:.200}")
+        print(f"warning: {picture} cannot be written ({reason}); the run goes on", file=sys.stderr)
+
+
+def draw_losses(metrics: list[dict], picture: Path) -> None:
     plt = import_pyplot()
     updates = [m for m in metrics if m.get("loss") is not None]
     evaluations = [m for m in metrics if m.get("val_loss") is not None]
@@ -121,10 +152,7 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(loc="upper right")
-        try:
-            save_picture(figure, picture)
-        except OSError as error:
-            print(f"warning: {picture} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+        save_picture(figure, picture)
 
 
 def useful_limits(noisy: list[list[tuple]], smooth: list[list[tuple]]) -> tuple[float, float] | None:
@@ -243,7 +271,8 @@ def save_picture(figure, picture: Path) -> None:
     """Write a matplotlib figure, whole or not at all, and close it."""
     beside = picture.with_name(f".{picture.stem}.writing{picture.suffix}")
     try:
-        figure.savefig(beside, dpi=120)
+        with files.create(beside) as file:
+            figure.savefig(file, dpi=120, format=picture.suffix[1:])
         os.replace(beside, picture)
     finally:
         beside.unlink(missing_ok=True)
@@ -258,6 +287,9 @@ def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: 
         raise UserError(
             "wandb_log is on, but wandb is not installed; pip install wandb, or --wandb_log=False"
         ) from error
+    for name in ("wandb", ".wandb"):
+        if (out_dir / name).is_symlink():
+            raise UserError(f"{out_dir / name} is a symbolic link, which wandb would write through; remove it")
     try:
         return wandb.init(
             project=project, name=name, config=settings, dir=str(out_dir), id=run_id, resume="allow" if run_id else None
@@ -343,16 +375,16 @@ def size(n_bytes: float) -> str:
 def read_run(out_dir: Path) -> dict:
     """What a run left in its out_dir: `metrics`, `settings` and `tokenizer` (both empty before its first checkpoint),
     and the figures of the table. Raises UserError where no run is."""
-    metrics = read_metrics(out_dir / "metrics.jsonl")
+    metrics = read_metrics(out_dir / "metrics.jsonl", warn=True)
     if not metrics:
         raise UserError(f"{out_dir} holds no metrics.jsonl with the steps of a run; give the out_dir of a training run")
     settings, tokenizer = {}, {}
     for state in sorted(out_dir.glob("step_*/state.json"), key=lambda file: (len(file.parent.name), file)):
         try:
-            saved = json.loads(state.read_text())
+            saved = files.read_json(state)
             settings, tokenizer = dict(saved["settings"]), dict(saved.get("tokenizer") or {})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            print(f"warning: {state} is not whole; passing it over", file=sys.stderr)
+        except (OSError, ValueError, KeyError, TypeError):
+            print(printable(f"warning: {state} is not whole; passing it over"), file=sys.stderr)
 
     def numbers(name: str) -> list[float]:
         return [m[name] for m in metrics if isinstance(m.get(name), (int, float))]
@@ -435,8 +467,8 @@ def main() -> int:
         settings = {name: dict(zip(names, row, strict=True)) for name, row in differ.items()}
         figures = {name: run["figures"] for name, run in runs.items()}
         ranked_by = "bits per byte" if per_byte else "val loss"
-        said = {"runs": figures, "differ": settings, "ranked_by": ranked_by, "picture": str(picture)}
-        print(json.dumps(said, ensure_ascii=False))
+        result = {"runs": figures, "differ": settings, "ranked_by": ranked_by, "picture": str(picture)}
+        print(printable(json.dumps(result, ensure_ascii=False)))
         return 0
 
     def cell(value, places: int = 99) -> str:
@@ -454,7 +486,8 @@ def main() -> int:
     rows += [[f"  {name}", *map(cell, row)] for name, row in differ.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for first, *others in rows:
-        print("  ".join([first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]))
+        cells = [first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True))]
+        print(printable("  ".join(cells)))
     for name, run in runs.items():
         if not run["settings"]:
             print(f"{name} has no whole checkpoint, so its settings are not known")

@@ -4,6 +4,7 @@ A config file is Python code, which is run: each public name in it that is not a
 setting. Names that start with an underscore are the file's own.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -108,8 +109,9 @@ def convert(value, kind, name: str):
                 number = float(text)  # 1e3 is a fine way to write an int
             except ValueError:
                 number = math.nan
-        if isinstance(number, (int, float)) and math.isfinite(number) and kind(number) == number:
-            return kind(number)
+        with contextlib.suppress(OverflowError):  # an int that is too large for a float
+            if isinstance(number, (int, float)) and math.isfinite(number) and kind(number) == number:
+                return kind(number)
     elif typing.get_origin(kind) is typing.Literal:
         for choice in typing.get_args(kind):
             if (value == choice and type(value) is type(choice)) or (

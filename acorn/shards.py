@@ -77,7 +77,7 @@ class ShardWriter:
             )
         while len(ids):
             if self._file is None:
-                self._file = open(self._temporary, "wb")  # noqa: SIM115 (it stays open between calls)
+                self._file = files.create(self._temporary)
                 self._write_header()
             part, ids = np.split(ids, [self.shard_tokens - self._in_shard])
             self._file.write(part.astype(self.dtype).data)
@@ -107,9 +107,10 @@ class ShardWriter:
             if (self.folder / self._name).exists():  # it was finished after that
                 os.replace(self.folder / self._name, self._temporary)
             size = HEADER_BYTES + self._in_shard * self.dtype.itemsize
-            if not self._temporary.exists() or self._temporary.stat().st_size < size:
+            is_own = self._temporary.is_file() and not self._temporary.is_symlink()
+            if not is_own or self._temporary.stat().st_size < size:
                 raise UserError(f"{self._temporary} has lost tokens; prepare the dataset again")
-            self._file = open(self._temporary, "r+b")  # noqa: SIM115 (it stays open between calls)
+            self._file = files.open_own(self._temporary, "r+b")
             self._file.seek(size)
             self._file.truncate()
 
@@ -249,7 +250,7 @@ class Tokens:
         if not tokens:
             return np.empty(0, dtype)
         try:
-            file, mapped = self._maps.get(shard) or (open(path, "rb"), None)  # noqa: SIM115 (as long as the map)
+            file, mapped = self._maps.get(shard) or (files.open_regular(path), None)
             now = _which_file(os.fstat(file.fileno()))
         except OSError as error:
             raise UserError(f"{path} cannot be read any more ({error.strerror}); bring it back: {_GO_ON}") from error
@@ -393,7 +394,7 @@ def _prepare_command(name: str) -> str:
 def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
     meta_path = path / "meta.json"
     try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        meta = files.read_json(meta_path)
         sha256 = meta.pop("sha256", None)  # those of older versions have none
         if sha256 not in (None, meta_hash(meta)):
             raise ValueError("it says something else than when it was written")
@@ -477,7 +478,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 def _read_meta_pkl(path: Path) -> CharTokenizer:
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             itos = _PlainUnpickler(file).load()["itos"]
         return from_dict({"kind": "char", "vocab": [itos[i] for i in range(len(itos))]})
     except Exception as error:  # a broken pickle can raise nearly anything

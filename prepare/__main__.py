@@ -4,7 +4,6 @@ import argparse
 import difflib
 import importlib
 import importlib.util
-import json
 import os
 import pkgutil
 import shlex
@@ -18,7 +17,7 @@ if not __package__:  # run as `python prepare`: the first entry is this folder, 
 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
-from acorn import UserError, settings  # noqa: E402
+from acorn import UserError, files, printable, settings  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
@@ -87,7 +86,7 @@ def prepare_corpus(argv: list[str]) -> None:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # not one of documents
         meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer, source=source)
-        print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+        print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
         return
     meta = pipeline.prepare(
         corpus.documents(args),
@@ -102,7 +101,7 @@ def prepare_corpus(argv: list[str]) -> None:
         shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
-    print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+    print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
 
 
 def load_corpus(name: str) -> types.ModuleType:
@@ -156,7 +155,7 @@ def tokenizer_of(name: str) -> str | Tokenizer:
             return tokenizer
     try:
         if states:
-            return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
+            return from_dict(files.read_json(states[-1])["tokenizer"])
         return load_dataset(name).tokenizer
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         near = difflib.get_close_matches(name, KINDS, 1)

@@ -71,7 +71,7 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
-        shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+        files.remove(partial)  # of a preparation that was killed
         partial.mkdir()
         write_meta(partial, {"format": 1, "name": name} | write_conversations(args, partial, tokenizer, source))
         return pipeline.move_in(partial, out)

@@ -263,7 +263,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
         return call
 
     really_remove = shutil.rmtree
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
     for module, name in ((checkpoint, "save_file"), (checkpoint.files, "sync")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("rename", "replace"):
