@@ -42,6 +42,21 @@ def make_optimizers(
     return optimizers
 
 
+def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
+    """Step the optimizers; or, if the norm of the gradient is not finite, change nothing but the gradients. The device
+    decides, so that the host need not wait for it. `skipped` (2,) counts such updates: in a row up to now, and in all.
+    """
+    bad = ~grad_norm.isfinite()
+    skipped += bad
+    skipped[0].mul_(bad)
+    if bad.device.type == "mps" and bad:  # its fused AdamW does not look at found_inf
+        return
+    for optimizer in optimizers:
+        optimizer.found_inf = bad.float()  # as GradScaler tells fused optimizers; 1 stops them
+        optimizer.step()
+        del optimizer.found_inf
+
+
 def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """What the optimizers remember, after the names of parameters: wte.weight.exp_avg, wte.weight.step and so on; only
     numbers of steps are numbers, all else has the parameter's shape. Nothing before the first update."""
@@ -104,7 +119,8 @@ class Muon(torch.optim.Optimizer):
     same shape are stacked and orthogonalized together, which is what makes it cheap for small models. Several processes
     divide the matrices among them; of sharded ones each remembers the momentum of its own rows. `dtype` is that in
     which they are orthogonalized: bfloat16 serves, but makes visible in the losses what float32 keeps in the last
-    digits, such as the order in which processes sum up a gradient.
+    digits, such as the order in which processes sum up a gradient. Where `found_inf` is 1, as for fused optimizers of
+    torch, `step` changes nothing.
     """
 
     def __init__(
@@ -120,6 +136,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        skip = None if found_inf is None else found_inf > 0  # on the device
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for p in group["params"]:
@@ -130,6 +148,10 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in same_shape.items():
                 momenta = [self.state[p]["momentum"] for p in params]
                 own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
+                decay = 1 - group["lr"] * group["weight_decay"]
+                if skip is not None:
+                    grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # momentum stays
+                    decay = torch.where(skip, 1.0, decay)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 nesterov = nesterov.to(self.dtype)  # (N, own rows, columns)
@@ -137,7 +159,9 @@ class Muon(torch.optim.Optimizer):
                     updates = orthogonalize_sharded(nesterov, rows)
                 else:
                     updates = orthogonalize_divided(nesterov)
-                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+                if skip is not None:
+                    updates = updates.masked_fill(skip, 0)
+                torch._foreach_mul_(own, decay)
                 updates = updates.to(own[0].dtype).unbind()
                 torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
