@@ -344,6 +344,28 @@ def advice_on_memory(micro_batch: int, windows: int):
         ) from error
 
 
+def accumulate(
+    model: torch.nn.Module,
+    batches: list[Batch],
+    r: runtime.Runtime,
+    scaler: torch.amp.GradScaler,
+    scale: torch.Tensor,
+    average: bool,
+    nats: torch.Tensor,
+) -> None:
+    """Add up the gradients of the micro-batches, times `scale`, and their losses in `nats`. With `average`,
+    DistributedDataParallel averages the gradients in the last backward pass."""
+    for i, batch in enumerate(batches):
+        if isinstance(model, DistributedDataParallel):  # FSDP averages in each pass, since the gradients of the whole
+            # model would stay in every process until the last
+            model.require_backward_grad_sync = average and i == len(batches) - 1
+        x, y, documents = batch.to(r.device)
+        with r.autocast():
+            loss = model(x, y, reduction="sum", documents=documents)[1]
+        scaler.scale(loss * scale).backward()
+        nats += loss.detach()
+
+
 def set_rates(s: TrainSettings, optimizers: list[torch.optim.Optimizer], step: int) -> float:
     """Set the learning rates of update `step`, and return that of learning_rate; the others scale with it."""
     lr = s.learning_rate
@@ -553,19 +575,6 @@ def main() -> int:
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
-    def accumulate(micro_batches: list[Batch], scale: torch.Tensor, nats: torch.Tensor) -> None:
-        """Add the gradients of the micro-batches up, times `scale`, and their losses in `nats`."""
-        for i, batch in enumerate(micro_batches):
-            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass, with
-                # auto_batch once all processes have got through; with FSDP at each, since those of the whole model
-                # would stay in every process until the last
-                model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
-            x, y, documents = batch.to(r.device)
-            with r.autocast():
-                loss = model(x, y, reduction="sum", documents=documents)[1]
-            scaler.scale(loss * scale).backward()
-            nats += loss.detach()
-
     def batches() -> Iterator[tuple[list[Batch], int]]:
         """The micro-batches of this update and of those after it."""
         how = (r, s.block_size, s.seed, eot, windows_per_step, micro_batch, at["position"])
@@ -651,10 +660,11 @@ def main() -> int:
         scale = r.world_size / n_targets.clamp(min=1)
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
+        passes = (model, micro_batches, r, scaler, scale, not s.auto_batch, nats)
         if not s.auto_batch:
             with advice_on_memory(micro_batch, windows_per_step):
-                accumulate(micro_batches, scale, nats)
-        elif r.fits(accumulate, micro_batches, scale, nats):
+                accumulate(*passes)
+        elif r.fits(accumulate, *passes):  # no process waits for another in it; the gradients are averaged after it
             r.average_gradients(raw_model)
         else:
             raw_model.zero_grad(set_to_none=True)

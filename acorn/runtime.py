@@ -158,14 +158,18 @@ class Stopwatch:
 
     def stop(self) -> None:
         self.spans.append((self.began, self._now()))
+        self._add_up()
+
+    def take(self) -> float:
+        """Seconds since the last call; where the device has not come to the end of a span, the next call has it."""
+        self._add_up()
+        total, self.total = self.total, 0.0
+        return total
+
+    def _add_up(self) -> None:
         while self.spans and (not self.on_gpu or self.spans[0][1].query()):
             begin, end = self.spans.pop(0)
             self.total += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
-
-    def take(self) -> float:
-        """Seconds since the last call, as far as the device has come."""
-        total, self.total = self.total, 0.0
-        return total
 
     def _now(self):
         if not self.on_gpu:

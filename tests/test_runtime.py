@@ -86,6 +86,36 @@ def test_a_stopwatch_adds_up_what_lies_between_start_and_stop(monkeypatch):
     assert taken == [0.75, 1.0] and watch.take() == 0
 
 
+def test_a_stopwatch_on_a_gpu_reads_what_the_device_has_passed_and_waits_for_nothing(monkeypatch):
+    passed, recorded = [0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(self)
+            self.at = len(recorded)
+
+        def query(self):
+            return self.at <= passed[0]
+
+        def elapsed_time(self, end):
+            assert self.query() and end.query()
+            return 1000.0 * (end.at - self.at)  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = runtime.Stopwatch(torch.device("cuda"))
+    for _ in range(3):
+        watch.start()
+        watch.stop()
+    assert watch.take() == 0
+    passed[0] = 5
+    assert watch.take() == 2.0
+    passed[0] = 6
+    assert watch.take() == 1.0
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
 def test_freed_memory_serves_the_next_tensor_without_the_kernel():
     code = (
