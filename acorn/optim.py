@@ -42,17 +42,21 @@ def make_optimizers(
     return optimizers
 
 
+# Where the host decides whether to step: on a CPU that is free, and the fused AdamW of MPS ignores found_inf.
+HOST_DECIDES = ("cpu", "mps")
+
+
 def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
-    """Step the optimizers; or, if the norm of the gradient is not finite, change nothing but the gradients. The device
-    decides, so that the host need not wait for it. `skipped` (2,) counts such updates: in a row up to now, and in all.
-    """
+    """Step the optimizers unless the norm of the gradient is non-finite. A GPU decides that itself, so that the host
+    does not wait for it. `skipped` (2,) counts the updates without a step: in a row up to now, and in all."""
     bad = ~grad_norm.isfinite()
     skipped += bad
     skipped[0].mul_(bad)
-    if bad.device.type == "mps" and bad:  # its fused AdamW does not look at found_inf
+    found_inf = None if bad.device.type in HOST_DECIDES else bad.float()
+    if found_inf is None and bad:
         return
     for optimizer in optimizers:
-        optimizer.found_inf = bad.float()  # as GradScaler tells fused optimizers; 1 stops them
+        optimizer.found_inf = found_inf  # as GradScaler tells fused optimizers; with 1 they change nothing
         optimizer.step()
         del optimizer.found_inf
 
@@ -160,7 +164,7 @@ class Muon(torch.optim.Optimizer):
                 else:
                     updates = orthogonalize_divided(nesterov)
                 if skip is not None:
-                    updates = updates.masked_fill(skip, 0)
+                    updates.masked_fill_(skip, 0)
                 torch._foreach_mul_(own, decay)
                 updates = updates.to(own[0].dtype).unbind()
                 torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

@@ -110,6 +110,8 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
 
 # in each run, the third update and the sixth have a gradient that is not finite, of which each process has a part
 POISON = """
+from acorn import optim
+optim.HOST_DECIDES = ()  # as on a GPU
 from acorn.sharding import local
 clip, calls = torch.nn.utils.clip_grad_norm_, []
 def poisoned(parameters, *how):

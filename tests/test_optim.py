@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from acorn import optim
 from acorn.optim import Muon, learning_rate_at, make_optimizers, named_moments, orthogonalize, step_if_finite
 from model import GPT, GPTConfig
 
@@ -103,9 +104,10 @@ def test_muon_state_is_restored_to_the_bit():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad):
+@pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
+def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
     """The same gradients, for an optimizer that is not asked to step where they are not finite."""
+    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
     models = [GPT(config), GPT(config)]

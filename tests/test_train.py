@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_script
-from acorn import UserError, checkpoint, files
+from acorn import UserError, checkpoint, files, optim
 from acorn.shards import load_dataset, sequential_windows, split_windows
 from model import GPT
 
@@ -188,9 +188,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_re
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("host_decides", [(), ("cpu",)])
 def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_end_the_run_at_once(
-    dataset, tmp_path, monkeypatch, capsys
+    dataset, tmp_path, monkeypatch, capsys, host_decides
 ):
+    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
     clip, calls, broken = torch.nn.utils.clip_grad_norm_, [], {2, 3, 5, 8, 9, *range(11, 16), 18, 19, 20, 21, 22, 23}
 
     def poisoned(parameters, *args, **kwargs):
@@ -251,7 +253,8 @@ class HostReads(TorchDispatchMode):
     "words", [["--document_mask=True"], ["--optimizer=muon", "--grad_clip=0", "--auto_batch=True", "--ngram=2"]]
 )
 def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, monkeypatch, words, reads):
-    """Counted on a CPU, where a read costs nothing. With one read too many in each update the count says so."""
+    """Counted on a CPU that is treated as a GPU. With one read too many in each update the count says so."""
+    monkeypatch.setattr(optim, "HOST_DECIDES", ())
     (tmp_path / "t.txt").write_text("this is a document. " * 200)
     assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     monkeypatch.chdir(tmp_path)
