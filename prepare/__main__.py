@@ -14,13 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as `python prepare`: the first entry is this folder, the imports are from the one above
     sys.path[0] = str(ROOT)
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: its threads spin beside the tokenizer's, idle
+
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
-from prepare import inspection, pipeline  # noqa: E402
+from prepare import pipeline  # noqa: E402
 
 CORPORA = [
     module.name
@@ -44,7 +46,8 @@ def main() -> int:
 def prepare_corpus(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in (*CORPORA, "inspect"):
         raise UserError(_unknown_corpus(argv[0]))
-    corpora = {name: importlib.import_module(f"prepare.{name}") for name in CORPORA}
+    named = argv[:1] if argv and argv[0] in CORPORA else CORPORA
+    corpora = {name: importlib.import_module(f"prepare.{name}") for name in named}
     args, unknown = _parser(corpora).parse_known_args(argv)
     if unknown:
         options = [f"--{name}" for name in vars(args)]
@@ -55,6 +58,8 @@ def prepare_corpus(argv: list[str]) -> None:
         raise UserError(f"prepare {args.corpus} does not know what to do with {unknown[0]}; {hint}")
 
     if args.corpus == "inspect":
+        from prepare import inspection
+
         inspection.inspect(args)
         return
     corpus = corpora[args.corpus]
@@ -227,11 +232,14 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
             default="strict",
             help="bytes that are not UTF-8; default: strict",
         )
-    _add_inspect(subparsers)
+    if len(corpora) > 1:
+        _add_inspect(subparsers)
     return parser
 
 
 def _add_inspect(subparsers) -> None:
+    from prepare import inspection
+
     sub = subparsers.add_parser(
         "inspect",
         help=inspection.__doc__.splitlines()[0],
