@@ -27,7 +27,7 @@ from prepare import pipeline  # noqa: E402
 CORPORA = [
     module.name
     for module in pkgutil.iter_modules(prepare.__path__)
-    if module.name not in ("__main__", "inspection", "pipeline", "reading")
+    if module.name not in ("__main__", "encoding", "inspection", "pipeline", "reading")
 ]
 
 # of every corpus; by the others its text can be read again
@@ -230,7 +230,8 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
             "--errors",
             choices=("strict", "replace"),
             default="strict",
-            help="bytes that are not UTF-8; default: strict",
+            help="bytes that are not text in the file's encoding: refuse them, or replace them by U+FFFD and count "
+            "them; default: strict",
         )
     if len(corpora) > 1:
         _add_inspect(subparsers)

@@ -6,14 +6,19 @@ It streams by default: nothing is stored but the shards. `--max_tokens` takes th
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 from acorn import UserError
+from prepare.encoding import Faults, counted
 from prepare.pipeline import Document
+from prepare.reading import cell
 
 TOKENIZER = "gpt2"
 VAL_FRACTION = 0.0005
-ROWS = 1000  # read at once
+ROWS = 1000  # read at once, at most
+FIRST_ROWS = 16  # whose length decides how many
+HELD = 1 << 24  # bytes of the rows read at once, if all are as long as the first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +59,13 @@ def documents(args: argparse.Namespace) -> "HubDocuments":
     return HubDocuments(args.dataset, args)
 
 
+def _rows_at_once(table_rows) -> int:
+    """How many rows to read at once: few where the first ones are long."""
+    first = next(table_rows.iter(min(FIRST_ROWS, ROWS)), None)
+    rows = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
+    return min(ROWS, max(1, rows))
+
+
 class HubDocuments:
     """An iterable of the texts of a dataset, read anew each time; those of `--val_split` come first.
 
@@ -66,6 +78,7 @@ class HubDocuments:
         self.name, self.args, self.join = name, args, join
         self.parts = [("val", args.val_split), ("train", args.split)] if args.val_split else [(None, args.split)]
         self._bookmark = {"documents": 0, "part": 0, "state": None}
+        self._said = set()
 
     def fingerprint(self) -> list:
         args = self.args
@@ -79,18 +92,32 @@ class HubDocuments:
 
     def read_from(self, bookmark: dict) -> Iterator[str | Document]:
         self._bookmark = bookmark
-        for part in range(bookmark["part"], len(self.parts)):
-            split, rows = self.parts[part][0], self._rows(part)
-            for text in self.join(rows) if self.join else rows:
-                yield Document(text, split) if split else text
+        faults = Faults()
+        try:
+            for part in range(bookmark["part"], len(self.parts)):
+                split, rows = self.parts[part][0], self._rows(part, faults)
+                if self.join:
+                    rows = self.join(row if isinstance(row, str) else "".join(row) for row in rows)
+                for text in rows:
+                    yield Document(text, split) if split else text
+        finally:  # --max_tokens ends it early
+            for note in faults.notes():
+                if note not in self._said:
+                    print(note, file=sys.stderr)
+                self._said.add(note)
 
-    def _rows(self, part: int) -> Iterator[str]:
+    def _rows(self, part: int, faults: Faults) -> Iterator[str | Iterator[str]]:
         """The texts of a part from the bookmark on, which moves along; where rows are joined it stays at the start."""
         table_rows = self._open(self.parts[part][1])
         count, state = self._bookmark["documents"], self._bookmark["state"]
         if state:
-            table_rows.load_state_dict(state)
-        tables = table_rows.iter(ROWS)
+            table_rows.load_state_dict(state["datasets"])
+        errors = counted(getattr(self.args, "errors", "strict"))
+        try:
+            rows = state["rows"] if state else _rows_at_once(table_rows)
+            tables = table_rows.iter(rows)
+        except Exception as error:
+            raise self._explained(error) from error
         while True:
             try:
                 table = next(tables, None)
@@ -98,13 +125,19 @@ class HubDocuments:
                 raise self._explained(error) from error
             if table is None:
                 break
-            for text in table[self.args.key].to_pylist():
-                if not isinstance(text, str | None):
+            for number, value in enumerate(table[self.args.key], count + 1):
+                text = cell(value, f"row {number} of {self.name}", self.args.key, errors)
+                if text is not None and not isinstance(text, str | Iterator):
                     raise UserError(f"the field '{self.args.key}' of {self.name} is no text but {text!r:.40}")
-                yield text or ""
+                if isinstance(text, Iterator):
+                    yield (faults.look(block, self.name) for block in text)
+                else:
+                    yield faults.look(text or "", self.name)
             count += len(table)
             if not self.join:
-                self._bookmark = {"documents": count, "part": part, "state": table_rows.state_dict()}
+                # with another number of rows at once, datasets would lose some or give them twice
+                state = {"rows": rows, "datasets": table_rows.state_dict()}
+                self._bookmark = {"documents": count, "part": part, "state": state}
         if not self.join:
             self._bookmark = {"documents": count, "part": part + 1, "state": None}
 
