@@ -20,14 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
+from acorn import (
+    UserError,
+    autotune,
+    checkpoint,
+    files,
+    lora,
+    printable,
+    report,
+    run,
+    runtime,
+    settings,
+    sharding,
+    watch,
+)
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, make_optimizers
+from acorn.optim import learning_rate_at, make_optimizers, rate_change
 from acorn.shards import number_documents, split_windows
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
@@ -144,6 +158,7 @@ def check(s: TrainSettings) -> None:
         raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
+    learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises where it has no branch
     if s.auto_batch and s.fsdp:
         raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
     if not s.out_dir or "\0" in s.out_dir:
@@ -399,7 +414,7 @@ def main() -> int:
     there = checkpoint.step_folders(out_dir)
 
     # ---- machine
-    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd, s.fsdp)
+    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.fsdp)
     if s.activation_checkpointing:
         runtime.set_malloc(lean=True)
     signals = []  # those that asked this process to stop
@@ -407,7 +422,7 @@ def main() -> int:
     def say(text: str) -> None:
         if r.is_main:
             try:
-                print(text, flush=True)
+                print(printable(text), flush=True)
             except BrokenPipeError:  # whoever read this went away, as in `python train.py | head`
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 signals.append(signal.SIGTERM)
@@ -432,6 +447,12 @@ def main() -> int:
     if s.freeze:
         lora.freeze(model, s.freeze)
     model.activation_checkpointing = s.activation_checkpointing
+    muon, before = s.optimizer == "muon", state.get("arithmetic")
+    arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, muon, r, before)
+    r.dtype = arithmetic.torch_dtype
+    arithmetic.apply(model)
+    if notes:
+        say("; ".join(notes))
     if r.fsdp:  # from here on it takes memory, each process for its rows alone
         model = sharding.shard(model, r, values)
     else:
@@ -441,12 +462,14 @@ def main() -> int:
     windows_per_step = s.gradient_accumulation_steps * s.batch_size
     tokens_per_step = windows_per_step * s.block_size
     say(describe(s, data, raw_model, source))
+    if s.init_from == "resume":
+        before = settings.build(TrainSettings, settings.checked(TrainSettings, state["settings"]))
+        if change := rate_change(before, s, state["step"]):
+            say(f"note: {change}")
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
-    # bfloat16 serves Muon well; where float32 was asked for by name, its products are float32 too
-    muon_dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
-    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, muon_dtype)
+    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, arithmetic.torch_muon_dtype)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
     if s.init_from == "resume":
         checkpoint.load_optimizers(folder, state, raw_model, optimizers)
@@ -512,7 +535,8 @@ def main() -> int:
 
     def save(best: bool = False) -> None:
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": watch.launch_id()}
+        progress |= {"arithmetic": dataclasses.asdict(arithmetic), "lora": adapters}
+        progress |= {"scaler": scaler.state_dict(), "launch": watch.launch_id()}
         writer.save(raw_model, optimizers, progress, best)
 
     def saved_whole() -> bool:
@@ -546,6 +570,7 @@ def main() -> int:
     stop, best_before = False, at["best_loss"]
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
+    time_left = report.TimeLeft(s.max_iters, s.eval_interval)
     waited = 0.0  # seconds since then, for processes that came later to their updates
     model.train()
     while True:
@@ -561,6 +586,7 @@ def main() -> int:
 
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
+        due_at = time.perf_counter() if due and at["evaluated_at"] != step else None
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
             how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
             train = evaluate_mixture(raw_model, data, "train", *how)
@@ -579,13 +605,13 @@ def main() -> int:
             )
             if s.eval_only:
                 return 0
+            if step > 0 and (best or failed or s.always_save_checkpoint):
+                save(best)
+                saved_at = step
             if metrics is not None:
                 values = {f"val_{name}": value for name, value in val.items()}
                 metrics.write(step=step, train_loss=train["loss"], **values, seconds=at["seconds"])
                 report.draw_curve(report.read_metrics(metrics.path), out_dir / "loss.png")
-            if step > 0 and (best or failed or s.always_save_checkpoint):
-                save(best)
-                saved_at = step
         sampling = s.sample_interval and step % s.sample_interval == 0 and step > sampled_at and writes
         sampled_at = step  # smaller micro-batches begin the same update again
         if sampling and (r.is_main or r.fsdp):  # a sharded model runs in all processes or in none
@@ -596,6 +622,8 @@ def main() -> int:
             say(f"--- a sample at step {step}\n{text}\n---")
         if due:
             clock, clock_step = time.perf_counter(), step
+            if due_at is not None:
+                time_left.evaluated(clock - due_at)
         if step == s.max_iters and not s.dry_run:
             if saved_at != step:  # the last weights, even where they are not the best
                 save()
@@ -680,14 +708,12 @@ def main() -> int:
         if step % s.log_interval == 0 and not s.dry_run:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)  # seconds an update
+            time_left.updated(step + 1 - clock_step, dt * (step + 1 - clock_step))
             clock, clock_step = time.perf_counter(), step + 1
             loss = r.sum(nats).item() / max(n_targets, 1)
             mfu = raw_model.estimate_mfu(windows_per_step, dt, r.peak_flops())
-            left = report.duration(dt * (s.max_iters - step - 1))
-            say(
-                f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-                f"{tokens_per_step / dt:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | {left} left"
-            )
+            left = time_left.estimate(step + 1)
+            say(report.update_line(step, s.max_iters, loss, lr, grad_norm, tokens_per_step / dt, mfu, left))
             memory, waits = zip(*r.gather([runtime.peak_memory(r.device), waited]), strict=True)  # of each process
             waited = 0.0
             if metrics is not None:

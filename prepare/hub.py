@@ -111,10 +111,17 @@ class HubDocuments:
         table_rows = self._open(self.parts[part][1])
         count, state = self._bookmark["documents"], self._bookmark["state"]
         if state:
-            table_rows.load_state_dict(state["datasets"])
+            try:
+                rows = min(ROWS, max(1, int(state["rows"])))
+                table_rows.load_state_dict(state["datasets"])
+            except Exception as error:  # the library does not check what it takes
+                raise UserError(
+                    f"the place in {self.name} where reading stopped is not as it was written ({error!s:.80}); remove "
+                    "the folder .acorn_partial of the dataset, and start again"
+                ) from error
         errors = counted(getattr(self.args, "errors", "strict"))
         try:
-            rows = state["rows"] if state else _rows_at_once(table_rows)
+            rows = rows if state else _rows_at_once(table_rows)
             tables = table_rows.iter(rows)
         except Exception as error:
             raise self._explained(error) from error
@@ -145,6 +152,8 @@ class HubDocuments:
         """The rows of a split, as an iterable dataset of Arrow tables with the one field."""
         import datasets
 
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         args = self.args
         try:
             rows = datasets.load_dataset(

@@ -1,12 +1,16 @@
 """Muon against the singular value decomposition, learning-rate schedules against hand computations."""
 
 import copy
+import dataclasses
 import math
+import typing
 
 import pytest
 import torch
 
-from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
+import train
+from acorn import UserError
+from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize, rate_change
 from model import GPT, GPTConfig
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -39,6 +43,50 @@ def test_constant_does_not_fall():
 def test_wsd_holds_and_then_falls_over_the_last_part():
     rates = [learning_rate_at(step, "wsd", **COMMON, cooldown_frac=0.5) for step in (10, 55, 82.5, 110, 200)]
     assert rates == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("step", [0, 9, 10, 60, 200])
+def test_an_unknown_schedule_is_refused_at_every_step(step):
+    with pytest.raises(UserError, match=r"sine.*learning_rate_at"):
+        learning_rate_at(step, "sine", **COMMON)
+
+
+def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
+    """A name in the Literal alone: what a person who adds one may forget is named."""
+    with pytest.raises(UserError, match="learning_rate_at"):
+        train.check(train.TrainSettings(lr_schedule="sine"))
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    with pytest.raises(UserError, match="make_optimizers"):
+        make_optimizers(model, "lion", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+    model.configure_optimizers = lambda *args: torch.optim.SGD(model.parameters())
+    with pytest.raises(UserError, match=r"SGD.*moment_kinds"):
+        make_optimizers(model, "adamw", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+
+
+def test_every_choice_of_the_settings_is_implemented():
+    choices = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(train.TrainSettings).items()}
+    for schedule in choices["lr_schedule"]:
+        assert learning_rate_at(60, schedule, **COMMON) > 0
+    shape = dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+    for name in ("pos", "norm", "mlp"):
+        for choice in choices[name]:
+            logits, _ = GPT(GPTConfig(**shape, **{name: choice}))(torch.zeros(1, 4, dtype=torch.long))
+            assert logits.isfinite().all()
+    for optimizer in choices["optimizer"]:
+        assert make_optimizers(GPT(GPTConfig(**shape)), optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+
+
+def test_a_change_of_the_learning_rate_on_resume_is_foretold():
+    before = train.TrainSettings(max_iters=100, warmup_iters=0, learning_rate=1e-3, min_lr=0.0, lr_schedule="linear")
+    longer = dataclasses.replace(before, max_iters=200)
+    said = rate_change(before, longer, 75)
+    assert "2.50e-04 to 6.25e-04" in said and "--lr_decay_iters=100" in said and "max_iters=200" in said
+    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # what was advised
+    assert rate_change(before, before, 75) is rate_change(before, longer, 0) is None
+    constant = [dataclasses.replace(s, decay_lr=False) for s in (before, longer)]
+    assert rate_change(*constant, 75) is None
+    said = rate_change(before, dataclasses.replace(before, learning_rate=2e-3), 75)
+    assert "2.50e-04 to 5.00e-04" in said and "lr_decay_iters" not in said
 
 
 def test_a_run_of_warmup_only():
