@@ -16,8 +16,9 @@ from acorn import UserError
 
 SAMPLE = 1 << 16  # bytes that are judged
 SEARCHED = 1 << 20  # bytes at the beginning of a file among which those that are not ASCII are looked for
-CONFIDENT = 0.95  # of charset-normalizer: 1 minus the share of its mess
-MARGIN = 0.05  # by which the next one is less sure
+CONFIDENT = 0.9  # of charset-normalizer: 1 minus the share of its mess
+MARGIN = 0.1  # by which the next one is less sure
+NARROW = 0.2  # the share of half-width katakana among the characters beyond ASCII, at most
 EVIDENCE = 10  # characters beyond ASCII, at least
 NULS = 0.01  # the share of NUL bytes above which a file is not text
 MARKS = {  # the longer ones first
@@ -27,6 +28,7 @@ MARKS = {  # the longer ones first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+ESCAPES = (b"\x1b$B", b"\x1b$@")  # of ISO-2022-JP, whose bytes are all ASCII
 DETECTED = {  # by Python's name, each the superset of what charset-normalizer cannot tell apart: how people call it
     "gb18030": "GB18030",
     "big5hkscs": "Big5",
@@ -39,9 +41,16 @@ DETECTED = {  # by Python's name, each the superset of what charset-normalizer c
     "utf_32_be": "UTF-32 without a byte order mark",
 }
 COMMON = ("cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256", "tis_620")
-FAMILIES = {"big5": "big5hkscs", "cp950": "big5hkscs", "shift_jis": "cp932", "gbk": "gb18030", "euc_kr": "cp949"}
+FAMILIES = {
+    **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
+    **dict.fromkeys(("big5", "cp950"), "big5hkscs"),
+    **dict.fromkeys(("shift_jis", "shift_jis_2004", "shift_jisx0213"), "cp932"),
+    **dict.fromkeys(("euc_jis_2004", "euc_jisx0213"), "euc_jp"),
+    "euc_kr": "cp949",
+}
 NOT_TEXT = {  # first bytes: what it is, and what to do
     b"%PDF-": ("a PDF document", "extract its text first, for example with pdftotext"),
+    b"{\\rtf": ("an RTF document", "save its content as plain text"),
     b"PK\x03\x04": ("a zip archive, as .docx, .xlsx and .epub are", "unpack it, or save its content as plain text"),
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an old Office document", "save its content as plain text"),
     b"\x1f\x8b": ("gzip", "give it a name that ends in .gz"),
@@ -56,7 +65,7 @@ NOT_TEXT = {  # first bytes: what it is, and what to do
     b"GIF8": ("a picture", "leave it out"),
     b"\x7fELF": ("a program", "leave it out"),
 }
-MARKUP = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.IGNORECASE)
+HTML = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.IGNORECASE)
 
 
 class Detected(NamedTuple):
@@ -91,6 +100,8 @@ def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             return Detected(encoding)
+    if any(escape in data for escape in ESCAPES):
+        return Detected("iso2022_jp")
     wrong, nuls = _first_not_utf8(data), data.count(0)
     if wrong is None and not nuls:
         return Detected("utf-8")
@@ -131,16 +142,15 @@ def not_text(data: bytes) -> tuple[str, str] | None:
     return next((found for first, found in NOT_TEXT.items() if data.startswith(first)), None)
 
 
-def markup(text: str) -> str | None:
-    """HTML or RTF where a text begins so, else None."""
-    if text.startswith("{\\rtf"):
-        return "RTF"
-    return "HTML" if MARKUP.match(text) else None
+def is_html(text: str) -> bool:
+    """Whether a text begins as HTML does."""
+    return HTML.match(text) is not None
 
 
 def _first_not_utf8(data: bytes) -> int | None:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)  # its end may be in the middle of a character
+        is_whole = len(data) < SEARCHED  # else its end may be in the middle of a character
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=is_whole)
         return None
     except UnicodeDecodeError as error:
         return error.start
@@ -177,8 +187,9 @@ def _is_sure(guesses: list[tuple[str, float]], sample: bytes) -> bool:
         return False
     text = codecs.getincrementaldecoder(name)("replace").decode(sample)
     strange = sum(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f" for char in text)
+    narrow = sum("\uff61" <= char <= "\uff9f" for char in text)  # in Shift-JIS one byte each, as the letters of KOI8-R
     evidence = len(text) if name.startswith("utf") else sum(not char.isascii() for char in text)
-    return evidence >= EVIDENCE and strange + text.count("\ufffd") < 0.01 * len(text)
+    return evidence >= EVIDENCE and strange + text.count("\ufffd") < 0.01 * len(text) and narrow < NARROW * evidence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,8 +236,8 @@ class Faults:
             self.first.setdefault("marks", name)
         return text
 
-    def notes(self) -> list[str]:
-        """A sentence for each fault."""
+    def notes(self, option: str = "") -> list[str]:
+        """A sentence for each fault. `option` names another encoding, where the command has such an option."""
         notes, replaced = [], _replace.count - self._before
         if replaced:
             share = replaced / max(1, self.chars)
@@ -234,7 +245,7 @@ class Faults:
             notes.append(
                 f"{'warning' if much else 'note'}: replaced undecodable bytes by U+FFFD {replaced:,} times "
                 f"({share:.3%} of the characters), first in {self.first.get('marks', 'a text')}"
-                + ("; if that is not damage, give --encoding NAME" if much else "")
+                + (f"; if that is not damage, give {option}" if much and option else "")
             )
         if self.marks > replaced:
             notes.append(
@@ -242,8 +253,9 @@ class Faults:
                 f"first in {self.first['marks']}; convert the original again"
             )
         if self.nuls:
+            other = f", or give {option} if it has another encoding" if option else ""
             notes.append(
                 f"warning: the text has {self.nuls:,} NUL characters, {self.nuls / self.chars:.3%}, first in "
-                f"{self.first['nuls']}; remove them, or give --encoding NAME if it has another encoding"
+                f"{self.first['nuls']}; remove them{other}"
             )
         return notes

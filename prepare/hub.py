@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from acorn import UserError
 from prepare.encoding import Faults, counted
 from prepare.pipeline import Document
-from prepare.reading import cell
+from prepare.reading import cell, parquet_batches
 
 TOKENIZER = "gpt2"
 VAL_FRACTION = 0.0005
@@ -59,11 +59,45 @@ def documents(args: argparse.Namespace) -> "HubDocuments":
     return HubDocuments(args.dataset, args)
 
 
-def _rows_at_once(table_rows) -> int:
-    """How many rows to read at once: few where the first ones are long."""
-    first = next(table_rows.iter(min(FIRST_ROWS, ROWS)), None)
-    rows = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
-    return min(ROWS, max(1, rows))
+def _parquet_columns(files: list[str], name: str, key: str, state: dict | None) -> Iterator[tuple]:
+    """The field `key` of the files' rows from `state` on, as arrays, each with the state after it."""
+    from datasets.utils.file_utils import xopen  # logs in on the hub, and tries again
+
+    try:
+        first, skip = (int(state["file"]), int(state["rows"])) if state else (0, 0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_as_written(name, error) from error
+    for number in range(first, len(files)):
+        with xopen(files[number], "rb") as file:
+            for batch in parquet_batches(file, f"{name} ({os.path.basename(files[number])})", key, skip):
+                skip += len(batch)
+                yield batch.column(key), {"file": number, "rows": skip}
+                batch = None  # not beside the next one
+        skip = 0
+
+
+def _columns(rows, name: str, key: str, state: dict | None) -> Iterator[tuple]:
+    """The field `key` of an iterable dataset from `state` on, as arrays, each with the state after it."""
+    if state:
+        try:
+            at_once = min(ROWS, max(1, int(state["rows"])))
+            rows.load_state_dict(state["datasets"])
+        except Exception as error:  # the library does not check what it takes
+            raise _not_as_written(name, error) from error
+    else:
+        first = next(rows.iter(min(FIRST_ROWS, ROWS)), None)
+        at_once = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
+        at_once = min(ROWS, max(1, at_once))
+    for table in rows.iter(at_once):
+        # with another number of rows at once, datasets would lose some or give them twice
+        yield table[key], {"rows": at_once, "datasets": rows.state_dict()}
+
+
+def _not_as_written(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"the place in {name} where reading stopped is not as it was written ({error!s:.80}); remove the folder "
+        ".acorn_partial of the dataset, and start again"
+    )
 
 
 class HubDocuments:
@@ -108,48 +142,38 @@ class HubDocuments:
 
     def _rows(self, part: int, faults: Faults) -> Iterator[str | Iterator[str]]:
         """The texts of a part from the bookmark on, which moves along; where rows are joined it stays at the start."""
-        table_rows = self._open(self.parts[part][1])
+        source, key = self._open(self.parts[part][1]), self.args.key
         count, state = self._bookmark["documents"], self._bookmark["state"]
-        if state:
-            try:
-                rows = min(ROWS, max(1, int(state["rows"])))
-                table_rows.load_state_dict(state["datasets"])
-            except Exception as error:  # the library does not check what it takes
-                raise UserError(
-                    f"the place in {self.name} where reading stopped is not as it was written ({error!s:.80}); remove "
-                    "the folder .acorn_partial of the dataset, and start again"
-                ) from error
         errors = counted(getattr(self.args, "errors", "strict"))
-        try:
-            rows = rows if state else _rows_at_once(table_rows)
-            tables = table_rows.iter(rows)
-        except Exception as error:
-            raise self._explained(error) from error
+        read = _parquet_columns if isinstance(source, list) else _columns
+        columns = read(source, self.name, key, state)
         while True:
             try:
-                table = next(tables, None)
+                column, state = next(columns, (None, None))
+            except UserError:
+                raise
             except Exception as error:
                 raise self._explained(error) from error
-            if table is None:
+            if column is None:
                 break
-            for number, value in enumerate(table[self.args.key], count + 1):
-                text = cell(value, f"row {number} of {self.name}", self.args.key, errors)
+            for number, value in enumerate(column, count + 1):
+                text = cell(value, f"row {number} of {self.name}", key, errors)
                 if text is not None and not isinstance(text, str | Iterator):
-                    raise UserError(f"the field '{self.args.key}' of {self.name} is no text but {text!r:.40}")
+                    raise UserError(f"the field '{key}' of {self.name} is no text but {text!r:.40}")
                 if isinstance(text, Iterator):
                     yield (faults.look(block, self.name) for block in text)
                 else:
                     yield faults.look(text or "", self.name)
-            count += len(table)
+            count += len(column)
+            column = None  # not beside the next one
             if not self.join:
-                # with another number of rows at once, datasets would lose some or give them twice
-                state = {"rows": rows, "datasets": table_rows.state_dict()}
                 self._bookmark = {"documents": count, "part": part, "state": state}
         if not self.join:
             self._bookmark = {"documents": count, "part": part + 1, "state": None}
 
     def _open(self, split: str):
-        """The rows of a split, as an iterable dataset of Arrow tables with the one field."""
+        """The rows of a split: its parquet files, which reading.py reads in bounded memory where datasets holds whole
+        row groups; of another format an iterable dataset of Arrow tables with the one field."""
         import datasets
 
         if not sys.stderr.isatty():
@@ -162,12 +186,18 @@ class HubDocuments:
             if not args.streaming:
                 rows = rows.to_iterable_dataset()
             fields = rows.column_names or list(next(iter(rows), {}))
+            files = []
+            if args.streaming and rows.info.builder_name == "parquet":
+                builder = datasets.load_dataset_builder(self.name, args.config, revision=args.revision)
+                files = list((builder.config.data_files or {}).get(split, ()))
         except Exception as error:
             raise self._explained(error) from error
         if args.key not in fields:
             raise UserError(
                 f"{self.name} has no field '{args.key}'; choose one with --key (the fields are: {', '.join(fields)})"
             )
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
         return rows.select_columns([args.key]).with_format("arrow")
 
     def _explained(self, error: Exception) -> Exception:

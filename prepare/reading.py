@@ -20,7 +20,9 @@ from prepare.encoding import not_in
 BLOCK = 1 << 20  # bytes; a longer text comes in blocks
 LONGEST = 1 << 26  # bytes of a line of .jsonl, characters of a field of .csv, which are held whole
 LONG = 1 << 24  # bytes of a cell of .parquet; a longer one comes in blocks
-HELD = 1 << 26  # bytes of rows of .parquet that are decoded at once
+HELD = 1 << 25  # bytes of rows of .parquet that are decoded at once
+LARGEST_PAGE = 1 << 29  # bytes of a page of .parquet, unpacked
+MOST_UNPACKED = 1000  # times the packed size of a row group of .parquet, if that is more than LARGEST_PAGE
 PACKED = (".gz", ".zst")
 
 
@@ -200,53 +202,104 @@ def _csv(path: str, field: str, errors: str, encoding: str | None) -> Iterator[t
 
 
 def _parquet(path: str, field: str | None, errors: str, encoding: str | None = None) -> Iterator[tuple[str, object]]:
-    """The values of a field, or, where it is None, whole rows as dicts.
+    """The values of a field, or, where it is None, whole rows as dicts."""
+    number = 0
+    with open(path, "rb") as file:
+        for batch in parquet_batches(file, path, field):
+            for i in range(batch.num_rows):
+                number += 1
+                where = f"row {number} of {path}"
+                row = {
+                    name: cell(column[i], where, name, errors, encoding)
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+                yield where, row if field is None else row[field]
+            batch = row = None  # not beside the next one
 
-    pyarrow holds a page and a batch of rows decoded, so the rows of a batch are few where texts may be long: by the
-    size of the row group, a batch of them has HELD bytes at most. A cell is held whole, twice where it is a page of
-    its own. Where rows are longer than LONGEST on average, which the file says before anything is unpacked, it is
-    refused.
+
+def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 0) -> Iterator:
+    """The rows of a parquet file after the first `skip` ones, as pyarrow.RecordBatches of a field, or of all where it
+    is None. `path` is how messages call the file.
+
+    pyarrow holds a page and a batch of rows decoded, the page packed and unpacked. A batch has HELD bytes at most where
+    texts are of like length. A file is refused before its texts are unpacked where its rows are longer than LONGEST on
+    average, where a page is larger than LARGEST_PAGE, or where it unpacks to more than MOST_UNPACKED times its size.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:
+        with pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK) as file:
             names = file.schema_arrow.names
             if field is not None and field not in names:
                 raise _missing(path, field, names)
-            number = 0
-            for group in range(file.num_row_groups):
-                rows = _rows_at_once(file.metadata.row_group(group), path, field)
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                if skip >= group.num_rows:
+                    skip -= group.num_rows
+                    continue
+                rows = _rows_at_once(group, source, path, field)
                 columns = None if field is None else [field]
-                for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
-                    for i in range(batch.num_rows):
-                        number += 1
-                        where = f"row {number} of {path}"
-                        row = {
-                            name: cell(column[i], where, name, errors, encoding)
-                            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                        }
-                        yield where, row if field is None else row[field]
+                for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
+                    if skip < batch.num_rows:
+                        yield batch.slice(skip)
+                    skip = max(0, skip - batch.num_rows)
+                    batch = None  # not beside the next one
+                pyarrow.default_memory_pool().release_unused()
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} is no whole parquet file ({error}); get it again or leave it out") from error
 
 
-def _rows_at_once(group, path: str, field: str | None) -> int:
+def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:
     """The rows of a row group (its metadata) that may be decoded at once."""
     columns = [group.column(i) for i in range(group.num_columns)]
-    paths = [(column.path_in_schema + ".", column.total_uncompressed_size) for column in columns]
-    size = max(1, sum(size for name, size in paths if field is None or name.startswith(field + ".")))
+    columns = [c for c in columns if field is None or (c.path_in_schema + ".").startswith(field + ".")]
+    size = sum(column.total_uncompressed_size for column in columns)
+    packed = sum(column.total_compressed_size for column in columns)
     mean = size / max(1, group.num_rows)
+    pages = [(column, _first_page_size(source, column)) for column in columns]
+    page = max((size for _, size in pages), default=0)
     if mean > LONGEST:
         raise UserError(
             f"{path} has rows of {mean / 1e6:,.0f} MB, and more than {LONGEST / 1e6:.0f} are not held in memory; give "
             "so long a text as a file of its own"
         )
-    # one value of a dictionary can be each row's, and then as long as the whole group; of short rows, where one by one
-    # would take long, only up to 1000 times the mean
-    longest = size if mean >= 1024 else min(size, 1000 * mean)
+    if page > LARGEST_PAGE:
+        raise UserError(
+            f"{path} has pages of {page / 1e6:,.0f} MB, and more than {LARGEST_PAGE / 1e6:.0f} are not held in memory; "
+            "write it again with fewer rows in a row group, such as row_group_size=100 of pyarrow"
+        )
+    if size > LARGEST_PAGE and size > MOST_UNPACKED * packed:  # then any page may be as large
+        raise UserError(
+            f"{path} has a row group of {packed / 1e6:,.1f} MB that unpacks to {size / 1e6:,.0f} MB, as in a file made "
+            "to fill the memory; leave it out, or write it again in smaller row groups"
+        )
+    # each value of a dictionary may be any row's, and is stored once however long it is
+    dictionaries = sum(size for column, size in pages if any("DICTIONARY" in name for name in column.encodings))
+    longest = max(dictionaries, 16 * mean, 1)
     return int(min(256, max(1, HELD // longest)))
+
+
+def _first_page_size(source: BinaryIO, column) -> int:
+    """The unpacked size of the first page of a column (its metadata): the dictionary, where there is one.
+
+    A page begins with a Thrift struct in the compact protocol, whose first fields are i32: its type and this size.
+    """
+    offset = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    source.seek(offset or 0)
+    head = source.read(16)
+    numbers, at = [], 0
+    for _ in range(2):
+        if head[at : at + 1] != b"\x15":  # the next field, an i32
+            break
+        number, shift, at = 0, 0, at + 1
+        while at < len(head):
+            byte = head[at]
+            number, shift, at = number | (byte & 0x7F) << shift, shift + 7, at + 1
+            if byte < 0x80:
+                break
+        numbers.append(number >> 1)  # zigzag
+    return numbers[1] if len(numbers) == 2 else column.total_uncompressed_size
 
 
 def cell(scalar, where: str, field: str, errors: str = "strict", encoding: str | None = None):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from acorn import UserError
-from prepare.encoding import SEARCHED, Detected, Faults, check_name, counted, detect, markup, not_text
+from prepare.encoding import SEARCHED, Detected, Faults, check_name, counted, detect, is_html, not_text
 from prepare.reading import has_field, head, naming, records, suffix, text_blocks
 
 TOKENIZER = "gpt2"
@@ -81,8 +81,8 @@ class TextFiles:
         self.errors = errors  # strict | replace: what to do with bytes that are not text
         self.key = key
         self.encoding = check_name(encoding) if encoding else None  # of all; None: detected for each
-        self._detected: dict[str, list] = {}  # encoding: [the first file, how many, the least confidence]
-        self._markup: dict[str, list] = {}  # language: [the first file, how many]
+        self._detected: dict[str, list[tuple[str, float | None]]] = {}  # encoding: its files and the confidences
+        self._html: list[str] = []
         self._said = set()
         self.sources: list[Source] = []
         self.skipped = 0
@@ -148,10 +148,9 @@ class TextFiles:
             if in_folder:
                 is_records = is_records and has_field(path, self.key or "text", encoding)
             if not self.encoding and encoding != "utf-8":
-                noted = self._detected.setdefault(str(detected), [name, 0, detected.confidence])
-                noted[1:] = noted[1] + 1, min(noted[2] or 1, detected.confidence or 1)
-            if not is_records and (language := markup(data[:1000].decode(encoding, "replace"))):
-                self._markup.setdefault(language, [name, 0])[1] += 1
+                self._detected.setdefault(str(detected), []).append((name, detected.confidence))
+            if not is_records and is_html(data[:1000].decode(encoding, "replace")):
+                self._html.append(name)
         self.sources.append(Source(name, path, is_records, version, encoding))
 
     def _in_folder(self, folder: str) -> list[str]:
@@ -187,11 +186,13 @@ class TextFiles:
     def notes(self) -> list[str]:
         """What a person should know of the files: encodings that were guessed, markup."""
         notes = []
-        for encoding, (name, count, confidence) in self._detected.items():
-            sure = f"detected with confidence {confidence:.2f}" if confidence < 1 or "(" in encoding else "by its mark"
-            notes.append(f"{_files(name, count)} read as {encoding}, {sure}; --encoding NAME overrules it")
-        for language, (name, count) in self._markup.items():
-            notes.append(f"{_files(name, count)} {language}; its markup is learned as text, so extract the text first")
+        for encoding, files in self._detected.items():
+            names = [name for name, _ in files]
+            guessed = [confidence for _, confidence in files if confidence is not None]
+            sure = f"detected with confidence {min(guessed):.2f}" if guessed else "by its mark"
+            notes.append(f"{_files(names)} read as {encoding}, {sure}; --encoding NAME overrules it")
+        if self._html:
+            notes.append(f"{_files(self._html)} HTML; its markup is learned as text, so extract the text first")
         return notes
 
     def fingerprint(self) -> list:
@@ -213,12 +214,12 @@ class TextFiles:
                 texts = [text_blocks(source.path, errors, name, source.encoding)]
             for text in texts:
                 yield faults.look(text, name) if isinstance(text, str) else (faults.look(block, name) for block in text)
-        for note in faults.notes():
+        for note in faults.notes("--encoding NAME"):
             if note not in self._said:  # a corpus may be read twice
                 print(note, file=sys.stderr)
             self._said.add(note)
 
 
-def _files(name: str, count: int) -> str:
-    others = {1: "", 2: " and another file"}.get(count, f" and {count - 1:,} other files")
-    return f"{name}{others} {'is' if count == 1 else 'are'}"
+def _files(names: list[str]) -> str:
+    others = {1: "", 2: " and another file"}.get(len(names), f" and {len(names) - 1:,} other files")
+    return f"{names[0]}{others} {'is' if len(names) == 1 else 'are'}"
