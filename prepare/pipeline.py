@@ -34,6 +34,7 @@ FEW = 100  # documents; of fewer, whole ones would make a poor validation split
 PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
 LONGEST_PIECE = 1 << 20  # characters; one long run of letters or the like is cut here, which may change a token or two
 BATCH = 1 << 20  # characters
+READ_AHEAD = 32  # batches
 LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
 PROGRESS = "progress.json"  # among the new shards
 
@@ -376,14 +377,25 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
 
 def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
-    outside the interpreter lock."""
+    outside the interpreter lock. Reading goes further ahead than encoding: at the start the vocabulary is loaded
+    meanwhile."""
     workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(n)) for n in (workers, 1)]
+        for pool in pools:
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        encoder, reader = pools
+        loaded = encoder.submit(tokenizer.encode_batch, [])
+
+        def encode(batch: Batch):
+            loaded.result()  # not in two threads at once
+            return _encode(batch, tokenizer)
+
+        reading = deque(reader.submit(next, batches, None) for _ in range(READ_AHEAD))
         ahead = deque()
-        following = reader.submit(next, batches, None)
-        while batch := following.result():
-            following = reader.submit(next, batches, None)
-            ahead.append((batch, pool.submit(_encode, batch, tokenizer)))
+        while batch := reading.popleft().result():
+            reading.append(reader.submit(next, batches, None))
+            ahead.append((batch, encoder.submit(encode, batch)))
             if len(ahead) > 2 * workers:
                 batch, ids = ahead.popleft()
                 yield batch, *ids.result()

@@ -9,6 +9,7 @@ import unicodedata
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.load
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from acorn import UserError
 from acorn.shards import load_dataset
 from acorn.tokenizer import (
     END_OF_TEXT,
+    GPT2_FILES,
     ByteTokenizer,
     CharTokenizer,
     Encoder,
@@ -24,11 +26,15 @@ from acorn.tokenizer import (
     HFTokenizer,
     StreamDecoder,
     _gpt2_encoding,
+    _gpt2_files,
+    _gpt2_ranks,
+    _read_gpt2_file,
     add_tokens,
     extends,
     from_dict,
     get_tokenizer,
     gpt2_config,
+    gpt2_json,
     sample_pieces,
     split_text,
     tokenizer_hash,
@@ -120,7 +126,8 @@ def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
         asked.append(text)
         return np.array(reference(text), dtype=np.int32)
 
-    encoder = Encoder(gpt2_config(), watched, "tiktoken")
+    encoder = Encoder(gpt2_json(), watched, "tiktoken")
+    asked.clear()  # it loads the reference
     honest = encoder.fast
 
     class Wrong:
@@ -135,6 +142,20 @@ def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
     assert "fastokens gave other tokens than tiktoken for the text that begins 'text 200'" in capsys.readouterr().err
     encoder(texts[:1])
     assert encoder.fast is None and capsys.readouterr().err == ""
+
+
+def test_a_long_text_is_checked_at_its_beginning(capsys):
+    text = "".join(f"word {i}\n\n  " for i in range(9000))
+    encoder = Encoder(gpt2_json(), GPT2Tokenizer()._encoding.encode_ordinary, "tiktoken")
+    honest, reference = encoder.fast, encoder.reference
+    assert encoder([text])[0].tolist() == reference(text) and capsys.readouterr().err == ""
+
+    class Wrong:
+        def encode_batch_flat(self, texts, **options):
+            return honest.encode_batch_flat([text.replace("300", "hello") for text in texts], **options)
+
+    encoder.fast, encoder.encoded = Wrong(), 0
+    assert list(encoder([text])[0]) == reference(text) and "fastokens gave other tokens" in capsys.readouterr().err
 
 
 def test_gpt2_is_the_published_tokenizer():
@@ -295,6 +316,17 @@ def test_import_is_light():
     heavy = {"tiktoken", "tokenizers", "fastokens", "torch", "transformers"}
     code = f"import sys, acorn.tokenizer; sys.exit(not {heavy}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_gpt2s_ranks_are_those_that_tiktoken_derives(tmp_path, monkeypatch):
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*_gpt2_files().values(), *GPT2_FILES.values())
+    assert _gpt2_ranks(_read_gpt2_file("encoder.json")) == ranks
+    assert gpt2_config()["model"]["merges"][:2] == ["\u0120 t", "\u0120 a"]
+    (tmp_path / "encoder.json").write_text("{}")
+    monkeypatch.setattr("acorn.tokenizer._gpt2_files", lambda: {n: str(tmp_path / n) for n in GPT2_FILES})
+    for build in (gpt2_json, _gpt2_encoding.__wrapped__):  # a file is missing, one is another
+        with pytest.raises(UserError, match=r"is missing or damaged.*--force-reinstall"):
+            build()
 
 
 def test_no_network_and_no_package_is_a_sentence(monkeypatch):
