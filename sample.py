@@ -18,7 +18,7 @@ import torch
 
 from acorn import UserError, chat, checkpoint, files, printable, run, runtime, settings
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
-from acorn.matvec import pays_back, prepare_for_decoding
+from acorn.matvec import prepare_for_decoding
 from model import GPT
 
 
@@ -231,14 +231,11 @@ def main() -> int:
             "the model sees a window that slides along",
             file=sys.stderr,
         )
-    if s.compile == "auto":
-        compile = r.device.type == "cpu" and pays_back(model, num_samples * s.max_new_tokens)
-    else:
-        compile = s.compile
-    if r.device.type == "cpu" and (compile or s.quantize != "none"):
+    compile = s.compile is True
+    if r.device.type == "cpu" and (s.compile or s.quantize != "none"):
         n_rows = 1 if s.interactive or s.chat else len(prompts)
-        model = prepare_for_decoding(model, s.quantize, compile, n_rows)
-        compile = False  # what is worth compiling on a CPU now is
+        model = prepare_for_decoding(model, s.quantize, s.compile, n_rows, num_samples * s.max_new_tokens)
+        compile = False  # on a CPU, that has compiled what is worth it
     stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
     stream = stream and not s.json and len(prompts) == 1
 
