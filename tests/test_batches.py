@@ -340,11 +340,29 @@ def test_a_reply_whose_question_a_limit_cut_is_not_learned(tmp_path, monkeypatch
     assert dataset.meta["chat"]["cut"] == 30
 
 
-def letters(n: int) -> list[dict]:
+def letters(n: int, alphabet: str = string.ascii_lowercase) -> list[dict]:
     """The reply is the letter in the question: who does not see the question cannot know it."""
     chance = random.Random(1)
-    said = [(chance.randrange(100_000), chance.choice(string.ascii_lowercase)) for _ in range(n)]
+    said = [(chance.randrange(100_000), chance.choice(alphabet)) for _ in range(n)]
     return [{"prompt": f"{number} {letter}", "response": letter} for number, letter in said]
+
+
+def test_a_model_sees_the_question_where_eos_ends_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = write_tokenizer(tmp_path / "hf", ZEPHYR)
+    Path("letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in letters(1000, "abcd")))
+    prepare_corpus(f"chat letters.jsonl --tokenizer {tokenizer} --out d".split())
+    data = load_mixture("d", document_mask=True)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=304, n_layer=2, n_head=2, n_embd=32, pos="rope"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    for step in range(180):
+        x, y, documents = map(torch.from_numpy, data.sample(64, 8 * step, 8, seed=1))
+        model(x, y, documents=documents)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = evaluate(model, data.datasets[0].val, runtime.setup("cpu", "float32", False), 8, 64)
+    assert found["loss"] < 0.4  # ln 4 / 2 = 0.693 where it is blind
 
 
 def letters_loss(folder: Path, n: int, updates: int) -> float:
