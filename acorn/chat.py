@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from acorn import UserError
+from acorn import UserError, sandbox
 from acorn.tokenizer import Tokenizer
 
 # "User:", a line break and the message; a reply ends with end of text. It needs no control token but that one.
@@ -209,9 +209,8 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
 
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """The template's text for the messages, in which a BREAK stands inside each name of a control token that comes from
-    a message. transformers runs the template in a sandbox, as it does for itself."""
+    a message."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     names = _any_of(tokenizer.control)
 
@@ -219,7 +218,7 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
         return names.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text.replace(BREAK, ""))
 
     try:
-        rendered = render_jinja_template(
+        rendered = _render_template(
             conversations=[[{name: broken(text) for name, text in message.items()} for message in messages]],
             chat_template=tokenizer.chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -228,7 +227,17 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the chat template does not take this conversation ({error!s:.200})") from error
-    return rendered[0][0]
+    return rendered
+
+
+def _render_template(**arguments) -> str:
+    """What transformers' `render_jinja_template` makes of a conversation. A template that is not one of ours may loop
+    without end or fill the memory, so it runs in a process with limits."""
+    if arguments["chat_template"] not in TEMPLATES.values():
+        return sandbox.render("the chat template", **arguments)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template(**arguments)[0][0]
 
 
 def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:
