@@ -191,7 +191,7 @@ def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, comp
         print(for_stdout(pieces[-1]), flush=True)
         if stream.stopped_by is None:
             print(f"(cut off after {n_tokens} tokens)", file=sys.stderr)
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+        messages.append({"role": "assistant", "content": chat.as_content(tokenizer, "".join(pieces))})
         n_replies += 1
 
 

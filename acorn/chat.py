@@ -2,6 +2,7 @@
 
     tokenizer.chat_template = choose_template(tokenizer)
     ids, learned = render_to_learn(tokenizer, messages)     # for training: True where a reply, and its end, stands
+    conversations = forms_to_learn(tokenizer, messages)     # the same, also without the oldest turns
     ids = render(tokenizer, messages)                       # for sampling: up to where the next reply begins
     stop_ids(tokenizer)                                     # a reply ends with one of these
 
@@ -34,6 +35,10 @@ TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 BREAK = "\ufdd0"  # a noncharacter, which no text has; it keeps names of control tokens in messages apart from real ones
 
 
+class RewrittenHistory(UserError):
+    """The template renders the beginning of a conversation differently once more turns follow."""
+
+
 def choose_template(tokenizer: Tokenizer) -> str:
     """The template that the tokenizer carries, else ChatML where it has those control tokens, else the plain one.
     Raises UserError where no turn could be ended, since there are no control tokens."""
@@ -51,8 +56,11 @@ def choose_template(tokenizer: Tokenizer) -> str:
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
     """The ids of a conversation up to where the next reply begins: int32, one dimension. They are those that stand
-    before this reply in `render_to_learn`."""
-    parts = _parts(tokenizer, messages, True)
+    before this reply in `render_to_learn`, and in `forms_to_learn`."""
+    try:
+        parts = _parts(tokenizer, messages, True)
+    except RewrittenHistory:  # then no part of it is what the model saw before
+        parts = [(_fill_in(tokenizer, messages, True), False)]
     return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
 
 
@@ -60,20 +68,86 @@ def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndar
     """The ids of a whole conversation (int32), and which of them are to be learned (bool), both of one dimension: the
     assistant's replies, each up to the control token that ends it. Raises UserError where the template ends a reply
     without one, leaves the replies out, or writes a turn differently once others follow."""
-    control = list(tokenizer.control.values())
     ids, learned = [], []
     for text, is_reply in _parts(tokenizer, messages, False):
-        part = _encode(tokenizer, text, bool(ids))
-        ends = np.flatnonzero(np.isin(part, control))
-        if is_reply and not len(ends):
-            raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
-        ids.append(part)
-        learned.append(np.arange(len(part)) <= ends[-1] if is_reply else np.zeros(len(part), dtype=bool))
+        ids.append(_encode(tokenizer, text, bool(ids)))
+        learned.append(np.arange(len(ids[-1])) < (_reply_length(tokenizer, ids[-1]) if is_reply else 0))
     if not any(part.any() for part in learned):
         raise UserError(
             "the chat template leaves out what the assistant says, so nothing is to be learned; choose another"
         )
     return np.concatenate(ids), np.concatenate(learned)
+
+
+def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """What is learned from a conversation, as pairs of ids and learned like those of `render_to_learn`, which end with
+    the last learned token. Each list has the forms of one training example: the whole first, then what the template
+    makes of it without the oldest turn, without the two oldest, and so on, as sampling shows a conversation that has
+    outgrown the block. What comes before the first user turn stays.
+
+    It is one example with all the replies; or, where the template rewrites history, so that a later reply does not see
+    an earlier one as it was learned, one example for each reply. Raises UserError as `render_to_learn` does."""
+    ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    try:
+        return [_forms(tokenizer, messages[: ends[-1]], render_to_learn)]
+    except RewrittenHistory:
+        return [_forms(tokenizer, messages[:end], _render_last_reply) for end in ends]
+
+
+def _forms(tokenizer: Tokenizer, messages: list[dict], render_whole) -> list[tuple[np.ndarray, np.ndarray]]:
+    roles = [message["role"] for message in messages]
+    first = roles.index("user")
+    turns = [i for i in range(first, len(roles)) if roles[i] == "user" and (i == first or roles[i - 1] != "user")]
+    forms = []
+    for turn in turns:
+        try:
+            ids, learned = render_whole(tokenizer, messages[:first] + messages[turn:])
+        except UserError:  # some templates do not take what is left
+            if turn == first:
+                raise
+            continue
+        if not learned.any():
+            continue
+        end = np.flatnonzero(learned)[-1] + 1
+        forms.append((ids[:end], learned[:end]))
+    return forms
+
+
+def _render_last_reply(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """As `render_to_learn`, but only the last reply is learned, after what `render` gives for the messages before."""
+    prompt, reply = render(tokenizer, messages[:-1]), _last_reply(tokenizer, messages)
+    ids = _encode(tokenizer, reply, True)
+    learned = np.arange(len(prompt) + len(ids)) < len(prompt) + _reply_length(tokenizer, ids)
+    return np.concatenate([prompt, ids]), learned & (np.arange(len(learned)) >= len(prompt))
+
+
+def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """The text of the last message behind the prompt for a reply. Raises UserError where it does not begin with it."""
+    prompt, whole = _fill_in(tokenizer, messages[:-1], True), _fill_in(tokenizer, messages, False)
+    if not whole.startswith(prompt):
+        raise UserError(
+            "the chat template begins a reply otherwise than its prompt for one does, so the reply would be learned "
+            "behind a prompt that sampling never shows; give another --template"
+        )
+    return whole[len(prompt) :]
+
+
+def _reply_length(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """The length of a reply up to the control token that ends it. Raises UserError where none does."""
+    ends = np.flatnonzero(np.isin(ids, list(tokenizer.control.values())))
+    if not len(ends):
+        raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
+    return int(ends[-1]) + 1
+
+
+def as_content(tokenizer: Tokenizer, reply: str) -> str:
+    """The content of a message that the template renders as the text `reply`, which a model generated: without what
+    the template itself puts around a content, such as the space in "[/INST] Hello"."""
+    probe = "\ufdd1"  # a noncharacter, as BREAK is
+    text = _last_reply(tokenizer, [_message("user", "?"), _message("assistant", probe)])
+    before, _, after = text.partition(probe)
+    after = re.split(_any_of(tokenizer.control), after, maxsplit=1)[0]
+    return reply.removeprefix(before).removesuffix(after)
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
@@ -117,7 +191,7 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
     def add(text: str, is_reply: bool) -> None:
         nonlocal done
         if not text.startswith(done):
-            raise UserError(
+            raise RewrittenHistory(
                 "the chat template writes the beginning of a conversation differently once more follows, so it cannot "
                 "be told what the reply is; give conversations of one reply, or another --template"
             )

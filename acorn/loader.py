@@ -12,7 +12,6 @@ from torch import Tensor
 
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
-from acorn.shards import number_documents
 
 
 class Batch(NamedTuple):
@@ -28,10 +27,8 @@ class Batch(NamedTuple):
         return Batch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in self))
 
 
-def make_batch(x: np.ndarray, y: np.ndarray, eot: int | None, device: torch.device) -> Batch:
-    """A batch in host memory, pinned where `device` is a CUDA GPU. Given the end-of-text token `eot`, the documents
-    are numbered."""
-    arrays = (x, y, None if eot is None else number_documents(x, y, eot))
+def make_batch(arrays: tuple, device: torch.device) -> Batch:
+    """A batch in host memory, pinned where `device` is a CUDA GPU, of the arrays that acorn/batches.py describes."""
     to_tensor = pinned if device.type == "cuda" else torch.from_numpy
     return Batch(*(None if array is None else to_tensor(array) for array in arrays))
 
@@ -48,7 +45,6 @@ def updates(
     r: Runtime,
     block_size: int,
     seed: int,
-    eot: int | None,
     n_sequences: int,
     micro_batch: int,
     position: int,
@@ -61,9 +57,9 @@ def updates(
     for start in itertools.count(position, n_sequences):
         batches, n_targets = [], 0
         for first in range(start + r.rank * micro_batch, start + n_sequences, r.world_size * micro_batch):
-            x, y = data.sample(block_size, first, micro_batch, seed)
-            batches.append(make_batch(x, y, eot, r.device))
-            n_targets += int((y != -1).sum())
+            arrays = data.sample(block_size, first, micro_batch, seed)
+            batches.append(make_batch(arrays, r.device))
+            n_targets += int((arrays[1] != -1).sum())
         yield batches, n_targets
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files
-from acorn.shards import PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
+from acorn.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
@@ -513,12 +513,10 @@ def _read_progress(partial: Path, command: dict) -> dict:
 
 
 def _new_shards(partial: Path) -> set[str]:
-    """The names of the shards and masks of a finished dataset that is to be moved. Raises ValueError where its
+    """The names of the files of a finished dataset that is to be moved. Raises ValueError where its
     meta.json is not what was written."""
     meta = files.read_json(partial / "meta.json")
-    names = {
-        file["file"] for split in ("train", "val") for key in ("shards", "masks") for file in meta[split].get(key, ())
-    }
+    names = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
     if meta.pop("sha256") != meta_hash(meta) or not all(SHARD_NAME.fullmatch(name) for name in names):
         raise ValueError("it says something else than when it was written")
     return names

@@ -331,7 +331,9 @@ def test_shards_beyond_what_is_hashed_at_each_start_are_said_to_be(tmp_path, mon
     folder = chat_dataset(tmp_path)
     assert load_dataset(str(folder)).unhashed == 0
     monkeypatch.setattr(shards, "HASHED", 5000)
-    sizes = sum(f.stat().st_size - shards.HEADER_BYTES for f in folder.iterdir() if f.suffix in (".bin", ".mask"))
+    sizes = sum(
+        f.stat().st_size - shards.HEADER_BYTES for f in folder.iterdir() if f.suffix in (".bin", ".mask", ".index")
+    )
     assert sizes - 5000 <= load_dataset(str(folder)).unhashed < sizes
     first_val = next(f for f in sorted(folder.iterdir()) if f.name.startswith("val"))  # which every figure comes from
     first_val.write_bytes(damaged(first_val.read_bytes(), random.Random(1)))

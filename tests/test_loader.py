@@ -11,7 +11,7 @@ from acorn import UserError
 from acorn.loader import make_batch, prefetch, updates
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
-from acorn.shards import MaskWriter, ShardWriter, Tokens, number_documents, open_shard
+from acorn.shards import MaskWriter, ShardWriter, Tokens, open_shard
 
 EOT, VOCAB, BLOCK, SEED = 0, 50, 8, 5
 GPU = torch.device("meta")  # any device but a CPU has the thread
@@ -28,9 +28,10 @@ class OneStream:
         self.path = folder / "train_000000.bin"
         self.train = Tokens([open_shard(self.path)], VOCAB)
         self.train.mask = Tokens([open_shard(folder / "train_000000.mask")], 2)
+        self.train.document_mark = EOT
         self.datasets, self.shares = [self], [1]
 
-    sample = Mixture.sample
+    sample, has_documents = Mixture.sample, Mixture.has_documents
 
 
 def rank_of(rank, world_size):
@@ -41,25 +42,25 @@ def rank_of(rank, world_size):
 def test_every_split_has_the_sequences_of_the_whole_batch_each_once(tmp_path, world_size, micro_batch):
     data, position = OneStream(tmp_path), 24
     streams = [
-        updates(data, rank_of(rank, world_size), BLOCK, SEED, EOT, 12, micro_batch, position)
-        for rank in range(world_size)
+        updates(data, rank_of(rank, world_size), BLOCK, SEED, 12, micro_batch, position) for rank in range(world_size)
     ]
     for update in range(3):
-        x, y = data.sample(BLOCK, position + 12 * update, 12, SEED)
+        x, y, documents = data.sample(BLOCK, position + 12 * update, 12, SEED)
         parts = [next(stream) for stream in streams]
         in_order = [batch for turn in zip(*(batches for batches, _ in parts), strict=True) for batch in turn]
         assert all(batch.x.shape == (micro_batch, BLOCK) for batch in in_order)
-        for k, expected in enumerate((x, y, number_documents(x, y, EOT))):
+        for k, expected in enumerate((x, y, documents)):
             assert torch.equal(torch.cat([batch[k] for batch in in_order]), torch.from_numpy(expected))
         assert sum(n_targets for _, n_targets in parts) == (y != -1).sum() < y.size
 
 
-def test_documents_are_numbered_only_where_they_are_told_apart():
-    x = np.array([[4, 0, 3, 0, 0, 6]])
-    y = np.array([[0, 3, 0, 0, 6, 2]])
-    cpu = torch.device("cpu")
-    assert make_batch(x, y, EOT, cpu).to(cpu).documents.tolist() == [[0, 1, 1, 2, 3, 3]]
-    batch = make_batch(x, y, None, cpu).to(torch.device("meta"))
+def test_documents_are_numbered_only_where_they_are_told_apart(tmp_path):
+    data, cpu = OneStream(tmp_path), torch.device("cpu")
+    arrays = x, _, documents = data.sample(BLOCK, 0, 20, SEED)
+    assert (documents[:, 0] == (x[:, 0] == EOT)).all() and documents.max() > 0
+    assert torch.equal(make_batch(arrays, cpu).to(cpu).documents, torch.from_numpy(documents))
+    data.train.document_mark = None
+    batch = make_batch(data.sample(BLOCK, 0, 20, SEED), cpu).to(torch.device("meta"))
     assert batch.documents is None and batch.x.is_meta and batch.y.is_meta
 
 
@@ -88,8 +89,8 @@ def test_the_next_item_is_computed_in_a_thread_while_one_is_in_use():
 @pytest.mark.parametrize("device", [GPU, torch.device("cpu")])
 def test_a_shard_that_is_cut_short_ends_the_run_where_its_batch_would_be(tmp_path, device):
     data = OneStream(tmp_path)
-    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, None, 4, 4, 0), device)
-    whole = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, None, 4, 4, 0), torch.device("cpu"))
+    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), device)
+    whole = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), torch.device("cpu"))
     good = [next(whole)[0][0].x for _ in range(4)]
     before = threading.active_count()
     assert torch.equal(next(stream)[0][0].x, good[0])
@@ -104,9 +105,9 @@ def test_a_stream_that_is_left_in_the_middle_leaves_no_thread(tmp_path):
     """As when memory ends, and the same update begins again in smaller micro-batches."""
     before = threading.active_count()
     data = OneStream(tmp_path)
-    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, None, 4, 4, 0), GPU)
+    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), GPU)
     first = next(stream)[0][0].x
-    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, None, 4, 2, 0), GPU)
+    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 2, 0), GPU)
     pieces = next(stream)[0]
     assert torch.equal(torch.cat([batch.x for batch in pieces]), first)
     stream.close()
