@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, files, runtime
+from acorn import UserError, chat, checkpoint, files, records, runtime
 from acorn.evaluate import refuse_none, window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
@@ -61,10 +61,9 @@ def measure_tokens(
 
 
 def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, tuple]:
-    """`measure_tokens` of a UTF-8 text file, an end-of-text token before it where there is one."""
-    ids = tokenizer.encode(files.read_text(path))
-    if tokenizer.eot is not None:
-        ids = np.insert(ids, 0, tokenizer.eot)
+    """`measure_tokens` of a UTF-8 text file, as one document of a dataset."""
+    ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
+    ids = np.array(ids, dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has nothing in it to predict; give a file with more text")
     with tempfile.TemporaryDirectory() as folder:  # the loop over windows reads shards
@@ -161,7 +160,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
     text = prompt.rstrip()  # the space before a word belongs to its token
     ids = encode_prompt(tokenizer, text, control=False)
-    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids) if text else 0 :]
+    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
 def measure_choices(
@@ -317,7 +316,7 @@ def main() -> int:
         prompts, references = [], []
         for where, record in pairs:
             try:
-                messages = chat.read_messages(record)
+                messages = records.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
                 if len(prompts[-1]) >= model.config.block_size:

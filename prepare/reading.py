@@ -11,7 +11,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from acorn import UserError
@@ -122,8 +122,52 @@ def _jsonl(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
         yield where, record[field]
 
 
-def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
-    """The objects of a .jsonl file, each with the words by which messages say where it stands."""
+def fail(error: UserError) -> None:
+    """What is done about a bad record unless it is passed over."""
+    raise error
+
+
+def objects(path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail) -> Iterator[tuple[str, dict]]:
+    """The records of a file as objects, each with the words by which messages say where it stands: lines of .jsonl,
+    elements of a list in .json, rows of .csv and .parquet. `bad` gets the errors of single records."""
+    if suffix(path) == ".json" and head(path).decode("utf-8-sig", "replace").lstrip().startswith("["):
+        yield from _json_list(path, errors, bad)
+    elif reader := {".parquet": _parquet, ".csv": _csv}.get(suffix(path)):
+        with naming(path):
+            for where, record in reader(path, None, errors):
+                yield where, _without_nulls(record)
+    else:
+        yield from json_lines(path, errors, bad)
+
+
+def _without_nulls(value):
+    """A value without the fields that are null: a table has each field in each of its rows."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _json_list(path: str, errors: str, bad: Callable[[UserError], None]) -> Iterator[tuple[str, dict]]:
+    text = "".join(text_blocks(path, errors))
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no JSON ({error}); mend it, or give a .jsonl file with one object a line"
+        ) from error
+    for number, record in enumerate(records, 1):
+        where = f"record {number} of {path}"
+        if isinstance(record, dict):
+            yield where, record
+        else:
+            bad(UserError(f"{where} is {json.dumps(record)[:40]}, not an object with fields"))
+
+
+def json_lines(
+    path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail
+) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with the words by which messages say where it stands. `bad` gets the errors of
+    single lines."""
     with naming(path), open_unpacked(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             where = f"line {number} of {path}"
@@ -134,30 +178,35 @@ def json_lines(path: str, errors: str = "strict") -> Iterator[tuple[str, dict]]:
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors))
             except UnicodeDecodeError as error:
-                raise UserError(_not_utf8(f"{where} is not UTF-8: its byte {error.start}", error)) from error
+                bad(UserError(_not_utf8(f"{where} is not UTF-8: its byte {error.start}", error)))
+                continue
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
-                ) from error
-            if not isinstance(record, dict):
-                found = line.decode(errors="replace").strip()[:40]
-                raise UserError(f"{where} is {found}, not an object with fields; a .jsonl file has one a line")
-            yield where, record
+                why = f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
+                bad(UserError(why))
+                continue
+            if isinstance(record, dict):
+                yield where, record
+                continue
+            found = line.decode(errors="replace").strip()[:40]
+            bad(UserError(f"{where} is {found}, not an object with fields; a .jsonl file has one a line"))
 
 
-def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
+def _csv(path: str, field: str | None, errors: str) -> Iterator[tuple[str, object]]:
+    """The values of a field, or, where it is None, whole rows as dicts."""
     csv.field_size_limit(LONGEST)
     with open_unpacked(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors, newline="") as text:
         rows = csv.reader(text, strict=True)  # or a quote that is never closed takes all the rest in
         number = line = 1  # of the row that is read next, and where it begins
         try:
             heads = next(rows, [])
-            if field not in heads:
+            if field is not None and field not in heads:
                 raise _missing(path, field, heads)
-            column = heads.index(field)
+            column = None if field is None else heads.index(field)
             number, line = 2, rows.line_num + 1
             for row in rows:
-                if row:
+                if row and column is None:
+                    yield f"row {number} of {path}", dict(zip(heads, row, strict=False))
+                elif row:
                     yield f"row {number} of {path}", row[column] if column < len(row) else None
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
@@ -174,17 +223,24 @@ def _csv(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
             ) from error
 
 
-def _parquet(path: str, field: str, errors: str) -> Iterator[tuple[str, object]]:
+def _parquet(path: str, field: str | None, errors: str) -> Iterator[tuple[str, object]]:
+    """The values of a field, or, where it is None, whole rows as dicts."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if field not in names:
+            if field is not None and field not in names:
                 raise _missing(path, field, names)
+            if field is None:
+                rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
+                yield from ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1))
+                return
             for batch in file.iter_batches(256, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     yield path, value
+    except UnicodeDecodeError as error:
+        raise UserError(_not_utf8(f"a text in {path} is not UTF-8: its byte {error.start}", error)) from error
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} is no whole parquet file ({error}); get it again or leave it out") from error

@@ -424,7 +424,7 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
         ({"tokenizer": {"model": {"type": "BPE"}}}, "tokenizer.json is broken"),
         ({"tokenizer_config": {"eos_token": {"a": 1}}}, "is broken"),
         ({"tokenizer_config": {"chat_template": 5}}, "is broken"),
-        ({"generation_config": {"eos_token_id": []}}, "is broken"),
+        ({"generation_config": {"eos_token_id": ["a"]}}, "eos_token_id"),
         ({"special_tokens_map": [1]}, "does not hold a JSON object"),
     ],
 )
