@@ -28,7 +28,7 @@ from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
 from acorn.optim import learning_rate_at, make_optimizers
-from acorn.shards import number_documents, split_windows
+from acorn.shards import samples_per_epoch
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
@@ -55,7 +55,7 @@ class TrainSettings:
     wandb_run_name: str = "gpt2"  # its run
     # data
     dataset: str = "openwebtext"  # a folder that `python prepare` made: its path, or its name in data/; or a:0.8,b:0.2
-    document_mask: bool = False  # attention stays inside a document, and positions restart there
+    document_mask: bool = False  # attention and positions stay inside a document; inside a conversation they always do
     gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
     batch_size: int = 12  # sequences in a micro-batch
     auto_batch: bool = False  # where memory does not suffice, smaller micro-batches and more of them: the same updates
@@ -190,17 +190,12 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict]:
 def load_data(s: TrainSettings, state: dict, r: runtime.Runtime) -> Mixture:
     """The data. Raises UserError where it lacks what the run needs, where the run of `state` was on other data, and
     where the machines do not have the same."""
-    data = load_mixture(s.dataset, hashed=r.is_first_here)
+    data = load_mixture(s.dataset, r.is_first_here, s.document_mask)
     if len(set(map(tuple, r.gather([int(data.identity()[:12], 16)])))) > 1:  # as a number that a float64 holds
         raise UserError(f"{data.path} is not the same on all machines; copy it from one of them to the others")
     for dataset in data.datasets:
         if dataset.val is None:
             raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
-    if s.document_mask and data.tokenizer.eot is None:
-        raise UserError(
-            f"document_mask = True, but the {data.tokenizer.kind} tokenizer of {data.path} has no end-of-text token "
-            "that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave document_mask out"
-        )
     if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
         raise UserError(
             f"{data.path} is not the data that {s.out_dir} was trained on, so its position means nothing there; "
@@ -293,7 +288,7 @@ def describe(s: TrainSettings, data: Mixture, model: GPT, source: str) -> str:
         where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         lines += [f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate"]
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
-        epochs += [f"{windows * float(share) / split_windows(dataset.train, s.block_size):.3g}"]
+        epochs += [f"{windows * float(share) / samples_per_epoch(dataset.train, s.block_size):.3g}"]
     lines += [f"model: {model.num_params():,} parameters, vocabulary of {model.config.vocab_size:,}, from {source}"]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if n_trained < model.num_params():
@@ -347,7 +342,7 @@ def foresee(
 ) -> str:
     """What so many updates of `dt` seconds each, and their evaluations, at `per_window` seconds, would take, for a
     person to read."""
-    whole = max(split_windows(dataset.val, s.block_size) for dataset in data.datasets)
+    whole = max(samples_per_epoch(dataset.val, s.block_size) for dataset in data.datasets)
     n_windows = 2 * (s.eval_iters * s.batch_size or whole)  # of each dataset, in both splits
     evaluating = per_window * n_windows * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
@@ -422,7 +417,6 @@ def main() -> int:
     # ---- data and model
     folder, state = checkpoint.find(out_dir, r=r) if s.init_from == "resume" else (None, {})  # to go on from
     data = load_data(s, state, r)
-    eot = data.tokenizer.eot if s.document_mask else None  # where a document begins
     torch.manual_seed(s.seed)
     adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
@@ -466,7 +460,7 @@ def main() -> int:
     # ---- compiled, and distributed
     def one_pass(some_model: torch.nn.Module) -> None:
         x = torch.zeros(micro_batch, s.block_size, dtype=torch.long, device=r.device)
-        documents = None if eot is None else x.clone()
+        documents = x.clone() if data.has_documents else None
         with r.autocast():
             some_model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
         raw_model.zero_grad(set_to_none=True)
@@ -529,12 +523,12 @@ def main() -> int:
 
     def accumulate(micro_batches: list, n_targets: int, nats: torch.Tensor) -> None:
         """Add the gradients of the micro-batches up, and their losses in `nats`."""
-        for i, (x, y) in enumerate(micro_batches):
+        for i, (x, y, documents) in enumerate(micro_batches):
             if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass, with
                 # auto_batch once all processes have got through; with FSDP at each, since those of the whole model
                 # would stay in every process until the last
                 model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
-            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
+            documents = None if documents is None else r.to_device(documents)
             with r.autocast():
                 loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)[1]
             scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
@@ -562,7 +556,7 @@ def main() -> int:
         # evaluate, and save a checkpoint
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
-            how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
+            how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes)
             train = evaluate_mixture(raw_model, data, "train", *how)
             val = evaluate_mixture(raw_model, data, "val", *how)
             failed = not writer.wait()  # the checkpoint before this one: it cannot be the best, and this one is due
@@ -614,7 +608,7 @@ def main() -> int:
         for i in range(local_steps):
             first = at["position"] + (i * r.world_size + r.rank) * micro_batch
             micro_batches.append(data.sample(s.block_size, first, micro_batch, s.seed))
-        n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
+        n_targets = sum(int((y != -1).sum()) for _, y, _ in micro_batches)
         watch.note(step)
         arrived = time.perf_counter()
         n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
@@ -671,7 +665,7 @@ def main() -> int:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)
             clock, n = time.perf_counter(), micro_batch * r.world_size
-            evaluate_mixture(raw_model, data, "val", r, micro_batch, s.block_size, n, token_bytes, eot)
+            evaluate_mixture(raw_model, data, "val", r, micro_batch, s.block_size, n, token_bytes)
             per_window = (time.perf_counter() - clock) / n
             say(foresee(s, data, raw_model, s.max_iters - first_step, dt, per_window, runtime.peak_memory(r.device)))
             return 0

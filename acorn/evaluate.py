@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from acorn import UserError
+from acorn import UserError, batches
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
-from acorn.shards import Tokens, number_documents, sample_windows, sequential_windows, split_windows
+from acorn.shards import Tokens
 from model import GPT
 
 SAME_WINDOWS = 4242  # seeds the choice of windows, so that every evaluation of every run looks at the same ones
@@ -28,19 +28,18 @@ def window_sums(
     block_size: int,
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
-    eot: int | None = None,
 ) -> torch.Tensor:
     """Of each window that this process looks at: its tokens, their nats, and, given the bytes of each token (V,), the
     nats of those that have bytes, and the bytes: (windows, 4), in float64.
 
-    Looks at the whole split, in windows of block_size tokens side by side; or at `max_windows` of them, the same ones
-    every time, where that is fewer. The windows are shared out among the processes. Control tokens have no bytes. Given
-    the end-of-text token `eot`, attention stays inside a document.
+    Looks at the whole split, in windows of block_size tokens side by side or rows of conversations; or at `max_windows`
+    of them, the same ones every time, where that is fewer. The windows are shared out among the processes. Control
+    tokens have no bytes. Attention stays inside a document where the split numbers them.
     """
-    n = split_windows(tokens, block_size)
+    n = batches.samples_per_epoch(tokens, block_size)
     whole = not max_windows or max_windows >= n
     count = n if whole else max_windows
-    windows = sequential_windows if whole else functools.partial(sample_windows, seed=SAME_WINDOWS)
+    windows = batches.in_order if whole else functools.partial(batches.sample, seed=SAME_WINDOWS)
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
     was_training = model.training
     model.eval()
@@ -51,9 +50,8 @@ def window_sums(
         if not n_rows and not runtime.fsdp:
             break
         # without rows it looks at a window that does not count, since the others need its shard of the model
-        x, y = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
-        documents = None if eot is None else runtime.to_device(number_documents(x, y, eot))
-        x, y = runtime.to_device(x), runtime.to_device(y)
+        sample = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
+        x, y, documents = (None if part is None else runtime.to_device(part) for part in sample)
         with runtime.autocast():
             _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 where masked
         n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
@@ -78,7 +76,6 @@ def evaluate_mixture(
     block_size: int,
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
-    eot: int | None = None,
 ) -> dict[str, float]:
     """`evaluate` on a split of all datasets, each counting by its share; beside it `loss/NAME` of each, if several.
 
@@ -86,8 +83,8 @@ def evaluate_mixture(
     """
     means = []
     for dataset in data.datasets:
-        n = max_windows or split_windows(dataset.val, block_size)
-        means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes, eot))
+        n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
+        means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
     result = _figures(sum(float(share) * mean for share, mean in zip(data.shares, means, strict=True)))
     if len(means) > 1:
         names = [f"loss/{dataset.name}" for dataset in data.datasets]

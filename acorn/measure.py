@@ -44,11 +44,11 @@ def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def measure_tokens(
-    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int, eot=None
+    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, tuple]:
     """Value, standard error and number of tokens or bytes of loss (nats), perplexity and bits per byte; windows of
-    `block_size` tokens stand side by side. Given `eot`, attention stays inside a document."""
-    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes(), eot).numpy()
+    `block_size` tokens stand side by side."""
+    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
     refuse_none(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
@@ -296,7 +296,7 @@ def main() -> int:
 
     # ---- text
     if dataset:
-        mixture = load_mixture(dataset)
+        mixture = load_mixture(dataset, document_mask=apart)
         if tokenizer_hash(mixture.tokenizer) != tokenizer_hash(tokenizer):
             raise UserError(
                 f"{dataset} was prepared with another tokenizer ({mixture.tokenizer.kind}) than that of {source} "
@@ -306,8 +306,7 @@ def main() -> int:
             tokens = getattr(each, args.split)
             if tokens is None:
                 raise UserError(f"{each.path} has no validation shards; give --split train, or --text FILE")
-            eot = tokenizer.eot if apart else None
-            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how, eot)
+            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how)
     if args.text:
         figures[args.text] = measure_text(model, tokenizer, args.text, *how)
 

@@ -1,10 +1,11 @@
 """conversations: .jsonl, .json, .parquet or .csv of {"messages"}, {"prompt", "response"}, ShareGPT's or Alpaca's form
 
 A chat template makes text of them, and a mask beside the shards says that only the replies are to be learned, each with
-the token that ends it. The template is the tokenizer's own, ChatML where it has those tokens, or a plain one. Each
-conversation is preceded by one end-of-text token, so that document_mask keeps them apart (and turns too, where the
-template ends a reply with that token, as the plain one does); without it a reply sees what happens to stand before
-its own conversation. A hash of the conversation decides whether it is for validation.
+the token that ends it. The template is the tokenizer's own, ChatML where it has those tokens, or a plain one. An index
+says where each conversation begins, and how the template renders it without its oldest turns. Training packs whole
+conversations into rows of block_size tokens and shows the model what sampling will show: a conversation that is longer
+loses its oldest turns. Where the template rewrites earlier turns, a conversation of n replies becomes n examples. A
+hash of the conversation decides whether it is for validation.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from acorn import UserError, chat, files
 from acorn.records import Conversation, read_messages
-from acorn.shards import PARTIAL, MaskWriter, ShardWriter, write_meta
+from acorn.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
 from acorn.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
 from prepare import pipeline, reading, text
 
@@ -46,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens",
         type=int,
         metavar="N",
-        help="the most tokens of a conversation, such as the block_size to train with: the beginning of a longer one "
-        "is cut off, and it is left out where its last reply alone is longer; default: no limit",
+        help="the most tokens of a conversation: a longer one loses its oldest turns, or, where it has but one, the "
+        "end of the reply; default: no limit, since training fits each conversation to its block_size",
     )
 
 
@@ -137,40 +138,49 @@ def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) ->
 def write_conversations(
     args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict, val_from: int | None = None
 ) -> dict:
-    """Write the shards and masks of both splits; what meta.json says of them. The conversations from number `val_from`
-    on are for validation; where it is None, a hash of each decides."""
+    """Write the shards, masks and indices of both splits; what meta.json says of them. The conversations from number
+    `val_from` on are for validation; where it is None, a hash of each decides."""
     counts = {"train": Counter(), "val": Counter()}
-    n, cut, left_out, longest, unused, skipped = 0, 0, 0, 0, Counter(), Skipped()
+    n, examples, cut, left_out, longest, unused, skipped = 0, 0, 0, 0, 0, Counter(), Skipped()
     bad = skip_or_fail(args, skipped)
     sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
-        writers, mask_writers = {}, {}
+        writers, mask_writers, index_writers = {}, {}, {}
         for split in counts:
             writer = ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)
             writers[split] = stack.enter_context(writer)
             mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
+            index_writers[split] = stack.enter_context(IndexWriter(folder, split))
         for where, messages in tqdm(conversations(args, bad), desc="encoding", unit=" conversations"):
             try:
-                ids, learned = chat.render_to_learn(tokenizer, messages)
+                conversation = chat.forms_to_learn(tokenizer, messages)
             except UserError as error:
                 bad(UserError(f"{where}: {error}"))
                 continue
             unused.update(chat.unused_fields(tokenizer, messages))
-            whole, _ = framed(ids, learned, tokenizer.eot, None)
-            ids, learned = framed(ids, learned, tokenizer.eot, args.max_tokens)
+            fitted = [limited(forms, args.max_tokens) for forms in conversation]
             n += 1
-            cut += 0 < len(ids) < len(whole)
-            left_out += not len(ids)
-            longest = max(longest, len(ids))
+            cut += any(
+                kept and len(kept[0][0]) < len(forms[0][0]) for kept, forms in zip(fitted, conversation, strict=True)
+            )
+            fitted = [forms for forms in fitted if forms]
+            examples += len(fitted)
+            left_out += not fitted
             if val_from is None:
                 split = split_of(messages, args.val_fraction)
             else:
                 split = "train" if n <= val_from else "val"
-            if args.val_tokens and writers["val"].tokens + len(ids) > args.val_tokens:
+            n_tokens = sum(len(forms[0][0]) for forms in fitted)
+            if args.val_tokens and writers["val"].tokens + n_tokens > args.val_tokens:
                 split = "train"
-            writers[split].write(ids)
-            mask_writers[split].write(learned)
-            counts[split].update(bytes=int(sizes[ids].sum()), learned=int(learned.sum()))
+            for forms in fitted:
+                ids, learned, index = joined(forms)
+                writers[split].write(ids)
+                mask_writers[split].write(learned)
+                index_writers[split].write(index.ravel())
+                whole, targets = forms[0]
+                longest = max(longest, len(whole))
+                counts[split].update(bytes=int(sizes[whole].sum()), learned=int(targets[1:].sum()))
     if not n:
         why = f"; the first of {skipped.count} bad records: {skipped.first}" if skipped.count else ""
         raise UserError(f"there is no conversation in {', '.join(args.files)}; write one JSON object a line{why}")
@@ -196,7 +206,8 @@ def write_conversations(
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": tokenizer.n_vocab,
         "documents": n - left_out,
-        "chat": {"cut": cut, "left_out": left_out, "max_tokens": args.max_tokens, "skipped": skipped.count},
+        "chat": {"examples": examples, "cut": cut, "left_out": left_out, "max_tokens": args.max_tokens}
+        | {"skipped": skipped.count},
         "longest": longest,
         "val_by": "document",
         "source": source | {"sha256": sha256},
@@ -207,25 +218,44 @@ def write_conversations(
             "learned": counts[split]["learned"],
             "shards": writers[split].shards,
             "masks": mask_writers[split].shards,
+            "index": index_writers[split].shards,
         }
         for split in counts
     }
 
 
-def framed(ids: np.ndarray, learned: np.ndarray, eot: int | None, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation with one end-of-text token before it, in at most `limit` tokens: what is too much is cut off
-    behind that token, and the conversation is empty where this would reach its last reply."""
-    if eot is not None and ids[0] != eot:
-        ids, learned = np.insert(ids, 0, eot), np.insert(learned, 0, False)
-    if limit is None or len(ids) <= limit:
-        return ids, learned
-    first = 0 if eot is None else 1  # to be cut off
-    end = np.flatnonzero(learned)[-1] + 1
-    last_reply = np.flatnonzero(learned[1:end] & ~learned[: end - 1])[-1] + 1
-    start = end - (limit - first)
-    if start > last_reply:
-        return ids[:0], learned[:0]
-    return np.delete(ids[:end], np.s_[first:start]), np.delete(learned[:end], np.s_[first:start])
+def limited(forms: list[tuple], limit: int | None) -> list[tuple]:
+    """Those of a conversation's forms (see `chat.forms_to_learn`) that have at most `limit` tokens; where none has, the
+    last one without the end of its reply; none where that leaves no token to learn."""
+    forms = [form for form in forms if form[1][1:].any()]
+    if limit is None or not forms:
+        return forms
+    if short := [form for form in forms if len(form[0]) <= limit]:
+        return short
+    ids, learned = (part[:limit] for part in forms[-1])
+    return [(ids, learned)] if learned[1:].any() else []
+
+
+def joined(forms: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens of a conversation's forms as a dataset has them, which of them are learned, and the form's rows of the
+    index. Of all but the first form only what the first one does not begin or end with is written."""
+    codes = [2 * ids.astype(np.int64) + learned for ids, learned in forms]
+    whole, written, index = codes[0], [], []
+    for k, code in enumerate(codes):
+        head = tail = 0
+        if k:
+            n = min(len(whole), len(code))
+            head = _equal(whole[:n], code[:n])
+            tail = min(_equal(whole[::-1][:n], code[::-1][:n]), len(code) - head)
+        written.append(code[head : len(code) - tail])
+        index.append((k, head, len(written[-1]), tail, int(np.flatnonzero(code[1:] & 1)[0]) + 1))
+    written = np.concatenate(written)
+    return written >> 1, (written & 1).astype(bool), np.array(index)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> int:
+    """How many elements of two arrays of one length are equal, up to the first difference."""
+    return int(np.argmin(np.append(a == b, False)))
 
 
 def split_of(messages: list[dict], val_fraction: float) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files
-from acorn.shards import Dataset, Tokens, load_dataset
+from acorn.shards import KINDS, Dataset, Tokens, load_dataset
 from acorn.tokenizer import Tokenizer
 from prepare.pipeline import Reader
 
@@ -58,14 +58,20 @@ def inspect(args: argparse.Namespace) -> None:
     }
     if any(tokens.mask for tokens in splits.values()):
         rows["masked"] = [f"{1 - each.learned / max(len(splits[name]), 1):.1%}" for name, each in found.items()]
-    if tokenizer.eot is not None:
+    is_old_chat = any(tokens.mask and tokens.conversations is None for tokens in splits.values())
+    told_apart = not is_old_chat and (tokenizer.eot is not None or dataset.train.conversations is not None)
+    if told_apart:
         rows["documents"] = [f"{each.lengths.total():,}" for each in found.values()]
         for name, share in (("shortest", 0), ("a quarter up to", 0.25), ("half up to", 0.5), ("longest", 1)):
             rows[name] = [f"{each.length_at(share):,} tokens" for each in found.values()]
     for name, values in rows.items():
         print(f"{name:<18}" + "".join(f"{value:>20}" for value in values))
 
-    if tokenizer.eot is None:
+    if is_old_chat:
+        print(
+            "\nAn older version prepared these conversations, and nothing marks where each begins; prepare them again."
+        )
+    elif not told_apart:
         print(f"\nThe {tokenizer.kind} tokenizer has no end-of-text token, so the tokens do not tell documents apart.")
     else:
         for title, which in (("longest", "longest"), ("shortest", "shortest")):
@@ -124,13 +130,17 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
         if tokens.mask:
             found.learned += int(tokens.mask.read([start], len(ids)).sum())
         progress.update(len(ids))
+        if tokens.mask:  # conversations, whose turns may end with that token too
+            continue
         ends = start + np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ids[:0]
         if len(ends):
             starts = np.concatenate(([begin], ends[:-1] + 1))
             whole = ends > 0  # an end-of-text token at the very beginning ends no document
             found.add_documents(starts[whole], (ends - starts)[whole])
             begin = int(ends[-1]) + 1
-    if begin < len(tokens):
+    if tokens.conversations is not None:
+        found.add_documents(*tokens.conversations.spans())
+    elif begin < len(tokens) and not tokens.mask:
         found.add_documents(np.array([begin]), np.array([len(tokens) - begin]))
     return found
 
@@ -171,7 +181,7 @@ def verify(dataset: Dataset) -> None:
         print(f"{dataset.path} has no meta.json, so there are no hashes to check")
         return
     splits = (dataset.meta["train"], dataset.meta["val"])
-    listed = [entry for split in splits for entry in [*split["shards"], *split.get("masks", [])]]
+    listed = [entry for split in splits for entry in [*(file for key in KINDS for file in split.get(key, []))]]
     differ = [entry["file"] for entry in listed if files.sha256(dataset.path / entry["file"]) != entry["sha256"]]
     if differ:
         raise UserError(

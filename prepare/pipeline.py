@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files
-from acorn.shards import PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, write_meta
+from acorn.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, write_meta
 from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
@@ -475,9 +475,7 @@ def move_in(partial: Path, out: Path) -> dict:
     mix unnoticed. A move that was stopped can be done again.
     """
     meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
-    new = {
-        file["file"] for split in ("train", "val") for key in ("shards", "masks") for file in meta[split].get(key, ())
-    }
+    new = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
     (out / "meta.json").unlink(missing_ok=True)
     for file in out.iterdir():
         if SHARD_NAME.fullmatch(file.name) and file.name not in new:

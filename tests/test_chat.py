@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acorn import UserError, chat
+from acorn import UserError, batches, chat
 from acorn.records import Conversation, read_messages
-from acorn.shards import load_dataset, sample_windows, sequential_windows, split_windows
+from acorn.shards import load_dataset
 from acorn.tokenizer import ByteTokenizer, from_dict, get_tokenizer, load_hf, train_bpe, train_char
 from prepare.__main__ import prepare_corpus
-from prepare.chat import framed
+from prepare.chat import limited
 from tests.chat_templates import DEEPSEEK_R1, FALCON_180B, TEMPLATES
 from tests.conftest import TEXT
 
@@ -391,21 +391,16 @@ def test_a_record_that_is_no_conversation(record, message):
         read_messages(record)
 
 
-def test_over_long_conversations_lose_their_beginning_never_a_reply():
-    ids, learned = np.arange(1, 11), np.array([0, 0, 1, 1, 0, 0, 1, 1, 1, 0], dtype=bool)  # replies: 3 4 and 7 8 9
+def test_a_limit_takes_the_oldest_turns_then_the_end_of_a_reply():
+    forms = [(np.arange(n), np.arange(n) >= 3) for n in (10, 8, 5)]
 
-    def cut(limit, eot=99):
-        kept, mask = framed(ids, learned, eot, limit)
-        return kept.tolist(), kept[mask].tolist()
+    def lengths(limit):
+        return [len(ids) for ids, _ in limited(forms, limit)]
 
-    assert cut(None) == cut(11) == ([99, *range(1, 11)], [3, 4, 7, 8, 9])
-    assert cut(10) == ([99, *range(1, 10)], [3, 4, 7, 8, 9])  # first what follows the last reply
-    assert cut(8) == ([99, *range(3, 10)], [3, 4, 7, 8, 9])
-    assert cut(5) == ([99, 6, 7, 8, 9], [7, 8, 9])
-    assert cut(4) == ([99, 7, 8, 9], [7, 8, 9])
-    assert cut(3) == ([], [])
-    assert cut(10, eot=1) == (list(range(1, 11)), [3, 4, 7, 8, 9])  # no second one where it begins with it
-    assert cut(3, eot=None) == ([7, 8, 9], [7, 8, 9])
+    assert lengths(None) == lengths(10) == [10, 8, 5]
+    assert lengths(9) == lengths(8) == [8, 5] and lengths(7) == [5]
+    assert lengths(4) == [4] and lengths(3) == []  # of 0 1 2 | 3 4 the reply's 3 stays, then nothing
+    assert limited([(np.arange(2), np.array([True, False]))], None) == []  # the first token is no target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,9 +417,9 @@ def pairs(tmp_path, monkeypatch) -> Path:
 
 
 def targets(tokens, block_size) -> list[int]:
-    """The learned tokens of a split, in order."""
-    y = sequential_windows(tokens, block_size, 0, split_windows(tokens, block_size))[1]
-    return y[y >= 0].tolist()
+    """The learned tokens of a split, sorted."""
+    y = batches.in_order(tokens, block_size, 0, batches.samples_per_epoch(tokens, block_size))[1]
+    return sorted(y[y >= 0].tolist())
 
 
 def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
@@ -448,27 +443,30 @@ def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
         learn[split] += ids[mask].tolist()
     for name, tokens in (("train", dataset.train), ("val", dataset.val)):
         assert tokens.read([0], len(tokens))[0].tolist() == want[name]
-        assert targets(tokens, 7) == targets(tokens, 1000) == learn[name]
+        assert targets(tokens, 200) == targets(tokens, 1000) == sorted(learn[name])
         assert dataset.meta[name]["learned"] == len(learn[name]) > 0
     assert dataset.meta["documents"] == 202 and len(dataset.val) < len(dataset.train) / 4
 
     # an epoch of random windows has each of these targets once, and no other
-    n = split_windows(dataset.train, 16)
-    x, y = sample_windows(dataset.train, 16, 0, n, seed=1)
+    n = batches.samples_per_epoch(dataset.train, 200)
+    x, y, documents = batches.sample(dataset.train, 200, 0, n, seed=1)
     assert Counter(y[y >= 0].tolist()) == Counter(learn["train"])
-    assert (y[:, :-1][y[:, :-1] >= 0] == x[:, 1:][y[:, :-1] >= 0]).all()
+    inside = (y[:, :-1] >= 0) & (documents[:, :-1] == documents[:, 1:]) & (x[:, 1:] != 0)
+    assert inside.any() and (y[:, :-1][inside] == x[:, 1:][inside]).all()
     assert f"to be learned    {len(learn['train'] + learn['val']):,}" in capsys.readouterr().out
 
 
 def test_the_template_travels_and_over_long_conversations_are_counted(pairs, chatml):
-    prepare_corpus(f"chat pairs.jsonl --tokenizer {chatml} --max_tokens 40 --val_tokens 400".split())
+    prepare_corpus(f"chat pairs.jsonl --tokenizer {chatml} --max_tokens 64 --val_tokens 400".split())
     dataset = load_dataset("pairs")
     assert "Help." in dataset.tokenizer.chat_template and chat.stop_ids(dataset.tokenizer) == {299, 301}
-    assert dataset.meta["chat"]["cut"] > 100 and len(dataset.val) <= 400
-    prepare_corpus("chat pairs.jsonl --name again --tokenizer pairs --template chatml --max_tokens 8".split())
+    assert dataset.meta["chat"] == {"examples": 202, "cut": 2, "left_out": 0, "max_tokens": 64, "skipped": 0}
+    assert len(dataset.val) <= 400
+    prepare_corpus("chat pairs.jsonl --name again --tokenizer pairs --template chatml --max_tokens 25".split())
     again = load_dataset("again")
     assert again.tokenizer.chat_template == chat.CHATML and again.identity() != dataset.identity()
-    assert again.meta["chat"]["left_out"] == 1 and again.meta["documents"] == 201
+    left_out = again.meta["chat"]["left_out"]
+    assert left_out > 0 and again.meta["documents"] == 202 - left_out
 
 
 def test_a_learned_tokenizer_and_an_own_template(pairs):
@@ -476,7 +474,7 @@ def test_a_learned_tokenizer_and_an_own_template(pairs):
     prepare_corpus("chat pairs.jsonl --tokenizer bpe:300 --template t.jinja".split())
     dataset = load_dataset("pairs")
     text = dataset.tokenizer.decode(dataset.train.read([0], len(dataset.train))[0])
-    assert dataset.tokenizer.kind == "bpe" and text.startswith("<|endoftext|>user 0 or 1?<|endoftext|>assistant <|endo")
+    assert dataset.tokenizer.kind == "bpe" and text.startswith("user 0 or 1?<|endoftext|>assistant <|endo")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from conftest import REPO, TINY, refused, script
 from safetensors.torch import load_file, save_file
 
 import train as train_script
-from acorn import UserError, checkpoint, files
-from acorn.shards import load_dataset, sequential_windows, split_windows
+from acorn import UserError, batches, checkpoint, files
+from acorn.shards import load_dataset
 from model import GPT
 
 
@@ -125,15 +125,17 @@ def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tm
     for out, more in (("a", []), ("b", ["--gradient_accumulation_steps=8", "--batch_size=1"])):
         result = train(tmp_path, "d", *words, *more, f"--out_dir={out}")
         assert result.returncode == 0, result.stderr
-    assert "have up to 113 tokens, beyond the block size of 32" in result.stdout
+    assert "rows of 32 tokens" in result.stdout and "lose the end of their reply" in result.stdout
     for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
     data, model = load_dataset(str(tmp_path / "d")), checkpoint.load_model(str(tmp_path / "a"), "latest")[0].eval()
-    x, y = sequential_windows(data.val, 32, 0, split_windows(data.val, 32))
+    x, y, documents = batches.in_order(data.val, 32, 0, batches.samples_per_epoch(data.val, 32))
     assert set(data.tokenizer.decode(y[y != -1]).replace("<|endoftext|>", "")) == {"a", " "}
     with torch.no_grad():
-        log_probabilities = model(torch.tensor(x), torch.tensor(x))[0].log_softmax(-1)
+        log_probabilities = model(torch.tensor(x), torch.tensor(x), documents=torch.tensor(documents))[0].log_softmax(
+            -1
+        )
     nats = [-log_probabilities[i, t, y[i, t]].item() for i, t in zip(*np.nonzero(y != -1), strict=True)]
     assert numbers(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
