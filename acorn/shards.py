@@ -4,8 +4,9 @@ A dataset is a folder of shards `train_000000.bin`, `val_000000.bin`, ... and a 
 existence means complete. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens. There are two layouts, those of llm.c and modded-nanogpt: uint16, and uint32 for vocabularies that need it.
 
-Text is one stream. A document begins at one end-of-text token, which only `prepare` writes: inside a document that
-token's name is ordinary text. So the token marks documents, whichever id the tokenizer has for it.
+Text is one stream. A document begins at one end-of-text token, or at the BOS that the tokenizer puts before a text.
+Only `prepare` writes it: inside a document that token's name is ordinary text. So the token marks documents, whichever
+id the tokenizer has for it; meta.json names it as `document_mark`.
 
 Conversations (`prepare chat`) have no such token: a template may end turns with it. Two files stand beside
 `train_000000.bin` there, with the same header. `train_000000.mask` has a byte for each token, 1 where it is learned and
@@ -369,19 +370,24 @@ class Dataset:
             )
         return notes
 
+    @property
+    def document_mark(self) -> int | None:
+        """The token that tells documents apart: it begins each, but for those that the tokenizer ends with it."""
+        return self.meta.get("document_mark", self.tokenizer.eot)
+
     def mask_documents(self) -> None:
         """Number the documents in samples from now on, so that attention stays inside each. Conversations always are
         kept apart. Raises UserError where no token marks the documents."""
         if self.train.mask is not None:
             return
-        if self.tokenizer.eot is None:
+        if self.document_mark is None:
             raise UserError(
                 f"document_mask = True, but the {self.tokenizer.kind} tokenizer of {self.path} has no end-of-text "
                 "token that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave "
                 "document_mask out"
             )
         for split in filter(None, (self.train, self.val)):
-            split.document_mark = self.tokenizer.eot
+            split.document_mark = self.document_mark
 
     def identity(self) -> str:
         """SHA-256 (hex) that tells datasets apart: of the shards' hashes, or, where none are known, of their sizes."""

@@ -82,6 +82,11 @@ class Tokenizer:
         return self.before_text or (() if self.eot is None or self.after_text else (self.eot,))
 
     @property
+    def marks_documents(self) -> bool:
+        """Whether tokens tell the documents of a dataset apart."""
+        return bool(self.before_document or self.after_text)
+
+    @property
     def bos(self) -> str | None:
         """The name of the control token that chat templates call bos_token, where there is one."""
         return None if self.eot is None else END_OF_TEXT
@@ -570,7 +575,8 @@ def _either(default: str, with_tools: str | None) -> str:
     """One chat template of two, the second of which is for conversations with tools."""
     if with_tools is None:
         return default
-    # the empty texts keep a line break at the beginning of a template, which Jinja drops behind a block
+    # Jinja drops a line break behind a block and at the end: the first is to stay, the second not
+    with_tools, default = with_tools.removesuffix("\n"), default.removesuffix("\n")
     return f"{{% if tools %}}{{{{ '' }}}}{with_tools}{{% else %}}{{{{ '' }}}}{default}{{% endif %}}"
 
 
