@@ -30,6 +30,7 @@ TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
 BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from, at most
 MAX_VOCAB = 1 << 22  # a tokenizer.json with more is broken
 END_OF_TEXT = "<|endoftext|>"
+DEFAULT_ENDS = ([2], [50256])  # of transformers' LlamaConfig and GPT2Config
 GPT2_FILES = {  # what defines GPT-2's tokenizer: the two files, and the hashes that tiktoken demands of them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -43,7 +44,7 @@ class Tokenizer:
     n_vocab: int
     eot: int | None
     chat_template: str | None = None  # how a conversation becomes text, see acorn/chat.py; it travels along
-    more_ends: tuple[int, ...] = ()  # ids beside `eot` that end a text, as a checkpoint's generation_config.json says
+    more_ends: tuple[int, ...] = ()  # ids beside `eot` and `eos` that end a text, as generation_config.json says
     pad: str | None = None  # names of the tokens that fill batches and stand for the unknown; for exports alone
     unk: str | None = None
     before_text: tuple[int, ...] = ()  # the ids that stand before each text: a BOS, where the tokenizer puts one
@@ -73,7 +74,7 @@ class Tokenizer:
     @property
     def ends(self) -> set[int]:
         """The ids that end a text."""
-        return {self.eot, *self.more_ends} - {None}
+        return {self.eot, self.control.get(self.eos), *self.more_ends} - {None}
 
     @property
     def before_document(self) -> tuple[int, ...]:
@@ -123,8 +124,8 @@ class Tokenizer:
 
     def add_ends(self, ids: Iterable[int]) -> None:
         """Have these ids end a text too; those outside the vocabulary are left out."""
-        new = {i for i in ids if 0 <= i < self.n_vocab}
-        self.more_ends = tuple(sorted(new.union(self.more_ends) - {self.eot}))
+        new = {i for i in ids if 0 <= i < self.n_vocab} - self.ends
+        self.more_ends = tuple(sorted(new.union(self.more_ends)))
 
     def _saved(self) -> dict:
         return {"kind": self.kind}
@@ -527,9 +528,9 @@ def load_hf(path: str | Path) -> Tokenizer:
         raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer")
     beside = ("special_tokens_map", "tokenizer_config")
     names, settings = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in beside)
-    ends = read_ends(path.parent)
     try:
         added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
+        ends = read_ends(path.parent, added)
         named = [_token_name((names | settings).get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
         bos, eos, pad, unk = named
         eos = eos or next((added[i] for i in ends if i in added), None)
@@ -558,16 +559,17 @@ def load_hf(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def read_ends(folder: Path) -> list[int]:
+def read_ends(folder: Path, control: Iterable[int]) -> list[int]:
     """The ids that a checkpoint's configuration says end a text: all of eos_token_id, a number or a list, in
-    generation_config.json and config.json."""
-    ends = []
+    generation_config.json and config.json. transformers writes a number of its own where nobody gave one: that counts
+    only where it is one of the `control` tokens."""
+    ends, control = [], set(control)
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name, missing={}).get("eos_token_id")
         value = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
             raise UserError(f"{folder / name} has eos_token_id = {value!r:.60}; it should be a token id, or a list")
-        ends += value
+        ends += [] if value in DEFAULT_ENDS and not control & {*value} else value
     return list(dict.fromkeys(ends))
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint, hub
+from acorn import UserError, checkpoint, hub, lora
 from acorn.chat import render_to_learn
-from acorn.generate import Sampling, generate
+from acorn.generate import Sampling, encode_prompt, generate
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from prepare.__main__ import prepare_corpus
@@ -122,6 +123,79 @@ def test_the_forms_that_checkpoints_come_in(tmp_path):
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     save_file(tensors, path)
     assert_same_logits(checkpoint.load_model(str(tmp_path / "bare"))[0], model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_tied_weights_may_be_stored_as_the_head_alone(tmp_path, family):
+    model = theirs(family, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop(name)
+    save_file(tensors, path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
+def test_swish_is_another_name_of_silu(tmp_path):
+    model = theirs("llama", hidden_act="swish")
+    model.save_pretrained(tmp_path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
+def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
+    """Also through a run, whose checkpoint keeps them with its tokenizer."""
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, which nobody chose
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [200, 201]}))
+    model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
+    assert tokenizer.ends == {200, 201, 259, 261}
+    writer = checkpoint.Writer(tmp_path / "out", keep=1)
+    writer.save(model, [], {"settings": {}, "tokenizer": tokenizer.to_dict(), "step": 1}, best=True)
+    assert writer.wait()
+    hub.export(str(tmp_path / "out"), tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert written[0] == 261 and set(written) == {200, 201, 259, 261}
+    assert checkpoint.load_model(str(tmp_path / "hf"))[1].ends == tokenizer.ends
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": 99}))
+    assert 99 in checkpoint.load_model(str(tmp_path / "hf"))[1].ends
+
+
+def test_pad_and_unk_survive_and_batches_can_be_padded(tmp_path):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    named = {"pad_token": {"content": "<|im_start|>"}, "unk_token": "the"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (fast.pad_token, fast.unk_token, len(fast)) == ("<|im_start|>", "the", 262)
+    for kind in ("byte", "gpt2"):
+        saved(tmp_path / kind, ours(vocab_size=50257 if kind == "gpt2" else 257), kind)
+        hub.export(str(tmp_path / kind), tmp_path / f"{kind}-hf")
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{kind}-hf")
+        batch = fast(["a", "a longer one"], padding=True)
+        assert fast.pad_token == fast.unk_token == "<|endoftext|>" and len(fast) == get_tokenizer(kind).n_vocab
+        assert len(batch["input_ids"][0]) == len(batch["input_ids"][1]) and batch["attention_mask"][0][-1] == 0
+
+
+def test_a_bos_goes_out_with_an_export(tmp_path):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    bos = {"id": "<|im_start|>", "ids": [260], "tokens": ["<|im_start|>"]}
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": bos}}
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(config | {"post_processor": post}))
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    _, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
+    for folder in ("base", "hf"):
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert (
+            fast("the one")["input_ids"] == encode_prompt(tokenizer, "the one") != tokenizer.encode("the one").tolist()
+        )
 
 
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
@@ -259,6 +333,72 @@ def test_an_export_says_in_transformers_what_it_says_here(tmp_path, kind, change
     expected = exported.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[0].tolist()
     greedy = generate(model, [prompt], 10, Sampling(temperature=0), [0], lambda *_: False, tokenizer.n_vocab)[0]
     assert greedy[: len(expected)] == expected and (len(expected) == len(greedy) or expected[-1] == tokenizer.eot)
+
+
+def greedy(model: GPT, prompt: list[int], n: int, n_vocab: int) -> list[int]:
+    return generate(model, [prompt], n, Sampling(temperature=0), [0], lambda *_: False, n_vocab)[0][len(prompt) :]
+
+
+def test_ctranslate2_reads_an_export_and_is_greedy_alike(tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    model = ours(vocab_size=257)
+    hub.export(str(saved(tmp_path / "out", model)), tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    path = ctranslate2.converters.TransformersConverter(str(tmp_path / "hf")).convert(str(tmp_path / "ct2"))
+    generator = ctranslate2.Generator(path, device="cpu", compute_type="float32", intra_threads=1)
+    prompt = fast("To be")["input_ids"]
+    options = dict(sampling_topk=1, include_prompt_in_result=False, end_token=[], max_length=10)
+    (result,) = generator.generate_batch([fast.convert_ids_to_tokens(prompt)], **options)
+    assert result.sequences_ids[0] == greedy(model, prompt, 10, 257)
+
+
+def test_llama_cpp_reads_an_export_and_is_greedy_alike(tmp_path):
+    pytest.importorskip("gguf")
+    xllamacpp = pytest.importorskip("xllamacpp")
+    from gguf_llama import write_gpt2
+
+    model = ours(vocab_size=257)
+    hub.export(str(saved(tmp_path / "out", model)), tmp_path / "hf")
+    write_gpt2(tmp_path / "hf", tmp_path / "gpt2.gguf")
+    params = xllamacpp.CommonParams()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_parallel = 1
+    params.verbosity, params.n_ctx, params.model.path = 1, 16, str(tmp_path / "gpt2.gguf")
+    server, chunks = xllamacpp.Server(params), []
+    prompt = [5, 90, 17, 200]
+    request = dict(prompt=prompt, max_tokens=10, ignore_eos=True, samplers=["top_k"], top_k=1)
+    server.handle_completions(request, chunks.append)
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    assert [int(i) for i in re.findall(r"t(\d+);", text)] == greedy(model, prompt, 10, 257)
+
+
+def test_a_warning_where_another_program_would_be_wrong_in_silence(tmp_path, capsys):
+    for mlp in ("gelu_tanh", "relu2"):
+        hub.export(str(saved(tmp_path / mlp, ours(mlp=mlp))), tmp_path / f"{mlp}-hf")
+        assert ("llama.cpp" in capsys.readouterr().err) == (mlp == "relu2")
+
+
+def test_adapters_go_out_with_the_context_of_their_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, changes in (("gpt2", dict(block_size=64)), ("llama", MODERN | dict(block_size=64))):
+        saved(tmp_path / name, ours(**changes))
+        base = checkpoint.open_model(str(tmp_path / name))
+        adapters = dict(rank=2, alpha=4.0, base=str(tmp_path / name), sha256=lora.fingerprint(base.model, base.values))
+        model, _, _ = checkpoint.load_model(name)
+        expected = checkpoint.load_model(name)[0](tokens(257), tokens(257))[0]
+        model.crop_block_size(16)
+        lora.add_adapters(model, lora.choose_targets(model, ""), 2, 4.0)
+        for parameter in lora.adapters(model).values():
+            torch.nn.init.zeros_(parameter)
+        state = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict(), "step": 1, "lora": adapters}
+        writer = checkpoint.Writer(tmp_path / f"{name}-lora", keep=1)
+        writer.save(model, [], state, best=True)
+        assert writer.wait() and checkpoint.load_model(f"{name}-lora")[0].config.block_size == 16
+        hub.export(f"{name}-lora", tmp_path / f"{name}-hf")
+        exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf").eval()
+        assert exported.config.max_position_embeddings == 64
+        with torch.no_grad():
+            assert torch.allclose(exported(tokens(257)).logits, expected, atol=1e-5)
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf").model_max_length == 64
 
 
 def test_export_as_a_person_runs_it(tmp_path, trained):

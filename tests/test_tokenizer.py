@@ -571,7 +571,7 @@ def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
     old = {
         name: value for name, value in tokenizer.to_dict().items() if name in ("kind", "config", "eot", "bos", "eos")
     }
-    assert from_dict(old).ends == {339}
+    assert from_dict(old).ends == {339, 341}
     with pytest.raises(UserError, match="more_ends"):
         from_dict(old | {"more_ends": ["</s>"]})
 
