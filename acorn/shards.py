@@ -40,7 +40,7 @@ from acorn.batches import (  # noqa: F401 (for those who read shards)
     sequential_windows,
     split_windows,
 )
-from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, tokenizer_hash
+from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -373,6 +373,8 @@ class Dataset:
     @property
     def document_mark(self) -> int | None:
         """The token that tells documents apart: it begins each, but for those that the tokenizer ends with it."""
+        if not self.meta:  # another program made it
+            return next(iter(self.tokenizer.before_document), self.tokenizer.eot)
         return self.meta.get("document_mark", self.tokenizer.eot)
 
     def mask_documents(self) -> None:
@@ -402,8 +404,8 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
     """Open a dataset: a path, or the name of a folder in `data/` here or in the repository.
 
     Reads what `prepare` wrote, nanoGPT's folders (headerless `train.bin`), and those of llm.c and modded-nanogpt
-    (`NAME_train_000001.bin`). Whatever is wrong with the dataset is a UserError. Where another process of this machine
-    compares the shards with their hashes, `hashed` may be False.
+    (`NAME_train_000001.bin`, `NAME_train.bin`). Whatever is wrong with the dataset is a UserError. Where another
+    process of this machine compares the shards with their hashes, `hashed` may be False.
     """
     candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
     for path in candidates:
@@ -411,7 +413,7 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
             return _load_prepared(name, path, HASHED if hashed else 0)
         if os.path.isfile(path / "train.bin"):
             return _load_nanogpt(name, path)
-        if os.path.isdir(path) and any(path.glob("*_train_*.bin")):
+        if os.path.isdir(path) and _foreign_shards(path, "train"):
             return _load_llmc(name, path)
         if os.path.isdir(path) and (
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
@@ -542,13 +544,22 @@ def _read_meta_pkl(path: Path) -> CharTokenizer:
         ) from error
 
 
+def _foreign_shards(path: Path, split: str) -> list[Path]:
+    """The shards of a split as llm.c and modded-nanogpt name them: NAME_train_000001.bin, or one NAME_train.bin."""
+    return sorted(path.glob(f"*_{split}_*.bin")) or sorted(path.glob(f"*_{split}.bin"))
+
+
 def _load_llmc(name: str, path: Path) -> Dataset:
-    """`NAME_train_000001.bin`, `NAME_val_000000.bin`: shards without a meta.json, whose tokens are GPT-2's."""
-    train, val = ([open_shard(file) for file in sorted(path.glob(f"*_{split}_*.bin"))] for split in ("train", "val"))
+    """Shards without a meta.json. Their tokens are those of the tokenizer.json beside them, else GPT-2's."""
+    train, val = ([open_shard(file) for file in _foreign_shards(path, split)] for split in ("train", "val"))
+    tokenizer = load_hf(path) if is_hf(path) else GPT2Tokenizer()
     for shard in train + val:
-        if shard.dtype.itemsize != 2:
-            raise UserError(f"{shard.path} holds uint32 tokens of an unknown tokenizer, and {path} has no meta.json")
-    return _dataset(name, path, train, val, GPT2Tokenizer(), {})
+        if shard.dtype.itemsize != 2 and not is_hf(path):
+            raise UserError(
+                f"{shard.path} holds uint32 tokens of an unknown tokenizer. Copy the tokenizer.json and "
+                f"tokenizer_config.json of the model that they are for into {path}."
+            )
+    return _dataset(name, path, train, val, tokenizer, {})
 
 
 def _dataset(name: str, path: Path, train: list[Shard], val: list[Shard], tokenizer: Tokenizer, meta: dict) -> Dataset:
