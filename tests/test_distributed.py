@@ -64,7 +64,7 @@ def assert_same(folder, *runs, rel=1e-5):
 def alone(tmp_path_factory):
     """A folder with a text, with conversations of which only the replies count, and one process's runs on both."""
     folder = tmp_path_factory.mktemp("distributed")
-    pairs = [{"prompt": f"Say {n} times a.", "response": " ".join("a" * n)} for n in range(1, 40)]
+    pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (folder / "t").mkdir()
     for i in range(40):

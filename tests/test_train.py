@@ -118,7 +118,7 @@ def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, 
 
 def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tmp_path):
     """Replies of unequal length, so that the mean of the micro-batches' means would be another number."""
-    pairs = [{"prompt": f"Say {n} times a.", "response": " ".join("a" * n)} for n in range(1, 40)]
+    pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     assert script("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     words = ["--max_iters=4", "--dropout=0", "--eval_interval=2", "--eval_iters=0"]
