@@ -158,22 +158,22 @@ def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
     return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, p: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, in the way that is fastest here. q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
-    Without a mask it is causal; p is the share of weights that are dropped."""
-    T, grouped = q.size(2), q.size(1) != k.size(1)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p: float, plain: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v. q (B, H, T, D), k and v (B, H_kv, S, D) -> the shape of q.
+    Without a mask it is causal. p is the dropout of the weights. With `plain`, training computes it by
+    `plain_attention` where that can."""
+    grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
         return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
-    fused_is_slow = v.device.type == "cpu" and (v.dtype == torch.bfloat16 or p > 0)
-    if fused_is_slow and torch.is_grad_enabled() and mask is None and not grouped and T <= 512:
+    if plain and torch.is_grad_enabled() and mask is None and not grouped:
         return plain_attention(q, k, v, p)
     return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, enable_gqa=grouped)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). In bfloat16, or with dropout, a CPU trains
-    short sequences faster by products that hold all T * T weights than by the kernel that saves their memory."""
+    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). On a CPU, in bfloat16 or with dropout, short
+    sequences often train faster when all T * T weights are kept than with the fused kernel that saves their memory."""
     B, H, T, D = q.shape
     future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
     q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
@@ -259,6 +259,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.plain = False  # train with `plain_attention`
         kv_channels = config.n_kv_head * config.head_dim
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_channels, bias=config.bias)  # q, k, v in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -282,7 +283,8 @@ class CausalSelfAttention(nn.Module):
                 cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
             k, v = cache  # (B, H_kv, S, D)
             q = q.to(k.dtype)
-        y = attend(q, k, v, mask, attention_dropout(cfg) if self.training else 0.0)  # (B, H, T, D)
+        p = attention_dropout(cfg) if self.training else 0.0
+        y = attend(q, k, v, mask, p, self.plain)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         if cache is not None:
             y = y.to(x.dtype)  # in which a sharded model computes, whatever the cache holds

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 
 from acorn import UserError, chat, checkpoint, files, run, runtime, settings

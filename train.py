@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
+from acorn import UserError, autotune, checkpoint, files, lora, report, run, runtime, settings, sharding, watch
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
 from acorn.mixture import Mixture, load_mixture
@@ -394,7 +395,7 @@ def main() -> int:
     there = checkpoint.step_folders(out_dir)
 
     # ---- machine
-    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.n_embd, s.fsdp)
+    r = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.fsdp)
     if s.activation_checkpointing:
         runtime.set_malloc(lean=True)
     signals = []  # those that asked this process to stop
@@ -426,6 +427,12 @@ def main() -> int:
     if s.freeze:
         lora.freeze(model, s.freeze)
     model.activation_checkpointing = s.activation_checkpointing
+    muon, before = s.optimizer == "muon", state.get("arithmetic")
+    arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, muon, r, before)
+    r.dtype = arithmetic.torch_dtype
+    arithmetic.apply(model)
+    if notes:
+        say("; ".join(notes))
     if r.fsdp:  # from here on it takes memory, each process for its rows alone
         model = sharding.shard(model, r, values)
     else:
@@ -438,9 +445,7 @@ def main() -> int:
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
-    # bfloat16 serves Muon well; where float32 was asked for by name, its products are float32 too
-    muon_dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
-    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, muon_dtype)
+    optimizers = make_optimizers(raw_model, s.optimizer, *rates, r.device.type, arithmetic.torch_muon_dtype)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)  # else its gradients underflow
     if s.init_from == "resume":
         checkpoint.load_optimizers(folder, state, raw_model, optimizers)
@@ -506,7 +511,8 @@ def main() -> int:
 
     def save(best: bool = False) -> None:
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
-        progress |= {"lora": adapters, "scaler": scaler.state_dict(), "launch": watch.launch_id()}
+        progress |= {"arithmetic": dataclasses.asdict(arithmetic), "lora": adapters}
+        progress |= {"scaler": scaler.state_dict(), "launch": watch.launch_id()}
         writer.save(raw_model, optimizers, progress, best)
 
     def saved_whole() -> bool:

@@ -4,6 +4,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from acorn import openmp
+
+openmp.load()  # takes effect only before torch is imported, so scripts import acorn first
+
 REPO = Path(__file__).resolve().parent.parent  # whose config/ and data/ are found from anywhere
 
 

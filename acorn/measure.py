@@ -281,8 +281,6 @@ def main() -> int:
 
     # ---- model
     r = runtime.setup(args.device, args.dtype, False)
-    if args.dtype == "auto" and r.device.type == "cpu":
-        r.dtype = torch.float32
     model, tokenizer, source = checkpoint.load_model(args.source, args.checkpoint)
     if tokenizer is None:
         raise UserError(f"{source} comes without a tokenizer that is known here")

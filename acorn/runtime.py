@@ -97,6 +97,13 @@ class Runtime:
         torch.distributed.all_gather(everyones, own)
         return torch.stack(everyones).tolist()
 
+    def broadcast(self, value: object) -> object:
+        """The `value` of the first process, in all of them."""
+        values = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(values, device=self.device)
+        return values[0]
+
     def agree(self, holds: bool) -> bool:
         """Whether it holds in every process."""
         return self.sum(torch.tensor(int(not holds))).item() == 0
@@ -146,11 +153,10 @@ def peak_memory(device: torch.device) -> int:
 ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # a process that has no others
 
 
-def setup(
-    device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024, fsdp: bool = False
-) -> Runtime:
-    """Choose device and precision, and join the other processes where `torchrun` started several. `width` is that of
-    the model's matrices, in channels; `fsdp` says whether the model is to be sharded among the processes.
+def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", fsdp: bool = False) -> Runtime:
+    """Choose device and precision, and join the other processes where `torchrun` started several. `fsdp` says whether
+    the model is to be sharded among the processes. The dtype that `auto` gives on a CPU is float32, the exact one;
+    `autotune.measured` finds the fastest one for training.
 
     Raises UserError for a device that this machine or this torch does not have.
     """
@@ -170,7 +176,7 @@ def setup(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
-    precision = choose_dtype(dtype, chosen, width, notes)
+    precision = choose_dtype(dtype, chosen, notes)
     if fsdp and world_size == 1:
         notes.append("not sharded (fsdp: one process holds all of the model; torchrun starts several)")
     elif fsdp and precision == torch.float16:
@@ -243,7 +249,7 @@ def choose_device(device: str, notes: list[str]) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, device: torch.device, width: int, notes: list[str]) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dtype:
     if dtype == "float16" and device.type != "cuda":
         notes.append(f"dtype float32 (float16 needs its gradients scaled, which only CUDA has; this is {device.type})")
         return torch.float32
@@ -256,20 +262,9 @@ def choose_dtype(dtype: str, device: torch.device, width: int, notes: list[str])
             return torch.bfloat16
         notes.append("dtype float16 (auto: this GPU has no bfloat16)")
         return torch.float16
-    if device.type == "cpu" and cpu_has_bfloat16() and width < 256:
-        notes.append("dtype float32 (auto: for matrices this small, converting to bfloat16 costs more than it gains)")
-        return torch.float32
-    if device.type == "cpu" and cpu_has_bfloat16():
-        notes.append("dtype bfloat16 (auto: this CPU multiplies in it)")
-        return torch.bfloat16
-    notes.append(f"dtype float32 (auto: no faster bfloat16 on this {device.type})")
+    if device.type != "cpu":
+        notes.append(f"dtype float32 (auto: {device.type})")
     return torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX); elsewhere it is emulated,
-    which is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) -> bool:

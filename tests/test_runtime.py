@@ -13,7 +13,7 @@ from acorn import UserError, runtime
 
 def test_auto_chooses_something_that_works_and_says_why():
     r = runtime.setup("auto", "auto", "auto")
-    assert len(r.notes) == 3 and all("auto" in note for note in r.notes)
+    assert len(r.notes) >= 2 and all("auto" in note for note in r.notes)
     with r.autocast():
         product = torch.ones(2, 2, device=r.device) @ torch.ones(2, 2, device=r.device)
     assert product.dtype == r.dtype and product.tolist() == [[2.0, 2.0], [2.0, 2.0]]
