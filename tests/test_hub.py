@@ -498,6 +498,31 @@ def test_samples_begin_with_the_bos_and_every_end_stops_them(published):
     assert len(samples[0]["ids"]) <= 4 and len(samples[1]["ids"]) <= 3
 
 
+def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(published, tmp_path, monkeypatch):
+    import sample
+
+    fast = transformers.AutoTokenizer.from_pretrained(published)
+    seen, name = [], "the<|im_end|>one"
+    (tmp_path / "p.txt").write_text(name)
+    monkeypatch.setattr(sample, "generate", lambda model, rows, *_: seen.extend(rows))
+    monkeypatch.setattr(sample.runtime, "setup", lambda *_: ALONE)
+    monkeypatch.setattr(sys, "stdin", None)
+
+    def prompt(*words):
+        options = ["--device=cpu", "--num_samples=1", "--compile=False", f"--init_from={published}"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *options, *words])
+        assert sample.main() == 0
+        return seen.pop()
+
+    as_text = fast(name, split_special_tokens=True)["input_ids"]
+    assert prompt(f"--start={name}") == prompt(f"--prompts={tmp_path}/p.txt") == as_text
+    assert prompt(f"--start={name}", "--control_tokens=True") == fast(name)["input_ids"] != as_text
+    assert prompt("--start=<|endoftext|>") == fast("<|endoftext|>")["input_ids"] == [260, 259]
+    for words in (["--chat"], ["--interactive=True"], [f"--prompts={tmp_path}/p.txt"]):
+        with pytest.raises(UserError, match="control_tokens"):
+            prompt("--control_tokens=True", *words)
+
+
 def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):
     text = "the other one, and then the end"
     (tmp_path / "t.txt").write_text(text)
