@@ -137,11 +137,13 @@ def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
         reply = _reply_without_system(tokenizer, messages)
         if reply and whole.endswith(reply):
             return reply
+        before = _fill_in(tokenizer, messages[:-1], False)
         shared = next((i for i, char in enumerate(prompt) if whole[i : i + 1] != char), 0)
+        opening = prompt[min(len(before), shared) :] if prompt.startswith(before) else prompt[shared:]
         raise UserError(
-            f"the chat template opens a reply with {prompt[shared:]!r:.60}, and renders a finished reply without it. "
-            "Sampling and evaluation work; training would teach replies that begin otherwise than sampled ones do. "
-            "Train with another --template."
+            f"the chat template opens a reply with {opening!r:.80}, and renders a finished reply without it. Sampling "
+            "and evaluation work; training would teach replies that begin otherwise than sampled ones do. Give each "
+            'reply its thinking as "reasoning_content" where the template keeps that, or train with another --template.'
         )
     return whole[len(prompt) :]
 
@@ -213,15 +215,36 @@ def as_content(tokenizer: Tokenizer, reply: str) -> str:
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a reply: of the control token that the template ends it with, and those that end a text."""
-    name = _stop_name(tokenizer)
-    return ({tokenizer.control[name]} if name else set()) | tokenizer.ends
+    """The ids that end a reply: of the control tokens that the template ends it with, and those that end a text."""
+    names = {_stop_name(tokenizer), _call_end(tokenizer)} - {None}
+    return {tokenizer.control[name] for name in names} | tokenizer.ends
+
+
+def _call_end(tokenizer: Tokenizer) -> str | None:
+    """The name of the control token that ends a reply which calls a tool, None where the template has no calls."""
+    if "tool_calls" not in tokenizer.chat_template:
+        return None
+    call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
+    try:
+        reply = _last_reply(tokenizer, [_message("user", "?"), _message("assistant", "") | {"tool_calls": [call]}])
+        reply = reply[: _reply_length(tokenizer, reply)]
+    except UserError:
+        return None
+    return _any_of(tokenizer.control).findall(reply)[-1]
 
 
 def check_learnable(tokenizer: Tokenizer) -> None:
-    """Raise UserError where the tokenizer's template cannot be learned, saying why. It may still do for sampling."""
+    """Raise UserError where the tokenizer's template cannot be learned, saying why. It may still do for sampling. Some
+    templates can be learned from replies that think, and from no others."""
     _around_content(tokenizer)
-    render_to_learn(tokenizer, [_message("user", "?"), _message("assistant", "!")])
+    question, reply = _message("user", "?"), _message("assistant", "!")
+    try:
+        render_to_learn(tokenizer, [question, reply])
+    except UserError as error:
+        try:
+            render_to_learn(tokenizer, [question, reply | {"reasoning_content": "."}])
+        except UserError:
+            raise error from None
 
 
 def unused_fields(tokenizer: Tokenizer, messages: list[dict]) -> set[str]:

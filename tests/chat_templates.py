@@ -1,6 +1,8 @@
-"""Published chat formats as short templates of our own: name -> the control tokens, and the template.
+"""Chat templates that tests/test_chat.py renders with acorn and with transformers.
 
-BOS and EOS stand first in the list of control tokens. `tests/test_chat.py` renders them beside transformers.
+TEMPLATES: short templates of our own for published formats: name -> the control tokens, and the template.
+PUBLISHED: templates as models ship them, from the package trl: name of the file -> the control tokens.
+BOS and EOS are the first two control tokens of each list.
 """
 
 S = ["<s>", "</s>"]
@@ -230,3 +232,45 @@ FALCON_180B = (
     "{{ {'system': 'System', 'user': 'User', 'assistant': 'Falcon'}[m.role] + ': ' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\nFalcon:' }}{% endif %}",
 )
+
+TURN = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"]
+GEMMA_3 = ["<bos>", "<end_of_turn>", "<start_of_turn>"]
+GEMMA_4 = ["<bos>", "<turn|>", *TURN]
+LFM = ["<|startoftext|>", "<|im_end|>", "<|im_start|>", "<|tool_call_start|>", "<|tool_call_end|>"]
+LLAMA_3 = TEMPLATES["llama-3.1"][0]
+PHI_3 = TEMPLATES["phi-3"][0]
+PUBLISHED = {
+    "cohere": TEMPLATES["command-r"][0],
+    "cohere2": [*TEMPLATES["command-r"][0], "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+    "diffusion_gemma": GEMMA_4,
+    "gemma": GEMMA_3,
+    "gemma3": GEMMA_3,
+    "gemma4": GEMMA_4,
+    "gemma4_v5": GEMMA_4,
+    "gptoss": ["<|startoftext|>", "<|return|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>"],
+    "lfm2": LFM,
+    "lfm2_v2": LFM,
+    "lfm2_2_5": LFM,
+    "llama3": LLAMA_3,
+    "llama3_1": LLAMA_3,
+    "llama3_2": LLAMA_3,
+    "muse_glimmer": ["<|begin_of_text|>", "<|eot|>", "<|eom|>", "<|start|>", "<|message|>"],
+    "nemotron_3_nano": ["<s>", "<|im_end|>", "<|im_start|>"],
+    "nemotron_3_ultra": ["<s>", "<|im_end|>", "<|im_start|>"],
+    "phi3": PHI_3,
+    "phi3_5": PHI_3,
+    "qwen2_5": IM,
+    "qwen2_5_vl": IM,
+    "qwen3": IM,
+    "qwen3_instruct_2507": IM,
+    "qwen3_vl": IM,
+    "qwen3_5_think": IM,
+    "qwen3_5_nothink": IM,
+    "qwen3_8": IM,
+}
+NEED_THOUGHTS = {"nemotron_3_nano", "nemotron_3_ultra"}  # they open a reply with <think> and cannot learn one without
+CHAT_ONLY = {  # they cannot be learned, and chat all the same: name -> the control tokens, and the reason
+    "deepseek_r1_distill": (DEEPSEEK_R1[0], "<think>"),
+    "deepseekv3": (DEEPSEEK_R1[0], "<think>"),
+    "glm4moe": (["<|endoftext|>", "<|endoftext|>", "<|user|>", "<|assistant|>"], "ends a reply"),
+}

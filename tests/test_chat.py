@@ -1,5 +1,7 @@
 """Conversations: ids and masks token by token, against transformers' rendering, and through `python prepare chat`."""
 
+import functools
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -14,7 +16,7 @@ from acorn.shards import load_dataset
 from acorn.tokenizer import ByteTokenizer, from_dict, get_tokenizer, load_hf, train_bpe, train_char
 from prepare.__main__ import prepare_corpus
 from prepare.chat import limited
-from tests.chat_templates import DEEPSEEK_R1, FALCON_180B, TEMPLATES
+from tests.chat_templates import CHAT_ONLY, DEEPSEEK_R1, FALCON_180B, NEED_THOUGHTS, PUBLISHED, TEMPLATES
 from tests.conftest import TEXT
 
 TALK = [
@@ -126,9 +128,14 @@ def test_templates_may_trim_and_mark_what_is_generated():
     assert ids.tolist() == [*b"[a]b", 256] and learned.tolist() == [False] * 3 + [True] * 2
 
 
+@functools.cache
+def bpe_config() -> str:
+    return json.dumps(train_bpe([TEXT], 300).config)
+
+
 def with_control(folder: Path, control: list[str], template: str, **files) -> Path:
     """A folder with a byte-level tokenizer that has these control tokens, BOS and EOS first, and the template."""
-    config = train_bpe([TEXT], 300).config
+    config = json.loads(bpe_config())
     first = config["added_tokens"].pop()
     for i, name in enumerate(dict.fromkeys(control), first["id"]):
         config["added_tokens"].append(first | {"id": i, "content": name})
@@ -141,7 +148,8 @@ def with_control(folder: Path, control: list[str], template: str, **files) -> Pa
     return folder
 
 
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather now", "parameters": CITY}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
 CALLING = [
     {"role": "user", "content": "Weather in Lima?"},
@@ -158,16 +166,11 @@ def conversation(n_turns: int, system: bool = False) -> list[dict]:
     return messages
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_published_templates_give_transformers_ids_and_learn_the_replies(tmp_path, name):
+def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -> None:
+    """The ids are transformers', and the learned mask is on the replies and their ends: it begins where transformers'
+    prompt for a reply ends, and ends behind the content and the control tokens that close it."""
     transformers = pytest.importorskip("transformers")
-    control, template = TEMPLATES[name]
-    folder = with_control(tmp_path / "t", control, template)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
-    has_system, has_tools = "no system" not in template, "tools" in template
-    talks = [(conversation(n, system), {}) for n in (1, 2, 3, 4) for system in {False, has_system}]
-    if has_tools:
-        talks += [(CALLING, {"tools": [TOOL]}), (conversation(1) + CALLING + conversation(1), {"tools": [TOOL]})]
     for messages, extras in talks:
         messages = Conversation(messages, extras)
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -175,46 +178,89 @@ def test_published_templates_give_transformers_ids_and_learn_the_replies(tmp_pat
         def expected(messages, extras=extras, **options):
             return theirs.apply_chat_template(list(messages), return_dict=False, **extras, **options)
 
-        prompt = chat.render(ours, messages[:-1])
-        assert prompt.tolist() == expected(messages[:-1], add_generation_prompt=True)
+        prompts = {i: expected(messages[:i], add_generation_prompt=True) for i in replies}
+        assert chat.render(ours, messages[:-1]).tolist() == prompts[replies[-1]]
         examples = [forms[0] for forms in chat.forms_to_learn(ours, messages)]
         if len(examples) == 1:  # all replies in one
-            ids, learned = chat.render_to_learn(ours, messages)
-            assert ids.tolist() == expected(messages)
-            assert len(spans(ours, ids, learned)) == len(replies)
-        for (ids, learned), last in zip(examples, replies[-1:] if len(examples) == 1 else replies, strict=True):
-            whole = expected(messages[: last + 1])
-            assert ids.tolist() == whole[: len(ids)] and learned[-1]
-            found = spans(ours, ids, learned)
-            told = [messages[i] for i in replies if i <= last][-len(found) :]
-            for text, message in zip(found, told, strict=True):
-                end = next(name for name in control if text.endswith(name))
-                said = text.removesuffix(end)
-                if "tool_calls" in message:
+            learns = [replies]
+            assert chat.render_to_learn(ours, messages)[0].tolist() == expected(messages)
+        else:  # the template rewrites history
+            learns = [[i] for i in replies]
+        for (ids, learned), told in zip(examples, learns, strict=True):
+            assert ids.tolist() == expected(messages[: told[-1] + 1])[: len(ids)] and learned[-1]
+            starts = np.flatnonzero(np.diff([0, *learned]) == 1)
+            for start, text, i in zip(starts, spans(ours, ids, learned), told, strict=True):
+                assert ids[:start].tolist() == prompts[i]
+                end = next(name for name in ours.control if text.endswith(name))
+                said = re.sub(f"({'|'.join(map(re.escape, ours.control))})+$", "", text)
+                if "tool_calls" in messages[i]:
                     assert "weather" in said and "Lima" in said and "Question" not in said
                 else:
-                    assert said.split("</think>")[-1].strip() == message["content"]
-                assert ours.control[end] in chat.stop_ids(ours) or end == "<|eom_id|>"
-        assert len(examples) in (1, len(replies))
+                    assert re.split(r"</think>|<\|message\|>|<\|turn>model", said)[-1].strip() == messages[i]["content"]
+                    assert messages[i].get("reasoning_content", "") in said and said.count("Reply") <= 1
+                assert ours.control[end] in chat.stop_ids(ours)
 
 
-@pytest.mark.parametrize(
-    ("published", "reason"), [(DEEPSEEK_R1, "opens a reply with '<think>"), (FALCON_180B, "ends a reply")]
-)
-def test_templates_that_cannot_be_learned_can_chat(tmp_path, published, reason):
+def talks_of(template: str, **fields) -> list[tuple[list[dict], dict]]:
+    """Conversations of one to four turns, with a system message and with tools where the template takes them."""
+    has_system = "no system" not in template and "System role not supported" not in template
+    talks = [(conversation(n, system), {}) for n in (1, 2, 3, 4) for system in {False, has_system}]
+    if "tools" in template and "tool_calls" in template:
+        talks += [(CALLING, {"tools": [TOOL]}), (conversation(1) + CALLING + conversation(1), {"tools": [TOOL]})]
+    return [([m | fields if m["role"] == "assistant" else m for m in talk], extras) for talk, extras in talks]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_published_formats_give_transformers_ids_and_learn_the_replies(tmp_path, name):
+    control, template = TEMPLATES[name]
+    assert_as_transformers(with_control(tmp_path / "t", control, template), talks_of(template))
+
+
+def published(name: str) -> str:
+    """A chat template that models ship. It is read without importing trl, which takes seconds."""
+    trl = importlib.util.find_spec("trl")
+    if trl is None:
+        pytest.skip("pip install trl")
+    return (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_give_transformers_ids_and_learn_the_replies(tmp_path, name):
+    template = published(name)
+    fields = {"reasoning_content": "Hm."} if name in NEED_THOUGHTS else {}
+    folder = with_control(tmp_path / "t", PUBLISHED[name], template)
+    assert_as_transformers(folder, talks_of(template, **fields))
+    chat.check_learnable(load_hf(folder))
+    if fields:
+        with pytest.raises(UserError, match="reasoning_content"):
+            chat.render_to_learn(load_hf(folder), conversation(1))
+
+
+@pytest.mark.parametrize("name", CHAT_ONLY)
+def test_published_templates_that_cannot_be_learned_can_chat(tmp_path, name):
+    control, reason = CHAT_ONLY[name]
+    assert_can_only_chat(with_control(tmp_path / "t", control, published(name)), reason)
+
+
+def assert_can_only_chat(folder: Path, reason: str) -> None:
+    """Prompts for a reply have transformers' ids, and learning is refused with the reason."""
     transformers = pytest.importorskip("transformers")
-    folder = with_control(tmp_path / "t", *published)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
     for n in (1, 2, 3, 4):
         messages = conversation(n, True)
         messages[2]["content"] = "Let me see.</think>Reply."
         expected = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert chat.render(ours, messages[:-1]).tolist() == expected
-    assert ours.control[published[0][1]] in chat.stop_ids(ours)
+    assert ours.control[theirs.eos_token] in chat.stop_ids(ours)
     assert chat.as_content(ours, "Well.</think>Yes") == "Well.</think>Yes"
     for learn in (chat.check_learnable, lambda tokenizer: chat.forms_to_learn(tokenizer, messages)):
         with pytest.raises(UserError, match=reason):
             learn(ours)
+
+
+@pytest.mark.parametrize(("published", "reason"), [(DEEPSEEK_R1, "<think>"), (FALCON_180B, "ends a reply")])
+def test_templates_that_cannot_be_learned_can_chat(tmp_path, published, reason):
+    assert_can_only_chat(with_control(tmp_path / "t", *published), reason)
 
 
 def test_thinking_is_learned_as_transformers_renders_it(tmp_path):
@@ -329,8 +375,8 @@ def test_arguments_as_json_text_are_not_made_json_twice(tmp_path):
         expected = chat.render_to_learn(tokenizer, CALLING)
         assert chat.render_to_learn(tokenizer, messages)[0].tolist() == expected[0].tolist()
     tokenizer.chat_template = (  # a template that takes the text
-        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}"
-        "{% endfor %}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     assert 'weather{"city": "Lima"}<|eot_id|>' in tokenizer.decode(chat.render_to_learn(tokenizer, messages)[0])
 
