@@ -376,7 +376,8 @@ def test_arguments_as_json_text_are_not_made_json_twice(tmp_path):
         assert chat.render_to_learn(tokenizer, messages)[0].tolist() == expected[0].tolist()
     tokenizer.chat_template = (  # a template that takes the text
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
-        "{{ c.function.name + c.function.arguments }}{% endfor %}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     assert 'weather{"city": "Lima"}<|eot_id|>' in tokenizer.decode(chat.render_to_learn(tokenizer, messages)[0])
 
