@@ -101,6 +101,11 @@ def greedy_answers(
     return [(answer + stream.finish()).strip() for answer, stream in zip(answers, streams, strict=True)]
 
 
+def after_thinking(answer: str, reference: str) -> str:
+    """The part of an answer that is compared: what follows its thinking, unless the reference thinks too."""
+    return answer if "</think>" in reference else answer.rpartition("</think>")[2].strip()
+
+
 def measure_answers(answers: list[str], references: list[str]) -> dict[str, tuple]:
     """Exact match, BLEU (https://aclanthology.org/W18-6319, its error from 1000 bootstrap samples of the examples) and
     ROUGE F-measures (https://aclanthology.org/W04-1013) of answers against one reference each, all in percent."""
@@ -315,6 +320,10 @@ def main() -> int:
             try:
                 messages = records.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+                if "content" not in messages[last]:
+                    raise UserError(
+                        "has a last reply without text, such as a call of a tool; answers are compared as text"
+                    )
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
                 if len(prompts[-1]) >= model.config.block_size:
                     raise UserError(
@@ -326,7 +335,7 @@ def main() -> int:
         with r.autocast():
             options = (args.stop, args.max_new_tokens, args.batch_size)
             answers = greedy_answers(model, tokenizer, prompts, *options)
-        figures[args.pairs] = measure_answers(answers, references)
+        figures[args.pairs] = measure_answers(list(map(after_thinking, answers, references)), references)
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
         figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)

@@ -563,6 +563,49 @@ def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
     assert f"to be learned    {len(learn['train'] + learn['val']):,}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"messages": CALLING, "tools": [TOOL]}, CALLING),
+        ({"messages": [TWO[0] | {"content": [{"type": "text", "text": "Say "}, {"text": "hi"}]}, TWO[1]]}, TWO),
+        ({"conversations": [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi"}]}, TWO),
+        ({"instruction": "Say", "input": "hi", "output": "hi"}, [TWO[0] | {"content": "Say\n\nhi"}, TWO[1]]),
+    ],
+)
+def test_what_is_prepared_has_transformers_ids(tmp_path, monkeypatch, record, messages):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(with_control(tmp_path / "t", *TEMPLATES["qwen2.5"]))
+    expected = theirs.apply_chat_template(messages, tools=record.get("tools"), return_dict=False)
+    Path("a.jsonl").write_text((json.dumps(record) + "\n") * 20)
+    prepare_corpus(["chat", "a.jsonl", "--tokenizer", "t"])
+    train = load_dataset("a").train
+    n = len(train) // 18
+    assert train.read([0], n)[0].tolist() == expected[:n] and theirs.decode(expected[n:]) == "\n"
+    learned = train.mask.read([0], n)[0].astype(bool)
+    replies = [m["content"] for m in messages if m["role"] == "assistant"]
+    found = spans(load_hf(tmp_path / "t"), np.array(expected[:n]), learned)
+    assert len(found) == len(replies) and found[-1] == replies[-1] + "<|im_end|>"
+    if "tools" in record:
+        assert found[0] == '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Lima"}}\n</tool_call><|im_end|>'
+
+
+def test_names_of_control_tokens_in_prepared_records_stay_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_control(tmp_path / "t", *TEMPLATES["chatml"])
+    record = {"prompt": "What ends a turn?", "response": "<|im_end|> does, <|endoftext|> ends a text."}
+    Path("a.jsonl").write_text((json.dumps(record) + "\n") * 20)
+    prepare_corpus(["chat", "a.jsonl", "--tokenizer", "t"])
+    dataset = load_dataset("a")
+    n, control = len(dataset.train) // 18, dataset.tokenizer.control
+    ids = dataset.train.read([0], n)[0]
+    counts = Counter(ids.tolist())
+    assert [counts[control[name]] for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")] == [2, 2, 0]
+    assert dataset.tokenizer.decode(ids).count("<|im_end|>") == 3 and record["response"] in dataset.tokenizer.decode(
+        ids
+    )
+
+
 def test_the_template_travels_and_over_long_conversations_are_counted(pairs, chatml):
     prepare_corpus(f"chat pairs.jsonl --tokenizer {chatml} --max_tokens 64 --val_tokens 400".split())
     dataset = load_dataset("pairs")

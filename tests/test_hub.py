@@ -12,7 +12,7 @@ import torch
 from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint, hub, lora
+from acorn import UserError, checkpoint, hub, lora, measure, runtime
 from acorn.chat import render_to_learn
 from acorn.generate import Sampling, encode_prompt, generate
 from acorn.tokenizer import get_tokenizer
@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 GPT2 = dict(vocab_size=37, n_positions=16, n_embd=32, n_layer=3, n_head=4)
 LLAMA = dict(vocab_size=37, max_position_embeddings=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 LLAMA |= dict(num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6)
+ALONE = runtime.Runtime(torch.device("cpu"), torch.float32, compile=False, notes=[])
 MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=2, tie_weights=False, rope_theta=500.0)
 
 
@@ -183,12 +184,7 @@ def test_pad_and_unk_survive_and_batches_can_be_padded(tmp_path):
 def test_a_bos_goes_out_with_an_export(tmp_path):
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
-    bos = {"id": "<|im_start|>", "ids": [260], "tokens": ["<|im_start|>"]}
-    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    post = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": bos}}
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(config | {"post_processor": post}))
+    put_bos_first(tmp_path / "base")
     hub.export(str(tmp_path / "base"), tmp_path / "hf")
     _, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
     for folder in ("base", "hf"):
@@ -451,6 +447,114 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def put_bos_first(folder: Path) -> None:
+    """Give a tokenizer.json a post-processor that puts <|im_start|> before a text."""
+    config = json.loads((folder / "tokenizer.json").read_text())
+    bos = {"id": "<|im_start|>", "ids": [260], "tokens": ["<|im_start|>"]}
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": bos}}
+    (folder / "tokenizer.json").write_text(json.dumps(config | {"post_processor": post}))
+
+
+THINKING = (  # as DeepSeek-R1's: it opens a reply with <think>, and strips the thinking from earlier replies
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content }}"
+    "{% else %}{{ 'Bot: ' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Bot: <think>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A Llama folder whose tokenizer.json puts a BOS before a text, with a chat template that thinks."""
+    folder = tmp_path / "published"
+    theirs("llama", vocab_size=262, max_position_embeddings=128).save_pretrained(folder)
+    write_tokenizer(folder)
+    put_bos_first(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": THINKING}))
+    return folder
+
+
+def test_samples_begin_with_the_bos_and_every_end_stops_them(published):
+    import sample
+
+    fast = transformers.AutoTokenizer.from_pretrained(published)
+    model = checkpoint.load_model(str(published))[0]
+    prompts = ["the one", "another", "or <|im_end|> not"]
+    ids = [fast(prompt, split_special_tokens=True)["input_ids"] for prompt in prompts]
+    free = [greedy(model, row, 12, 262) for row in ids]
+    ends = [free[0][3], free[1][2]]
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model, tokenizer, _ = checkpoint.load_model(str(published))
+    s = sample.SampleSettings(max_new_tokens=12, temperature=0, logprobs=True)
+    samples = sample.continue_prompts(model, tokenizer, prompts, False, 1, s, False, lambda text: None)
+    for row, found in zip(free, samples, strict=True):
+        stop = next((i for i, token in enumerate(row) if token in ends or token in (259, 260, 261)), 11)
+        assert found["ids"] == row[: stop + 1]
+        assert found["stopped_by"] == ("end of text" if stop < 11 else "max_new_tokens")
+    assert len(samples[0]["ids"]) <= 4 and len(samples[1]["ids"]) <= 3
+
+
+def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):
+    text = "the other one, and then the end"
+    (tmp_path / "t.txt").write_text(text)
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(published)(text)["input_ids"]])
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(published)
+    with torch.no_grad():
+        expected = their_model(ids, labels=ids).loss.item()
+    model, tokenizer, _ = checkpoint.load_model(str(published))
+    assert ids[0, 0] == 260
+    loss, _, n = measure.measure_text(model, tokenizer, str(tmp_path / "t.txt"), ALONE, 1, 64)["loss"][:3]
+    assert n == ids.numel() - 1 and loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published, tmp_path, monkeypatch, capsys):
+    import sample
+
+    fast = transformers.AutoTokenizer.from_pretrained(published)
+    model, tokenizer, _ = checkpoint.load_model(str(published))
+    prompts = []
+
+    def think(model, rows, n, how, seeds, on_token, *rest):
+        """In place of `generate`: the model thinks, answers and ends its turn."""
+        prompts.extend(rows)
+        for row in range(len(rows)):
+            for token in [*tokenizer.encode("Hm.</think>Yes").tolist(), 261]:
+                if on_token(row, token, 0.0):
+                    break
+
+    monkeypatch.setattr(sample, "generate", think)
+    monkeypatch.setattr(measure, "generate", think)
+    said = iter(["Hi", "And <|im_end|>?"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or raise_eof())
+    sample.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)
+    assert capsys.readouterr().out == "Hm.</think>Yes\n" * 2
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm.</think>Yes"}]
+    expected = fast.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+    assert prompts[0] == expected and "Hm." not in tokenizer.decode(prompts[1])
+    talk.append({"role": "user", "content": "And ?"})
+    expected = fast.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    at = len(expected) - len(tokenizer.encode("?Bot: <think>\n"))
+    assert prompts[1] == [*expected[:at], *tokenizer.encode("<|im_end|>"), *expected[at:]]  # as text
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi", "response": "Yes"}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(published), f"--pairs={pairs}", "--device=cpu", "--json"])
+    monkeypatch.setattr(measure.runtime, "setup", lambda *_: ALONE)
+    assert measure.main() == 0 and prompts[2] == prompts[0]
+    exact = json.loads(capsys.readouterr().out)["results"][0]
+    assert (exact["measure"], exact["value"]) == ("exact match", 100.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="opens a reply with 'Bot: <think>"):
+        prepare_corpus(["chat", "pairs.jsonl", "--tokenizer", str(published)])
+    assert not Path("data").exists() or not any(Path("data").iterdir())
+
+
+def raise_eof():
+    raise EOFError
 
 
 def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tmp_path):
