@@ -20,6 +20,7 @@ import re
 import numpy as np
 
 from acorn import UserError
+from acorn.records import Conversation
 from acorn.tokenizer import Tokenizer
 
 # "User:", a line break and the message; a reply ends with end of text. It needs no control token but that one.
@@ -40,6 +41,7 @@ PROBE = "\ufdd1"  # another one, which stands for a reply
 NEEDED = ("tools", "tool_calls", "documents")  # without which a conversation would mean something else
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field, as transformers has it
 RESERVED = {"messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
+NO_PLACE = "the chat template has no place for {}, which would be lost; give another --template"
 REWRITTEN = (
     "the chat template writes the beginning of a conversation differently once more follows, so it cannot be told what "
     "the reply is; give conversations of one reply, or another --template"
@@ -132,6 +134,9 @@ def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
     """The text of the last message behind the prompt for a reply. Raises UserError where it does not begin with it."""
     prompt, whole = _fill_in(tokenizer, messages[:-1], True), _fill_in(tokenizer, messages, False)
     if not whole.startswith(prompt):
+        reply = _reply_without_system(tokenizer, messages)
+        if reply and whole.endswith(reply):
+            return reply
         before = _fill_in(tokenizer, messages[:-1], False)
         shared = next((i for i, char in enumerate(prompt) if whole[i : i + 1] != char), 0)
         opening = prompt[min(len(before), shared) :] if prompt.startswith(before) else prompt[shared:]
@@ -143,14 +148,23 @@ def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
     return whole[len(prompt) :]
 
 
+def _reply_without_system(tokenizer: Tokenizer, messages: list[dict]) -> str | None:
+    """The text of the last reply, found without the system message, None where there is none: some templates write the
+    system message into the last message only if that is the user's, so a finished reply has it no more."""
+    rest = Conversation([m for m in messages if m["role"] != "system"], getattr(messages, "extras", {}))
+    return _last_reply(tokenizer, rest) if 1 < len(rest) < len(messages) else None
+
+
 def _reply_length(tokenizer: Tokenizer, reply: str) -> int:
     """The length of the text of a reply up to the control token that ends it. Raises UserError where none does."""
     ends = list(_any_of(tokenizer.control).finditer(reply))
     if not ends:
         raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
     if len(ends) > 1:  # it may have others inside, as around a call, or the end of the whole text behind it
-        stop = _stop_name(tokenizer)
-        ends = [end for end in ends if end[0] == stop] or ends
+        stop = "".join(_stop_names(tokenizer))
+        if stop and stop in reply:
+            return reply.rindex(stop) + len(stop)
+        ends = [end for end in ends if tokenizer.control[end[0]] in tokenizer.ends] or ends
     return ends[-1].end()
 
 
@@ -171,8 +185,23 @@ def _around_content(tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _stop_name(tokenizer: Tokenizer) -> str | None:
     """The name of the control token that ends a reply, None where the template ends it with text."""
-    found = _any_of(tokenizer.control).search(_around_content(tokenizer)[1])
-    return found and found[0]
+    return next(iter(_stop_names(tokenizer)), None)
+
+
+def _stop_names(tokenizer: Tokenizer) -> list[str]:
+    """The names of the control tokens that end a reply: the first one behind it, and those that end a text directly
+    behind that, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". What only stands at the end of a conversation is not one
+    of the latter."""
+    talk = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
+    _, found, after = _fill_in(tokenizer, talk, True).rpartition(PROBE)
+    if not found or not _any_of(tokenizer.control).search(after):
+        after = _around_content(tokenizer)[1]
+    names, end = [], None
+    for found in _any_of(tokenizer.control).finditer(after):
+        if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
+            break
+        names, end = [*names, found[0]], found.end()
+    return names
 
 
 def as_content(tokenizer: Tokenizer, reply: str) -> str:
@@ -258,7 +287,7 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
     extras = {name: value for name, value in extras.items() if name in variables or name in NEEDED}
     for name in NEEDED:
         if name not in template and (extras.get(name) or any(message.get(name) for message in messages)):
-            raise UserError(f"the chat template has no place for {name}, which would be lost; give another --template")
+            raise UserError(NO_PLACE.format(name))
     text = _rendered(tokenizer, messages, extras, add_generation_prompt)
     # OpenAI's form has a call's arguments as JSON text, of which most templates make JSON once more
     arguments = [function["arguments"] for function in _functions(messages) if _is_json(function.get("arguments"))]
@@ -269,6 +298,10 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
             if _is_json(function.get("arguments")):
                 function["arguments"] = json.loads(function["arguments"])
         text = _rendered(tokenizer, messages, extras, add_generation_prompt)
+    for function in _functions(messages):
+        name = function.get("name")
+        if isinstance(name, str) and _broken(name, names) not in text and json.dumps(name)[1:-1] not in text:
+            raise UserError(NO_PLACE.format(f"the call of {name!r:.60}"))
     return text
 
 
@@ -279,6 +312,8 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
     names = _any_of(tokenizer.control)
     in_reply = _any_of(name for name in tokenizer.control if "think" not in name.lower())  # a reply may think
     conversation = [_broken(message, in_reply if message["role"] == "assistant" else names) for message in messages]
+    if _takes_parts(tokenizer.chat_template):
+        conversation = [_in_parts(message) for message in conversation]
     tokens = {"bos_token": tokenizer.bos or "", "eos_token": tokenizer.eos or ""}
     try:
         rendered = render_jinja_template(
@@ -300,6 +335,28 @@ def _broken(value, names: re.Pattern):
     if isinstance(value, dict):
         return {_broken(name, names): _broken(item, names) for name, item in value.items()}
     return [_broken(item, names) for item in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(16)
+def _takes_parts(template: str) -> bool:
+    """Whether a template loses content that is a text, and wants a list of parts, as those for images do."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def keeps(messages: list[dict]) -> bool:
+        try:
+            text = render_jinja_template(conversations=[messages], chat_template=template, bos_token="", eos_token="")
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+            return False
+        return text[0][0].count(PROBE) == 2
+
+    messages = [_message("user", PROBE), _message("assistant", PROBE)]
+    return not keeps(messages) and keeps([_in_parts(message) for message in messages])
+
+
+def _in_parts(message: dict) -> dict:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _functions(messages: list[dict]) -> list[dict]:

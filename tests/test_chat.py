@@ -168,7 +168,7 @@ def conversation(n_turns: int, system: bool = False) -> list[dict]:
 
 def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -> None:
     """The ids are transformers', and the learned mask is on the replies and their ends: it begins where transformers'
-    prompt for a reply ends, and ends behind the content and one control token."""
+    prompt for a reply ends, and ends behind the content and the control tokens that close it."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
     for messages, extras in talks:
@@ -192,7 +192,7 @@ def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -
             for start, text, i in zip(starts, spans(ours, ids, learned), told, strict=True):
                 assert ids[:start].tolist() == prompts[i]
                 end = next(name for name in ours.control if text.endswith(name))
-                said = text.removesuffix(end)
+                said = re.sub(f"({'|'.join(map(re.escape, ours.control))})+$", "", text)
                 if "tool_calls" in messages[i]:
                     assert "weather" in said and "Lima" in said and "Question" not in said
                 else:
@@ -281,6 +281,63 @@ def test_thinking_is_learned_as_transformers_renders_it(tmp_path):
     assert chat.render(ours, messages).tolist() == expected
 
 
+def test_a_system_message_in_the_last_user_turn_is_seen_by_each_reply(tmp_path):
+    """As Mistral's templates have it: a finished conversation has no system message any more."""
+    template = (
+        "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+        "[INST]{{ system + '\n' if loop.last and system else '' }}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    transformers = pytest.importorskip("transformers")
+    folder = with_control(tmp_path / "t", ["<s>", "</s>", "[INST]", "[/INST]"], template)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
+    messages = conversation(3, system=True)
+    examples = [forms[0] for forms in chat.forms_to_learn(ours, messages)]
+    for (ids, learned), i in zip(examples, (2, 4, 6), strict=True):
+        prompt = theirs.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+        assert ids[~learned].tolist() == prompt == chat.render(ours, messages[:i]).tolist()
+        assert ours.decode(ids[learned]) == messages[i]["content"] + "</s>" and learned[len(prompt) :].all()
+    assert len(chat.forms_to_learn(ours, messages[1:])) == 1  # without one, all replies are learned at once
+
+
+def test_a_reply_may_end_with_two_tokens(tmp_path):
+    control = ["<bos>", "<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|>", "<|START|>"]
+    template = (
+        "{% for m in messages %}<|START|>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<|END_RESPONSE|>"
+        "{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START|>assistant:"
+    )
+    for at_the_end in ("", "<bos>"):  # what no reply inside a conversation has is not learned
+        closed = template + "{% else %}" + at_the_end + "{% endif %}"
+        ours = load_hf(with_control(tmp_path / f"t{at_the_end}", control, closed))
+        ids, learned = chat.render_to_learn(ours, conversation(2))
+        end = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+        assert spans(ours, ids, learned) == [f"Reply 0.{end}", f"Reply 1.{end}"]
+        assert chat.stop_ids(ours) >= {ours.control["<|END_RESPONSE|>"], ours.control["<|END_OF_TURN_TOKEN|>"]}
+
+
+def test_templates_that_take_lists_of_parts(tmp_path):
+    """Templates of models for images lose a content that is a text, and say nothing."""
+    transformers = pytest.importorskip("transformers")
+    loop = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    for content in (loop, "{{ m.content[0].text }}"):
+        template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}:" + content + "<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+        )
+        folder = with_control(tmp_path / str(len(content)), TEMPLATES["chatml"][0], template)
+        theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
+        messages = conversation(2, system=True)
+        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        ids, learned = chat.render_to_learn(ours, messages)
+        assert ids.tolist() == theirs.apply_chat_template(parts, return_dict=False)
+        assert spans(ours, ids, learned) == ["Reply 0.<|im_end|>", "Reply 1.<|im_end|>"]
+        prompt = theirs.apply_chat_template(parts[:-1], add_generation_prompt=True, return_dict=False)
+        assert chat.render(ours, messages[:-1]).tolist() == prompt
+        assert chat.as_content(ours, "Yes") == "Yes"
+        chat.check_learnable(ours)
+
+
 def test_replies_that_are_marked_are_not_learned(tmp_path):
     tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["chatml"]))
     for flag in ({"weight": 0}, {"train": False}, {"loss": 0.0}, {"masked": True}):
@@ -301,6 +358,9 @@ def test_fields_the_template_lacks_are_refused_or_named(tmp_path):
     ):
         with pytest.raises(UserError, match="no place for tool"):
             chat.render_to_learn(tokenizer, read_messages(record))
+    tokenizer.chat_template = tokenizer.chat_template + "{# tool_calls #}"  # it looks as if it had a place for them
+    with pytest.raises(UserError, match="no place for the call of 'weather'"):
+        chat.render_to_learn(tokenizer, read_messages({"messages": CALLING}))
     named = [PAIR[0] | {"name": "Ann"}, PAIR[1] | {"thinking": "hm"}]
     assert chat.unused_fields(tokenizer, named) == {"name", "thinking"}
     tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["qwen3"]))
@@ -315,10 +375,11 @@ def test_arguments_as_json_text_are_not_made_json_twice(tmp_path):
         expected = chat.render_to_learn(tokenizer, CALLING)
         assert chat.render_to_learn(tokenizer, messages)[0].tolist() == expected[0].tolist()
     tokenizer.chat_template = (  # a template that takes the text
-        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments + '' }}"
-        "{% endfor %}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    assert '{"city": "Lima"}<|eot_id|>' in tokenizer.decode(chat.render_to_learn(tokenizer, messages)[0])
+    assert 'weather{"city": "Lima"}<|eot_id|>' in tokenizer.decode(chat.render_to_learn(tokenizer, messages)[0])
 
 
 def test_names_of_control_tokens_in_calls_and_tools_stay_text(tmp_path):
