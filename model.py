@@ -61,7 +61,9 @@ class GPTConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)} (GPTConfig in model.py)"
+                )
         for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -249,7 +251,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.kind == "layernorm":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        raise NotImplementedError(f"norm={self.kind!r} has no branch in Norm.forward")
 
 
 class CausalSelfAttention(nn.Module):
@@ -307,9 +311,11 @@ class MLP(nn.Module):
             x = F.gelu(x)
         elif kind == "relu2":  # https://arxiv.org/abs/2109.08668
             x = F.relu(x).square()
-        else:  # swiglu, https://arxiv.org/abs/2002.05202
+        elif kind == "swiglu":  # https://arxiv.org/abs/2002.05202
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
+        else:
+            raise NotImplementedError(f"mlp={kind!r} has no branch in MLP.forward")
         return dropout(self.c_proj(x), self.config.dropout, self.training)
 
 
@@ -461,9 +467,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(at)
         elif cfg.pos == "sinusoidal":  # the embedding scaled as in section 3.4 of the paper, to the size of the sines
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
-        else:
+        elif cfg.pos == "rope":
             cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
             rotary = (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
+        else:
+            raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.forward")
 
         x = dropout(x, cfg.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):

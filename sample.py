@@ -16,7 +16,7 @@ from typing import Literal
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 
-from acorn import UserError, chat, checkpoint, files, run, runtime, settings
+from acorn import UserError, chat, checkpoint, files, printable, run, runtime, settings
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.matvec import pays_back, prepare_for_decoding
 from acorn.tokenizer import END_OF_TEXT
@@ -76,6 +76,12 @@ def check(s: SampleSettings) -> None:
         raise UserError("control_tokens is for start; leave it out, or leave out chat, interactive and prompts")
     if s.system and not s.chat:
         raise UserError("system is for conversations; give --chat=True too")
+
+
+def for_stdout(text: str) -> str:
+    """A model's text as it is printed: control characters are escaped on a terminal, which would obey them, and exact
+    in a pipe or a file."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def read_prompts(path: str) -> list[str]:
@@ -181,20 +187,20 @@ def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, comp
         try:
             ids = fit_conversation(tokenizer, messages, block_size, min(s.max_new_tokens, block_size // 2))
         except UserError as error:  # a slip of the pen should not end the conversation
-            print(error)
+            print(printable(str(error)))
             messages.pop()
             continue
         stream, pieces = TextStream(tokenizer, s.stop, ends), []
 
         def on_token(row: int, token: int, logprob: float, stream=stream, pieces=pieces) -> bool:
             pieces.append(stream.push(token))
-            print(pieces[-1], end="", flush=True)
+            print(for_stdout(pieces[-1]), end="", flush=True)
             return stream.stopped_by is not None
 
         n_tokens = min(s.max_new_tokens, block_size - len(ids))
         generate(model, [ids], n_tokens, how, [s.seed + n_replies], on_token, tokenizer.n_vocab, compile)
         pieces.append(stream.finish())
-        print(pieces[-1], flush=True)
+        print(for_stdout(pieces[-1]), flush=True)
         if stream.stopped_by is None:
             print(f"(cut off after {n_tokens} tokens)", file=sys.stderr)
         messages.append({"role": "assistant", "content": chat.as_content(tokenizer, "".join(pieces))})
@@ -221,7 +227,8 @@ def main() -> int:
     model.to(r.device, r.dtype)
     if s.quantize != "none" and r.device.type != "cpu":
         raise UserError(f"quantize = {s.quantize} is for CPUs; on {r.device} leave it out")
-    print(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}", file=sys.stderr)
+    on = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    print(printable(f"{source}: {on}"), file=sys.stderr)
 
     # ---- prompts
     start = files.read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
@@ -250,7 +257,7 @@ def main() -> int:
 
     def show(text: str) -> None:
         if stream:
-            print(text, end="", flush=True)
+            print(for_stdout(text), end="", flush=True)
 
     # ---- samples
     if s.chat:
@@ -262,9 +269,9 @@ def main() -> int:
             show(prompts[0])
             for sample in continue_prompts(model, tokenizer, prompts, control, s.seed + k, s, compile, show):
                 if s.json:
-                    print(json.dumps(sample, ensure_ascii=False), flush=True)
+                    print(for_stdout(json.dumps(sample, ensure_ascii=False)), flush=True)
                     continue
-                print("" if stream else sample["prompt"] + sample["text"])
+                print("" if stream else for_stdout(sample["prompt"] + sample["text"]))
                 if s.logprobs:
                     for token, logprob in zip(sample["tokens"], sample["logprobs"], strict=True):
                         print(f"{logprob:9.4f}  {token!r}")
@@ -279,7 +286,7 @@ def main() -> int:
         except EOFError:
             return 0
         except UserError as error:  # a slip of the pen should not end the conversation
-            print(error)
+            print(printable(str(error)))
 
 
 if __name__ == "__main__":

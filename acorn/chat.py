@@ -19,7 +19,7 @@ import re
 
 import numpy as np
 
-from acorn import UserError
+from acorn import UserError, sandbox
 from acorn.records import Conversation
 from acorn.tokenizer import Tokenizer
 
@@ -281,7 +281,7 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
 
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """The template's text for the messages, in which a BREAK stands inside each name of a control token that comes from
-    a message. transformers runs the template in a sandbox, as it does for itself."""
+    a message."""
     template, extras = tokenizer.chat_template, getattr(messages, "extras", {})
     variables = _variables(template)
     extras = {name: value for name, value in extras.items() if name in variables or name in NEEDED}
@@ -307,7 +307,6 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
 
 def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_generation_prompt: bool) -> str:
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     names = _any_of(tokenizer.control)
     in_reply = _any_of(name for name in tokenizer.control if "think" not in name.lower())  # a reply may think
@@ -316,7 +315,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
         conversation = [_in_parts(message) for message in conversation]
     tokens = {"bos_token": tokenizer.bos or "", "eos_token": tokenizer.eos or ""}
     try:
-        rendered = render_jinja_template(
+        text = _render_template(
             conversations=[conversation],
             chat_template=tokenizer.chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -324,8 +323,17 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the chat template does not take this conversation ({error!s:.200})") from error
-    text = rendered[0][0]
     return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in tokenizer.chat_template else text
+
+
+def _render_template(**arguments) -> str:
+    """What transformers' `render_jinja_template` makes of a conversation. A template that is not one of ours may loop
+    without end or fill the memory, so it runs in a process with limits."""
+    if arguments["chat_template"] not in TEMPLATES.values():
+        return sandbox.render("the chat template", **arguments)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template(**arguments)[0][0]
 
 
 def _broken(value, names: re.Pattern):
@@ -340,15 +348,13 @@ def _broken(value, names: re.Pattern):
 @functools.lru_cache(16)
 def _takes_parts(template: str) -> bool:
     """Whether a template loses content that is a text, and wants a list of parts, as those for images do."""
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     def keeps(messages: list[dict]) -> bool:
         try:
-            text = render_jinja_template(conversations=[messages], chat_template=template, bos_token="", eos_token="")
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+            text = _render_template(conversations=[messages], chat_template=template, bos_token="", eos_token="")
+        except UserError:
             return False
-        return text[0][0].count(PROBE) == 2
+        return text.count(PROBE) == 2
 
     messages = [_message("user", PROBE), _message("assistant", PROBE)]
     return not keeps(messages) and keeps([_in_parts(message) for message in messages])
@@ -384,7 +390,7 @@ def _variables(template: str) -> frozenset[str]:
     text = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)
     try:
         found = jinja2.meta.find_undeclared_variables(environment.parse(text))
-    except jinja2.TemplateError:  # rendering says what is wrong
+    except (jinja2.TemplateError, RecursionError):  # rendering says what is wrong
         return frozenset()
     return frozenset(found) - environment.globals.keys() - RESERVED
 

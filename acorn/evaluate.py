@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from acorn import UserError, batches
+from acorn.loader import make_batch, prefetch
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
 from acorn.shards import Tokens
@@ -41,24 +42,32 @@ def window_sums(
     count = n if whole else max_windows
     windows = batches.in_order if whole else functools.partial(batches.sample, seed=SAME_WINDOWS)
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
+
+    def each_batch():
+        for start in range(0, count, batch_size * runtime.world_size):
+            first = start + batch_size * runtime.rank
+            n_rows = max(0, min(batch_size, count - first))
+            if not n_rows and not runtime.fsdp:
+                break
+            # without rows it looks at a window that does not count, since the others need its shard of the model
+            sample = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
+            yield make_batch(*sample, runtime.device), n_rows
+
     was_training = model.training
     model.eval()
-    sums = [torch.zeros(0, 4, dtype=torch.float64)]
-    for start in range(0, count, batch_size * runtime.world_size):
-        first = start + batch_size * runtime.rank
-        n_rows = max(0, min(batch_size, count - first))
-        if not n_rows and not runtime.fsdp:
-            break
-        # without rows it looks at a window that does not count, since the others need its shard of the model
-        sample = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
-        x, y, documents = (None if part is None else runtime.to_device(part) for part in sample)
+    sums = [[] for _ in range(4)]  # the columns of each batch; they stay on the device, so that it never waits
+    for batch, n_rows in prefetch(each_batch(), runtime.device):
+        x, y, documents = batch.to(runtime.device)
         with runtime.autocast():
             _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 where masked
         n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
         columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
-        sums.append(torch.stack([column.cpu().double() for column in columns], dim=1)[:n_rows])
+        for column, values in zip(sums, columns, strict=True):
+            column.append(values[:n_rows])
     model.train(was_training)
-    return torch.cat(sums)
+    if not sums[0]:
+        return torch.zeros(0, 4, dtype=torch.float64)
+    return torch.stack([torch.cat(column).cpu().double() for column in sums], dim=1)
 
 
 def evaluate(model: GPT, tokens: Tokens, *how) -> dict[str, float]:

@@ -28,22 +28,23 @@ class Sampling:
 
 def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits (V,) of the tokens in `row` by `penalty`, as in CTRL,
-    https://arxiv.org/abs/1909.05858."""
-    seen = torch.tensor(sorted(set(row)), dtype=torch.long, device=logits.device)
+    https://arxiv.org/abs/1909.05858. A logit of -inf stays."""
+    seen = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
     chosen, largest = logits[seen], torch.finfo(logits.dtype).max
     penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-largest, largest)
-    return logits.scatter(0, seen, penalized)
+    return logits.scatter(0, seen, penalized.where(chosen > -torch.inf, chosen))
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
-    """Rule out each token that would complete an n-gram which `row` already has, unless that is all. logits: (V,)."""
+    """Rule out each token that would complete an n-gram which `row` already has. Where that leaves no token whose logit
+    is above -inf, rule out none. logits: (V,)."""
     if len(row) < n:
         return logits
     prefix = row[len(row) - n + 1 :]
     banned = {row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == prefix}
-    if len(banned) == len(logits):
-        return logits
-    return logits.index_fill(0, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -torch.inf)
+    ids = torch.tensor(sorted(id for id in banned if id < len(logits)), dtype=torch.long, device=logits.device)
+    left = logits.index_fill(0, ids, -torch.inf)
+    return left if left.max() > -torch.inf else logits
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -75,7 +76,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator) -> int:
     """The next token for a `row` of ids, from its logits (V,). `random` is a generator on the CPU, so that the same
-    seed draws the same on every device. Raises UserError where a logit is not a number."""
+    seed draws the same on every device. The token's probability after the filters is above 0. Raises UserError where a
+    logit is NaN or infinity, or all are -inf."""
     if not logits.max().isfinite():  # the maximum of what has a NaN in it is one
         raise UserError("the model's logits are not numbers: this checkpoint is broken; choose an earlier one")
     logits = logits.double()
@@ -94,7 +96,7 @@ def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator)
         logits = keep_min_p(logits, how.min_p)
     # Where a uniform number falls among the summed probabilities. Drawn in float32 and multiplied in float64 it stays
     # below the sum, and `right` steps over tokens of probability 0.
-    cumulative = logits.softmax(0).cumsum(0).cpu()
+    cumulative = logits.softmax(0).cpu().cumsum(0)  # a GPU sums in parts, which may fall where they meet
     at = torch.rand((), generator=random).double() * cumulative[-1]
     return int(torch.searchsorted(cumulative, at, right=True))
 

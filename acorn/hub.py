@@ -139,8 +139,8 @@ def download(name: str, wanted: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = files.read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not there, or is no JSON; get the checkpoint again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object; get the checkpoint again")
@@ -228,7 +228,9 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
                 f'python -c "import transformers as t; {convert}"'
             )
         where = read_json(index).get("weight_map")
-        names = sorted(map(str, set(where.values()))) if isinstance(where, dict) else []
+        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+            raise UserError(f"{index} has no weight_map from tensors to file names; get the checkpoint again")
+        names = sorted(set(where.values()))
     there = {}
     for path in (folder / name for name in names):
         if path.parent != folder:
@@ -359,7 +361,7 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     weights, configuration, tokenizer. A run of adapters goes out with the context length of its base. Returns the name
     of its class there. Raises UserError where transformers has no such model, and where `target` is there; a folder
     that is there is whole."""
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} is there already; give another folder, or remove it")
     model, tokenizer, _ = checkpoint.load_model(source, which, whole_context=True)
     cfg = model.config
@@ -394,7 +396,7 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
 
     beside = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    files.remove(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         config.save_pretrained(beside)

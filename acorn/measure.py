@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, files, records, runtime
+from acorn import UserError, chat, checkpoint, files, printable, records, runtime
 from acorn.evaluate import refuse_none, window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
@@ -235,7 +235,8 @@ def check_target(path: Path, inputs: list[str | None]) -> None:
 def trained_beside(source: str, which: str) -> tuple[str, bool]:
     """The dataset that a run was trained on, and whether it kept documents apart."""
     path = Path(source)
-    if not (path / "state.json").exists() and not checkpoint.step_folders(path):
+    from_elsewhere = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
+    if (from_elsewhere or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
         raise UserError(f"{source} does not say what it was trained on; give --dataset, --text, --pairs or --choices")
     settings = checkpoint.find(path, which)[1]["settings"]
     return str(settings.get("dataset")), settings.get("document_mask") is True
@@ -293,7 +294,8 @@ def main() -> int:
     block_size = args.block_size or min(model.config.block_size, 1024)
     if block_size > model.config.block_size:
         raise UserError(f"--block_size {block_size} is beyond the model's {model.config.block_size}")
-    print(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}", file=sys.stderr)
+    on = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    print(printable(f"{source}: {on}"), file=sys.stderr)
     figures, answered = {}, []  # by what they were measured on
     how = (r, args.batch_size, block_size)
 
@@ -348,13 +350,16 @@ def main() -> int:
         for name, (value, error, n) in each.items()
     ]
     if args.json:
-        print(json.dumps({"checkpoint": source, "block_size": block_size, "results": rows}, ensure_ascii=False))
+        result = {"checkpoint": source, "block_size": block_size, "results": rows}
+        print(printable(json.dumps(result, ensure_ascii=False)))
     else:
         width = max(len(row["on"]) for row in rows)
         print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
         for row in rows:
             error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-            print(f"{row['on']:{width}}  {row['measure']:16} {row['value']:10.4f}  {error:>9} {row['n']:11,}")
+            print(
+                f"{printable(row['on']):{width}}  {row['measure']:16} {row['value']:10.4f}  {error:>9} {row['n']:11,}"
+            )
     if args.answers:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answered]
         Path(args.answers).write_text("".join(lines), encoding="utf-8")

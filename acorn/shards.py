@@ -15,6 +15,7 @@ without its oldest turns: five int32 for each of these forms, the columns `FORM`
 """
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -93,7 +94,7 @@ class ShardWriter:
             )
         while len(ids):
             if self._file is None:
-                self._file = open(self._temporary, "wb")  # noqa: SIM115 (it stays open between calls)
+                self._file = files.create(self._temporary)
                 self._write_header()
             part, ids = np.split(ids, [self.shard_tokens - self._in_shard])
             self._file.write(part.astype(self.dtype).data)
@@ -123,9 +124,10 @@ class ShardWriter:
             if (self.folder / self._name).exists():  # it was finished after that
                 os.replace(self.folder / self._name, self._temporary)
             size = HEADER_BYTES + self._in_shard * self.dtype.itemsize
-            if not self._temporary.exists() or self._temporary.stat().st_size < size:
+            is_own = self._temporary.is_file() and not self._temporary.is_symlink()
+            if not is_own or self._temporary.stat().st_size < size:
                 raise UserError(f"{self._temporary} has lost tokens; prepare the dataset again")
-            self._file = open(self._temporary, "r+b")  # noqa: SIM115 (it stays open between calls)
+            self._file = files.open_own(self._temporary, "r+b")
             self._file.seek(size)
             self._file.truncate()
 
@@ -279,7 +281,7 @@ class Tokens:
         if not tokens:
             return np.empty(0, dtype)
         try:
-            file, mapped = self._maps.get(shard) or (open(path, "rb"), None)  # noqa: SIM115 (as long as the map)
+            file, mapped = self._maps.get(shard) or (files.open_regular(path), None)
             now = _which_file(os.fstat(file.fileno()))
         except OSError as error:
             raise UserError(f"{path} cannot be read any more ({error.strerror}); bring it back: {_GO_ON}") from error
@@ -419,9 +421,26 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
         ):
             raise UserError(f"preparation of {path} was interrupted; run it again: {_prepare_command(name)}")
+    raise UserError(_no_dataset(name[:200]))
+
+
+CORPORA = "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split()  # also dataset names
+
+
+def _no_dataset(name: str) -> str:
+    """The error for a dataset that does not exist: the nearest one that does, else a command that makes one."""
     found = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
-    there_are = f" (the datasets here: {', '.join(found)})" if found else ""
-    raise UserError(f"there is no dataset {name!r:.200}{there_are}; make it with {_prepare_command(name[:200])}")
+    error = f"there is no dataset {name!r}" + (f" (the datasets here: {', '.join(found)})" if found else "")
+    known = [*found, *CORPORA, "shakespeare", "shakespeare_char", "plays"]
+    near = next(iter(difflib.get_close_matches(Path(name).name, known, 1, 0.75)), "")
+    if near in found:
+        return f"{error}; did you mean --dataset={near}?"
+    if near == "shakespeare":  # the corpus has another name than its dataset, since nanoGPT has one of this name
+        plays = "--dataset=plays is what `python prepare shakespeare` makes"
+        return f"{error}; {plays}, and nanoGPT's dataset shakespeare comes from {_prepare_command(near)}"
+    if near and near != name:
+        return f"{error}; did you mean --dataset={near}? Make it with {_prepare_command(near)}"
+    return f"{error}; make it with {_prepare_command(name)}"
 
 
 def _prepare_command(name: str) -> str:
@@ -431,7 +450,7 @@ def _prepare_command(name: str) -> str:
         return "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
     if name == "plays":
         return "`python prepare shakespeare`"
-    if name in "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split():
+    if name in CORPORA:
         return f"`python prepare {name}`"
     return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
 
@@ -439,7 +458,7 @@ def _prepare_command(name: str) -> str:
 def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
     meta_path = path / "meta.json"
     try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        meta = files.read_json(meta_path)
         sha256 = meta.pop("sha256", None)  # those of older versions have none
         if sha256 not in (None, meta_hash(meta)):
             raise ValueError("it says something else than when it was written")
@@ -534,7 +553,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 def _read_meta_pkl(path: Path) -> CharTokenizer:
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             itos = _PlainUnpickler(file).load()["itos"]
         return from_dict({"kind": "char", "vocab": [itos[i] for i in range(len(itos))]})
     except Exception as error:  # a broken pickle can raise nearly anything

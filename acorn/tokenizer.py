@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError
+from acorn import UserError, files, sandbox
 
 KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # and bpe:SIZE, and the path of a tokenizer.json
 TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
@@ -264,6 +264,7 @@ class HFTokenizer(Tokenizer):
     def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
         self.config, self.kind, self._bos, self._eos = config, kind, bos, eos
         self._byte_level = '"ByteLevel"' in json.dumps(config.get("decoder"))
+        _check_patterns(json.dumps([config.get("normalizer"), config.get("pre_tokenizer")]))
         self._backend = self._make_backend(control=False)
         self._vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
@@ -311,7 +312,7 @@ class HFTokenizer(Tokenizer):
         return self._make_backend(control=True)
 
     def _reference(self, text: str) -> np.ndarray:
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return np.array(_encode_with(self._backend, text), dtype=np.int32)
 
     @functools.cached_property
     def _encoder(self) -> "Encoder":
@@ -327,13 +328,10 @@ class HFTokenizer(Tokenizer):
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
         backend = self._control_backend if control else self._backend
 
-        def encode(text: str) -> list[int]:
-            return backend.encode(text, add_special_tokens=False).ids
-
         text = _well_formed(text)
-        ids = encode(text)
+        ids = _encode_with(backend, text)
         if continues and self._prepends:  # behind a line break, which takes the space, and is cut off again
-            before, both = encode("\n"), encode("\n" + text)
+            before, both = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
             if both[: len(before)] == before:
                 ids = both[len(before) :]
         return np.array(ids, dtype=np.int32)
@@ -402,7 +400,11 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = [_well_formed(text) for text in texts]
         if self.fast is not None and texts:
-            flat, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
+            try:
+                flat, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
+            except ValueError:  # a pattern that it cannot match on such a text
+                self.fast = None
+                return [self.reference(text) for text in texts]
             ends = np.frombuffer(offsets, dtype="<u8")[1:-1].astype(np.int64)
             batch = np.split(np.frombuffer(flat, dtype="<i4"), ends)
             checked = range(-self.encoded % self.CHECK_EVERY, len(texts), self.CHECK_EVERY)
@@ -422,6 +424,29 @@ class Encoder:
         beginning = next(split_text(text))  # of a long text that is enough
         expected = self.reference(beginning)
         return not np.array_equal(expected, ids if len(beginning) == len(text) else ids[: len(expected)])
+
+
+@functools.cache
+def _check_patterns(parts: str) -> None:
+    """Raise UserError where the normalizer and the pre-tokenizer of a tokenizer.json, together as JSON, take time or
+    memory without bounds. GPT-2's do not."""
+    normalizer, pre_tokenizer = json.loads(parts)
+    is_plain = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
+    if normalizer is not None or not (pre_tokenizer is None or is_plain):
+        sandbox.check_patterns("the tokenizer.json", normalizer, pre_tokenizer)
+
+
+def _encode_with(backend, text: str) -> list[int]:
+    """The ids that the library `tokenizers` gives a text. Raises UserError where it fails, as on a regular expression
+    that exceeds its limit of steps."""
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # its panics are no Exceptions
+        raise UserError(
+            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}); use another one"
+        ) from error
 
 
 class StreamDecoder:
@@ -539,9 +564,9 @@ def load_hf(path: str | Path) -> Tokenizer:
             template = {t["name"]: t["template"] for t in template}
             template = _either(template["default"], template.get("tool_use"))
         if (file := path.with_name("chat_template.jinja")).is_file():
-            template = file.read_text(encoding="utf-8")
+            template = files.read_bytes(file).decode()
             more = path.with_name("additional_chat_templates") / "tool_use.jinja"
-            template = _either(template, more.read_text(encoding="utf-8") if more.is_file() else None)
+            template = _either(template, files.read_bytes(more).decode() if more.is_file() else None)
         if not all(isinstance(value, str | None) for value in (template, *named)):
             raise TypeError("the chat template, or a token's name, is no text")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -586,10 +611,10 @@ def _read_json(path: Path, missing: dict | None = None) -> dict:
     if missing is not None and not path.is_file():
         return missing
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
         if isinstance(content, dict):
             return content
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error!s:.80}); get it again") from error
     raise UserError(f"{path} does not hold a JSON object; get it again")
 

@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
-        shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+        files.remove(partial)  # of a preparation that was killed
         partial.mkdir()
         write_meta(partial, {"format": 1, "name": name} | write_conversations(args, partial, tokenizer, source))
         return pipeline.move_in(partial, out)
@@ -151,7 +151,7 @@ def write_conversations(
             writers[split] = stack.enter_context(writer)
             mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
             index_writers[split] = stack.enter_context(IndexWriter(folder, split))
-        for where, messages in tqdm(conversations(args, bad), desc="encoding", unit=" conversations"):
+        for where, messages in tqdm(conversations(args, bad), desc="encoding", unit=" conversations", disable=None):
             try:
                 conversation = chat.forms_to_learn(tokenizer, messages)
             except UserError as error:

@@ -6,6 +6,7 @@ It streams by default: nothing is stored but the shards. `--max_tokens` takes th
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 from acorn import UserError
@@ -89,7 +90,13 @@ class HubDocuments:
         table_rows = self._open(self.parts[part][1])
         count, state = self._bookmark["documents"], self._bookmark["state"]
         if state:
-            table_rows.load_state_dict(state)
+            try:
+                table_rows.load_state_dict(state)
+            except Exception as error:  # the library does not check what it takes
+                raise UserError(
+                    f"the place in {self.name} where reading stopped is not as it was written ({error!s:.80}); remove "
+                    "the folder .acorn_partial of the dataset, and start again"
+                ) from error
         tables = table_rows.iter(ROWS)
         while True:
             try:
@@ -112,6 +119,8 @@ class HubDocuments:
         """The rows of a split, as an iterable dataset of Arrow tables with the one field."""
         import datasets
 
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         args = self.args
         try:
             rows = datasets.load_dataset(

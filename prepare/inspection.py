@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files
+from acorn import UserError, files, printable
 from acorn.shards import KINDS, Dataset, Tokens, load_dataset
 from acorn.tokenizer import Tokenizer
 from prepare.pipeline import Reader
@@ -44,10 +44,12 @@ def inspect(args: argparse.Namespace) -> None:
     dataset = load_dataset(args.dataset)
     tokenizer = dataset.tokenizer
     splits = {name: tokens for name, tokens in (("train", dataset.train), ("val", dataset.val)) if tokens}
-    with tqdm(total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True) as progress:
+    with tqdm(
+        total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True, disable=None
+    ) as progress:
         found = {name: survey(tokens, tokenizer, progress, dataset.document_mark) for name, tokens in splits.items()}
 
-    print(f"{'dataset':<18}{dataset.path}, {_origin(dataset)}")
+    print(printable(f"{'dataset':<18}{dataset.path}, {_origin(dataset)}"))
     print(f"{'tokenizer':<18}{tokenizer.kind}, vocabulary of {tokenizer.n_vocab:,}\n")
     rows = {
         "": list(found),
@@ -167,7 +169,8 @@ def draw_lengths(lengths: dict[str, Counter], title: str, picture: Path) -> None
     axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents", title=title)
     axes.legend()
     beside = picture.with_name(f".{picture.stem}.writing.png")
-    figure.savefig(beside, dpi=120)
+    with files.create(beside) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
     os.replace(beside, picture)
 
@@ -190,21 +193,26 @@ def verify(dataset: Dataset) -> None:
         )
     print(f"{len(listed):,} shards are as they were written")
 
-    source = dataset.meta.get("source") or {}
+    source = _source(dataset)
     arguments = source.get("arguments")
-    again = isinstance(arguments, dict) and "streaming" not in arguments and "-" not in arguments.get("files", [])
+    paths = arguments.get("files", []) if isinstance(arguments, dict) else None
+    again = isinstance(paths, list) and "streaming" not in arguments and "-" not in paths
     if not again or source.get("corpus") == "chat":
         print("the text that it was made from is not checked: that is done for files that are read as documents")
         return
     try:
+        if pipes := [
+            path for path in paths if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+        ]:
+            raise UserError(f"{pipes[0]} is neither a file nor a folder")
         corpus = importlib.import_module(f"prepare.{source['corpus']}")
         reader = Reader(corpus.documents(argparse.Namespace(**arguments)), None, 0.5)
-        for _ in tqdm(reader, desc="reading the source", unit=" pieces"):
+        for _ in tqdm(reader, desc="reading the source", unit=" pieces", disable=None):
             pass
-    except (UserError, ImportError, AttributeError, KeyError, TypeError) as error:
-        print(f"the text that it was made from is not checked: it is not here any more ({error})")
+    except (UserError, OSError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        print(printable(f"the text that it was made from is not checked: it is not here any more ({error})"))
         return
-    if reader.place.sha256 != source["sha256"]:
+    if reader.place.sha256 != source.get("sha256"):
         raise UserError(
             f"the text that {dataset.path} was made from has changed since; prepare it again with --overwrite to have "
             "what it is now"
@@ -212,7 +220,12 @@ def verify(dataset: Dataset) -> None:
     print("the text that it was made from is here, and unchanged")
 
 
+def _source(dataset: Dataset) -> dict:
+    source = dataset.meta.get("source")
+    return source if isinstance(source, dict) else {}
+
+
 def _origin(dataset: Dataset) -> str:
     if dataset.meta:
-        return f"made by `python prepare {(dataset.meta.get('source') or {}).get('corpus', '')}`"
+        return f"made by `python prepare {_source(dataset).get('corpus', '')}`"
     return "in the layout of llm.c" if dataset.train.shards[0].offset else "in the layout of nanoGPT"

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files
-from acorn.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, write_meta
+from acorn.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
@@ -138,7 +138,7 @@ def prepare(
     finally:
         if lock is not None:
             if not (partial / PROGRESS).exists():
-                shutil.rmtree(partial, ignore_errors=True)
+                files.remove(partial, ignore_errors=True)
             elif sys.exc_info()[0] is not None:
                 print(f"the whole shards stay in {partial}; the same command goes on from there", file=sys.stderr)
             (out / ".lock").unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
 
     def texts() -> Iterator[str]:
         nonlocal count, chars, size
-        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False) as bar:
+        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
             for document in documents:
                 before = chars
                 for block in _blocks(document):
@@ -337,8 +337,14 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             writer = ShardWriter(folder, split, tokenizer.n_vocab, command["shard_tokens"])
             writers[split] = stack.enter_context(writer)
             if "splits" in progress:
-                writer.resume(progress["splits"][split])
-        bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
+                try:
+                    writer.resume(progress["splits"][split])
+                except UserError:  # it would be raised each time
+                    (folder / PROGRESS).unlink(missing_ok=True)
+                    raise
+        bar = stack.enter_context(
+            tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True, disable=None)
+        )
         bar.update(counts["train"] + counts["val"])
         for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
@@ -459,20 +465,56 @@ def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, ch
 
 def _take_up(partial: Path, command: dict) -> dict:
     """The progress of the same command, stopped under way; empty where there is none, and then `partial` is empty."""
-    progress = {}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        progress = json.loads((partial / PROGRESS).read_text(encoding="utf-8"))
-    if progress:
-        shards = [partial / shard["file"] for split in progress["splits"].values() for shard in split["shards"]]
-        is_whole = (partial / "meta.json").exists() or all(shard.exists() for shard in shards)
-        if is_whole and progress["command"] == json.loads(json.dumps(command)):
+    files.make_folder(partial)
+    if os.path.lexists(partial / PROGRESS):
+        if progress := _read_progress(partial, json.loads(json.dumps(command))):
             tokens = sum(split["tokens"] for split in progress["splits"].values())
             print(f"going on after {tokens:,} tokens, which an earlier run wrote", file=sys.stderr)
             return progress
         print(f"starting anew: {partial} is of another command, or of files that have changed", file=sys.stderr)
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     partial.mkdir()
     return {}
+
+
+def _read_progress(partial: Path, command: dict) -> dict:
+    """The progress of `command` in `partial`; empty where it is of another one, or not as it was written."""
+    try:
+        progress = files.read_json(partial / PROGRESS)
+        place, bookmark, splits = progress["place"], progress["place"]["bookmark"] or {}, progress["splits"]
+        listed = [shard for split in splits.values() for shard in split["shards"]]
+        counts = [progress["chars"], progress["size"], 0 if progress["cut"] is None else progress["cut"]]
+        counts += [place["documents"], place["pieces"], place["chars"], *(shard["tokens"] for shard in listed)]
+        counts += [progress["counts"][name] for name in ("documents", "train", "val")]
+        counts += [split[name] for split in splits.values() for name in ("tokens", "in_shard")]
+        counts += [bookmark[name] for name in ("documents", "part") if bookmark]
+        texts = [place["sha256"], *(shard[name] for shard in listed for name in ("file", "sha256"))]
+        from_dict(progress["tokenizer"])
+        as_written = (
+            progress["command"] == command
+            and splits.keys() == {"train", "val"}
+            and place.keys() == asdict(Place()).keys()
+            and all(isinstance(count, int) and 0 <= count < 2**62 for count in counts)
+            and all(isinstance(text, str) for text in texts)
+            and all(SHARD_NAME.fullmatch(shard["file"]) for shard in listed)
+        )
+        if (partial / "meta.json").exists():
+            _new_shards(partial)
+        else:
+            as_written = as_written and all((partial / shard["file"]).exists() for shard in listed)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return progress if as_written else {}
+
+
+def _new_shards(partial: Path) -> set[str]:
+    """The names of the shards, masks and indices of a finished dataset that is to be moved. Raises ValueError where its
+    meta.json is not what was written."""
+    meta = files.read_json(partial / "meta.json")
+    names = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
+    if meta.pop("sha256") != meta_hash(meta) or not all(SHARD_NAME.fullmatch(name) for name in names):
+        raise ValueError("it says something else than when it was written")
+    return names
 
 
 def move_in(partial: Path, out: Path) -> dict:
@@ -481,8 +523,7 @@ def move_in(partial: Path, out: Path) -> dict:
     Without its meta.json the old dataset is incomplete, and so is the new one until its own has arrived: the two never
     mix unnoticed. A move that was stopped can be done again.
     """
-    meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
-    new = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
+    meta, new = files.read_json(partial / "meta.json"), _new_shards(partial)
     (out / "meta.json").unlink(missing_ok=True)
     for file in out.iterdir():
         if SHARD_NAME.fullmatch(file.name) and file.name not in new:

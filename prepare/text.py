@@ -98,8 +98,10 @@ class TextFiles:
             for path in found:
                 if os.path.isdir(path):
                     self._add_files(self._in_folder(path), in_folder=True)
-                else:
+                elif not os.path.exists(path) or os.path.isfile(path):
                     self._add_files([path])
+                else:
+                    raise UserError(f"{path} is neither a file nor a folder; leave it out, or name it by itself")
             # ** finds a folder and what is in it; each file counts once, as it was found first
             once = {os.path.normpath(source.path): source for source in reversed(self.sources[before:])}
             self.sources[before:] = reversed(once.values())
@@ -124,8 +126,9 @@ class TextFiles:
         for parent, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
-                is_text = suffix(path) in SUFFIXES.split() and os.path.isfile(path) and b"\0" not in head(path)
-                if is_text or suffix(path) == ".parquet":
+                is_file = os.path.isfile(path)  # and not a FIFO, where reading would wait
+                is_text = suffix(path) in SUFFIXES.split() and is_file and b"\0" not in head(path)
+                if is_text or (suffix(path) == ".parquet" and is_file):
                     found.append(path)
                 else:
                     self.skipped += 1

@@ -172,6 +172,26 @@ def test_a_missing_dataset_says_what_makes_it(tmp_path, monkeypatch, name, comma
     assert command in str(error.value) and "the datasets here: other" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "offered"),
+    [
+        ("othre", "--dataset=other"),  # one that exists
+        ("data/othre", "--dataset=other"),
+        ("shakspeare", "--dataset=plays is what `python prepare shakespeare` makes"),
+        ("shakespeare", "--dataset=plays is what `python prepare shakespeare` makes"),
+        ("tinystory", "`python prepare tinystories`"),
+        ("play", "`python prepare shakespeare`"),
+    ],
+)
+def test_a_misspelt_dataset_offers_the_nearest_one(tmp_path, monkeypatch, name, offered):
+    make_dataset(tmp_path / "data" / "other")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("acorn.shards.REPO", tmp_path)
+    with pytest.raises(UserError) as error:
+        load_dataset(name)
+    assert offered in str(error.value) and "prepare text" not in str(error.value)
+
+
 def test_an_interrupted_preparation(tmp_path):
     make_dataset(tmp_path / "mine")
     (tmp_path / "mine" / "meta.json").unlink()

@@ -500,7 +500,13 @@ def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
     ids = reused.train.read([0], len(reused.train))[0]
     assert ids[0] == 299 and TEXT.startswith(learned.tokenizer.decode(ids[1:]))
     assert "300 (bpe)" in capsys.readouterr().out
-    for spec, message in (("bpe:99", "257 or more"), ("nothing", "neither char"), ("a.json", "neither char")):
+    for spec, message in (
+        ("bpe:99", "257 or more"),
+        ("bpe", r"size.*--tokenizer bpe:\d+"),
+        ("nothing", "neither char"),
+        ("gtp2", "did you mean gpt2"),
+        ("a.json", "neither char"),
+    ):
         with pytest.raises(UserError, match=message):
             prepare_corpus(["text", "a.txt", "--name", "new", "--tokenizer", spec])
 
