@@ -20,7 +20,7 @@ demo: $(STAMPS)/.acorn-requirements
 	@echo "  $(PYTHON) sample.py --out_dir=out/quickstart --interactive=True"
 	@echo "  $(PYTHON) prepare text YOUR_FILES --name mine --tokenizer char"
 	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
-	@echo "  $(PYTHON) train.py --init_from=out/quickstart --out_dir=out/longer config/quickstart.py --max_iters=5000"
+	@echo "  $(PYTHON) train.py config/quickstart.py --init_from=out/quickstart --out_dir=out/longer --max_iters=5000"
 
 test: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m pytest -n 2

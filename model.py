@@ -61,7 +61,9 @@ class GPTConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)} (GPTConfig in model.py)"
+                )
         for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -158,22 +160,22 @@ def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
     return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, p: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, in the way that is fastest here. q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
-    Without a mask it is causal; p is the share of weights that are dropped."""
-    T, grouped = q.size(2), q.size(1) != k.size(1)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p: float, plain: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v. q (B, H, T, D), k and v (B, H_kv, S, D) -> the shape of q.
+    Without a mask it is causal. p is the dropout of the weights. With `plain`, training computes it by
+    `plain_attention` where that can."""
+    grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
         return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
-    fused_is_slow = v.device.type == "cpu" and (v.dtype == torch.bfloat16 or p > 0)
-    if fused_is_slow and torch.is_grad_enabled() and mask is None and not grouped and T <= 512:
+    if plain and torch.is_grad_enabled() and mask is None and not grouped:
         return plain_attention(q, k, v, p)
     return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, enable_gqa=grouped)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). In bfloat16, or with dropout, a CPU trains
-    short sequences faster by products that hold all T * T weights than by the kernel that saves their memory."""
+    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). On a CPU, in bfloat16 or with dropout, short
+    sequences often train faster when all T * T weights are kept than with the fused kernel that saves their memory."""
     B, H, T, D = q.shape
     future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
     q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
@@ -249,7 +251,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.kind == "layernorm":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        raise NotImplementedError(f"norm={self.kind!r} has no branch in Norm.forward")
 
 
 class CausalSelfAttention(nn.Module):
@@ -259,6 +263,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.plain = False  # train with `plain_attention`
         kv_channels = config.n_kv_head * config.head_dim
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_channels, bias=config.bias)  # q, k, v in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -282,7 +287,8 @@ class CausalSelfAttention(nn.Module):
                 cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
             k, v = cache  # (B, H_kv, S, D)
             q = q.to(k.dtype)
-        y = attend(q, k, v, mask, attention_dropout(cfg) if self.training else 0.0)  # (B, H, T, D)
+        p = attention_dropout(cfg) if self.training else 0.0
+        y = attend(q, k, v, mask, p, self.plain)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         if cache is not None:
             y = y.to(x.dtype)  # in which a sharded model computes, whatever the cache holds
@@ -305,9 +311,11 @@ class MLP(nn.Module):
             x = F.gelu(x)
         elif kind == "relu2":  # https://arxiv.org/abs/2109.08668
             x = F.relu(x).square()
-        else:  # swiglu, https://arxiv.org/abs/2002.05202
+        elif kind == "swiglu":  # https://arxiv.org/abs/2002.05202
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
+        else:
+            raise NotImplementedError(f"mlp={kind!r} has no branch in MLP.forward")
         return dropout(self.c_proj(x), self.config.dropout, self.training)
 
 
@@ -459,9 +467,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(at)
         elif cfg.pos == "sinusoidal":  # the embedding scaled as in section 3.4 of the paper, to the size of the sines
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
-        else:
+        elif cfg.pos == "rope":
             cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
             rotary = (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
+        else:
+            raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.forward")
 
         x = dropout(x, cfg.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):

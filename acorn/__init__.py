@@ -1,10 +1,22 @@
 """The parts that train.py, sample.py and prepare share; each module can be read alone."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from acorn import openmp
+
+openmp.load()  # takes effect only before torch is imported, so scripts import acorn first
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # C0, C1, and bidi overrides
 REPO = Path(__file__).resolve().parent.parent  # whose config/ and data/ are found from anywhere
+
+
+def printable(text: str) -> str:
+    """The text with control characters and bidirectional overrides escaped as in JSON (\\u001b), except line breaks and
+    tabs. Text from a stranger's file could otherwise control the terminal or display other words than it contains."""
+    return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class UserError(Exception):
@@ -19,7 +31,10 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable("error: " + " ".join(str(error).split("\n"))), file=sys.stderr)
+        code = 2
+    except MemoryError:
+        print("error: out of memory; close other programs, or use a smaller model or file", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130  # what a shell reports for a program that Ctrl-C ended
@@ -27,6 +42,6 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:  # no permission, a full disk, a name that is too long
-        print(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"), file=sys.stderr)
         code = 2
     sys.exit(code or 0)

@@ -15,13 +15,13 @@ is then the rows of all these files, in their order, whoever reads it: any numbe
 import concurrent.futures
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import sys
 import threading
 import time
@@ -32,9 +32,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
-from acorn import UserError, files, lora, optim, settings, sharding
+from acorn import UserError, files, lora, optim, printable, settings, sharding
 from acorn import tokenizer as tokenizers
 from acorn.runtime import ALONE, Runtime
 from acorn.shards import load_dataset
@@ -44,6 +43,7 @@ FORMAT = 2  # of state.json; 1 had optimizer.pt, where the optimizers' state sta
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
 REPLACED = ".replaced-"  # before the name of a step folder, while the same step is saved again
 PINNED = "pinned"  # a file in a step folder that has to stay
+SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()  # in the state of a GradScaler
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # others there: owner/name
 
@@ -84,7 +84,7 @@ class Writer:
         """Begin to write `out_dir/step_NNNNNN` for state["step"], once the one before is done. Then `latest` (and
         `best`) point at it, and all but the newest `keep` and the best are removed. All processes call this alike."""
         self.wait()
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        sharded = any(sharding.is_sharded(p) for p in model.parameters())
         shards = self.world_size if sharded else 1
         state = {"format": FORMAT, "config": dataclasses.asdict(model.config), "shards": shards, **state}
         parts = {}
@@ -135,7 +135,7 @@ class Writer:
                 except OSError as error:
                     failure = reason(error)
             if failure is not None:
-                shutil.rmtree(beside, ignore_errors=True)
+                files.remove(beside, ignore_errors=True)
                 print(
                     f"warning: the checkpoint of step {step} could not be written into {self.out_dir} ({failure}); "
                     "those before it are whole; mend that, and the next evaluation saves again",
@@ -188,7 +188,8 @@ def copy_to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tenso
 def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
     """Write safetensors files, by name, into a new folder and onto the disk. Returns their SHA-256 (hex)."""
     for name, tensors in parts.items():
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        files.remove(folder / name)  # of a process that was killed, or a link, through which safetensors would write
         save_file(tensors, folder / name)
         with contextlib.suppress(OSError):  # safetensors keeps it to this user; others may read what they may list
             os.chmod(folder / name, folder.stat().st_mode & 0o666)
@@ -211,13 +212,14 @@ def complete(beside: Path, state: dict, hashes: dict[str, str], keep: int, best:
             time.sleep(1)
     for file in beside.iterdir():
         if file.name not in hashes:  # of a process that was killed while it wrote the same step
-            file.unlink()
+            files.remove(file)
     hashes = {**hashes, "state": state_hash(state)}
-    (beside / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+    with files.create(beside / "state.json") as file:
+        file.write(json.dumps({**state, "sha256": hashes}, indent=1).encode())
     files.sync(beside / "state.json")
     files.sync(beside)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # the same step once more, after a resume
+    files.remove(replaced, ignore_errors=True)
+    if os.path.lexists(final):  # the same step once more, after a resume
         os.rename(final, replaced)
     os.rename(beside, final)
     files.sync(out_dir)
@@ -225,18 +227,18 @@ def complete(beside: Path, state: dict, hashes: dict[str, str], keep: int, best:
         files.replace(out_dir / "best", final.name + "\n")
     files.replace(out_dir / "latest", final.name + "\n")
     for leftover in out_dir.glob(".*-step_*"):  # of a process that was killed, too
-        shutil.rmtree(leftover, ignore_errors=True)
+        files.remove(leftover, ignore_errors=True)
     # those beyond this step were damaged, or the run would have gone on from them
     earlier = [folder for folder in step_folders(out_dir) if step_of(folder) <= state["step"]]
     stay = {read_pointer(out_dir / "best"), *earlier[:keep]}
     for folder in step_folders(out_dir):
         if (folder not in stay or folder not in earlier) and not is_pinned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder, ignore_errors=True)
 
 
 def is_pinned(folder: Path) -> bool:
     """Whether a step folder has to stay, since adapters stand on it."""
-    return (folder / PINNED).exists()
+    return os.path.lexists(folder / PINNED)
 
 
 def pin(folder: Path, out_dir: Path) -> None:
@@ -246,8 +248,9 @@ def pin(folder: Path, out_dir: Path) -> None:
     if not STEP_NAME.fullmatch(folder.name):
         return
     try:
-        with open(folder / PINNED, "a", encoding="utf-8") as file:
-            file.write(f"the adapters in {out_dir.absolute()} stand on this checkpoint; without this file it may go\n")
+        with files.open_own(folder / PINNED, "ab") as file:
+            words = f"the adapters in {out_dir.absolute()} stand on this checkpoint; without this file it may go\n"
+            file.write(words.encode(errors="surrogateescape"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} was removed by its run while it was read; start again") from error
     except OSError as error:
@@ -324,7 +327,7 @@ def state_hash(state: dict) -> str:
 def read_pointer(pointer: Path) -> Path | None:
     """The step folder that `latest` or `best` names; None where that is not there."""
     try:
-        name = pointer.read_text()[:100].strip()
+        name = files.read_bytes(pointer, 100).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None
     return next((folder for folder in step_folders(pointer.parent) if step_name(folder) == name), None)
@@ -355,9 +358,9 @@ def launched_by(out_dir: Path, launch: str) -> bool:
     """Whether a checkpoint in `out_dir` was saved by processes of this launch (`watch.launch_id`)."""
     for folder in step_folders(out_dir):
         try:
-            if json.loads((folder / "state.json").read_text()).get("launch") == launch:
+            if files.read_json(folder / "state.json").get("launch") == launch:
                 return True
-        except (OSError, ValueError, AttributeError, RecursionError):  # damaged: `find` will say so
+        except (OSError, ValueError, AttributeError):  # damaged: `find` will say so
             continue
     return False
 
@@ -365,7 +368,7 @@ def launched_by(out_dir: Path, launch: str) -> bool:
 def remove_run(out_dir: Path) -> None:
     """Remove what a run wrote into `out_dir`, and nothing else. A nanoGPT checkpoint there stays."""
     for folder in {*step_folders(out_dir), *out_dir.glob(".*-step_*")}:
-        shutil.rmtree(folder)
+        files.remove(folder)
     for name in ("latest", "best", "base", "metrics.jsonl", "loss.png"):
         (out_dir / name).unlink(missing_ok=True)
 
@@ -374,11 +377,11 @@ def read_state(folder: Path) -> dict:
     """state.json of a step folder. Raises Damaged where it is not what was written."""
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text())
+        state = files.read_json(path)
         whole = state["sha256"]["state"] == state_hash(state)
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path} is not whole") from error
     if not whole:
         raise Damaged(f"{path} is not what was written: its SHA-256 differs from the one in it")
@@ -391,7 +394,8 @@ def read_state(folder: Path) -> dict:
     kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
     for name, kind in kinds.items():
         value = state.get(name)
-        if name in state and (not isinstance(value, kind) or isinstance(value, bool)):
+        too_large = isinstance(value, int) and abs(value) >= 2**62
+        if name in state and (not isinstance(value, kind) or isinstance(value, bool) or too_large):
             raise Damaged(f"{path}: {name} = {value!r:.40} is not as it should be")
         if kind is count and not 0 <= state.get(name, 0) < 2**62:
             raise Damaged(f"{path}: {name} = {value!r:.40} is not as it should be")
@@ -400,10 +404,13 @@ def read_state(folder: Path) -> dict:
     shards = state.get("shards", 1)
     if not 0 < shards < 2**20:
         raise Damaged(f"{path}: shards = {shards} is not as it should be")
+    numbers = [state["scaler"].get(name) for name in SCALER] if state.get("scaler") else []
+    if not all(isinstance(number, (int, float)) and 0 <= number < 2**62 for number in numbers):
+        raise Damaged(f"{path}: scaler is not as it should be")
     if adapters := state.get("lora"):
         kinds = dict(rank=int, alpha=(int, float), base=str, sha256=str)
         whole = isinstance(adapters, dict) and all(isinstance(adapters.get(name), kinds[name]) for name in kinds)
-        if not whole or not 0 < adapters["rank"] < 2**20:
+        if not whole or not 0 < adapters["rank"] < 2**20 or not 0 < adapters["alpha"] < 2**62:
             raise Damaged(f"{path}: lora = {adapters!r:.40} is not as it should be")
     return state
 
@@ -424,7 +431,7 @@ def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
     """The checkpoints in `out_dir`, in the order in which they are to be taken: the one that `which` says ("latest",
     "best" or a name), then the newest first. Raises UserError where there is none, or not that name."""
     if not out_dir.is_dir():
-        raise UserError(f"there is no folder {out_dir}; train first, or give --out_dir where a checkpoint lies")
+        raise UserError(f"there is no folder {out_dir}; {_runs_near(out_dir)}")
     if (out_dir / "state.json").exists():  # a step folder itself
         return [out_dir]
     folders = step_folders(out_dir)
@@ -451,6 +458,14 @@ def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
     return sorted(folders, key=lambda folder: folder != first)
 
 
+def _runs_near(out_dir: Path) -> str:
+    """Advice for an out_dir that does not exist: the run whose name is nearest, else all runs beside it and in out/."""
+    runs = {str(f) for parent in (out_dir.parent, Path("out")) for f in parent.glob("*") if step_folders(f)}
+    if near := difflib.get_close_matches(str(out_dir), runs, 1, 0.8):
+        return f"did you mean {near[0]}?"
+    return f"the runs here: {', '.join(sorted(runs)[:10])}" if runs else "train first, or give the out_dir of a run"
+
+
 def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path, dict]:
     """The folder and the state of the first whole checkpoint in `in_order`; of those before a sentence says what is
     wrong. Nothing is changed there, since a run may be saving. Raises UserError where none is whole.
@@ -467,7 +482,7 @@ def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path
             check_files(folder, state, r.rank, r.world_size)
         except Damaged as damage:
             whole = False
-            print(f"warning: {damage}; going back to another checkpoint", file=sys.stderr)
+            print(printable(f"warning: {damage}; going back to another checkpoint"), file=sys.stderr)
         found = r.gather([state.get("step", -1), whole])
         if len({step for step, _ in found}) > 1:
             raise UserError(f"the processes see different checkpoints in {out_dir}; all must see the same folder there")
@@ -485,10 +500,10 @@ def last_settings(out_dir: Path) -> dict:
     return {}
 
 
-def build_model(folder: Path, state: dict, r: Runtime = ALONE) -> tuple[GPT, dict]:
+def build_model(folder: Path, state: dict, r: Runtime = ALONE, whole_context: bool = False) -> tuple[GPT, dict]:
     """The model of a checkpoint, on the meta device, and its parameters, unread, for `fill` or `sharding.shard`. That
-    of a LoRA run has its adapters beside the weights of the base; a base that is not the one they were trained on is a
-    UserError."""
+    of a LoRA run has its adapters beside the weights of the base, and with `whole_context` also the base's block size;
+    a base that is not the one they were trained on is a UserError."""
     kind = weights_kind(state)
     path = folder / file_names(kind, state.get("shards", 1))[0]
     tensors = open_tensors(folder, state, kind)
@@ -496,7 +511,11 @@ def build_model(folder: Path, state: dict, r: Runtime = ALONE) -> tuple[GPT, dic
         return fitting_model(state["config"], tensors, str(path)), tensors
 
     adapters, moved = state["lora"], folder.parent / "base"
-    name = (files.read_text(str(moved)).strip() if moved.is_file() else "") or adapters["base"]
+    try:
+        name = files.read_bytes(moved, 10_000).decode().strip() if moved.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{moved} should be a text file with one path, that of the base") from error
+    name = name or adapters["base"]
     advice = f"write where it lies into the file {moved}"
     try:
         base = open_model(name, plain=True, r=r)  # not adapters, which could be their own base
@@ -506,7 +525,9 @@ def build_model(folder: Path, state: dict, r: Runtime = ALONE) -> tuple[GPT, dic
         source = base.source
         raise UserError(f"{folder} holds adapters for {adapters['base']}, but not for {source} as it is now; {advice}")
     model, config = base.model, empty_model(state["config"], str(path)).config
-    if config.block_size < model.config.block_size:
+    if whole_context:
+        config.block_size = model.config.block_size
+    elif config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     for dropout in DROPOUTS:
         setattr(model.config, dropout, getattr(config, dropout))
@@ -615,16 +636,20 @@ def is_on_hub(source: str) -> bool:
     return not path.exists() and (source in PUBLISHED or bool(is_name))
 
 
-def load_model(source: str, which: str = "best") -> tuple[GPT, tokenizers.Tokenizer | None, str]:
+def load_model(
+    source: str, which: str = "best", whole_context: bool = False
+) -> tuple[GPT, tokenizers.Tokenizer | None, str]:
     """The model, on the CPU in float32, its tokenizer and a word on what was loaded, of what `open_model` opens."""
-    opened = open_model(source, which)
+    opened = open_model(source, which, whole_context=whole_context)
     return fill(opened.model, opened.values), opened.tokenizer, opened.source
 
 
-def open_model(source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE) -> Opened:
+def open_model(
+    source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE, whole_context: bool = False
+) -> Opened:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
-    its name or folder. A run that is made of adapters is its base with them merged in; where the model has to be
-    `plain`, it is a UserError."""
+    its name or folder. A run that is made of adapters is its base with them merged in, with `whole_context` also where
+    the run's sequences were shorter than the base's; where the model has to be `plain`, it is a UserError."""
     path = Path(source)
     if (path / "config.json").exists() or is_on_hub(source):
         from acorn import hub
@@ -659,9 +684,9 @@ def open_model(source: str, which: str = "best", plain: bool = False, r: Runtime
             f"{source} is made of adapters, and adapters need a base that is whole: first make one of it by "
             f"python -m acorn.hub export {source} FOLDER, then give --init_from=FOLDER"
         )
-    model, values = build_model(folder, state, r)
+    model, values = build_model(folder, state, r, whole_context)
     if adapters:
-        model = empty_model(state["config"], str(folder))
+        model = empty_model({**state["config"], "block_size": model.config.block_size}, str(folder))
         values = lora.merged(values, adapters["alpha"] / adapters["rank"])
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
     word = f"{folder}, step {state['step']}{loss}"

@@ -23,7 +23,7 @@ import sysconfig
 from pathlib import Path
 from random import Random
 
-from acorn import UserError, run
+from acorn import UserError, files, run
 
 # nominative and accusative of "the" and "a" in German, by gender; _ is the adjective
 GERMAN = {
@@ -132,15 +132,20 @@ def write_examples(folder: Path) -> dict[str, int]:
         country, capital = line.split(" ")
         tables["fewshot"].append({"prompt": "\n".join([*lines[:3], country]), "response": capital})
 
-    (folder / "topics").mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder / "topics")
     for name, records in tables.items():
         rows = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        write(folder / f"{name}.jsonl", "".join(rows))
     for i, text in enumerate(topics):
-        (folder / "topics" / f"{i:04}.txt").write_text(text, encoding="utf-8")
+        write(folder / "topics" / f"{i:04}.txt", text)
     file = json.dumps(str((folder / "choices_val.jsonl").resolve()))  # JSON is YAML too
-    (folder / "choices.yaml").write_text(HARNESS.format(file=file), encoding="utf-8")
+    write(folder / "choices.yaml", HARNESS.format(file=file))
     return {name: len(records) for name, records in tables.items()} | {"topics": len(topics)}
+
+
+def write(path: Path, text: str) -> None:
+    with files.create(path) as file:
+        file.write(text.encode())
 
 
 def main() -> None:

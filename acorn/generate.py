@@ -28,22 +28,23 @@ class Sampling:
 
 def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits (V,) of the tokens in `row` by `penalty`, as in CTRL,
-    https://arxiv.org/abs/1909.05858."""
-    seen = torch.tensor(sorted(set(row)), dtype=torch.long, device=logits.device)
+    https://arxiv.org/abs/1909.05858. A logit of -inf stays."""
+    seen = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
     chosen, largest = logits[seen], torch.finfo(logits.dtype).max
     penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-largest, largest)
-    return logits.scatter(0, seen, penalized)
+    return logits.scatter(0, seen, penalized.where(chosen > -torch.inf, chosen))
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
-    """Rule out each token that would complete an n-gram which `row` already has, unless that is all. logits: (V,)."""
+    """Rule out each token that would complete an n-gram which `row` already has. Where that leaves no token whose logit
+    is above -inf, rule out none. logits: (V,)."""
     if len(row) < n:
         return logits
     prefix = row[len(row) - n + 1 :]
     banned = {row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == prefix}
-    if len(banned) == len(logits):
-        return logits
-    return logits.index_fill(0, torch.tensor(sorted(banned), dtype=torch.long, device=logits.device), -torch.inf)
+    ids = torch.tensor(sorted(id for id in banned if id < len(logits)), dtype=torch.long, device=logits.device)
+    left = logits.index_fill(0, ids, -torch.inf)
+    return left if left.max() > -torch.inf else logits
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -75,7 +76,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator) -> int:
     """The next token for a `row` of ids, from its logits (V,). `random` is a generator on the CPU, so that the same
-    seed draws the same on every device. Raises UserError where a logit is not a number."""
+    seed draws the same on every device. The token's probability after the filters is above 0. Raises UserError where a
+    logit is NaN or infinity, or all are -inf."""
     if not logits.max().isfinite():  # the maximum of what has a NaN in it is one
         raise UserError("the model's logits are not numbers: this checkpoint is broken; choose an earlier one")
     logits = logits.double()
@@ -94,7 +96,7 @@ def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator)
         logits = keep_min_p(logits, how.min_p)
     # Where a uniform number falls among the summed probabilities. Drawn in float32 and multiplied in float64 it stays
     # below the sum, and `right` steps over tokens of probability 0.
-    cumulative = logits.softmax(0).cumsum(0).cpu()
+    cumulative = logits.softmax(0).cpu().cumsum(0)  # a GPU sums in parts, which may fall where they meet
     at = torch.rand((), generator=random).double() * cumulative[-1]
     return int(torch.searchsorted(cumulative, at, right=True))
 
@@ -200,17 +202,18 @@ def decode(model: GPT, cache: KVCache, tokens: list[int], going: list[bool]) -> 
 
 class TextStream:
     """The text of one row while its tokens arrive: whole characters only, and nothing of a stop string or after it.
-    Besides end-of-text, the control tokens `ends` end it too, such as those that end a turn of a conversation."""
+    Besides the tokens that end a text, the control tokens `ends` end it too, such as those that end a turn."""
 
     def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
         self.decoder = StreamDecoder(tokenizer)
-        self.eot, self.ends, self.stop = tokenizer.eot, ends, [s for s in stop if s]
+        self.ends, self.stop = ends, [s for s in stop if s]
+        self.text_ends = tokenizer.ends | set(tokenizer.before_document[:1])  # or the beginning of the next document
         self.pending = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
         """The text that can be shown now that `token` is there; sets `stopped_by` at end-of-text or a stop string."""
-        if token == self.eot or token in self.ends:
+        if token in self.text_ends or token in self.ends:
             self.stopped_by = "end of turn" if token in self.ends else "end of text"
             return self.finish()
         self.pending += self.decoder.push(token)
@@ -231,7 +234,7 @@ class TextStream:
 
 
 def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Sampling | None = None) -> str:
-    """One text from the model alone, from end-of-text or, where the tokenizer has none, from its token 0."""
+    """One text from the model alone, from the beginning of a document or, where no token marks it, from token 0."""
     text = TextStream(tokenizer)
     pieces = []
 
@@ -239,17 +242,20 @@ def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Samp
         pieces.append(text.push(token))
         return text.stopped_by is not None
 
-    start = [0 if tokenizer.eot is None else tokenizer.eot]
+    start = list(tokenizer.before_document) or [0 if tokenizer.eot is None else tokenizer.eot]
     generate(
         model, [start], max_new_tokens, how or Sampling(temperature=0.8, top_k=200), [seed], on_token, tokenizer.n_vocab
     )
     return "".join([*pieces, text.finish()])
 
 
-def encode_prompt(tokenizer, text: str, control: bool = True) -> list[int]:
-    """The ids of a prompt, in which the names of control tokens, such as `<|endoftext|>`, are those tokens; with
-    `control` False they are text. An empty prompt is the end-of-text token. Raises UserError for an empty prompt where
-    there is no such token, and for text that cannot be encoded."""
-    if not text and tokenizer.eot is None:
+def encode_prompt(tokenizer, text: str, control: bool = False) -> list[int]:
+    """The ids of a prompt, after those that the tokenizer puts before a text, such as a BOS. Names of control tokens,
+    such as `<|endoftext|>`, are text in it; with `control` they are those tokens. An empty prompt is the beginning of a
+    document. Raises UserError for an empty prompt where no token marks that, and for text that cannot be encoded."""
+    ids, before = tokenizer.encode_part(text, continues=False, control=control).tolist(), list(tokenizer.before_text)
+    if control and ids[: len(before)] == before:
+        before = []  # the prompt has them
+    if not ids and not before and tokenizer.eot is None:
         raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from; give --start")
-    return tokenizer.encode_part(text, continues=False, control=control).tolist() or [tokenizer.eot]
+    return before + ids or [tokenizer.eot]

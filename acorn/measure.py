@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, files, runtime
+from acorn import UserError, chat, checkpoint, files, printable, records, runtime
 from acorn.evaluate import refuse_none, window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
@@ -79,11 +79,11 @@ def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def measure_tokens(
-    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int, eot=None
+    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
     """Value, standard error and number of tokens or bytes of loss (nats), perplexity and bits per byte; windows of
-    `block_size` tokens stand side by side. Given `eot`, attention stays inside a document."""
-    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes(), eot).numpy()
+    `block_size` tokens stand side by side."""
+    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
     refuse_none(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
@@ -97,10 +97,9 @@ def measure_tokens(
 
 
 def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, Figure]:
-    """`measure_tokens` of a UTF-8 text file, an end-of-text token before it where there is one."""
-    ids = tokenizer.encode(files.read_text(path))
-    if tokenizer.eot is not None:
-        ids = np.insert(ids, 0, tokenizer.eot)
+    """`measure_tokens` of a UTF-8 text file, as one document of a dataset."""
+    ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
+    ids = np.array(ids, dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has nothing in it to predict; give a file with more text")
     with tempfile.TemporaryDirectory() as folder:  # the loop over windows reads shards
@@ -136,6 +135,11 @@ def greedy_answers(
         greedy = Sampling(temperature=0)
         generate(model, batch, max_new_tokens, greedy, [0] * len(batch), on_token, tokenizer.n_vocab)
     return [(answer + stream.finish()).strip() for answer, stream in zip(answers, streams, strict=True)]
+
+
+def after_thinking(answer: str, reference: str) -> str:
+    """The part of an answer that is compared: what follows its thinking, unless the reference thinks too."""
+    return answer if "</think>" in reference else answer.rpartition("</think>")[2].strip()
 
 
 def bleu_of(references: list[str]):
@@ -253,7 +257,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
     text = prompt.rstrip()  # the space before a word belongs to its token
     ids = encode_prompt(tokenizer, text, control=False)
-    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids) if text else 0 :]
+    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
 def measure_choices(
@@ -343,7 +347,8 @@ def check_target(path: Path, inputs: list[str | None]) -> None:
 def trained_beside(source: str, which: str) -> tuple[str, bool]:
     """The dataset that a run was trained on, and whether it kept documents apart."""
     path = Path(source)
-    if not (path / "state.json").exists() and not checkpoint.step_folders(path):
+    from_elsewhere = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
+    if (from_elsewhere or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
         raise UserError(f"{source} does not say what it was trained on; give --dataset, --text, --pairs or --choices")
     settings = checkpoint.find(path, which)[1]["settings"]
     return str(settings.get("dataset")), settings.get("document_mask") is True
@@ -394,8 +399,6 @@ def main() -> int:
 
     # ---- model
     r = runtime.setup(args.device, args.dtype, False)
-    if args.dtype == "auto" and r.device.type == "cpu":
-        r.dtype = torch.float32
     model, tokenizer, source = checkpoint.load_model(args.source, args.checkpoint)
     if tokenizer is None:
         raise UserError(f"{source} comes without a tokenizer that is known here")
@@ -403,13 +406,14 @@ def main() -> int:
     block_size = args.block_size or min(model.config.block_size, 1024)
     if block_size > model.config.block_size:
         raise UserError(f"--block_size {block_size} is beyond the model's {model.config.block_size}")
-    print(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}", file=sys.stderr)
+    on = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    print(printable(f"{source}: {on}"), file=sys.stderr)
     figures, answered = {}, []  # by what they were measured on
     how = (r, args.batch_size, block_size)
 
     # ---- text
     if dataset:
-        mixture = load_mixture(dataset)
+        mixture = load_mixture(dataset, document_mask=apart)
         if tokenizer_hash(mixture.tokenizer) != tokenizer_hash(tokenizer):
             raise UserError(
                 f"{dataset} was prepared with another tokenizer ({mixture.tokenizer.kind}) than that of {source} "
@@ -419,8 +423,7 @@ def main() -> int:
             tokens = getattr(each, args.split)
             if tokens is None:
                 raise UserError(f"{each.path} has no validation shards; give --split train, or --text FILE")
-            eot = tokenizer.eot if apart else None
-            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how, eot)
+            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how)
     if args.text:
         figures[args.text] = measure_text(model, tokenizer, args.text, *how)
 
@@ -429,8 +432,12 @@ def main() -> int:
         prompts, references, most = [], [], model.config.block_size - 1  # the answer needs a place
         for where, record in pairs:
             try:
-                messages = chat.read_messages(record)
+                messages = records.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+                if "content" not in messages[last]:
+                    raise UserError(
+                        "has a last reply without text, such as a call of a tool; answers are compared as text"
+                    )
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
             except UserError as error:
                 raise UserError(f"{where} {error}") from error
@@ -440,7 +447,8 @@ def main() -> int:
         with r.autocast():
             options = (args.stop, args.max_new_tokens, args.batch_size)
             answers = greedy_answers(model, tokenizer, [prompts[i] for i in fitting], *options)
-        measured = measure_answers(answers, [references[i] for i in fitting])
+        references = [references[i] for i in fitting]
+        measured = measure_answers(list(map(after_thinking, answers, references)), references)
         note = skipped_note(pairs, lengths, most)
         figures[args.pairs] = {
             name: each._replace(note="; ".join(filter(None, [each.note, note]))) for name, each in measured.items()
@@ -459,16 +467,17 @@ def main() -> int:
         for name, each in measured.items()
     ]
     if args.json:
-        print(json.dumps({"checkpoint": source, "block_size": block_size, "results": rows}, ensure_ascii=False))
+        result = {"checkpoint": source, "block_size": block_size, "results": rows}
+        print(printable(json.dumps(result, ensure_ascii=False)))
     else:
         width = max(len(row["on"]) for row in rows)
         print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
         for row in rows:
             value = "n/a" if row["value"] is None else f"{row['value']:.4f}"
             error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-            print(f"{row['on']:{width}}  {row['measure']:16} {value:>10}  {error:>9} {row['n']:11,}")
+            print(f"{printable(row['on']):{width}}  {row['measure']:16} {value:>10}  {error:>9} {row['n']:11,}")
         for words, names in remarks(rows).items():
-            print(f"{', '.join(names)}: {words}")
+            print(printable(f"{', '.join(names)}: {words}"))
     if args.answers:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answered]
         Path(args.answers).write_text("".join(lines), encoding="utf-8")

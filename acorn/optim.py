@@ -6,10 +6,9 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from acorn import UserError
-from acorn.sharding import local, own_rows
+from acorn.sharding import is_sharded, local, own_rows
 from model import GPT
 
 
@@ -24,10 +23,11 @@ def make_optimizers(
     muon_dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that update the model together: AdamW for everything ("adamw"), or Muon for the matrices inside
-    the blocks and AdamW for embeddings, head and norms ("muon"). Each group's "peak_lr" is what a schedule scales."""
+    the blocks and AdamW for embeddings, head and norms ("muon"). Each group's "peak_lr" is what a schedule scales.
+    Raises UserError for another name."""
     if optimizer == "adamw":
         optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
-    else:
+    elif optimizer == "muon":
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
         inside = set(matrices)
         others = [p for p in model.parameters() if p not in inside and p.requires_grad]
@@ -37,9 +37,41 @@ def make_optimizers(
             optimizers.append(torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused))
         if matrices:  # either may be frozen
             optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
+    else:
+        raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/optim.py); add one")
+    for each in optimizers:
+        moment_kinds(each)  # one that a checkpoint cannot hold is refused here, not at the first save
     for group in (group for each in optimizers for group in each.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names in the optimizer's state of each parameter. Raises UserError for an optimizer of another class."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("step", "exp_avg", "exp_avg_sq")
+    if isinstance(optimizer, Muon):
+        return ("momentum",)
+    raise UserError(f"{type(optimizer).__name__} has no branch in moment_kinds (acorn/optim.py); add its state's names")
+
+
+# Where the host decides whether to step: on a CPU that is free, and the fused AdamW of MPS ignores found_inf.
+HOST_DECIDES = ("cpu", "mps")
+
+
+def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
+    """Step the optimizers unless the norm of the gradient is non-finite. A GPU decides that itself, so that the host
+    does not wait for it. `skipped` (2,) counts the updates without a step: in a row up to now, and in all."""
+    bad = ~grad_norm.isfinite()
+    skipped += bad
+    skipped[0].mul_(bad)
+    found_inf = None if bad.device.type in HOST_DECIDES else bad.float()
+    if found_inf is None and bad:
+        return
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf  # as GradScaler tells fused optimizers; with 1 they change nothing
+        optimizer.step()
+        del optimizer.found_inf
 
 
 def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -59,7 +91,7 @@ def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dic
     """
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers if saved else ():
-        kinds = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        kinds = moment_kinds(optimizer)
         for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
             value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
             if value is None or value.shape != shape:
@@ -104,7 +136,8 @@ class Muon(torch.optim.Optimizer):
     same shape are stacked and orthogonalized together, which is what makes it cheap for small models. Several processes
     divide the matrices among them; of sharded ones each remembers the momentum of its own rows. `dtype` is that in
     which they are orthogonalized: bfloat16 serves, but makes visible in the losses what float32 keeps in the last
-    digits, such as the order in which processes sum up a gradient.
+    digits, such as the order in which processes sum up a gradient. Where `found_inf` is 1, as for fused optimizers of
+    torch, `step` changes nothing.
     """
 
     def __init__(
@@ -120,6 +153,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        skip = None if found_inf is None else found_inf > 0  # on the device
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for p in group["params"]:
@@ -130,14 +165,20 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in same_shape.items():
                 momenta = [self.state[p]["momentum"] for p in params]
                 own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
+                decay = 1 - group["lr"] * group["weight_decay"]
+                if skip is not None:
+                    grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # momentum stays
+                    decay = torch.where(skip, 1.0, decay)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 nesterov = nesterov.to(self.dtype)  # (N, own rows, columns)
-                if isinstance(params[0], DTensor):
+                if is_sharded(params[0]):
                     updates = orthogonalize_sharded(nesterov, rows)
                 else:
                     updates = orthogonalize_divided(nesterov)
-                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+                if skip is not None:
+                    updates.masked_fill_(skip, 0)
+                torch._foreach_mul_(own, decay)
                 updates = updates.to(own[0].dtype).unbind()
                 torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
@@ -212,17 +253,43 @@ def learning_rate_at(
     `schedule` down to `min_lr` at `lr_decay_iters`, and min_lr from there on.
 
     cosine and linear fall all the way; wsd (warmup, stable, decay) holds `learning_rate` and falls linearly over the
-    last `cooldown_frac` of lr_decay_iters; constant does not fall.
+    last `cooldown_frac` of lr_decay_iters; constant does not fall. Raises UserError for another schedule.
     """
+    start = max(warmup_iters, (1 - cooldown_frac) * lr_decay_iters) if schedule == "wsd" else warmup_iters
+    if step >= lr_decay_iters:
+        progress = 1.0
+    else:  # from 0 to 1
+        progress = (step - start) / (lr_decay_iters - start) if step > start else 0.0
+    if schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    elif schedule in ("linear", "wsd"):
+        left = 1 - progress
+    elif schedule == "constant":
+        left = 1.0
+    else:
+        raise UserError(f"lr_schedule={schedule!r} has no branch in learning_rate_at (acorn/optim.py); add one")
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    if schedule == "constant":
-        return learning_rate
-    if step >= lr_decay_iters:
-        return min_lr
-    start = warmup_iters if schedule != "wsd" else max(warmup_iters, (1 - cooldown_frac) * lr_decay_iters)
-    if step <= start:
-        return learning_rate
-    progress = (step - start) / (lr_decay_iters - start)  # 0 to 1
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
-    return min_lr + left * (learning_rate - min_lr)
+    return learning_rate if left == 1 else min_lr + left * (learning_rate - min_lr)
+
+
+def rate_change(before, after, step: int) -> str | None:
+    """A sentence on how the learning rate of update `step` differs between two TrainSettings, those of a run and those
+    that it is resumed with; None where it does not."""
+
+    def rate(s) -> float:
+        if not s.decay_lr:
+            return s.learning_rate
+        decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
+        return learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
+
+    old, new = rate(before), rate(after)
+    if math.isclose(old, new, rel_tol=1e-3):
+        return None
+    jump = f"the learning rate at step {step} goes from {old:.2e} to {new:.2e}"
+    if before.lr_decay_iters or after.lr_decay_iters or before.max_iters == after.max_iters:
+        return jump
+    return (
+        f"max_iters={after.max_iters} instead of {before.max_iters} stretches the schedule (lr_decay_iters=0): {jump}; "
+        f"--lr_decay_iters={before.max_iters} keeps the schedule"
+    )

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,24 +83,45 @@ class Runtime:
         return next((1e12 * peak * self.world_size for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` summed over the processes."""
+        """`values` summed over the processes, in place. The host does not wait for a GPU, and CPU tensors do not pass
+        through one."""
         if self.world_size > 1:
-            values = values.to(self.device)
-            torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(values, group=watch.hosts if values.is_cpu else None)
         return values
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """`values` of every process, by rank."""
         if self.world_size == 1:
             return [values]
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        own = torch.tensor(values, dtype=torch.float64)
         everyones = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(everyones, own)
+        torch.distributed.all_gather(everyones, own, group=watch.hosts)
         return torch.stack(everyones).tolist()
+
+    def broadcast(self, value: object) -> object:
+        """The `value` of the first process, in all of them."""
+        values = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(values, group=watch.hosts)
+        return values[0]
+
+    def ask(self, holds: bool) -> Callable[[], bool]:
+        """Begin to ask all processes whether it holds in any of them. The function that is returned waits for their
+        answers, though not for their GPUs."""
+        if self.world_size == 1:
+            return lambda: holds
+        answers = np.array([holds], dtype=np.int64)
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=watch.hosts, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(answers[0])
+
+        return answer
 
     def agree(self, holds: bool) -> bool:
         """Whether it holds in every process."""
-        return self.sum(torch.tensor(int(not holds))).item() == 0
+        return not self.ask(not holds)()
 
     def average_gradients(self, model: torch.nn.Module) -> None:
         """What DistributedDataParallel does in the last backward pass, done after it."""
@@ -129,6 +151,41 @@ class Runtime:
             getattr(torch, self.device.type).synchronize()
 
 
+class Stopwatch:
+    """Adds up the time from each `start` to the next `stop`: on a GPU that of its stream, for which the host does not
+    wait."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.spans: list[tuple] = []  # not added up yet
+        self.total = 0.0
+
+    def start(self) -> None:
+        self.began = self._now()
+
+    def stop(self) -> None:
+        self.spans.append((self.began, self._now()))
+        self._add_up()
+
+    def take(self) -> float:
+        """Seconds since the last call; where the device has not come to the end of a span, the next call has it."""
+        self._add_up()
+        total, self.total = self.total, 0.0
+        return total
+
+    def _add_up(self) -> None:
+        while self.spans and (not self.on_gpu or self.spans[0][1].query()):
+            begin, end = self.spans.pop(0)
+            self.total += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that were in use: on the GPU, or resident in this process on a CPU; 0 where unknown."""
     if device.type == "cuda":
@@ -146,11 +203,10 @@ def peak_memory(device: torch.device) -> int:
 ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # a process that has no others
 
 
-def setup(
-    device: str, dtype: str, compile: str | bool, backend: str = "auto", width: int = 1024, fsdp: bool = False
-) -> Runtime:
-    """Choose device and precision, and join the other processes where `torchrun` started several. `width` is that of
-    the model's matrices, in channels; `fsdp` says whether the model is to be sharded among the processes.
+def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", fsdp: bool = False) -> Runtime:
+    """Choose device and precision, and join the other processes where `torchrun` started several. `fsdp` says whether
+    the model is to be sharded among the processes. The dtype that `auto` gives on a CPU is float32, the exact one;
+    `autotune.measured` finds the fastest one for training.
 
     Raises UserError for a device that this machine or this torch does not have.
     """
@@ -170,7 +226,7 @@ def setup(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
-    precision = choose_dtype(dtype, chosen, width, notes)
+    precision = choose_dtype(dtype, chosen, notes)
     if fsdp and world_size == 1:
         notes.append("not sharded (fsdp: one process holds all of the model; torchrun starts several)")
     elif fsdp and precision == torch.float16:
@@ -243,7 +299,7 @@ def choose_device(device: str, notes: list[str]) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, device: torch.device, width: int, notes: list[str]) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dtype:
     if dtype == "float16" and device.type != "cuda":
         notes.append(f"dtype float32 (float16 needs its gradients scaled, which only CUDA has; this is {device.type})")
         return torch.float32
@@ -256,20 +312,9 @@ def choose_dtype(dtype: str, device: torch.device, width: int, notes: list[str])
             return torch.bfloat16
         notes.append("dtype float16 (auto: this GPU has no bfloat16)")
         return torch.float16
-    if device.type == "cpu" and cpu_has_bfloat16() and width < 256:
-        notes.append("dtype float32 (auto: for matrices this small, converting to bfloat16 costs more than it gains)")
-        return torch.float32
-    if device.type == "cpu" and cpu_has_bfloat16():
-        notes.append("dtype bfloat16 (auto: this CPU multiplies in it)")
-        return torch.bfloat16
-    notes.append(f"dtype float32 (auto: no faster bfloat16 on this {device.type})")
+    if device.type != "cpu":
+        notes.append(f"dtype float32 (auto: {device.type})")
     return torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX); elsewhere it is emulated,
-    which is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) -> bool:

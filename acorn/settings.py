@@ -1,13 +1,15 @@
 """Settings: a dataclass with the defaults, then config files, then `--key=value` on the command line.
 
-A config file is plain Python: each public name in it that is not a module, function or class is a setting. Names
-that start with an underscore are the file's own.
+A config file is Python code, which is run: each public name in it that is not a module, function or class is a
+setting. Names that start with an underscore are the file's own.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import runpy
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -16,7 +18,8 @@ from acorn import REPO, UserError
 
 
 def parse(cls: type, argv: list[str]) -> dict:
-    """What the person set, by name, in the config files and `--key=value` words of `argv`; later ones win.
+    """The settings given in `argv`, by name. A `--key=value` word wins over config files, wherever it stands. Among
+    several words, and among several files, the later one wins; the words of a list add up.
 
     `--help` prints the fields of the dataclass `cls`, each with the comment behind it, and exits. An unknown name, a
     value of the wrong type or a config file that does not run raise UserError.
@@ -24,12 +27,12 @@ def parse(cls: type, argv: list[str]) -> dict:
     if "--help" in argv or "-h" in argv:
         print_help(cls)
     types_of = typing.get_type_hints(cls)
-    given, appended = {}, set()
+    from_files, from_words = {}, {}
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
-            given.update(read_config(word, types_of))
+            from_files |= read_config(word, types_of)
             continue
         key, equals, value = word.lstrip("-").partition("=")  # the value may hold further equals signs
         key = key.replace("-", "_")
@@ -37,19 +40,18 @@ def parse(cls: type, argv: list[str]) -> dict:
             raise UserError(f"{word!r} is neither a config file nor of the form --key=value")
         check_name(key, types_of, "on the command line")
         if not equals:
-            if not words or words[0].startswith("--"):
-                if types_of[key] is not bool and True not in typing.get_args(types_of[key]):
-                    raise UserError(f"--{key} has no value; write --{key}=VALUE")
+            is_flag = types_of[key] is bool or True in typing.get_args(types_of[key])
+            if words and not words[0].startswith("--") and not (is_flag and words[0].endswith(".py")):
+                value = words.pop(0)
+            elif is_flag:
                 value = "True"
             else:
-                value = words.pop(0)
+                raise UserError(f"--{key} has no value; write --{key}=VALUE")
         if typing.get_origin(types_of[key]) is list:
-            before = given.get(key, []) if key in appended else []  # the first one replaces a config file's
-            given[key] = [*before, value]
-            appended.add(key)
+            from_words[key] = [*from_words.get(key, []), value]
         else:
-            given[key] = convert(value, types_of[key], f"--{key}")
-    return given
+            from_words[key] = convert(value, types_of[key], f"--{key}")
+    return from_files | from_words
 
 
 def read_config(path: str, types_of: dict) -> dict:
@@ -62,12 +64,7 @@ def read_config(path: str, types_of: dict) -> dict:
     try:
         names = runpy.run_path(str(file))
     except Exception as error:
-        line = getattr(error, "lineno", None)
-        trace = error.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code.co_filename == str(file):
-                line = trace.tb_lineno
-            trace = trace.tb_next
+        line = line_of(error, file)
         where = f"{path}, line {line}" if line else path
         raise UserError(f"the config file does not run: {where}: {type(error).__name__}: {error}") from error
     settings = {}
@@ -77,6 +74,14 @@ def read_config(path: str, types_of: dict) -> dict:
         check_name(name, types_of, f"in {path}; the name of a helper variable starts with an underscore")
         settings[name] = convert(value, types_of[name], f"{name} in {path}")
     return settings
+
+
+def line_of(error: BaseException, file: Path) -> int | None:
+    """The line of a Python file at which running it raised `error`; None where that is not known."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(file)), None)
 
 
 def check_name(name: str, types_of: dict, where: str) -> None:
@@ -104,8 +109,9 @@ def convert(value, kind, name: str):
                 number = float(text)  # 1e3 is a fine way to write an int
             except ValueError:
                 number = math.nan
-        if isinstance(number, (int, float)) and math.isfinite(number) and kind(number) == number:
-            return kind(number)
+        with contextlib.suppress(OverflowError):  # an int that is too large for a float
+            if isinstance(number, (int, float)) and math.isfinite(number) and kind(number) == number:
+                return kind(number)
     elif typing.get_origin(kind) is typing.Literal:
         for choice in typing.get_args(kind):
             if (value == choice and type(value) is type(choice)) or (

@@ -6,12 +6,10 @@ larger than the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FS
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from acorn.runtime import Runtime
 from model import GPT
@@ -24,6 +22,9 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
     by name, of which only the rows of this process are asked for; or without `values` they are initialized, one after
     the other, to the numbers that they would have unsharded after the same `torch.manual_seed`.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     on_meta = model.transformer.wte.weight.is_meta
     mesh = init_device_mesh(r.device.type, (r.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=r.dtype, reduce_dtype=torch.float32)
@@ -42,9 +43,15 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
     return model
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor. There is none before `shard` imports its module, which takes half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def own_rows(p: Tensor) -> slice:
     """Which rows (dimension 0) of a parameter this process has; all of one that is not sharded."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return slice(0, len(p))
     share = math.ceil(len(p) / p.device_mesh.size())  # the last ones have less, or none
     first = min(share * p.device_mesh.get_local_rank(), len(p))
@@ -53,9 +60,9 @@ def own_rows(p: Tensor) -> slice:
 
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor: its rows of a sharded one, or all of it."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """A sharded tensor gathered, by all processes; each has the result."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x

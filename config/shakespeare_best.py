@@ -28,7 +28,6 @@ ngram = 4
 ngram_rows = 32768
 ngram_dropout = 0.5
 
-dtype = "bfloat16"  # auto takes float32 for matrices this small; here bfloat16 pays, where the CPU has it
 max_iters = 2800
 optimizer = "muon"
 muon_lr = 0.02

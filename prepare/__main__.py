@@ -3,29 +3,32 @@
 import argparse
 import difflib
 import importlib
-import json
+import importlib.util
 import os
 import pkgutil
 import shlex
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as `python prepare`: the first entry is this folder, the imports are from the one above
     sys.path[0] = str(ROOT)
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: its threads spin beside the tokenizer's, idle
+
 import acorn  # noqa: E402
 import prepare  # noqa: E402
-from acorn import UserError  # noqa: E402
+from acorn import UserError, files, printable, settings  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
-from prepare import inspection, pipeline  # noqa: E402
+from prepare import pipeline  # noqa: E402
 
 CORPORA = [
     module.name
     for module in pkgutil.iter_modules(prepare.__path__)
-    if module.name not in ("__main__", "inspection", "pipeline", "reading")
+    if module.name not in ("__main__", "encoding", "inspection", "pipeline", "reading")
 ]
 
 # of every corpus; by the others its text can be read again
@@ -44,8 +47,16 @@ def main() -> int:
 def prepare_corpus(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in (*CORPORA, "inspect"):
         raise UserError(_unknown_corpus(argv[0]))
-    corpora = {name: importlib.import_module(f"prepare.{name}") for name in CORPORA}
-    args, unknown = _parser(corpora).parse_known_args(argv)
+    corpora, broken = {}, {}
+    if argv and argv[0] in CORPORA:
+        corpora[argv[0]] = load_corpus(argv[0])
+    elif not argv or argv[0] != "inspect":  # the list of all
+        for name in CORPORA:
+            try:
+                corpora[name] = load_corpus(name)
+            except UserError as error:
+                broken[name] = str(error)
+    args, unknown = _parser(corpora, broken).parse_known_args(argv)
     if unknown:
         options = [f"--{name}" for name in vars(args)]
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--"), options, 1)
@@ -55,6 +66,8 @@ def prepare_corpus(argv: list[str]) -> None:
         raise UserError(f"prepare {args.corpus} does not know what to do with {unknown[0]}; {hint}")
 
     if args.corpus == "inspect":
+        from prepare import inspection
+
         inspection.inspect(args)
         return
     corpus = corpora[args.corpus]
@@ -69,7 +82,7 @@ def prepare_corpus(argv: list[str]) -> None:
     if (out / "meta.json").exists() and not args.overwrite:  # said before a download or a long read
         raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
 
-    description = corpus.__doc__.splitlines()[0]
+    description = _first_line(corpus)
     arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
     source = {"corpus": args.corpus, "description": description, "arguments": arguments}
     tokenizer = tokenizer_of(args.tokenizer)
@@ -77,7 +90,7 @@ def prepare_corpus(argv: list[str]) -> None:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # not one of documents
         meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer, source=source)
-        print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+        print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
         return
     meta = pipeline.prepare(
         corpus.documents(args),
@@ -92,17 +105,45 @@ def prepare_corpus(argv: list[str]) -> None:
         shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
-    print(summary(meta, out, str(out) if args.out else name, args.tokenizer))
+    print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
+
+
+def load_corpus(name: str) -> types.ModuleType:
+    """The module of a corpus. Raises UserError, with its file and what is wrong, where it is not complete."""
+    file = Path(importlib.util.find_spec(f"prepare.{name}").origin)
+    where = f"prepare/{file.name}"
+    try:
+        corpus = importlib.import_module(f"prepare.{name}")
+    except (Exception, SystemExit) as error:
+        line = settings.line_of(error, file)
+        reason = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+        raise UserError(f"{where}{f', line {line}' if line else ''} does not run: {reason}") from error
+    has = {
+        "a docstring": (corpus.__doc__ or "").strip(),
+        "TOKENIZER (a name, such as 'gpt2')": isinstance(getattr(corpus, "TOKENIZER", None), str),
+        "documents(args)": callable(getattr(corpus, "documents", getattr(corpus, "prepare", None))),
+    }
+    if missing := [part for part, there in has.items() if not there]:
+        raise UserError(f"{where} lacks {' and '.join(missing)}; prepare/__init__.py says what a corpus has")
+    try:
+        _parser({name: corpus})
+    except Exception as error:
+        line = settings.line_of(error, file)
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}{f', line {line}' if line else ''}: its options fail: {reason}") from error
+    return corpus
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
     """A kind of tokenizer, or the tokenizer itself: of a Hugging Face checkpoint, of a tokenizer.json, of a
     dataset, of a run's newest checkpoint."""
+    if name == "bpe" and not Path(name).exists():
+        raise UserError("--tokenizer bpe lacks the size of its vocabulary; give it, as in --tokenizer bpe:8192")
     if name.startswith("bpe:"):
         tokenizers.bpe_size(name)  # said before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
-    states = sorted(Path(name).glob("step_*/state.json"))
+    states = _states(name)
     if (Path(name) / "config.json").exists() or not Path(name).exists():
         from acorn import checkpoint, hub  # here, for they import torch
 
@@ -111,15 +152,35 @@ def tokenizer_of(name: str) -> str | Tokenizer:
             return tokenizer
     if tokenizers.is_hf(name):
         return tokenizers.load_hf(name)
+    if Path(name).is_file():  # a nanoGPT checkpoint
+        from acorn import checkpoint
+
+        if (tokenizer := checkpoint.open_model(name).tokenizer) is not None:
+            return tokenizer
     try:
         if states:
-            return from_dict(json.loads(states[-1].read_text(encoding="utf-8"))["tokenizer"])
+            return from_dict(files.read_json(states[-1])["tokenizer"])
         return load_dataset(name).tokenizer
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        near = difflib.get_close_matches(name, KINDS, 1)
         raise UserError(
             f"--tokenizer {name} is neither {', '.join(KINDS)} or bpe:8192, nor a tokenizer.json, nor a dataset, nor "
-            "the out_dir of a run with a checkpoint"
+            f"the out_dir of a run with a checkpoint{f'; did you mean {near[0]}?' if near else ''}"
         ) from error
+
+
+def _states(source: str) -> list[Path]:
+    """The state.json of each checkpoint in an out_dir, the newest last, or of a step folder."""
+    states = sorted(Path(source).glob("step_*/state.json"), key=lambda path: (len(path.parent.name), path))
+    own = Path(source) / "state.json"
+    return [own] if own.is_file() else states
+
+
+def _block_size(source: str) -> int:
+    """The block_size of a run, by its out_dir, step folder or ckpt.pt."""
+    from acorn import checkpoint
+
+    return checkpoint.open_model(source).model.config.block_size
 
 
 def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
@@ -147,6 +208,11 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         if published or (Path(tokenizer) / "config.json").exists():
             config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
             words = f"{config} --init_from={shlex.quote(tokenizer)} {words}"
+        elif _states(tokenizer) or Path(tokenizer).suffix == ".pt":  # a run whose weights go on
+            words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
+            block_size = _block_size(tokenizer)
+            words += f" --block_size={block_size}" if block_size < 256 else ""  # of the config
+            words += " --document_mask=False" if kind == "char" else ""  # which has no end-of-text token
         else:
             words = f"config/quickstart.py {words}"
         command = f"python train.py {words}"
@@ -155,7 +221,7 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         learned = train["learned"] + val["learned"]
         chat.append(f"to be learned    {learned:,} ({learned / tokens:.1%}), the replies")
         cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
-        chat.append(f"over-long        {cut:,} cut at their beginning, {left_out:,} left out")
+        chat.append(f"over-long        {cut:,} without their oldest turns, or the reply's end; {left_out:,} left out")
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
@@ -170,14 +236,13 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
     )
 
 
-def _parser(corpora: dict) -> argparse.ArgumentParser:
+def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python prepare", description=__doc__.split(":")[0], allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
     for name, corpus in corpora.items():
-        first_line = corpus.__doc__.splitlines()[0]
         sub = subparsers.add_parser(
             name,
-            help=first_line,
+            help=_first_line(corpus).replace("%", "%%"),
             description=corpus.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -225,13 +290,23 @@ def _parser(corpora: dict) -> argparse.ArgumentParser:
             "--errors",
             choices=("strict", "replace"),
             default="strict",
-            help="bytes that are not UTF-8; default: strict",
+            help="bytes that are not text in the file's encoding: refuse them, or replace them by U+FFFD and count "
+            "them; default: strict",
         )
-    _add_inspect(subparsers)
+    for name, error in (broken or {}).items():
+        subparsers.add_parser(name, help=f"broken: {error}".replace("%", "%%"))
+    if len(corpora) != 1:  # not for the one that was named
+        _add_inspect(subparsers)
     return parser
 
 
+def _first_line(corpus: types.ModuleType) -> str:
+    return corpus.__doc__.strip().splitlines()[0]
+
+
 def _add_inspect(subparsers) -> None:
+    from prepare import inspection
+
     sub = subparsers.add_parser(
         "inspect",
         help=inspection.__doc__.splitlines()[0],
@@ -248,7 +323,7 @@ def _default_name(corpus, name: str) -> str:
 
 def _unknown_corpus(name: str) -> str:
     if os.path.exists(name):
-        return f"'{name}' is a path, not a corpus; you want `python prepare text {name}`"
+        return f"'{name}' is a path, not a corpus; you want `python prepare text {shlex.quote(name)}`"
     near = difflib.get_close_matches(name, [*CORPORA, "inspect"], 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no corpus '{name}'; {hint}the corpora are {', '.join(CORPORA)}"

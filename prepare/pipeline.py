@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files
-from acorn.shards import PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, write_meta
+from acorn.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
@@ -34,6 +34,7 @@ FEW = 100  # documents; of fewer, whole ones would make a poor validation split
 PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
 LONGEST_PIECE = 1 << 20  # characters; one long run of letters or the like is cut here, which may change a token or two
 BATCH = 1 << 20  # characters
+READ_AHEAD = 32  # batches
 LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
 PROGRESS = "progress.json"  # among the new shards
 
@@ -50,6 +51,7 @@ class Piece(NamedTuple):
     split: str  # train | val
     size: int  # bytes of UTF-8
     starts_document: bool
+    ends_document: bool = False
 
 
 @dataclass
@@ -89,7 +91,9 @@ def prepare(
     before the document that was yielded last, whose number stands in it as "documents", and `read_from(bookmark)`,
     which yields the documents from that one on. `tokenizer` is a kind, or a tokenizer that is there already.
 
-    Each document is preceded by one end-of-text token where the tokenizer has one. Validation is, by `val_by`:
+    Each document is preceded by one end-of-text token where the tokenizer has one, or by the BOS that its
+    post-processor puts before a text; an EOS that it puts after a text follows each document. Validation is, by
+    `val_by`:
       end       the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. A document that the
                 cut divides goes on in val without another end-of-text token. The default for few documents.
       document  whole documents, about val_fraction of them. A hash of the text decides (of one that comes in blocks,
@@ -135,7 +139,7 @@ def prepare(
     finally:
         if lock is not None:
             if not (partial / PROGRESS).exists():
-                shutil.rmtree(partial, ignore_errors=True)
+                files.remove(partial, ignore_errors=True)
             elif sys.exc_info()[0] is not None:
                 print(f"the whole shards stay in {partial}; the same command goes on from there", file=sys.stderr)
             (out / ".lock").unlink(missing_ok=True)
@@ -157,7 +161,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
 
     def texts() -> Iterator[str]:
         nonlocal count, chars, size
-        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False) as bar:
+        with tqdm(desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
             for document in documents:
                 before = chars
                 for block in _blocks(document):
@@ -174,7 +178,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
         deque(texts() if not chars else (), maxlen=0)
         if not chars:
             raise UserError("the corpus is empty: there is no text in it; check the files that you named")
-    if not isinstance(tokenizer, str) and tokenizer.eot is None:
+    if not isinstance(tokenizer, str) and not tokenizer.marks_documents:
         chars += len(SEPARATOR) * (count - 1)
         size += len(SEPARATOR) * (count - 1)
     cut = int(chars * (1 - val_fraction)) if val_by == "end" else None
@@ -224,11 +228,14 @@ class Reader:
         return Place(**asdict(self.place))
 
     def _pieces(self, document) -> Iterator[Piece]:
-        starts_document = True
+        last = None  # held back until it is known whether another one follows
         for split, parts in groupby(self._parts(document), key=lambda part: part[1]):
             for text in cut_pieces(text for text, _ in parts):
-                yield Piece(text, split, _size(text), starts_document)
-                starts_document = False
+                if last:
+                    yield last
+                last = Piece(text, split, _size(text), last is None)
+        if last:
+            yield last._replace(ends_document=True)
 
     def _parts(self, document) -> Iterator[tuple[str, str]]:
         """The document's text with its splits, block by block. Its last piece comes after all blocks were read, so the
@@ -323,17 +330,22 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     command, tokenizer = progress["command"], from_dict(progress["tokenizer"])
     place = Place(**progress["place"]) if "place" in progress else Place()
     counts = progress.get("counts") or {"documents": 0, "train": 0, "val": 0}  # the splits' in bytes
-    reader = Reader(
-        documents, progress["cut"], command["val_fraction"], SEPARATOR if tokenizer.eot is None else "", place
-    )
+    separator = "" if tokenizer.marks_documents else SEPARATOR
+    reader = Reader(documents, progress["cut"], command["val_fraction"], separator, place)
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in ("train", "val"):
             writer = ShardWriter(folder, split, tokenizer.n_vocab, command["shard_tokens"])
             writers[split] = stack.enter_context(writer)
             if "splits" in progress:
-                writer.resume(progress["splits"][split])
-        bar = stack.enter_context(tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True))
+                try:
+                    writer.resume(progress["splits"][split])
+                except UserError:  # it would be raised each time
+                    (folder / PROGRESS).unlink(missing_ok=True)
+                    raise
+        bar = stack.enter_context(
+            tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True, disable=None)
+        )
         bar.update(counts["train"] + counts["val"])
         for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
@@ -359,6 +371,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": tokenizer.n_vocab,
+        "document_mark": next(iter(tokenizer.before_document), tokenizer.eot),
         "documents": counts["documents"],
         "val_by": command["val_by"],
         "source": command["source"] | {"sha256": place.sha256},
@@ -370,14 +383,25 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
 
 def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
-    outside the interpreter lock."""
+    outside the interpreter lock. Reading goes further ahead than encoding: at the start the vocabulary is loaded
+    meanwhile."""
     workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(n)) for n in (workers, 1)]
+        for pool in pools:
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        encoder, reader = pools
+        loaded = encoder.submit(tokenizer.encode_batch, [])
+
+        def encode(batch: Batch):
+            loaded.result()  # not in two threads at once
+            return _encode(batch, tokenizer)
+
+        reading = deque(reader.submit(next, batches, None) for _ in range(READ_AHEAD))
         ahead = deque()
-        following = reader.submit(next, batches, None)
-        while batch := following.result():
-            following = reader.submit(next, batches, None)
-            ahead.append((batch, pool.submit(_encode, batch, tokenizer)))
+        while batch := reading.popleft().result():
+            reading.append(reader.submit(next, batches, None))
+            ahead.append((batch, encoder.submit(encode, batch)))
             if len(ahead) > 2 * workers:
                 batch, ids = ahead.popleft()
                 yield batch, *ids.result()
@@ -386,12 +410,13 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A batch's ids by split: int32, an end-of-text token before each document; and how many each piece has."""
-    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
-    parts, lengths = {"train": [eot[:0]], "val": [eot[:0]]}, []
+    """A batch's ids by split: int32, with the marks before and after each document; and how many each piece has."""
+    before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
+    parts, lengths = {"train": [before[:0]], "val": [before[:0]]}, []
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
-        parts[piece.split] += [eot, ids] if piece.starts_document else [ids]
-        lengths.append(len(ids) + len(eot) * piece.starts_document)
+        whole = [before] * piece.starts_document + [ids] + [after] * piece.ends_document
+        parts[piece.split] += whole
+        lengths.append(sum(map(len, whole)))
     return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
 
 
@@ -452,20 +477,56 @@ def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, ch
 
 def _take_up(partial: Path, command: dict) -> dict:
     """The progress of the same command, stopped under way; empty where there is none, and then `partial` is empty."""
-    progress = {}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        progress = json.loads((partial / PROGRESS).read_text(encoding="utf-8"))
-    if progress:
-        shards = [partial / shard["file"] for split in progress["splits"].values() for shard in split["shards"]]
-        is_whole = (partial / "meta.json").exists() or all(shard.exists() for shard in shards)
-        if is_whole and progress["command"] == json.loads(json.dumps(command)):
+    files.make_folder(partial)
+    if os.path.lexists(partial / PROGRESS):
+        if progress := _read_progress(partial, json.loads(json.dumps(command))):
             tokens = sum(split["tokens"] for split in progress["splits"].values())
             print(f"going on after {tokens:,} tokens, which an earlier run wrote", file=sys.stderr)
             return progress
         print(f"starting anew: {partial} is of another command, or of files that have changed", file=sys.stderr)
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     partial.mkdir()
     return {}
+
+
+def _read_progress(partial: Path, command: dict) -> dict:
+    """The progress of `command` in `partial`; empty where it is of another one, or not as it was written."""
+    try:
+        progress = files.read_json(partial / PROGRESS)
+        place, bookmark, splits = progress["place"], progress["place"]["bookmark"] or {}, progress["splits"]
+        listed = [shard for split in splits.values() for shard in split["shards"]]
+        counts = [progress["chars"], progress["size"], 0 if progress["cut"] is None else progress["cut"]]
+        counts += [place["documents"], place["pieces"], place["chars"], *(shard["tokens"] for shard in listed)]
+        counts += [progress["counts"][name] for name in ("documents", "train", "val")]
+        counts += [split[name] for split in splits.values() for name in ("tokens", "in_shard")]
+        counts += [bookmark[name] for name in ("documents", "part") if bookmark]
+        texts = [place["sha256"], *(shard[name] for shard in listed for name in ("file", "sha256"))]
+        from_dict(progress["tokenizer"])
+        as_written = (
+            progress["command"] == command
+            and splits.keys() == {"train", "val"}
+            and place.keys() == asdict(Place()).keys()
+            and all(isinstance(count, int) and 0 <= count < 2**62 for count in counts)
+            and all(isinstance(text, str) for text in texts)
+            and all(SHARD_NAME.fullmatch(shard["file"]) for shard in listed)
+        )
+        if (partial / "meta.json").exists():
+            _new_shards(partial)
+        else:
+            as_written = as_written and all((partial / shard["file"]).exists() for shard in listed)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return progress if as_written else {}
+
+
+def _new_shards(partial: Path) -> set[str]:
+    """The names of the shards, masks and indices of a finished dataset that is to be moved. Raises ValueError where its
+    meta.json is not what was written."""
+    meta = files.read_json(partial / "meta.json")
+    names = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
+    if meta.pop("sha256") != meta_hash(meta) or not all(SHARD_NAME.fullmatch(name) for name in names):
+        raise ValueError("it says something else than when it was written")
+    return names
 
 
 def move_in(partial: Path, out: Path) -> dict:
@@ -474,10 +535,7 @@ def move_in(partial: Path, out: Path) -> dict:
     Without its meta.json the old dataset is incomplete, and so is the new one until its own has arrived: the two never
     mix unnoticed. A move that was stopped can be done again.
     """
-    meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
-    new = {
-        file["file"] for split in ("train", "val") for key in ("shards", "masks") for file in meta[split].get(key, ())
-    }
+    meta, new = files.read_json(partial / "meta.json"), _new_shards(partial)
     (out / "meta.json").unlink(missing_ok=True)
     for file in out.iterdir():
         if SHARD_NAME.fullmatch(file.name) and file.name not in new:

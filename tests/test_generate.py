@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from acorn import UserError
 from acorn.generate import (
@@ -91,6 +93,36 @@ def test_temperature_zero_is_greedy_and_takes_the_lowest_of_ties():
     random = torch.Generator()
     assert draw(torch.tensor([1.0, 5.0, 5.0]), [], GREEDY, random) == 1
     assert draw(torch.tensor([1.0, 5.0, 2.0]), [], Sampling(top_k=1), random) == 1
+
+
+LOGIT = st.one_of(st.just(-math.inf), st.floats(-30, 30), st.sampled_from([-3e38, 0.0, 3e38]))
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(
+    logits=st.lists(LOGIT, min_size=1, max_size=6).filter(lambda x: max(x) > -math.inf),
+    row=st.lists(st.integers(0, 7), max_size=8),  # ids beyond the logits: the padding of a vocabulary
+    n=st.integers(0, 3),
+    penalty=st.sampled_from([1.0, 1.3, 1e-300, 1e300]),
+    temperature=st.sampled_from([0.0, 1e-45, 0.8, 1e30]),
+    top_k=st.integers(0, 7),
+    top_p=st.sampled_from([1.0, 0.5, 1e-12]),
+    min_p=st.sampled_from([0.0, 0.3, 1.0]),
+    uniform=st.sampled_from([0.0, 0.5, 1 - 2**-24]),
+)
+@example([-math.inf, 5.0], [1, 0, 1], 1, 1.0, 0.8, 0, 1.0, 0.0, 0.5)
+@example([-math.inf, 5.0], [0, 1], 1, 1.3, 0.8, 0, 1.0, 0.0, 0.0)
+def test_a_token_of_probability_zero_is_never_drawn(logits, row, n, penalty, temperature, top_k, top_p, min_p, uniform):
+    possible = {i for i, logit in enumerate(logits) if logit > -math.inf}
+    # an n-gram that is there already, looked for as text
+    words = [f" {' '.join(map(str, row[i : i + n]))} " for i in range(len(row) - n + 1)] if n else []
+    prefix = " ".join(map(str, row[len(row) - n + 1 :])) if n else ""
+    banned = {i for i in possible if n and len(row) >= n and f" {f'{prefix} {i}'.strip()} " in words}
+    sampling = Sampling(penalty, n, temperature, top_k, top_p, min_p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *size, generator: torch.tensor(uniform))
+        token = draw(torch.tensor(logits), row, sampling, torch.Generator())
+    assert token in (possible - banned or possible)
 
 
 def test_extremes_still_draw_a_token_of_the_vocabulary():
@@ -249,14 +281,15 @@ def test_end_of_text_ends_the_text():
     assert text.push(tokenizer.eot) == "" and text.stopped_by == "end of text"
 
 
-def test_prompts_may_hold_control_tokens():
+def test_names_of_control_tokens_are_text_unless_asked_for():
     tokenizer = get_tokenizer("byte")
     chatting = add_tokens(get_tokenizer("bpe:257", ["ab"]), ["<|im_start|>"])
-    assert encode_prompt(chatting, "<|im_start|>a<|endoftext|>") == [257, *chatting.encode("a"), 256]
-    assert encode_prompt(chatting, "<|im_start|>", control=False) == chatting.encode("<|im_start|>").tolist()
+    assert encode_prompt(chatting, "<|im_start|>a<|endoftext|>", control=True) == [257, *chatting.encode("a"), 256]
+    assert encode_prompt(chatting, "<|im_start|>") == chatting.encode("<|im_start|>").tolist()
     assert encode_prompt(tokenizer, "") == [256]
-    assert encode_prompt(tokenizer, "<|endoftext|>a") == [256, 97]
-    assert encode_prompt(tokenizer, "a<|endoftext|>") == [97, 256]
+    assert encode_prompt(tokenizer, "<|endoftext|>a", control=True) == [256, 97]
+    assert encode_prompt(tokenizer, "a<|endoftext|>", control=True) == [97, 256]
+    assert encode_prompt(tokenizer, "a<|endoftext|>") == list(b"a<|endoftext|>")
     char = get_tokenizer("char", ["abc"])
     assert encode_prompt(char, "cab") == [2, 0, 1]
     with pytest.raises(UserError, match="empty"):

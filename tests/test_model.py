@@ -400,3 +400,13 @@ def test_gpu_documents_are_the_cpus(compile):
         gradients.append([loss.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
     for expected, got in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, place", [("mlp", "MLP.forward"), ("norm", "Norm.forward"), ("pos", "GPT.forward")])
+def test_a_half_added_choice_names_the_place(name, place):
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+    setattr(config, name, "new")
+    with pytest.raises(NotImplementedError, match=place):
+        GPT(config)(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=f"{name} = 'new'"):
+        GPTConfig(**{name: "new"})

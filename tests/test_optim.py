@@ -1,12 +1,24 @@
 """Muon against the singular value decomposition, learning-rate schedules against hand computations."""
 
 import copy
+import dataclasses
 import math
+import typing
 
 import pytest
 import torch
 
-from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
+import train
+from acorn import UserError, optim
+from acorn.optim import (
+    Muon,
+    learning_rate_at,
+    make_optimizers,
+    named_moments,
+    orthogonalize,
+    rate_change,
+    step_if_finite,
+)
 from model import GPT, GPTConfig
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -39,6 +51,50 @@ def test_constant_does_not_fall():
 def test_wsd_holds_and_then_falls_over_the_last_part():
     rates = [learning_rate_at(step, "wsd", **COMMON, cooldown_frac=0.5) for step in (10, 55, 82.5, 110, 200)]
     assert rates == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("step", [0, 9, 10, 60, 200])
+def test_an_unknown_schedule_is_refused_at_every_step(step):
+    with pytest.raises(UserError, match=r"sine.*learning_rate_at"):
+        learning_rate_at(step, "sine", **COMMON)
+
+
+def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
+    """A name in the Literal alone: what a person who adds one may forget is named."""
+    with pytest.raises(UserError, match="learning_rate_at"):
+        train.check(train.TrainSettings(lr_schedule="sine"))
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    with pytest.raises(UserError, match="make_optimizers"):
+        make_optimizers(model, "lion", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+    model.configure_optimizers = lambda *args: torch.optim.SGD(model.parameters())
+    with pytest.raises(UserError, match=r"SGD.*moment_kinds"):
+        make_optimizers(model, "adamw", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+
+
+def test_every_choice_of_the_settings_is_implemented():
+    choices = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(train.TrainSettings).items()}
+    for schedule in choices["lr_schedule"]:
+        assert learning_rate_at(60, schedule, **COMMON) > 0
+    shape = dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+    for name in ("pos", "norm", "mlp"):
+        for choice in choices[name]:
+            logits, _ = GPT(GPTConfig(**shape, **{name: choice}))(torch.zeros(1, 4, dtype=torch.long))
+            assert logits.isfinite().all()
+    for optimizer in choices["optimizer"]:
+        assert make_optimizers(GPT(GPTConfig(**shape)), optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
+
+
+def test_a_change_of_the_learning_rate_on_resume_is_foretold():
+    before = train.TrainSettings(max_iters=100, warmup_iters=0, learning_rate=1e-3, min_lr=0.0, lr_schedule="linear")
+    longer = dataclasses.replace(before, max_iters=200)
+    said = rate_change(before, longer, 75)
+    assert "2.50e-04 to 6.25e-04" in said and "--lr_decay_iters=100" in said and "max_iters=200" in said
+    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # what was advised
+    assert rate_change(before, before, 75) is rate_change(before, longer, 0) is None
+    constant = [dataclasses.replace(s, decay_lr=False) for s in (before, longer)]
+    assert rate_change(*constant, 75) is None
+    said = rate_change(before, dataclasses.replace(before, learning_rate=2e-3), 75)
+    assert "2.50e-04 to 5.00e-04" in said and "lr_decay_iters" not in said
 
 
 def test_a_run_of_warmup_only():
@@ -100,3 +156,34 @@ def test_muon_state_is_restored_to_the_bit():
     first.step()
     second.step()
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
+def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
+    """The same gradients, for an optimizer that is not asked to step where they are not finite."""
+    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    models = [GPT(config), GPT(config)]
+    models[1].load_state_dict(models[0].state_dict())
+    one, other = ([*make_optimizers(m, kind, 1e-2, 0.02, 0.1, (0.9, 0.95), "cpu")] for m in models)
+    skipped, counts = torch.tensor([0, 3]), []
+    for step in range(8):
+        broken = step in (0, 3, 4, 7)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            if broken and name == "transformer.h.1.mlp.c_fc.weight":
+                p.grad[0, 0] = bad
+            q.grad = p.grad.clone()
+        step_if_finite(one, torch.nn.utils.clip_grad_norm_(models[0].parameters(), 1.0), skipped)
+        torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+        for optimizer in other if not broken else ():
+            optimizer.step()
+        counts.append(skipped.tolist())
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(p, q)
+        mine, expected = named_moments(models[0], one), named_moments(models[1], other)
+        assert all(torch.equal(mine[name], value) for name, value in expected.items())
+        assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # none yet, or zeros
+    assert counts == [[1, 4], [0, 4], [0, 4], [1, 5], [2, 6], [0, 6], [0, 6], [1, 7]]

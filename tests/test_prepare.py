@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +21,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from conftest import TEXT as TRAINED_ON
 
 from acorn import UserError
 from acorn.shards import PARTIAL, ShardWriter, load_dataset, open_shard
 from acorn.tokenizer import _gpt2_encoding
+from model import GPT, GPTConfig
 from prepare import __main__ as cli
 from prepare import hub, pipeline, reading, shakespeare, stdlib, tinyshakespeare
 from prepare import text as text_corpus
@@ -192,7 +196,7 @@ def test_records_in_a_folder_and_lines_that_are_none():
     fails(r"line 1 of d/a\.jsonl has 0 in its field 'id'", "text", "d/a.jsonl", "--key=id", "--name=x")
     for name, data, match in (
         ("e.jsonl", b'{"text": "x"}\nnot json\n', r"line 2 of e\.jsonl is no JSON"),
-        ("f.jsonl", b'{"text": "caf\xe9"}\n', r"line 1 of f\.jsonl is not UTF-8"),
+        ("f.jsonl", b'{"text": "caf\xe9"}\n', r"f\.jsonl is not UTF-8: byte 13 is 0xe9 \(line 1\)"),
         ("g.jsonl", b"[1, 2]\n", r"line 1 of g\.jsonl is \[1, 2\], not an object"),
         ("h.csv", b"a,b\n1,2\n", r"h\.csv has no field 'text'.*a, b"),
         ("k.csv", b'text\na\n"b\nc\n', r"k\.csv is no table .* row 3, which begins in line 3 \(a quote there is nev"),
@@ -775,7 +779,7 @@ def test_the_command_from_another_directory():
     done = command(ROOT / "prepare", "text", "mine.txt", "--tokenizer=byte", "--val_fraction", "0.2")
     assert done.returncode == 0, done.stderr
     assert "train next       python train.py config/quickstart.py --dataset=mine" in done.stdout
-    assert "B/s" in done.stderr
+    assert "\r" not in done.stderr and "encoding" not in done.stderr  # a progress bar is for a terminal
     shard = open_shard(Path("data/mine/val_000000.bin"))
     assert shard.tokens == len(TEXT) - int(len(TEXT) * 0.8)
     again = command(ROOT / "prepare", "text", "mine.txt")
@@ -789,6 +793,60 @@ def test_help_lists_the_corpora():
     for corpus, kind in (("text", "gpt2"), ("shakespeare", "char")):
         options = command(ROOT / "prepare", corpus, "--help").stdout
         assert f"default: {kind}" in options and "--val_fraction" in options and "--overwrite" in options
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ('"""mine at 100%"""\ndef documents(args): return []', r"broken_one\.py lacks TOKENIZER"),
+        ('"""mine"""\nTOKENIZER = "char"', r"broken_one\.py lacks documents\(args\)"),
+        ('TOKENIZER = "char"\ndef documents(args): return []', r"broken_one\.py lacks a docstring"),
+        ('"""mine"""\nTOKENIZER = = 3', r"broken_one\.py, line 2 .*SyntaxError"),
+        ('"""mine"""\n\nimport not_installed', r"broken_one\.py, line 3 .*not_installed"),
+        ("raise SystemExit(3)", r"broken_one\.py, line 1 .*SystemExit"),
+        (
+            '"""mine"""\nTOKENIZER = "char"\ndef documents(args): return []\n'
+            "def add_arguments(parser):\n    parser.add_argument('--files', nargs=a)",
+            r"broken_one\.py, line 5: .*NameError",
+        ),
+    ],
+)
+def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, capsys):
+    Path("corpora").mkdir()
+    Path("corpora/broken_one.py").write_text(text)
+    monkeypatch.setattr(cli.prepare, "__path__", [*cli.prepare.__path__, str(tmp_path / "corpora")])
+    monkeypatch.setattr(cli, "CORPORA", [*cli.CORPORA, "broken_one"])
+    fails(match, "broken_one")
+    Path("mine.txt").write_text(TEXT)
+    assert prepare("text", "mine.txt", "--tokenizer=char")["name"] == "mine"
+    with pytest.raises(SystemExit):
+        cli.prepare_corpus(["--help"])
+    listed = capsys.readouterr().out
+    assert "broken: prepare/broken_one.py" in listed and "tinystories" in listed
+    sys.modules.pop("prepare.broken_one", None)
+
+
+def test_a_nanogpt_checkpoint_is_a_tokenizer_too():
+    """That of the dataset that it was trained on, which it names."""
+    Path("mine.txt").write_text(TEXT)
+    meta = prepare("text", "mine.txt", "--tokenizer=char")
+    shape = dict(block_size=8, vocab_size=meta["vocab_size"], n_layer=1, n_head=1, n_embd=4, bias=False)
+    model = GPT(GPTConfig(**shape, mlp="gelu"))
+    torch.save({"model_args": shape, "model": model.state_dict(), "config": {"dataset": "mine"}}, "ckpt.pt")
+    cli.prepare_corpus(["text", "mine.txt", "--name=again", "--tokenizer=ckpt.pt"])
+    assert load_dataset("again").tokenizer.to_dict() == load_dataset("mine").tokenizer.to_dict()
+
+
+def test_the_train_next_line_works_for_the_tokenizer_of_a_run(trained, capsys):
+    """It names the run, whose weights the tokenizer belongs to, and settings that its model can have."""
+    Path("more.txt").write_text(TRAINED_ON * 3)
+    prepare("text", "more.txt", f"--tokenizer={trained}")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train next"))
+    words = shlex.split(line.removeprefix("train next"))
+    assert words[:2] == ["python", "train.py"] and f"--init_from={trained}" in words
+    done = command(ROOT / "train.py", *words[2:], "--dry_run=True", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "this was a dry run" in done.stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

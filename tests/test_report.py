@@ -1,11 +1,13 @@
 """metrics.jsonl without gaps or doubles, the picture, and how numbers are said."""
 
+import itertools
 import json
 import math
 import os
 import random
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +133,118 @@ def test_runs_compared(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=said):
             compare(monkeypatch, *words)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    drawn = []
+
+    def keep(figure, picture):
+        figure.canvas.draw()  # where a name that is no formula would fail
+        drawn.append(figure)
+
+    monkeypatch.setattr(report, "save_picture", keep)
+    return drawn
+
+
+def test_every_name_is_in_the_legend_as_it_is(figures):
+    line = [{"step": s, "loss": 2.0, "val_loss": 2.0, "seconds": s} for s in range(3)]
+    names = ["a $x^$ b$", "_hidden", "50%", "back\\slash$", "plain"]
+    assert report.draw_runs(dict.fromkeys(names, line), "x.png") is None
+    legend = figures[0].axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert len({handle.get_color() for handle in legend.legend_handles}) == len(names)
+    report.draw_curve(line, Path("_a $x^$ b$") / "loss.png")
+    assert figures[1].axes[0].get_title() == "_a $x^$ b$"
+
+
+def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_so(monkeypatch):
+    import matplotlib
+    from matplotlib import font_manager
+
+    fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    rare = chr(min(report.characters(fonts["STIXGeneral"]) - report.characters(fonts["DejaVu Sans"])))
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans"]}):
+        assert report.drawable(["a", "b"]) == (["a", "b"], ["DejaVu Sans"], None)
+        only = [font for font in font_manager.fontManager.ttflist if font.name in ("DejaVu Sans", "STIXGeneral")]
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
+        assert report.drawable(["a", f"x{rare}"]) == (["a", f"x{rare}"], ["DejaVu Sans", "STIXGeneral"], None)
+        names, _, note = report.drawable(["a", f"x\U0010fffd{rare}"])
+    assert names == ["a", "run 2"] and f"run 2 is x\U0010fffd{rare}" in note
+    assert report.visible("a\nb\x1b[31m\udcff中") == "a\\nb\\x1b[31m\\udcff中"
+
+
+def test_the_axis_shows_the_losses_after_the_fall(figures, tmp_path):
+    metrics = [{"step": s, "loss": 2 - s / 1000 + 8 * math.exp(-s / 10) + 0.1 * (s % 2)} for s in range(1000)]
+    metrics[700]["loss"] = 9.0  # a spike, which is marked at the edge
+    metrics += [{"step": s, "train_loss": 1.5 - s / 2000, "val_loss": 2.5 - s / 1000} for s in range(0, 1001, 250)]
+    report.draw_curve(metrics, tmp_path / "mine" / "loss.png")
+    axes = figures[0].axes[0]
+    low, high = axes.get_ylim()
+    assert 0.8 < low < 1.0 and 2.2 < high < 2.5
+    assert "updates" in axes.get_xlabel() and "nats" in axes.get_ylabel() and axes.get_title().endswith("mine")
+    (mark,) = (c for c in axes.collections if "spikes" in c.get_label())
+    assert mark.get_offsets()[:, 1].max() == pytest.approx(high)
+    report.draw_curve([{"step": 0, "loss": 4.0}], tmp_path / "loss.png")  # one point has no range
+    report.draw_curve([{"step": s, "loss": 4.0} for s in range(9)], tmp_path / "loss.png")
+
+
+def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monkeypatch, capsys, figures):
+    monkeypatch.chdir(tmp_path)
+    for name, loss, per_byte, kind in (("a", 1.0, 2.0, "char"), ("b", 3.0, 1.0, "gpt2"), ("c", 2.0, None, "char")):
+        os.makedirs(f"{name}/step_000002")
+        metrics = report.Metrics(tmp_path / name, 0, None)
+        bits = {} if per_byte is None else {"val_bits_per_byte": per_byte}
+        metrics.write(step=1, loss=loss, seconds=1.0)
+        metrics.write(step=2, val_loss=loss, **bits, seconds=1.0)
+        state = {"settings": {}, "tokenizer": {"kind": kind, "chat_template": name}}
+        (tmp_path / name / "step_000002" / "state.json").write_text(json.dumps(state))
+
+    def ranks(*names) -> tuple[dict, str]:
+        assert compare(monkeypatch, *names, "--json") == 0
+        said = json.loads(capsys.readouterr().out)
+        return {name: run["rank"] for name, run in said["runs"].items()}, said["ranked_by"]
+
+    assert ranks("a", "b", "c") == ({"a": 2, "b": 1, "c": None}, "bits per byte")
+    assert ranks("a", "c") == ({"a": 1, "c": 2}, "val loss")
+    assert "bits per byte" in figures[0].axes[2].get_ylabel() and "loss" in figures[1].axes[2].get_ylabel()
+    compare(monkeypatch, "a", "b")
+    assert "the tokenizers differ" in capsys.readouterr().out
+
+
+def test_the_time_left_does_not_jump():
+    """1,000 updates of 0.1 s, shaken by a factor of up to 4, and 5 evaluations of 10 s: each estimate against the true
+    rest, and against the one before."""
+    chance = random.Random(0)
+    seconds = [0.1 * chance.choice([0.5, 0.5, 0.5, 2.5]) for _ in range(1000)]  # 0.1 on the average
+    seconds[0] = 30.0  # compiling
+    left = report.TimeLeft(max_iters=1000, eval_interval=250)
+    said = []
+    for step in range(1000):
+        if step % 250 == 0:
+            left.evaluated(10.0)
+        left.updated(1, seconds[step])
+        to_come = sum(seconds[step + 1 :]) + 10 * (4 - step // 250)
+        said.append((left.estimate(step + 1), to_come))
+    for estimate, to_come in said[50:]:
+        assert abs(estimate - to_come) < 0.15 * to_come + 2
+    assert said[0][0] is None
+    errors = [estimate - to_come for estimate, to_come in said[50:]]
+    assert max(abs(after - before) for before, after in itertools.pairwise(errors)) < 6
+    assert said[-1][0] == pytest.approx(10.0)  # the last evaluation
+    uneven = report.TimeLeft(max_iters=10, eval_interval=4)  # evaluations at 4, 8 and 10
+    uneven.evaluated(1.0)
+    uneven.updated(1, 9.0)
+    uneven.updated(2, 2.0)
+    assert uneven.estimate(2) == pytest.approx(8 + 3) and uneven.estimate(8) == pytest.approx(2 + 2)
+
+
+def test_the_console_line_leaves_out_an_unknown_mfu():
+    line = report.update_line(3, 10, 1.5, 1e-3, 0.5, 12345.6, None, 65)
+    assert line.startswith("step 3/10 | loss 1.5000") and "12,346 tok/s" in line and line.endswith("1:05 min left")
+    assert "left" not in report.update_line(0, 10, 1.5, 1e-3, 0.5, 12345.6, None, None)
+    assert "mfu" not in line and "mfu 41.2%" in report.update_line(3, 10, 1.5, 1e-3, 0.5, 12345.6, 0.412, 65)
 
 
 def test_numbers_as_a_person_says_them():

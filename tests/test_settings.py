@@ -1,9 +1,12 @@
 """acorn/settings.py: where a setting comes from, and how a wrong one is refused."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from conftest import REPO
 
 from acorn import UserError
 from acorn.settings import build, parse
@@ -27,7 +30,27 @@ def test_defaults_then_file_then_command_line(tmp_path):
     given = parse(Settings, [str(config), "--out_dir=from-line"])
     assert given == {"max_iters": 6, "out_dir": "from-line"}
     assert build(Settings, given) == Settings(out_dir="from-line", max_iters=6)
-    assert parse(Settings, ["--max_iters=1", str(config)])["max_iters"] == 6  # in the order given, as nanoGPT
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_the_command_line_wins_wherever_a_file_stands(tmp_path, at):
+    config = tmp_path / "c.py"
+    config.write_text("max_iters = 6\nout_dir = 'from-file'\nstop = ['file']\nlearning_rate = 0.5\n")
+    words = ["--out_dir=from-line", "--stop=a", "--max_iters=1", "--stop=b"]
+    words.insert(at, str(config))
+    given = parse(Settings, words)
+    assert given == {"out_dir": "from-line", "max_iters": 1, "stop": ["a", "b"], "learning_rate": 0.5}
+
+
+def test_of_two_files_the_later_one_wins(tmp_path):
+    for name, text in (("a.py", "max_iters = 1\nout_dir = 'a'\nstop = ['a']"), ("b.py", "max_iters = 2\nstop = ['b']")):
+        (tmp_path / name).write_text(text)
+    assert parse(Settings, [str(tmp_path / "a.py"), "--bias", str(tmp_path / "b.py")]) == {
+        "max_iters": 2,
+        "out_dir": "a",
+        "stop": ["b"],
+        "bias": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,3 +155,26 @@ def test_help_lists_every_field_with_its_comment(capsys):
 
 def test_build_leaves_out_names_of_another_version():
     assert build(Settings, {"max_iters": 3, "from_the_future": 1}) == Settings(max_iters=3)
+
+
+def test_help_starts_without_heavy_imports():
+    """They would take longer than torch itself."""
+    program = """
+import contextlib, runpy, sys
+import torch
+at_start = set(sys.modules)
+for script in ("train.py", "sample.py"):
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+print(*sorted(set(sys.modules) - at_start), file=sys.stderr)
+"""
+    words = [sys.executable, "-c", program]
+    result = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert "--eval_interval" in result.stdout and "--top_k" in result.stdout
+    imported = result.stderr.split()
+    assert "acorn.checkpoint" in imported
+    slow = "torch.distributed.tensor torch.distributed.fsdp torch._dynamo torch._inductor sympy triton matplotlib "
+    slow += "datasets transformers tokenizers tiktoken fastokens wandb pandas pyarrow scipy"
+    assert not set(slow.split()) & set(imported)

@@ -1,0 +1,101 @@
+"""autotune.py: the arithmetic of a run is chosen by measuring, and kept."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import AVX2, REPO, TINY, script
+
+from acorn import autotune, runtime
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=128)
+
+
+def test_emulated_bfloat16_is_never_chosen():
+    code = (
+        "import acorn, json, dataclasses\n"
+        "from acorn import autotune\n"
+        "from model import GPTConfig\n"
+        "chosen, notes = autotune.measured(GPTConfig(block_size=64, vocab_size=64, n_embd=256, n_head=4), 8, True)\n"
+        "print(json.dumps([dataclasses.asdict(chosen), notes]))"
+    )
+    environment = {**os.environ, **AVX2, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    chosen, notes = json.loads(done.stdout)
+    assert chosen["dtype"] == chosen["muon_dtype"] == "float32"
+    assert "float32" in notes[-1] and "bfloat16" in notes[-1]  # it says what was compared
+
+
+def test_the_choice_is_the_fastest_and_leaves_no_trace(monkeypatch):
+    """With a CPU on which bfloat16 takes half the time, and then one on which it takes twice as long."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    monkeypatch.setattr(autotune, "bfloat16_slowdown", lambda: 1.0)
+    for speed, winner in ((0.5, "bfloat16"), (2.0, "float32")):
+        monkeypatch.setattr(autotune, "fastest", faked(speed))
+        chosen, notes = autotune.measured(SMALL, 4, muon=True)
+        assert chosen.dtype == chosen.muon_dtype == winner
+        assert any("2.00x" in note for note in notes)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+def faked(bfloat16: float):
+    def fastest(candidates, *_, **__):
+        for work in candidates.values():
+            work()  # each candidate must run
+        times = {name: bfloat16 if name == "bfloat16" else 1.0 for name in candidates}
+        return min(times, key=times.get), times
+
+    return fastest
+
+
+def test_a_named_dtype_is_taken_without_timing(monkeypatch):
+    monkeypatch.setattr(autotune, "fastest", None)
+    for dtype in ("float32", "bfloat16"):
+        r = runtime.setup("cpu", dtype, False)
+        chosen, notes = autotune.choose(dtype, SMALL, 4, True, r)
+        assert chosen.dtype == chosen.muon_dtype == dtype and notes == []
+
+
+def test_a_checkpoint_keeps_the_choice_on_its_own_machine_only(monkeypatch):
+    r = runtime.setup("cpu", "auto", False)
+    here = autotune.machine_name(r.device)
+    monkeypatch.setattr(autotune, "measured", lambda *_: (autotune.fixed(torch.float32, SMALL, r.device), ["measured"]))
+    before = dict(dtype="bfloat16", muon_dtype="float32", attention="plain", threads=1, machine=here)
+    chosen, notes = autotune.choose("auto", SMALL, 4, True, r, before)
+    assert dataclasses.asdict(chosen) == before and "as before" in notes[0]
+    broken = [{"threads": 10**9}, {"dtype": "int8"}, {"more": 1}, {"threads": "2"}]
+    for other in ({"machine": "cpu AVX9, 3 cores"}, *broken):
+        chosen, notes = autotune.choose("auto", SMALL, 4, True, r, before | other)
+        assert chosen.dtype == "float32" and notes[0] == "measured"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_plain_and_fused_attention_train_alike(p):
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, n_layer=1, attn_dropout=0.0, dropout=p))
+    idx, losses = torch.randint(64, (2, 64)), []
+    for attention in ("fused", "plain"):
+        dataclasses.replace(autotune.fixed(torch.float32, SMALL, idx.device), attention=attention).apply(model)
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = model(idx, idx)[1]
+        loss.backward()
+        losses.append((loss.item(), model.transformer.wte.weight.grad.norm().item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_says_what_it_chose_and_resumes_with_it(dataset, tmp_path):
+    words = [word for word in TINY if "dtype" not in word]
+    first = script("train.py", *words, f"--dataset={dataset}", "--out_dir=o", "--dtype=auto", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "(auto: " in first.stdout.split("dtype ", 1)[1].splitlines()[0]
+    saved = json.loads((tmp_path / "o/step_000040/state.json").read_text())["arithmetic"]
+    again = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=41", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"dtype {saved['dtype']}, as before" in again.stdout
