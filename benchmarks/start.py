@@ -2,8 +2,8 @@
 
 $ python benchmarks/start.py --rounds 5
 
-The first update counts from the start of the process to the line that reports it; reading the data, building the model
-and the evaluation before it are included. The commands take turns.
+The first update counts from the start of the process to the line that reports it. It includes reading a small dataset,
+building the model, choosing precision and threads, and the first evaluation. The commands take turns.
 """
 
 import argparse
@@ -15,38 +15,36 @@ import bench
 import torch
 from bench import REPO, median, timed
 
-IMPORT = 'python -c "import torch"'
+IMPORT, FIRST = 'python -c "import torch"', "first update"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config/quickstart.py")
+    parser.add_argument("--config", default="config/quickstart.py", help="whose first update is timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of each command; one beyond is stopped")
     parser.add_argument("--json", default="", help="also write the result here")
     args = bench.parse_args(parser)
 
     print(bench.machine(torch.device("cpu")))
-    print(f"medians of {args.rounds} rounds\n", flush=True)
-    python, first = sys.executable, f"first update of {args.config}"
+    print(f"{args.config}; medians of {args.rounds} rounds\n", flush=True)
+    seconds = {}
     with tempfile.TemporaryDirectory() as scratch:
         data, out = bench.tiny_dataset(Path(scratch) / "data"), Path(scratch) / "out"
-        train = [python, REPO / "train.py", args.config, f"--dataset={data}", f"--out_dir={out}"]
+        settings = [f"--dataset={data}", f"--out_dir={out}", "--overwrite=True", "--device=cpu", "--log_interval=1"]
         commands = {
-            IMPORT: [python, "-c", "import torch"],
-            "train.py --help": [python, REPO / "train.py", "--help"],
-            "sample.py --help": [python, REPO / "sample.py", "--help"],
-            first: [*train, "--overwrite=True", "--device=cpu", "--log_interval=1"],
+            IMPORT: ["-c", "import torch"],
+            "train.py --help": [REPO / "train.py", "--help"],
+            "sample.py --help": [REPO / "sample.py", "--help"],
+            FIRST: [REPO / "train.py", args.config, *settings],
         }
-        seconds = {name: [] for name in commands}
-        for turn in range(-1, args.rounds):  # the first turn fills the disk cache and does not count
-            for name, command in commands.items():
-                until = r"step \d+/\d+" if name == first else ""
-                took, _ = timed(command, limit=args.limit, until=until)
-                if turn < 0:
-                    print(f"{name}: {f'{took:.2f}' if took else f'over {args.limit:g}'} s, warming up", flush=True)
-                else:
-                    seconds[name].append(took or args.limit)
+        for turn in range(-1, args.rounds):  # turn -1 fills the disk cache and does not count
+            for name, words in commands.items():
+                until = r"step \d+/\d+" if name == FIRST else ""
+                took, _ = timed([sys.executable, *words], limit=args.limit, until=until)
+                print(f"round {turn + 1}, {name}: {f'{took:.2f}' if took else f'over {args.limit:g}'} s", flush=True)
+                if turn >= 0:
+                    seconds.setdefault(name, []).append(took or args.limit)
     rows = []
     for name, each in seconds.items():
         row = {"": name, "seconds": f"{median(each):.2f}", "range": f"{min(each):.2f} to {max(each):.2f}"}

@@ -45,17 +45,10 @@ def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
     ]
 
 
-def row_of(
-    name: str, seconds: float | None, limit: float, loss: float | None, target: float, peer_seconds: float | None
-) -> dict:
-    """A row of the table; a run that was stopped at `limit` has neither seconds nor loss."""
-    return {
-        "run": name,
-        "seconds": f"{seconds:.1f}" if seconds else f"over {limit:g}",
-        "val loss": f"{loss:.4f}" if seconds else "",
-        "reached": ("yes" if loss <= target else "no") if seconds and target else "",
-        "of nanoGPT's time": f"1/{peer_seconds / seconds:.1f}" if seconds and peer_seconds else "",
-    }
+def row_of(name: str, seconds: float | None, loss: float | None, limit: float) -> dict:
+    """A row of the table. A run that was stopped at `limit` has neither seconds nor loss."""
+    figures = {"seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"} if seconds else {"seconds": f"over {limit:g}"}
+    return {"run": name, "seconds": "", "val loss": "", "reached": "", "of nanoGPT's time": ""} | figures
 
 
 def main() -> None:
@@ -84,9 +77,8 @@ def main() -> None:
                 command = [sys.executable, "train.py", *README_RUN, f"--out_dir={out}"]
                 peer_seconds, lines = timed(command, Path(args.nanogpt), args.limit)
                 curves["nanoGPT"] = curve(lines)
-                if peer_seconds:
-                    target = whole_val_loss(out, dataset, args.block_size)
-                rows.append(row_of("nanoGPT", peer_seconds, args.limit, target, 0.0, None))
+                target = whole_val_loss(out, dataset, args.block_size) if peer_seconds else args.target
+                rows.append(row_of("nanoGPT", peer_seconds, target, args.limit))
                 bench.print_row(rows)
             out = Path(scratch) / "acorn"
             words = [args.config, f"--dataset={dataset}", f"--out_dir={out}", f"--seed={seed}", "--device=cpu"]
@@ -94,10 +86,14 @@ def main() -> None:
             seconds, lines = timed([sys.executable, REPO / "train.py", *words], limit=args.limit)
             loss = whole_val_loss(out, dataset, args.block_size) if seconds else None
             curves[f"acorn, seed {seed}"] = curve(lines)
-            rows.append(row_of(f"acorn, seed {seed}", seconds, args.limit, loss, target, peer_seconds))
+            rows.append(row_of(f"acorn, seed {seed}", seconds, loss, args.limit))
+            if seconds and target:
+                rows[-1]["reached"] = "yes" if loss <= target else "no"
+            if seconds and peer_seconds:
+                rows[-1]["of nanoGPT's time"] = f"1/{peer_seconds / seconds:.1f}"
             bench.print_row(rows)
             runs.append({"seed": seed, "seconds": seconds, "loss": loss})
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)  # a run that was stopped early wrote none
     if args.picture:
         import matplotlib
 
