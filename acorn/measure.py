@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, files, printable, runtime
+from acorn import UserError, chat, checkpoint, files, printable, records, runtime
 from acorn.evaluate import refuse_none, window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
@@ -61,10 +61,9 @@ def measure_tokens(
 
 
 def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, tuple]:
-    """`measure_tokens` of a UTF-8 text file, an end-of-text token before it where there is one."""
-    ids = tokenizer.encode(files.read_text(path))
-    if tokenizer.eot is not None:
-        ids = np.insert(ids, 0, tokenizer.eot)
+    """`measure_tokens` of a UTF-8 text file, as one document of a dataset."""
+    ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
+    ids = np.array(ids, dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has nothing in it to predict; give a file with more text")
     with tempfile.TemporaryDirectory() as folder:  # the loop over windows reads shards
@@ -100,6 +99,11 @@ def greedy_answers(
         greedy = Sampling(temperature=0)
         generate(model, batch, max_new_tokens, greedy, [0] * len(batch), on_token, tokenizer.n_vocab)
     return [(answer + stream.finish()).strip() for answer, stream in zip(answers, streams, strict=True)]
+
+
+def after_thinking(answer: str, reference: str) -> str:
+    """The part of an answer that is compared: what follows its thinking, unless the reference thinks too."""
+    return answer if "</think>" in reference else answer.rpartition("</think>")[2].strip()
 
 
 def measure_answers(answers: list[str], references: list[str]) -> dict[str, tuple]:
@@ -161,7 +165,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
     text = prompt.rstrip()  # the space before a word belongs to its token
     ids = encode_prompt(tokenizer, text, control=False)
-    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids) if text else 0 :]
+    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
 def measure_choices(
@@ -316,8 +320,12 @@ def main() -> int:
         prompts, references = [], []
         for where, record in pairs:
             try:
-                messages = chat.read_messages(record)
+                messages = records.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+                if "content" not in messages[last]:
+                    raise UserError(
+                        "has a last reply without text, such as a call of a tool; answers are compared as text"
+                    )
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
                 if len(prompts[-1]) >= model.config.block_size:
                     raise UserError(
@@ -329,7 +337,7 @@ def main() -> int:
         with r.autocast():
             options = (args.stop, args.max_new_tokens, args.batch_size)
             answers = greedy_answers(model, tokenizer, prompts, *options)
-        figures[args.pairs] = measure_answers(answers, references)
+        figures[args.pairs] = measure_answers(list(map(after_thinking, answers, references)), references)
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
         figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)

@@ -4,8 +4,9 @@ A dataset is a folder of shards `train_000000.bin`, `val_000000.bin`, ... and a 
 existence means complete. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens. There are two layouts, those of llm.c and modded-nanogpt: uint16, and uint32 for vocabularies that need it.
 
-Text is one stream. A document begins at one end-of-text token, which only `prepare` writes: inside a document that
-token's name is ordinary text. So the token marks documents, whichever id the tokenizer has for it.
+Text is one stream. A document begins at one end-of-text token, or at the BOS that the tokenizer puts before a text.
+Only `prepare` writes it: inside a document that token's name is ordinary text. So the token marks documents, whichever
+id the tokenizer has for it; meta.json names it as `document_mark`.
 
 Conversations (`prepare chat`) have no such token: a template may end turns with it. Two files stand beside
 `train_000000.bin` there, with the same header. `train_000000.mask` has a byte for each token, 1 where it is learned and
@@ -40,7 +41,7 @@ from acorn.batches import (  # noqa: F401 (for those who read shards)
     sequential_windows,
     split_windows,
 )
-from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, tokenizer_hash
+from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -371,19 +372,26 @@ class Dataset:
             )
         return notes
 
+    @property
+    def document_mark(self) -> int | None:
+        """The token that tells documents apart: it begins each, but for those that the tokenizer ends with it."""
+        if not self.meta:  # another program made it
+            return next(iter(self.tokenizer.before_document), self.tokenizer.eot)
+        return self.meta.get("document_mark", self.tokenizer.eot)
+
     def mask_documents(self) -> None:
         """Number the documents in samples from now on, so that attention stays inside each. Conversations always are
         kept apart. Raises UserError where no token marks the documents."""
         if self.train.mask is not None:
             return
-        if self.tokenizer.eot is None:
+        if self.document_mark is None:
             raise UserError(
                 f"document_mask = True, but the {self.tokenizer.kind} tokenizer of {self.path} has no end-of-text "
                 "token that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave "
                 "document_mask out"
             )
         for split in filter(None, (self.train, self.val)):
-            split.document_mark = self.tokenizer.eot
+            split.document_mark = self.document_mark
 
     def identity(self) -> str:
         """SHA-256 (hex) that tells datasets apart: of the shards' hashes, or, where none are known, of their sizes."""
@@ -398,8 +406,8 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
     """Open a dataset: a path, or the name of a folder in `data/` here or in the repository.
 
     Reads what `prepare` wrote, nanoGPT's folders (headerless `train.bin`), and those of llm.c and modded-nanogpt
-    (`NAME_train_000001.bin`). Whatever is wrong with the dataset is a UserError. Where another process of this machine
-    compares the shards with their hashes, `hashed` may be False.
+    (`NAME_train_000001.bin`, `NAME_train.bin`). Whatever is wrong with the dataset is a UserError. Where another
+    process of this machine compares the shards with their hashes, `hashed` may be False.
     """
     candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
     for path in candidates:
@@ -407,7 +415,7 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
             return _load_prepared(name, path, HASHED if hashed else 0)
         if os.path.isfile(path / "train.bin"):
             return _load_nanogpt(name, path)
-        if os.path.isdir(path) and any(path.glob("*_train_*.bin")):
+        if os.path.isdir(path) and _foreign_shards(path, "train"):
             return _load_llmc(name, path)
         if os.path.isdir(path) and (
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
@@ -555,13 +563,22 @@ def _read_meta_pkl(path: Path) -> CharTokenizer:
         ) from error
 
 
+def _foreign_shards(path: Path, split: str) -> list[Path]:
+    """The shards of a split as llm.c and modded-nanogpt name them: NAME_train_000001.bin, or one NAME_train.bin."""
+    return sorted(path.glob(f"*_{split}_*.bin")) or sorted(path.glob(f"*_{split}.bin"))
+
+
 def _load_llmc(name: str, path: Path) -> Dataset:
-    """`NAME_train_000001.bin`, `NAME_val_000000.bin`: shards without a meta.json, whose tokens are GPT-2's."""
-    train, val = ([open_shard(file) for file in sorted(path.glob(f"*_{split}_*.bin"))] for split in ("train", "val"))
+    """Shards without a meta.json. Their tokens are those of the tokenizer.json beside them, else GPT-2's."""
+    train, val = ([open_shard(file) for file in _foreign_shards(path, split)] for split in ("train", "val"))
+    tokenizer = load_hf(path) if is_hf(path) else GPT2Tokenizer()
     for shard in train + val:
-        if shard.dtype.itemsize != 2:
-            raise UserError(f"{shard.path} holds uint32 tokens of an unknown tokenizer, and {path} has no meta.json")
-    return _dataset(name, path, train, val, GPT2Tokenizer(), {})
+        if shard.dtype.itemsize != 2 and not is_hf(path):
+            raise UserError(
+                f"{shard.path} holds uint32 tokens of an unknown tokenizer. Copy the tokenizer.json and "
+                f"tokenizer_config.json of the model that they are for into {path}."
+            )
+    return _dataset(name, path, train, val, tokenizer, {})
 
 
 def _dataset(name: str, path: Path, train: list[Shard], val: list[Shard], tokenizer: Tokenizer, meta: dict) -> Dataset:

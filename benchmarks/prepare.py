@@ -15,10 +15,12 @@ documents on all cores, straight into a file. acorn writes shards, hashes, a val
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,19 +113,25 @@ def tokenizers(corpus: Path, folder: Path) -> None:
 PEERS = {"nanoGPT's way": nanogpt, "tiktoken": tiktoken, "tokenizers": tokenizers}
 
 
-def measure(name: str, corpus: Path) -> tuple[float, float, int]:
-    """Seconds, peak MB, and tokens of one contender in a process of its own."""
+def measure(name: str, corpus: Path, limit: float) -> tuple[float, float, int] | None:
+    """Seconds, peak MB, and tokens of one contender in a process of its own; None past `limit` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--peer", name, "--corpus", corpus, "--folder", folder]
         if name == "acorn":
             command = [sys.executable, REPO / "prepare", "text", corpus, "--out", f"{folder}/dataset"]
+        # compiled modules are kept, as those of the packages are
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         start, peak = time.perf_counter(), 0.0
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        while process.poll() is None:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+        ended = threading.Event()
+        threading.Thread(target=lambda: (process.wait(), ended.set()), daemon=True).start()
+        while not ended.wait(0.1):  # it returns at once when the process ends
             peak = max(peak, memory(process.pid))
-            time.sleep(0.05)
+            if time.perf_counter() - start > limit:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return None
         seconds = time.perf_counter() - start
         if process.returncode:
             raise SystemExit(f"{name} failed with exit code {process.returncode}: {' '.join(map(str, command))}")
@@ -149,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200, help="text in the corpus")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one contender's run; then it is stopped")
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("--peer", help=argparse.SUPPRESS)  # what a process of its own is told
@@ -169,10 +178,15 @@ def main() -> None:
         print(machine(torch.device("cpu")))
         print(f"{documents:,} documents, {size / 1e6:.1f} MB; medians of {args.rounds} rounds\n")
         runs = {name: [] for name in ("acorn", *PEERS) if args.only in name}
-        for _ in range(args.rounds):
-            for name in runs:
-                runs[name].append(measure(name, corpus))
-    seconds = {name: median([run[0] for run in results]) for name, results in runs.items()}
+        for turn in range(args.rounds):
+            for name, results in runs.items():
+                if len(results) < turn:  # it was stopped
+                    continue
+                run = measure(name, corpus, args.limit)
+                results += [run] if run else []
+                said = f"{run[0]:.2f} s, {run[1]:,.0f} MB" if run else f"stopped after {args.limit:g} s"
+                print(f"round {turn + 1}, {name}: {said}", flush=True)
+    seconds = {name: median([run[0] for run in results]) for name, results in runs.items() if results}
     base = seconds.get("nanoGPT's way")
     rows = []
     for name, s in sorted(seconds.items(), key=lambda item: item[1]):
@@ -180,7 +194,8 @@ def main() -> None:
         if base:
             row["x nanoGPT's way"] = f"{base / s:.1f}"
         rows.append(row | {"tokens": f"{runs[name][0][2]:,}"})
-    print(table(rows))
+    rows += [{"contender": name, "MB/s": f"over {args.limit:g} s"} for name, results in runs.items() if not results]
+    print("\n" + table(rows))
     bench.write(args.json, machine=machine(torch.device("cpu")), bytes=size, runs=runs)
 
 

@@ -15,18 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as `python prepare`: the first entry is this folder, the imports are from the one above
     sys.path[0] = str(ROOT)
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: its threads spin beside the tokenizer's, idle
+
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError, files, printable, settings  # noqa: E402
 from acorn import tokenizer as tokenizers  # noqa: E402
 from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
-from prepare import inspection, pipeline  # noqa: E402
+from prepare import pipeline  # noqa: E402
 
 CORPORA = [
     module.name
     for module in pkgutil.iter_modules(prepare.__path__)
-    if module.name not in ("__main__", "inspection", "pipeline", "reading")
+    if module.name not in ("__main__", "encoding", "inspection", "pipeline", "reading")
 ]
 
 # of every corpus; by the others its text can be read again
@@ -64,6 +66,8 @@ def prepare_corpus(argv: list[str]) -> None:
         raise UserError(f"prepare {args.corpus} does not know what to do with {unknown[0]}; {hint}")
 
     if args.corpus == "inspect":
+        from prepare import inspection
+
         inspection.inspect(args)
         return
     corpus = corpora[args.corpus]
@@ -286,11 +290,13 @@ def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.Arg
             "--errors",
             choices=("strict", "replace"),
             default="strict",
-            help="bytes that are not UTF-8; default: strict",
+            help="bytes that are not text in the file's encoding: refuse them, or replace them by U+FFFD and count "
+            "them; default: strict",
         )
     for name, error in (broken or {}).items():
         subparsers.add_parser(name, help=f"broken: {error}".replace("%", "%%"))
-    _add_inspect(subparsers)
+    if len(corpora) != 1:  # not for the one that was named
+        _add_inspect(subparsers)
     return parser
 
 
@@ -299,6 +305,8 @@ def _first_line(corpus: types.ModuleType) -> str:
 
 
 def _add_inspect(subparsers) -> None:
+    from prepare import inspection
+
     sub = subparsers.add_parser(
         "inspect",
         help=inspection.__doc__.splitlines()[0],

@@ -10,11 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 
 from acorn import UserError
+from prepare.encoding import Faults, counted
 from prepare.pipeline import Document
+from prepare.reading import cell, parquet_batches
 
 TOKENIZER = "gpt2"
 VAL_FRACTION = 0.0005
-ROWS = 1000  # read at once
+ROWS = 1000  # read at once, at most
+FIRST_ROWS = 16  # whose length decides how many
+HELD = 1 << 24  # bytes of the rows read at once, if all are as long as the first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +59,47 @@ def documents(args: argparse.Namespace) -> "HubDocuments":
     return HubDocuments(args.dataset, args)
 
 
+def _parquet_columns(files: list[str], name: str, key: str, state: dict | None) -> Iterator[tuple]:
+    """The field `key` of the files' rows from `state` on, as arrays, each with the state after it."""
+    from datasets.utils.file_utils import xopen  # logs in on the hub, and tries again
+
+    try:
+        first, skip = (int(state["file"]), int(state["rows"])) if state else (0, 0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_as_written(name, error) from error
+    for number in range(first, len(files)):
+        with xopen(files[number], "rb") as file:
+            for batch in parquet_batches(file, f"{name} ({os.path.basename(files[number])})", key, skip):
+                skip += len(batch)
+                yield batch.column(key), {"file": number, "rows": skip}
+                batch = None  # not beside the next one
+        skip = 0
+
+
+def _columns(rows, name: str, key: str, state: dict | None) -> Iterator[tuple]:
+    """The field `key` of an iterable dataset from `state` on, as arrays, each with the state after it."""
+    if state:
+        try:
+            at_once = min(ROWS, max(1, int(state["rows"])))
+            rows.load_state_dict(state["datasets"])
+        except Exception as error:  # the library does not check what it takes
+            raise _not_as_written(name, error) from error
+    else:
+        first = next(rows.iter(min(FIRST_ROWS, ROWS)), None)
+        at_once = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
+        at_once = min(ROWS, max(1, at_once))
+    for table in rows.iter(at_once):
+        # with another number of rows at once, datasets would lose some or give them twice
+        yield table[key], {"rows": at_once, "datasets": rows.state_dict()}
+
+
+def _not_as_written(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"the place in {name} where reading stopped is not as it was written ({error!s:.80}); remove the folder "
+        ".acorn_partial of the dataset, and start again"
+    )
+
+
 class HubDocuments:
     """An iterable of the texts of a dataset, read anew each time; those of `--val_split` come first.
 
@@ -67,6 +112,7 @@ class HubDocuments:
         self.name, self.args, self.join = name, args, join
         self.parts = [("val", args.val_split), ("train", args.split)] if args.val_split else [(None, args.split)]
         self._bookmark = {"documents": 0, "part": 0, "state": None}
+        self._said = set()
 
     def fingerprint(self) -> list:
         args = self.args
@@ -80,43 +126,54 @@ class HubDocuments:
 
     def read_from(self, bookmark: dict) -> Iterator[str | Document]:
         self._bookmark = bookmark
-        for part in range(bookmark["part"], len(self.parts)):
-            split, rows = self.parts[part][0], self._rows(part)
-            for text in self.join(rows) if self.join else rows:
-                yield Document(text, split) if split else text
+        faults = Faults()
+        try:
+            for part in range(bookmark["part"], len(self.parts)):
+                split, rows = self.parts[part][0], self._rows(part, faults)
+                if self.join:
+                    rows = self.join(row if isinstance(row, str) else "".join(row) for row in rows)
+                for text in rows:
+                    yield Document(text, split) if split else text
+        finally:  # --max_tokens ends it early
+            for note in faults.notes():
+                if note not in self._said:
+                    print(note, file=sys.stderr)
+                self._said.add(note)
 
-    def _rows(self, part: int) -> Iterator[str]:
+    def _rows(self, part: int, faults: Faults) -> Iterator[str | Iterator[str]]:
         """The texts of a part from the bookmark on, which moves along; where rows are joined it stays at the start."""
-        table_rows = self._open(self.parts[part][1])
+        source, key = self._open(self.parts[part][1]), self.args.key
         count, state = self._bookmark["documents"], self._bookmark["state"]
-        if state:
-            try:
-                table_rows.load_state_dict(state)
-            except Exception as error:  # the library does not check what it takes
-                raise UserError(
-                    f"the place in {self.name} where reading stopped is not as it was written ({error!s:.80}); remove "
-                    "the folder .acorn_partial of the dataset, and start again"
-                ) from error
-        tables = table_rows.iter(ROWS)
+        errors = counted(getattr(self.args, "errors", "strict"))
+        read = _parquet_columns if isinstance(source, list) else _columns
+        columns = read(source, self.name, key, state)
         while True:
             try:
-                table = next(tables, None)
+                column, state = next(columns, (None, None))
+            except UserError:
+                raise
             except Exception as error:
                 raise self._explained(error) from error
-            if table is None:
+            if column is None:
                 break
-            for text in table[self.args.key].to_pylist():
-                if not isinstance(text, str | None):
-                    raise UserError(f"the field '{self.args.key}' of {self.name} is no text but {text!r:.40}")
-                yield text or ""
-            count += len(table)
+            for number, value in enumerate(column, count + 1):
+                text = cell(value, f"row {number} of {self.name}", key, errors)
+                if text is not None and not isinstance(text, str | Iterator):
+                    raise UserError(f"the field '{key}' of {self.name} is no text but {text!r:.40}")
+                if isinstance(text, Iterator):
+                    yield (faults.look(block, self.name) for block in text)
+                else:
+                    yield faults.look(text or "", self.name)
+            count += len(column)
+            column = None  # not beside the next one
             if not self.join:
-                self._bookmark = {"documents": count, "part": part, "state": table_rows.state_dict()}
+                self._bookmark = {"documents": count, "part": part, "state": state}
         if not self.join:
             self._bookmark = {"documents": count, "part": part + 1, "state": None}
 
     def _open(self, split: str):
-        """The rows of a split, as an iterable dataset of Arrow tables with the one field."""
+        """The rows of a split: its parquet files, which reading.py reads in bounded memory where datasets holds whole
+        row groups; of another format an iterable dataset of Arrow tables with the one field."""
         import datasets
 
         if not sys.stderr.isatty():
@@ -129,12 +186,18 @@ class HubDocuments:
             if not args.streaming:
                 rows = rows.to_iterable_dataset()
             fields = rows.column_names or list(next(iter(rows), {}))
+            files = []
+            if args.streaming and rows.info.builder_name == "parquet":
+                builder = datasets.load_dataset_builder(self.name, args.config, revision=args.revision)
+                files = list((builder.config.data_files or {}).get(split, ()))
         except Exception as error:
             raise self._explained(error) from error
         if args.key not in fields:
             raise UserError(
                 f"{self.name} has no field '{args.key}'; choose one with --key (the fields are: {', '.join(fields)})"
             )
+        if files and all(file.endswith(".parquet") for file in files):
+            return files
         return rows.select_columns([args.key]).with_format("arrow")
 
     def _explained(self, error: Exception) -> Exception:

@@ -47,7 +47,7 @@ def inspect(args: argparse.Namespace) -> None:
     with tqdm(
         total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True, disable=None
     ) as progress:
-        found = {name: survey(tokens, tokenizer, progress) for name, tokens in splits.items()}
+        found = {name: survey(tokens, tokenizer, progress, dataset.document_mark) for name, tokens in splits.items()}
 
     print(printable(f"{'dataset':<18}{dataset.path}, {_origin(dataset)}"))
     print(f"{'tokenizer':<18}{tokenizer.kind}, vocabulary of {tokenizer.n_vocab:,}\n")
@@ -61,7 +61,7 @@ def inspect(args: argparse.Namespace) -> None:
     if any(tokens.mask for tokens in splits.values()):
         rows["masked"] = [f"{1 - each.learned / max(len(splits[name]), 1):.1%}" for name, each in found.items()]
     is_old_chat = any(tokens.mask and tokens.conversations is None for tokens in splits.values())
-    told_apart = not is_old_chat and (tokenizer.eot is not None or dataset.train.conversations is not None)
+    told_apart = not is_old_chat and (dataset.document_mark is not None or dataset.train.conversations is not None)
     if told_apart:
         rows["documents"] = [f"{each.lengths.total():,}" for each in found.values()]
         for name, share in (("shortest", 0), ("a quarter up to", 0.25), ("half up to", 0.5), ("longest", 1)):
@@ -122,8 +122,8 @@ class Survey:
         return lengths[int(np.searchsorted(counts, share * counts[-1]))] if lengths else 0
 
 
-def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
-    """Read the split once, a piece at a time, in memory that does not grow with it."""
+def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm, mark: int | None) -> Survey:
+    """Read the split once, a piece at a time, in memory that does not grow with it. `mark` tells documents apart."""
     found, token_bytes = Survey(), tokenizer.token_bytes()
     begin = 0  # where the document that is being read begins
     for start in range(0, len(tokens), PIECE):
@@ -134,7 +134,7 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
         progress.update(len(ids))
         if tokens.mask:  # conversations, whose turns may end with that token too
             continue
-        ends = start + np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ids[:0]
+        ends = start + np.flatnonzero(ids == mark) if mark is not None else ids[:0]
         if len(ends):
             starts = np.concatenate(([begin], ends[:-1] + 1))
             whole = ends > 0  # an end-of-text token at the very beginning ends no document

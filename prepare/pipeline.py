@@ -34,6 +34,7 @@ FEW = 100  # documents; of fewer, whole ones would make a poor validation split
 PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
 LONGEST_PIECE = 1 << 20  # characters; one long run of letters or the like is cut here, which may change a token or two
 BATCH = 1 << 20  # characters
+READ_AHEAD = 32  # batches
 LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
 PROGRESS = "progress.json"  # among the new shards
 
@@ -50,6 +51,7 @@ class Piece(NamedTuple):
     split: str  # train | val
     size: int  # bytes of UTF-8
     starts_document: bool
+    ends_document: bool = False
 
 
 @dataclass
@@ -89,7 +91,9 @@ def prepare(
     before the document that was yielded last, whose number stands in it as "documents", and `read_from(bookmark)`,
     which yields the documents from that one on. `tokenizer` is a kind, or a tokenizer that is there already.
 
-    Each document is preceded by one end-of-text token where the tokenizer has one. Validation is, by `val_by`:
+    Each document is preceded by one end-of-text token where the tokenizer has one, or by the BOS that its
+    post-processor puts before a text; an EOS that it puts after a text follows each document. Validation is, by
+    `val_by`:
       end       the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. A document that the
                 cut divides goes on in val without another end-of-text token. The default for few documents.
       document  whole documents, about val_fraction of them. A hash of the text decides (of one that comes in blocks,
@@ -174,7 +178,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
         deque(texts() if not chars else (), maxlen=0)
         if not chars:
             raise UserError("the corpus is empty: there is no text in it; check the files that you named")
-    if not isinstance(tokenizer, str) and tokenizer.eot is None:
+    if not isinstance(tokenizer, str) and not tokenizer.marks_documents:
         chars += len(SEPARATOR) * (count - 1)
         size += len(SEPARATOR) * (count - 1)
     cut = int(chars * (1 - val_fraction)) if val_by == "end" else None
@@ -224,11 +228,14 @@ class Reader:
         return Place(**asdict(self.place))
 
     def _pieces(self, document) -> Iterator[Piece]:
-        starts_document = True
+        last = None  # held back until it is known whether another one follows
         for split, parts in groupby(self._parts(document), key=lambda part: part[1]):
             for text in cut_pieces(text for text, _ in parts):
-                yield Piece(text, split, _size(text), starts_document)
-                starts_document = False
+                if last:
+                    yield last
+                last = Piece(text, split, _size(text), last is None)
+        if last:
+            yield last._replace(ends_document=True)
 
     def _parts(self, document) -> Iterator[tuple[str, str]]:
         """The document's text with its splits, block by block. Its last piece comes after all blocks were read, so the
@@ -323,9 +330,8 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     command, tokenizer = progress["command"], from_dict(progress["tokenizer"])
     place = Place(**progress["place"]) if "place" in progress else Place()
     counts = progress.get("counts") or {"documents": 0, "train": 0, "val": 0}  # the splits' in bytes
-    reader = Reader(
-        documents, progress["cut"], command["val_fraction"], SEPARATOR if tokenizer.eot is None else "", place
-    )
+    separator = "" if tokenizer.marks_documents else SEPARATOR
+    reader = Reader(documents, progress["cut"], command["val_fraction"], separator, place)
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in ("train", "val"):
@@ -365,6 +371,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": tokenizer.n_vocab,
+        "document_mark": next(iter(tokenizer.before_document), tokenizer.eot),
         "documents": counts["documents"],
         "val_by": command["val_by"],
         "source": command["source"] | {"sha256": place.sha256},
@@ -376,14 +383,25 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
 
 def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
-    outside the interpreter lock."""
+    outside the interpreter lock. Reading goes further ahead than encoding: at the start the vocabulary is loaded
+    meanwhile."""
     workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(n)) for n in (workers, 1)]
+        for pool in pools:
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        encoder, reader = pools
+        loaded = encoder.submit(tokenizer.encode_batch, [])
+
+        def encode(batch: Batch):
+            loaded.result()  # not in two threads at once
+            return _encode(batch, tokenizer)
+
+        reading = deque(reader.submit(next, batches, None) for _ in range(READ_AHEAD))
         ahead = deque()
-        following = reader.submit(next, batches, None)
-        while batch := following.result():
-            following = reader.submit(next, batches, None)
-            ahead.append((batch, pool.submit(_encode, batch, tokenizer)))
+        while batch := reading.popleft().result():
+            reading.append(reader.submit(next, batches, None))
+            ahead.append((batch, encoder.submit(encode, batch)))
             if len(ahead) > 2 * workers:
                 batch, ids = ahead.popleft()
                 yield batch, *ids.result()
@@ -392,12 +410,13 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A batch's ids by split: int32, an end-of-text token before each document; and how many each piece has."""
-    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
-    parts, lengths = {"train": [eot[:0]], "val": [eot[:0]]}, []
+    """A batch's ids by split: int32, with the marks before and after each document; and how many each piece has."""
+    before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
+    parts, lengths = {"train": [before[:0]], "val": [before[:0]]}, []
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
-        parts[piece.split] += [eot, ids] if piece.starts_document else [ids]
-        lengths.append(len(ids) + len(eot) * piece.starts_document)
+        whole = [before] * piece.starts_document + [ids] + [after] * piece.ends_document
+        parts[piece.split] += whole
+        lengths.append(sum(map(len, whole)))
     return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
 
 
@@ -501,7 +520,7 @@ def _read_progress(partial: Path, command: dict) -> dict:
 
 
 def _new_shards(partial: Path) -> set[str]:
-    """The names of the files of a finished dataset that is to be moved. Raises ValueError where its
+    """The names of the shards, masks and indices of a finished dataset that is to be moved. Raises ValueError where its
     meta.json is not what was written."""
     meta = files.read_json(partial / "meta.json")
     names = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}

@@ -4,6 +4,9 @@ A file is a document. Of .jsonl, .parquet and .csv each record is one: its field
 recursively and sorted, what looks like text by its suffix (.txt, .md, source code, records), and leaves out hidden and
 binary files; a .jsonl or .csv there without the field is a document like any other file. A file that you name is taken
 whatever its suffix.
+
+Text is UTF-8, UTF-16, GB18030, Big5, Shift-JIS, EUC-JP or EUC-KR where that can be told, or what --encoding says. Line
+breaks become \\n, as in Python's text mode; strings of JSON and parquet stay as they are.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from acorn import UserError
+from prepare.encoding import SEARCHED, Detected, Faults, check_name, counted, detect, is_html, not_text
 from prepare.reading import has_field, head, naming, records, suffix, text_blocks
 
 TOKENIZER = "gpt2"
@@ -35,6 +39,9 @@ RECORDS = (".jsonl", ".ndjson", ".parquet", ".csv")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders, globs, or - for standard input")
     parser.add_argument("--key", metavar="FIELD", help="the field of a record that is its text; default: text")
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of all files, such as gb18030 or cp1252; default: detected for each file"
+    )
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -47,13 +54,15 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def documents(args: argparse.Namespace) -> "TextFiles":
-    files = TextFiles(args.errors, args.key)
+    files = TextFiles(args.errors, args.key, getattr(args, "encoding", None))  # older datasets do not have it
     for name in args.files:
         files.add(name)
     if args.key and not any(source.is_records for source in files.sources):
         raise UserError(f"--key {args.key} is for records, but none of these is a .jsonl, .csv or .parquet file")
     if files.skipped:
         print(f"left out {files.skipped} files that do not look like text", file=sys.stderr)
+    for note in files.notes():
+        print(f"note: {note}", file=sys.stderr)
     return files
 
 
@@ -62,14 +71,19 @@ class Source(NamedTuple):
     path: str
     is_records: bool
     version: list  # differs when the content does
+    encoding: str
 
 
 class TextFiles:
     """An iterable of documents, read anew each time: a document is a file, in blocks, or the text of a record."""
 
-    def __init__(self, errors: str = "strict", key: str | None = None):
-        self.errors = errors  # strict | replace: what to do with bytes that are not UTF-8
+    def __init__(self, errors: str = "strict", key: str | None = None, encoding: str | None = None):
+        self.errors = errors  # strict | replace: what to do with bytes that are not text
         self.key = key
+        self.encoding = check_name(encoding) if encoding else None  # of all; None: detected for each
+        self._detected: dict[str, list[tuple[str, float | None]]] = {}  # encoding: its files and the confidences
+        self._html: list[str] = []
+        self._said = set()
         self.sources: list[Source] = []
         self.skipped = 0
         self._spooled = []  # temporary files, which vanish with this object
@@ -112,10 +126,32 @@ class TextFiles:
         for path in paths:
             with naming(path):
                 status = os.stat(path)
-            is_records = suffix(path) in RECORDS
-            if in_folder and suffix(path) != ".parquet":
-                is_records = is_records and has_field(path, self.key or "text")
-            self.sources.append(Source(path, path, is_records, [status.st_size, status.st_mtime_ns]))
+            self._add_file(path, path, suffix(path) in RECORDS, [status.st_size, status.st_mtime_ns], in_folder)
+
+    def _add_file(self, name: str, path: str, is_records: bool, version: list, in_folder: bool = False) -> None:
+        encoding = self.encoding or "utf-8"
+        if suffix(path) != ".parquet":
+            data = head(path, SEARCHED)
+            if (found := not_text(data)) and not in_folder:
+                raise UserError(f"{name} is {found[0]}, not text; {found[1]}")
+            detected = Detected(encoding)
+            try:
+                if not self.encoding and not found:
+                    detected = detect(data, name, self.errors)
+            except UserError:
+                if not in_folder or b"\0" not in data:
+                    raise
+            encoding = detected.encoding
+            if in_folder and (found or (b"\0" in data and encoding == "utf-8")):
+                self.skipped += 1
+                return
+            if in_folder:
+                is_records = is_records and has_field(path, self.key or "text", encoding)
+            if not self.encoding and encoding != "utf-8":
+                self._detected.setdefault(str(detected), []).append((name, detected.confidence))
+            if not is_records and is_html(data[:1000].decode(encoding, "replace")):
+                self._html.append(name)
+        self.sources.append(Source(name, path, is_records, version, encoding))
 
     def _in_folder(self, folder: str) -> list[str]:
         found = []
@@ -127,8 +163,7 @@ class TextFiles:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
                 is_file = os.path.isfile(path)  # and not a FIFO, where reading would wait
-                is_text = suffix(path) in SUFFIXES.split() and is_file and b"\0" not in head(path)
-                if is_text or (suffix(path) == ".parquet" and is_file):
+                if is_file and (suffix(path) in SUFFIXES.split() or suffix(path) == ".parquet"):
                     found.append(path)
                 else:
                     self.skipped += 1
@@ -146,20 +181,45 @@ class TextFiles:
             start = stream.read(1 << 20)
         file.flush()
         self._spooled.append(file)
-        self.sources.append(Source(name, file.name, self.key is not None, [digest.hexdigest()]))  # records: jsonl
+        self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # records: jsonl
+
+    def notes(self) -> list[str]:
+        """What a person should know of the files: encodings that were guessed, markup."""
+        notes = []
+        for encoding, files in self._detected.items():
+            names = [name for name, _ in files]
+            guessed = [confidence for _, confidence in files if confidence is not None]
+            sure = f"detected with confidence {min(guessed):.2f}" if guessed else "by its mark"
+            notes.append(f"{_files(names)} read as {encoding}, {sure}; --encoding NAME overrules it")
+        if self._html:
+            notes.append(f"{_files(self._html)} HTML; its markup is learned as text, so extract the text first")
+        return notes
 
     def fingerprint(self) -> list:
         """What differs when another text would come out (JSON-able)."""
         sources = [[source.name, source.is_records, *source.version] for source in self.sources]
-        return [self.errors, self.key, sources]
+        return [self.errors, self.key, self.encoding, sources]
 
     def __length_hint__(self) -> int:
         """The number of documents, where that is known before reading."""
         return NotImplemented if any(source.is_records for source in self.sources) else len(self.sources)
 
     def __iter__(self) -> Iterator[str | Iterator[str]]:
+        faults, errors = Faults(), counted(self.errors)
         for source in self.sources:
+            name = source.name
             if source.is_records:
-                yield from records(source.path, self.key, self.errors)
+                texts = records(source.path, self.key, errors, source.encoding)
             else:
-                yield text_blocks(source.path, self.errors, source.name)
+                texts = [text_blocks(source.path, errors, name, source.encoding)]
+            for text in texts:
+                yield faults.look(text, name) if isinstance(text, str) else (faults.look(block, name) for block in text)
+        for note in faults.notes("--encoding NAME"):
+            if note not in self._said:  # a corpus may be read twice
+                print(note, file=sys.stderr)
+            self._said.add(note)
+
+
+def _files(names: list[str]) -> str:
+    others = {1: "", 2: " and another file"}.get(len(names), f" and {len(names) - 1:,} other files")
+    return f"{names[0]}{others} {'is' if len(names) == 1 else 'are'}"

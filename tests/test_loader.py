@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from acorn import UserError
+from acorn.batches import number_documents
 from acorn.loader import make_batch, prefetch, updates
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
@@ -41,11 +42,13 @@ def rank_of(rank, world_size):
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 12), (1, 1), (2, 3), (3, 4), (4, 3)])
 def test_every_split_has_the_sequences_of_the_whole_batch_each_once(tmp_path, world_size, micro_batch):
     data, position = OneStream(tmp_path), 24
+    data.train.document_mark = EOT
     streams = [
         updates(data, rank_of(rank, world_size), BLOCK, SEED, 12, micro_batch, position) for rank in range(world_size)
     ]
     for update in range(3):
         x, y, documents = data.sample(BLOCK, position + 12 * update, 12, SEED)
+        assert (documents == number_documents(x, y, EOT)).all()
         parts = [next(stream) for stream in streams]
         in_order = [batch for turn in zip(*(batches for batches, _ in parts), strict=True) for batch in turn]
         assert all(batch.x.shape == (micro_batch, BLOCK) for batch in in_order)
@@ -54,13 +57,11 @@ def test_every_split_has_the_sequences_of_the_whole_batch_each_once(tmp_path, wo
         assert sum(n_targets for _, n_targets in parts) == (y != -1).sum() < y.size
 
 
-def test_documents_are_numbered_only_where_they_are_told_apart(tmp_path):
-    data, cpu = OneStream(tmp_path), torch.device("cpu")
-    arrays = x, _, documents = data.sample(BLOCK, 0, 20, SEED)
-    assert (documents[:, 0] == (x[:, 0] == EOT)).all() and documents.max() > 0
-    assert torch.equal(make_batch(arrays, cpu).to(cpu).documents, torch.from_numpy(documents))
-    data.train.document_mark = None
-    batch = make_batch(data.sample(BLOCK, 0, 20, SEED), cpu).to(torch.device("meta"))
+def test_documents_are_there_only_where_they_are_told_apart():
+    x = np.array([[4, 0, 3, 0, 0, 6]])
+    cpu = torch.device("cpu")
+    assert make_batch((x, x, x + 1), cpu).to(cpu).documents.tolist() == [[5, 1, 4, 1, 1, 7]]
+    batch = make_batch((x, x, None), cpu).to(torch.device("meta"))
     assert batch.documents is None and batch.x.is_meta and batch.y.is_meta
 
 

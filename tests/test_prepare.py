@@ -196,7 +196,7 @@ def test_records_in_a_folder_and_lines_that_are_none():
     fails(r"line 1 of d/a\.jsonl has 0 in its field 'id'", "text", "d/a.jsonl", "--key=id", "--name=x")
     for name, data, match in (
         ("e.jsonl", b'{"text": "x"}\nnot json\n', r"line 2 of e\.jsonl is no JSON"),
-        ("f.jsonl", b'{"text": "caf\xe9"}\n', r"line 1 of f\.jsonl is not UTF-8"),
+        ("f.jsonl", b'{"text": "caf\xe9"}\n', r"f\.jsonl is not UTF-8: byte 13 is 0xe9 \(line 1\)"),
         ("g.jsonl", b"[1, 2]\n", r"line 1 of g\.jsonl is \[1, 2\], not an object"),
         ("h.csv", b"a,b\n1,2\n", r"h\.csv has no field 'text'.*a, b"),
         ("k.csv", b'text\na\n"b\nc\n', r"k\.csv is no table .* row 3, which begins in line 3 \(a quote there is nev"),
