@@ -18,7 +18,8 @@ import torch
 
 from acorn import UserError, chat, checkpoint, files, printable, run, runtime, settings
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
-from acorn.matvec import pays_back, prepare_for_decoding
+from acorn.matvec import prepare_for_decoding
+from acorn.tokenizer import END_OF_TEXT
 from model import GPT
 
 
@@ -29,7 +30,8 @@ class SampleSettings:
     init_from: str = "resume"  # resume: the run in out_dir | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-xl, ...
     out_dir: str = "out"  # where the run lies
     checkpoint: str = "best"  # of the run: best (the newest where none is) | latest | step_002000
-    start: str = "\n"  # the prompt, or FILE:prompt.txt; names such as <|endoftext|> in it are control tokens
+    start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> alone begins a document, as in nanoGPT
+    control_tokens: bool = False  # True: names such as <|im_end|> in start are control tokens; False: they are text
     prompts: str = ""  # a file of prompts, one a line or jsonl with "prompt" in each object, continued as one batch
     num_samples: int = 10  # samples to draw from each prompt (of a file of prompts: 1 unless set)
     max_new_tokens: int = 500  # tokens in each sample
@@ -70,6 +72,8 @@ def check(s: SampleSettings) -> None:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
     if s.chat and (s.interactive or s.prompts or s.json or s.logprobs):
         raise UserError("chat holds a conversation on the console: leave out interactive, prompts, json and logprobs")
+    if s.control_tokens and (s.chat or s.interactive or s.prompts):
+        raise UserError("control_tokens is for start; leave it out, or leave out chat, interactive and prompts")
     if s.system and not s.chat:
         raise UserError("system is for conversations; give --chat=True too")
 
@@ -101,11 +105,19 @@ def read_prompts(path: str) -> list[str]:
 
 
 def continue_prompts(
-    model: GPT, tokenizer, prompts: list[str], seed: int, s: SampleSettings, compile: bool, show: Callable[[str], None]
+    model: GPT,
+    tokenizer,
+    prompts: list[str],
+    control: bool,
+    seed: int,
+    s: SampleSettings,
+    compile: bool,
+    show: Callable[[str], None],
 ) -> list[dict]:
-    """Draw one sample for each prompt, side by side. `show` gets the first one's text as it comes. Returns, for each,
-    its prompt, text, seed, number of tokens, why it ended, and the tokens with their log-probabilities."""
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    """Draw one sample for each prompt, side by side; `control` says that names of control tokens in them are those
+    tokens. `show` gets the first one's text as it comes. Returns, for each, its prompt, text, seed, number of tokens,
+    why it ended, and the tokens with their log-probabilities."""
+    ids = [encode_prompt(tokenizer, prompt, control) for prompt in prompts]
     streams = [TextStream(tokenizer, s.stop) for _ in prompts]
     texts = [""] * len(prompts)
     tokens = [[] for _ in prompts]
@@ -191,7 +203,7 @@ def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, comp
         print(for_stdout(pieces[-1]), flush=True)
         if stream.stopped_by is None:
             print(f"(cut off after {n_tokens} tokens)", file=sys.stderr)
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+        messages.append({"role": "assistant", "content": chat.as_content(tokenizer, "".join(pieces))})
         n_replies += 1
 
 
@@ -223,22 +235,20 @@ def main() -> int:
     if "start" not in given and tokenizer.kind == "char" and "\n" not in tokenizer.to_dict()["vocab"]:
         start = tokenizer.decode([0])  # this vocabulary has no line break to begin with
     prompts = read_prompts(s.prompts) if s.prompts else [start]
+    control = s.control_tokens or (prompts == [END_OF_TEXT] and not s.prompts)
     num_samples = 1 if s.prompts and "num_samples" not in given else s.num_samples
-    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + s.max_new_tokens
+    longest = max(len(encode_prompt(tokenizer, prompt, control)) for prompt in prompts) + s.max_new_tokens
     if longest > model.config.block_size and not s.chat:
         print(
             f"note: {longest} tokens are beyond the block size of {model.config.block_size}; "
             "the model sees a window that slides along",
             file=sys.stderr,
         )
-    if s.compile == "auto":
-        compile = r.device.type == "cpu" and pays_back(model, num_samples * s.max_new_tokens)
-    else:
-        compile = s.compile
-    if r.device.type == "cpu" and (compile or s.quantize != "none"):
+    compile = s.compile is True
+    if r.device.type == "cpu" and (s.compile or s.quantize != "none"):
         n_rows = 1 if s.interactive or s.chat else len(prompts)
-        model = prepare_for_decoding(model, s.quantize, compile, n_rows)
-        compile = False  # what is worth compiling on a CPU now is
+        model = prepare_for_decoding(model, s.quantize, s.compile, n_rows, num_samples * s.max_new_tokens)
+        compile = False  # on a CPU, that has compiled what is worth it
     stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
     stream = stream and not s.json and len(prompts) == 1
 
@@ -251,10 +261,10 @@ def main() -> int:
         converse(model, tokenizer, s, start if "start" in given else None, compile)
         return 0
 
-    def answer(prompts: list[str], num_samples: int) -> None:
+    def answer(prompts: list[str], num_samples: int, control: bool) -> None:
         for k in range(num_samples):
             show(prompts[0])
-            for sample in continue_prompts(model, tokenizer, prompts, s.seed + k, s, compile, show):
+            for sample in continue_prompts(model, tokenizer, prompts, control, s.seed + k, s, compile, show):
                 if s.json:
                     print(for_stdout(json.dumps(sample, ensure_ascii=False)), flush=True)
                     continue
@@ -265,11 +275,11 @@ def main() -> int:
                 print("---------------", flush=True)
 
     if not s.interactive:
-        answer(prompts, num_samples)
+        answer(prompts, num_samples, control)
         return 0
     while True:
         try:
-            answer([input("> ")], num_samples if "num_samples" in given else 1)
+            answer([input("> ")], num_samples if "num_samples" in given else 1, False)
         except EOFError:
             return 0
         except UserError as error:  # a slip of the pen should not end the conversation

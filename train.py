@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,9 +41,10 @@ from acorn import (
 )
 from acorn.evaluate import evaluate_mixture
 from acorn.generate import sample_text
+from acorn.loader import Batch, prefetch, updates
 from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, make_optimizers, rate_change
-from acorn.shards import number_documents, split_windows
+from acorn.optim import learning_rate_at, make_optimizers, rate_change, step_if_finite
+from acorn.shards import samples_per_epoch
 from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
@@ -69,7 +71,7 @@ class TrainSettings:
     wandb_run_name: str = "gpt2"  # its run
     # data
     dataset: str = "openwebtext"  # a folder that `python prepare` made: its path, or its name in data/; or a:0.8,b:0.2
-    document_mask: bool = False  # attention stays inside a document, and positions restart there
+    document_mask: bool = False  # attention and positions stay inside a document; inside a conversation they always do
     gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
     batch_size: int = 12  # sequences in a micro-batch
     auto_batch: bool = False  # where memory does not suffice, smaller micro-batches and more of them: the same updates
@@ -205,17 +207,12 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict]:
 def load_data(s: TrainSettings, state: dict, r: runtime.Runtime) -> Mixture:
     """The data. Raises UserError where it lacks what the run needs, where the run of `state` was on other data, and
     where the machines do not have the same."""
-    data = load_mixture(s.dataset, hashed=r.is_first_here)
+    data = load_mixture(s.dataset, r.is_first_here, s.document_mask)
     if len(set(map(tuple, r.gather([int(data.identity()[:12], 16)])))) > 1:  # as a number that a float64 holds
         raise UserError(f"{data.path} is not the same on all machines; copy it from one of them to the others")
     for dataset in data.datasets:
         if dataset.val is None:
             raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
-    if s.document_mask and data.tokenizer.eot is None:
-        raise UserError(
-            f"document_mask = True, but the {data.tokenizer.kind} tokenizer of {data.path} has no end-of-text token "
-            "that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave document_mask out"
-        )
     if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
         raise UserError(
             f"{data.path} is not the data that {s.out_dir} was trained on, so its position means nothing there; "
@@ -308,7 +305,7 @@ def describe(s: TrainSettings, data: Mixture, model: GPT, source: str) -> str:
         where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         lines += [f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate"]
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
-        epochs += [f"{windows * float(share) / split_windows(dataset.train, s.block_size):.3g}"]
+        epochs += [f"{windows * float(share) / samples_per_epoch(dataset.train, s.block_size):.3g}"]
     lines += [f"model: {model.num_params():,} parameters, vocabulary of {model.config.vocab_size:,}, from {source}"]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if n_trained < model.num_params():
@@ -357,12 +354,45 @@ def advice_on_memory(micro_batch: int, windows: int):
         ) from error
 
 
+def accumulate(
+    model: torch.nn.Module,
+    batches: list[Batch],
+    r: runtime.Runtime,
+    scaler: torch.amp.GradScaler,
+    scale: torch.Tensor,
+    average: bool,
+    nats: torch.Tensor,
+) -> None:
+    """Add up the gradients of the micro-batches, times `scale`, and their losses in `nats`. With `average`,
+    DistributedDataParallel averages the gradients in the last backward pass."""
+    for i, batch in enumerate(batches):
+        if isinstance(model, DistributedDataParallel):  # FSDP averages in each pass, since the gradients of the whole
+            # model would stay in every process until the last
+            model.require_backward_grad_sync = average and i == len(batches) - 1
+        x, y, documents = batch.to(r.device)
+        with r.autocast():
+            loss = model(x, y, reduction="sum", documents=documents)[1]
+        scaler.scale(loss * scale).backward()
+        nats += loss.detach()
+
+
+def set_rates(s: TrainSettings, optimizers: list[torch.optim.Optimizer], step: int) -> float:
+    """Set the learning rates of update `step`, and return that of learning_rate; the others scale with it."""
+    lr = s.learning_rate
+    if s.decay_lr:
+        decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
+        lr = learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
+    return lr
+
+
 def foresee(
     s: TrainSettings, data: Mixture, model: GPT, n_updates: int, dt: float, per_window: float, peak_memory: int
 ) -> str:
     """What so many updates of `dt` seconds each, and their evaluations, at `per_window` seconds, would take, for a
     person to read."""
-    whole = max(split_windows(dataset.val, s.block_size) for dataset in data.datasets)
+    whole = max(samples_per_epoch(dataset.val, s.block_size) for dataset in data.datasets)
     n_windows = 2 * (s.eval_iters * s.batch_size or whole)  # of each dataset, in both splits
     evaluating = per_window * n_windows * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
@@ -437,7 +467,6 @@ def main() -> int:
     # ---- data and model
     folder, state = checkpoint.find(out_dir, r=r) if s.init_from == "resume" else (None, {})  # to go on from
     data = load_data(s, state, r)
-    eot = data.tokenizer.eot if s.document_mask else None  # where a document begins
     torch.manual_seed(s.seed)
     adapters, values = None, None  # what a checkpoint says of adapters; its parameters, unread
     if s.init_from == "scratch":
@@ -489,7 +518,7 @@ def main() -> int:
     # ---- compiled, and distributed
     def one_pass(some_model: torch.nn.Module) -> None:
         x = torch.zeros(micro_batch, s.block_size, dtype=torch.long, device=r.device)
-        documents = None if eot is None else x.clone()
+        documents = x.clone() if data.has_documents else None
         with r.autocast():
             some_model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
         raw_model.zero_grad(set_to_none=True)
@@ -533,7 +562,20 @@ def main() -> int:
 
     writer = checkpoint.Writer(out_dir, s.keep_checkpoints, r.rank, r.world_size)
 
+    skipped = torch.tensor([at["bad_steps"], at["skipped"]], device=r.device)  # updates, in a row and in all
+    give_up_at = at["step"] + s.max_bad_steps - at["bad_steps"]  # the earliest step that can have too many in a row
+
+    def read_skipped() -> None:
+        """Wait for the device, and copy its count of skipped updates into `at`."""
+        nonlocal give_up_at
+        before = at["skipped"]
+        at["bad_steps"], at["skipped"] = skipped.tolist()
+        at["seconds"], give_up_at = time.perf_counter() - began, at["step"] + s.max_bad_steps - at["bad_steps"]
+        if new := at["skipped"] - before:
+            say(f"step {at['step'] - 1}: non-finite gradient, {new} updates skipped ({at['skipped']} so far)")
+
     def save(best: bool = False) -> None:
+        read_skipped()
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
         progress |= {"arithmetic": dataclasses.asdict(arithmetic), "lora": adapters}
         progress |= {"scaler": scaler.state_dict(), "launch": watch.launch_id()}
@@ -551,18 +593,10 @@ def main() -> int:
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
-    def accumulate(micro_batches: list, n_targets: int, nats: torch.Tensor) -> None:
-        """Add the gradients of the micro-batches up, and their losses in `nats`."""
-        for i, (x, y) in enumerate(micro_batches):
-            if isinstance(model, DistributedDataParallel):  # gradients are averaged at the last backward pass, with
-                # auto_batch once all processes have got through; with FSDP at each, since those of the whole model
-                # would stay in every process until the last
-                model.require_backward_grad_sync = i == len(micro_batches) - 1 and not s.auto_batch
-            documents = None if eot is None else r.to_device(number_documents(x, y, eot))
-            with r.autocast():
-                loss = model(r.to_device(x), r.to_device(y), reduction="sum", documents=documents)[1]
-            scaler.scale(loss * (r.world_size / max(n_targets, 1))).backward()
-            nats += loss.detach()
+    def batches() -> Iterator[tuple[list[Batch], int]]:
+        """The micro-batches of this update and of those after it."""
+        how = (r, s.block_size, s.seed, windows_per_step, micro_batch, at["position"])
+        return prefetch(updates(data, *how), r.device)
 
     # ---- the loop
     token_bytes = data.tokenizer.token_bytes()
@@ -571,7 +605,8 @@ def main() -> int:
     began = time.perf_counter() - at["seconds"]
     clock, clock_step = time.perf_counter(), at["step"]  # since when the console line measures
     time_left = report.TimeLeft(s.max_iters, s.eval_interval)
-    waited = 0.0  # seconds since then, for processes that came later to their updates
+    waited = runtime.Stopwatch(r.device)  # for processes that came later to their updates
+    batch_stream = batches()
     model.train()
     while True:
         step = at["step"]
@@ -588,7 +623,7 @@ def main() -> int:
         due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
         due_at = time.perf_counter() if due and at["evaluated_at"] != step else None
         if due and (at["evaluated_at"] != step or s.eval_only) and not s.dry_run:
-            how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes, eot)
+            how = (r, micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes)
             train = evaluate_mixture(raw_model, data, "train", *how)
             val = evaluate_mixture(raw_model, data, "val", *how)
             failed = not writer.wait()  # the checkpoint before this one: it cannot be the best, and this one is due
@@ -636,54 +671,45 @@ def main() -> int:
             return 0
 
         # forward and backward: the loss is a sum over this step's targets, of all micro-batches and processes,
-        # divided by their number, so however the batch is split, the step is the same
-        local_steps = windows_per_step // r.world_size // micro_batch  # micro-batches of this process
-        micro_batches = []
-        for i in range(local_steps):
-            first = at["position"] + (i * r.world_size + r.rank) * micro_batch
-            micro_batches.append(data.sample(s.block_size, first, micro_batch, s.seed))
-        n_targets = sum(int((y != -1).sum()) for _, y in micro_batches)
+        # divided by their number, so however the batch is split, the step is the same. From here to the log line the
+        # host does not wait for a GPU, whose queue of work would run empty.
+        micro_batches, n_targets = next(batch_stream)
         watch.note(step)
-        arrived = time.perf_counter()
-        n_targets, n_signals = r.sum(torch.tensor([n_targets, len(signals)])).tolist()
-        waited += time.perf_counter() - arrived
-        stop = n_signals > 0  # known to all processes, so that all end at the same step
-        if stop and r.world_size > 1:  # not before: the signal may have come because another process is gone
-            say("stopping after this update, with a checkpoint")
+        signalled = r.ask(bool(signals))
+        waited.start()
+        n_targets = r.sum(torch.full((), n_targets, device=r.device))  # not torch.tensor, which waits for the GPU
+        waited.stop()
+        scale = r.world_size / n_targets.clamp(min=1)
         torch.manual_seed(hash((s.seed, step, r.rank)))  # dropout depends on the step alone: exact to resume
         nats = torch.zeros((), device=r.device)
+        passes = (model, micro_batches, r, scaler, scale, not s.auto_batch, nats)
         if not s.auto_batch:
             with advice_on_memory(micro_batch, windows_per_step):
-                accumulate(micro_batches, n_targets, nats)
-        elif r.fits(accumulate, micro_batches, n_targets, nats):
+                accumulate(*passes)
+        elif r.fits(accumulate, *passes):  # no process waits for another in it; the gradients are averaged after it
             r.average_gradients(raw_model)
         else:
             raw_model.zero_grad(set_to_none=True)
             shrink()
+            batch_stream, stop = batches(), signalled()
             continue
 
         # update
-        lr = s.learning_rate
-        if s.decay_lr:
-            decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
-            lr = learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
+        lr = set_rates(s, optimizers, step)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
-        grad_norm = sharding.whole(grad_norm).item()
-        if math.isfinite(grad_norm):
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            at["bad_steps"] = 0
-        else:
-            at["bad_steps"] += 1
-            at["skipped"] += 1
-            say(f"step {step}: the gradient is not finite; this update is skipped ({at['skipped']} so far)")
+        grad_norm = sharding.whole(grad_norm)
+        step_if_finite(optimizers, grad_norm, skipped)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        at.update(step=step + 1, position=at["position"] + windows_per_step, seconds=time.perf_counter() - began)
+        at.update(step=step + 1, position=at["position"] + windows_per_step)
+        stop = signalled()  # in all processes alike, so that all end at the same step
+        if stop and r.world_size > 1:  # not before: the signal may have come because another process is gone
+            say("stopping after this update, with a checkpoint")
+        logs = step % s.log_interval == 0 and not s.dry_run
+        if logs or at["step"] >= give_up_at:
+            read_skipped()
         if at["bad_steps"] >= s.max_bad_steps:
             writer.wait()
             words = f"{s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step {step}"
@@ -699,23 +725,22 @@ def main() -> int:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)
             clock, n = time.perf_counter(), micro_batch * r.world_size
-            evaluate_mixture(raw_model, data, "val", r, micro_batch, s.block_size, n, token_bytes, eot)
+            evaluate_mixture(raw_model, data, "val", r, micro_batch, s.block_size, n, token_bytes)
             per_window = (time.perf_counter() - clock) / n
             say(foresee(s, data, raw_model, s.max_iters - first_step, dt, per_window, runtime.peak_memory(r.device)))
             return 0
 
         # say how it goes
-        if step % s.log_interval == 0 and not s.dry_run:
+        if logs:
             r.synchronize()
             dt = (time.perf_counter() - clock) / (step + 1 - clock_step)  # seconds an update
             time_left.updated(step + 1 - clock_step, dt * (step + 1 - clock_step))
             clock, clock_step = time.perf_counter(), step + 1
-            loss = r.sum(nats).item() / max(n_targets, 1)
+            loss, grad_norm = r.sum(nats).item() / max(n_targets.item(), 1), grad_norm.item()
             mfu = raw_model.estimate_mfu(windows_per_step, dt, r.peak_flops())
             left = time_left.estimate(step + 1)
             say(report.update_line(step, s.max_iters, loss, lr, grad_norm, tokens_per_step / dt, mfu, left))
-            memory, waits = zip(*r.gather([runtime.peak_memory(r.device), waited]), strict=True)  # of each process
-            waited = 0.0
+            memory, waits = zip(*r.gather([runtime.peak_memory(r.device), waited.take()]), strict=True)  # of each
             if metrics is not None:
                 values = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=tokens_per_step / dt)
                 values |= dict(mfu=mfu, skipped=at["skipped"], seconds=at["seconds"])

@@ -2,20 +2,25 @@
 
     tokenizer.chat_template = choose_template(tokenizer)
     ids, learned = render_to_learn(tokenizer, messages)     # for training: True where a reply, and its end, stands
+    conversations = forms_to_learn(tokenizer, messages)     # the same, also without the oldest turns
     ids = render(tokenizer, messages)                       # for sampling: up to where the next reply begins
     stop_ids(tokenizer)                                     # a reply ends with one of these
 
-A message is a dict {"role": "system" | "user" | "assistant", "content": "..."}. A template is Jinja text in the form of
-Hugging Face's `chat_template`, so that those of published checkpoints work, and ours work there. It travels inside the
-tokenizer's dict, and so inside a dataset and a checkpoint. Only the template writes control tokens: the name of one
-that stands in a message stays text.
+A message is a dict {"role": "system" | "user" | "assistant", "content": "..."}; other fields, such as "tool_calls",
+reach the template too. acorn/records.py reads messages from the forms in which they are published. A template is Jinja
+text in the form of Hugging Face's `chat_template`, so that those of published checkpoints work, and ours work there. It
+travels inside the tokenizer's dict, and so inside a dataset and a checkpoint. Only the template writes control tokens:
+the name of one that stands in a message stays text. (In a reply, the marks of thinking are those tokens.)
 """
 
+import functools
+import json
 import re
 
 import numpy as np
 
 from acorn import UserError, sandbox
+from acorn.records import Conversation
 from acorn.tokenizer import Tokenizer
 
 # "User:", a line break and the message; a reply ends with end of text. It needs no control token but that one.
@@ -32,6 +37,19 @@ CHATML = (
 )
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 BREAK = "\ufdd0"  # a noncharacter, which no text has; it keeps names of control tokens in messages apart from real ones
+PROBE = "\ufdd1"  # another one, which stands for a reply
+NEEDED = ("tools", "tool_calls", "documents")  # without which a conversation would mean something else
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field, as transformers has it
+RESERVED = {"messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
+NO_PLACE = "the chat template has no place for {}, which would be lost; give another --template"
+REWRITTEN = (
+    "the chat template writes the beginning of a conversation differently once more follows, so it cannot be told what "
+    "the reply is; give conversations of one reply, or another --template"
+)
+
+
+class RewrittenHistory(UserError):
+    """The template renders the beginning of a conversation differently once more turns follow."""
 
 
 def choose_template(tokenizer: Tokenizer) -> str:
@@ -51,58 +69,189 @@ def choose_template(tokenizer: Tokenizer) -> str:
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
     """The ids of a conversation up to where the next reply begins: int32, one dimension. They are those that stand
-    before this reply in `render_to_learn`."""
-    parts = _parts(tokenizer, messages, True)
+    before this reply in `render_to_learn`, and in `forms_to_learn`."""
+    try:
+        parts = _parts(tokenizer, messages, True)
+    except UserError:  # it rewrites history, or cannot be learned: then no part of it is what the model saw before
+        parts = [(_fill_in(tokenizer, messages, True), False)]
     return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
 
 
 def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a whole conversation (int32), and which of them are to be learned (bool), both of one dimension: the
-    assistant's replies, each up to the control token that ends it. Raises UserError where the template ends a reply
-    without one, leaves the replies out, or writes a turn differently once others follow."""
-    control = list(tokenizer.control.values())
+    assistant's replies, each up to the control token that ends it, but for those with `"learn": False`. Raises
+    UserError where the template ends a reply without one, leaves the replies out, or writes a turn differently once
+    others follow."""
     ids, learned = [], []
-    for text, is_reply in _parts(tokenizer, messages, False):
-        part = _encode(tokenizer, text, bool(ids))
-        ends = np.flatnonzero(np.isin(part, control))
-        if is_reply and not len(ends):
-            raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
-        ids.append(part)
-        learned.append(np.arange(len(part)) <= ends[-1] if is_reply else np.zeros(len(part), dtype=bool))
-    if not any(part.any() for part in learned):
-        raise UserError(
-            "the chat template leaves out what the assistant says, so nothing is to be learned; choose another"
-        )
+    for text, is_learned in _parts(tokenizer, messages, False):
+        ids.append(_encode(tokenizer, text, bool(ids)))
+        learned.append(np.full(len(ids[-1]), is_learned))
     return np.concatenate(ids), np.concatenate(learned)
 
 
-def stop_ids(tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a reply: what the template ends it with, and the end-of-text token where there is one."""
-    ids, learned = render_to_learn(tokenizer, [_message("user", "?"), _message("assistant", "!")])
-    return {int(ids[learned][-1])} | ({tokenizer.eot} - {None})
+def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """What is learned from a conversation, as pairs of ids and learned like those of `render_to_learn`, which end with
+    the last learned token. Each list has the forms of one training example: the whole first, then what the template
+    makes of it without the oldest turn, without the two oldest, and so on, as sampling shows a conversation that has
+    outgrown the block. What comes before the first user turn stays.
+
+    It is one example with all the replies; or, where the template rewrites history, so that a later reply does not see
+    an earlier one as it was learned, one example for each reply. Raises UserError as `render_to_learn` does."""
+    ends = [i for i, message in enumerate(messages, 1) if _is_learned(message)]
+    try:
+        return [_forms(tokenizer, messages[: ends[-1]], render_to_learn)]
+    except RewrittenHistory:
+        return [_forms(tokenizer, messages[:end], _render_last_reply) for end in ends]
 
 
-def read_messages(record: dict) -> list[dict]:
-    """The messages of a JSON object: {"prompt": ..., "response": ...} or {"messages": [{"role", "content"}, ...]}.
-    Raises UserError, in words that follow the object's place, where it is neither or holds no reply."""
-    messages = record.get("messages")
-    if "messages" not in record:
-        if not all(isinstance(record.get(field), str) for field in ("prompt", "response")):
-            fields = ", ".join(map(str, record)) or "no fields"
-            raise UserError(f'has {fields}; it should have "prompt" and "response", two texts, or "messages"')
-        return [_message("user", record["prompt"]), _message("assistant", record["response"])]
-    if not isinstance(messages, list):
-        raise UserError('has "messages" that are no list')
-    for i, message in enumerate(messages, 1):
-        fields = [message.get(field) for field in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
-            raise UserError(f'has a message, number {i}, without a "role" and a "content" that are texts')
+def _forms(tokenizer: Tokenizer, messages: list[dict], render_whole) -> list[tuple[np.ndarray, np.ndarray]]:
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise UserError('has no message of the role "assistant", so there is nothing to learn from it')
-    if "user" not in roles[: roles.index("assistant")]:
-        raise UserError('has a reply before anything of the role "user"')
-    return [_message(message["role"], message["content"]) for message in messages]
+    first = roles.index("user")
+    turns = [i for i in range(first, len(roles)) if roles[i] == "user" and (i == first or roles[i - 1] != "user")]
+    forms = []
+    for turn in turns:
+        try:
+            ids, learned = render_whole(tokenizer, messages[:first] + messages[turn:])
+        except UserError:  # some templates do not take what is left
+            if turn == first:
+                raise
+            continue
+        if not learned.any():
+            continue
+        end = np.flatnonzero(learned)[-1] + 1
+        forms.append((ids[:end], learned[:end]))
+    return forms
+
+
+def _render_last_reply(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """As `render_to_learn`, but only the last reply is learned, after what `render` gives for the messages before."""
+    prompt, reply = render(tokenizer, messages[:-1]), _last_reply(tokenizer, messages)
+    ids = _encode(tokenizer, reply[: _reply_length(tokenizer, reply)], True)
+    return np.concatenate([prompt, ids]), np.arange(len(prompt) + len(ids)) >= len(prompt)
+
+
+def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """The text of the last message behind the prompt for a reply. Raises UserError where it does not begin with it."""
+    prompt, whole = _fill_in(tokenizer, messages[:-1], True), _fill_in(tokenizer, messages, False)
+    if not whole.startswith(prompt):
+        reply = _reply_without_system(tokenizer, messages)
+        if reply and whole.endswith(reply):
+            return reply
+        before = _fill_in(tokenizer, messages[:-1], False)
+        shared = next((i for i, char in enumerate(prompt) if whole[i : i + 1] != char), 0)
+        opening = prompt[min(len(before), shared) :] if prompt.startswith(before) else prompt[shared:]
+        raise UserError(
+            f"the chat template opens a reply with {opening!r:.80}, and renders a finished reply without it. Sampling "
+            "and evaluation work; training would teach replies that begin otherwise than sampled ones do. Give each "
+            'reply its thinking as "reasoning_content" where the template keeps that, or train with another --template.'
+        )
+    return whole[len(prompt) :]
+
+
+def _reply_without_system(tokenizer: Tokenizer, messages: list[dict]) -> str | None:
+    """The text of the last reply, found without the system message, None where there is none: some templates write the
+    system message into the last message only if that is the user's, so a finished reply has it no more."""
+    rest = Conversation([m for m in messages if m["role"] != "system"], getattr(messages, "extras", {}))
+    return _last_reply(tokenizer, rest) if 1 < len(rest) < len(messages) else None
+
+
+def _reply_length(tokenizer: Tokenizer, reply: str) -> int:
+    """The length of the text of a reply up to the control token that ends it. Raises UserError where none does."""
+    ends = list(_any_of(tokenizer.control).finditer(reply))
+    if not ends:
+        raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
+    if len(ends) > 1:  # it may have others inside, as around a call, or the end of the whole text behind it
+        stop = "".join(_stop_names(tokenizer))
+        if stop and stop in reply:
+            return reply.rindex(stop) + len(stop)
+        ends = [end for end in ends if tokenizer.control[end[0]] in tokenizer.ends] or ends
+    return ends[-1].end()
+
+
+def _is_learned(message: dict) -> bool:
+    return message["role"] == "assistant" and message.get("learn", True)
+
+
+def _around_content(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The text of a conversation of two messages before and after the content of the reply."""
+    text = _fill_in(tokenizer, [_message("user", "?"), _message("assistant", PROBE)], False)
+    before, found, after = text.rpartition(PROBE)
+    if not found:
+        raise UserError(
+            "the chat template leaves out what the assistant says, so nothing is to be learned; choose another"
+        )
+    return before, after
+
+
+def _stop_name(tokenizer: Tokenizer) -> str | None:
+    """The name of the control token that ends a reply, None where the template ends it with text."""
+    return next(iter(_stop_names(tokenizer)), None)
+
+
+def _stop_names(tokenizer: Tokenizer) -> list[str]:
+    """The names of the control tokens that end a reply: the first one behind it, and those that end a text directly
+    behind that, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". What only stands at the end of a conversation is not one
+    of the latter."""
+    talk = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
+    _, found, after = _fill_in(tokenizer, talk, True).rpartition(PROBE)
+    if not found or not _any_of(tokenizer.control).search(after):
+        after = _around_content(tokenizer)[1]
+    names, end = [], None
+    for found in _any_of(tokenizer.control).finditer(after):
+        if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
+            break
+        names, end = [*names, found[0]], found.end()
+    return names
+
+
+def as_content(tokenizer: Tokenizer, reply: str) -> str:
+    """The content of a message that the template renders as the text `reply`, which a model generated: without what
+    the template itself puts around a content, such as the space in "[/INST] Hello"."""
+    before, after = _around_content(tokenizer)
+    prompt = _fill_in(tokenizer, [_message("user", "?")], True)
+    before = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    after = _any_of(tokenizer.control).split(after, maxsplit=1)[0]
+    return reply.removeprefix(before).removesuffix(after)
+
+
+def stop_ids(tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a reply: of the control tokens that the template ends it with, and those that end a text."""
+    names = {_stop_name(tokenizer), _call_end(tokenizer)} - {None}
+    return {tokenizer.control[name] for name in names} | tokenizer.ends
+
+
+def _call_end(tokenizer: Tokenizer) -> str | None:
+    """The name of the control token that ends a reply which calls a tool, None where the template has no calls."""
+    if "tool_calls" not in tokenizer.chat_template:
+        return None
+    call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
+    try:
+        reply = _last_reply(tokenizer, [_message("user", "?"), _message("assistant", "") | {"tool_calls": [call]}])
+        reply = reply[: _reply_length(tokenizer, reply)]
+    except UserError:
+        return None
+    return _any_of(tokenizer.control).findall(reply)[-1]
+
+
+def check_learnable(tokenizer: Tokenizer) -> None:
+    """Raise UserError where the tokenizer's template cannot be learned, saying why. It may still do for sampling. Some
+    templates can be learned from replies that think, and from no others."""
+    _around_content(tokenizer)
+    question, reply = _message("user", "?"), _message("assistant", "!")
+    try:
+        render_to_learn(tokenizer, [question, reply])
+    except UserError as error:
+        try:
+            render_to_learn(tokenizer, [question, reply | {"reasoning_content": "."}])
+        except UserError:
+            raise error from None
+
+
+def unused_fields(tokenizer: Tokenizer, messages: list[dict]) -> set[str]:
+    """The names of the fields of messages that the template does not look at, so that they are left out."""
+    names = {name for message in messages for name in message} - {"role", "content", "learn"}
+    template = tokenizer.chat_template
+    return {name for name in names if not any(other in template for other in {name, *REASONING * (name in REASONING)})}
 
 
 def _message(role: str, content: str) -> dict:
@@ -110,50 +259,71 @@ def _message(role: str, content: str) -> dict:
 
 
 def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-    """The text of a conversation cut before and after each reply, with whether it is one. A reply is what the text up
-    to it, with the prompt for a reply, lacks of the text that has it: so every template is understood."""
-    parts, done = [], ""
-
-    def add(text: str, is_reply: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise UserError(
-                "the chat template writes the beginning of a conversation differently once more follows, so it cannot "
-                "be told what the reply is; give conversations of one reply, or another --template"
-            )
-        if text != done:
-            parts.append((text[len(done) :], is_reply))
-        done = text
-
+    """The text of a conversation cut before and after each reply, with whether it is one that is learned. A reply is
+    what the text up to it, with the prompt for a reply, lacks of the text that has it: so every template is
+    understood."""
+    whole = _fill_in(tokenizer, messages, add_generation_prompt)
+    parts, done = [], 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            add(_fill_in(tokenizer, messages[:i], True), False)
-            add(_fill_in(tokenizer, messages[: i + 1], False), True)
-    add(_fill_in(tokenizer, messages, add_generation_prompt), False)
-    return parts
+            prompt = _fill_in(tokenizer, messages[:i], True)
+            if not whole.startswith(prompt) and i + 1 < len(messages):
+                raise RewrittenHistory(REWRITTEN)
+            reply = _last_reply(tokenizer, messages[: i + 1])
+            reply = reply[: _reply_length(tokenizer, reply)]
+            if not whole.startswith(prompt + reply) or len(prompt) < done:
+                raise RewrittenHistory(REWRITTEN)
+            parts += [(whole[done : len(prompt)], False), (reply, _is_learned(message))]
+            done = len(prompt) + len(reply)
+    parts.append((whole[done:], False))
+    return [part for part in parts if part[0]]
 
 
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """The template's text for the messages, in which a BREAK stands inside each name of a control token that comes from
     a message."""
+    template, extras = tokenizer.chat_template, getattr(messages, "extras", {})
+    variables = _variables(template)
+    extras = {name: value for name, value in extras.items() if name in variables or name in NEEDED}
+    for name in NEEDED:
+        if name not in template and (extras.get(name) or any(message.get(name) for message in messages)):
+            raise UserError(NO_PLACE.format(name))
+    text = _rendered(tokenizer, messages, extras, add_generation_prompt)
+    # OpenAI's form has a call's arguments as JSON text, of which most templates make JSON once more
+    arguments = [function["arguments"] for function in _functions(messages) if _is_json(function.get("arguments"))]
+    names = _any_of(tokenizer.control)
+    if any(json.dumps(_broken(text_, names), ensure_ascii=False) in text for text_ in arguments):
+        messages = json.loads(json.dumps(messages))
+        for function in _functions(messages):
+            if _is_json(function.get("arguments")):
+                function["arguments"] = json.loads(function["arguments"])
+        text = _rendered(tokenizer, messages, extras, add_generation_prompt)
+    for function in _functions(messages):
+        name = function.get("name")
+        if isinstance(name, str) and _broken(name, names) not in text and json.dumps(name)[1:-1] not in text:
+            raise UserError(NO_PLACE.format(f"the call of {name!r:.60}"))
+    return text
+
+
+def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_generation_prompt: bool) -> str:
     import jinja2
 
     names = _any_of(tokenizer.control)
-
-    def broken(text: str) -> str:
-        return names.sub(lambda match: match[0][:1] + BREAK + match[0][1:], text.replace(BREAK, ""))
-
+    in_reply = _any_of(name for name in tokenizer.control if "think" not in name.lower())  # a reply may think
+    conversation = [_broken(message, in_reply if message["role"] == "assistant" else names) for message in messages]
+    if _takes_parts(tokenizer.chat_template):
+        conversation = [_in_parts(message) for message in conversation]
+    tokens = {"bos_token": tokenizer.bos or "", "eos_token": tokenizer.eos or ""}
     try:
-        rendered = _render_template(
-            conversations=[[{name: broken(text) for name, text in message.items()} for message in messages]],
+        text = _render_template(
+            conversations=[conversation],
             chat_template=tokenizer.chat_template,
             add_generation_prompt=add_generation_prompt,
-            bos_token=tokenizer.bos or "",
-            eos_token=tokenizer.eos or "",
+            **tokens | _broken(extras, names),
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the chat template does not take this conversation ({error!s:.200})") from error
-    return rendered
+    return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in tokenizer.chat_template else text
 
 
 def _render_template(**arguments) -> str:
@@ -164,6 +334,65 @@ def _render_template(**arguments) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     return render_jinja_template(**arguments)[0][0]
+
+
+def _broken(value, names: re.Pattern):
+    """A value for a template with a BREAK inside each of the `names` in its texts."""
+    if isinstance(value, str):
+        return names.sub(lambda match: match[0][:1] + BREAK + match[0][1:], value.replace(BREAK, ""))
+    if isinstance(value, dict):
+        return {_broken(name, names): _broken(item, names) for name, item in value.items()}
+    return [_broken(item, names) for item in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(16)
+def _takes_parts(template: str) -> bool:
+    """Whether a template loses content that is a text, and wants a list of parts, as those for images do."""
+
+    def keeps(messages: list[dict]) -> bool:
+        try:
+            text = _render_template(conversations=[messages], chat_template=template, bos_token="", eos_token="")
+        except UserError:
+            return False
+        return text.count(PROBE) == 2
+
+    messages = [_message("user", PROBE), _message("assistant", PROBE)]
+    return not keeps(messages) and keeps([_in_parts(message) for message in messages])
+
+
+def _in_parts(message: dict) -> dict:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _functions(messages: list[dict]) -> list[dict]:
+    """The functions that messages call, each with its name and arguments."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [function for function in functions if isinstance(function, dict)]
+
+
+def _is_json(value) -> bool:
+    """Whether a value is the JSON text of an object."""
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+@functools.lru_cache(16)
+def _variables(template: str) -> frozenset[str]:
+    """The names by which a template looks at what it is given beside the messages."""
+    import jinja2
+    import jinja2.meta
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    text = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)
+    try:
+        found = jinja2.meta.find_undeclared_variables(environment.parse(text))
+    except (jinja2.TemplateError, RecursionError):  # rendering says what is wrong
+        return frozenset()
+    return frozenset(found) - environment.globals.keys() - RESERVED
 
 
 def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:

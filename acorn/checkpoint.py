@@ -500,10 +500,10 @@ def last_settings(out_dir: Path) -> dict:
     return {}
 
 
-def build_model(folder: Path, state: dict, r: Runtime = ALONE) -> tuple[GPT, dict]:
+def build_model(folder: Path, state: dict, r: Runtime = ALONE, whole_context: bool = False) -> tuple[GPT, dict]:
     """The model of a checkpoint, on the meta device, and its parameters, unread, for `fill` or `sharding.shard`. That
-    of a LoRA run has its adapters beside the weights of the base; a base that is not the one they were trained on is a
-    UserError."""
+    of a LoRA run has its adapters beside the weights of the base, and with `whole_context` also the base's block size;
+    a base that is not the one they were trained on is a UserError."""
     kind = weights_kind(state)
     path = folder / file_names(kind, state.get("shards", 1))[0]
     tensors = open_tensors(folder, state, kind)
@@ -525,7 +525,9 @@ def build_model(folder: Path, state: dict, r: Runtime = ALONE) -> tuple[GPT, dic
         source = base.source
         raise UserError(f"{folder} holds adapters for {adapters['base']}, but not for {source} as it is now; {advice}")
     model, config = base.model, empty_model(state["config"], str(path)).config
-    if config.block_size < model.config.block_size:
+    if whole_context:
+        config.block_size = model.config.block_size
+    elif config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     for dropout in DROPOUTS:
         setattr(model.config, dropout, getattr(config, dropout))
@@ -634,16 +636,20 @@ def is_on_hub(source: str) -> bool:
     return not path.exists() and (source in PUBLISHED or bool(is_name))
 
 
-def load_model(source: str, which: str = "best") -> tuple[GPT, tokenizers.Tokenizer | None, str]:
+def load_model(
+    source: str, which: str = "best", whole_context: bool = False
+) -> tuple[GPT, tokenizers.Tokenizer | None, str]:
     """The model, on the CPU in float32, its tokenizer and a word on what was loaded, of what `open_model` opens."""
-    opened = open_model(source, which)
+    opened = open_model(source, which, whole_context=whole_context)
     return fill(opened.model, opened.values), opened.tokenizer, opened.source
 
 
-def open_model(source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE) -> Opened:
+def open_model(
+    source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE, whole_context: bool = False
+) -> Opened:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
-    its name or folder. A run that is made of adapters is its base with them merged in; where the model has to be
-    `plain`, it is a UserError."""
+    its name or folder. A run that is made of adapters is its base with them merged in, with `whole_context` also where
+    the run's sequences were shorter than the base's; where the model has to be `plain`, it is a UserError."""
     path = Path(source)
     if (path / "config.json").exists() or is_on_hub(source):
         from acorn import hub
@@ -678,9 +684,9 @@ def open_model(source: str, which: str = "best", plain: bool = False, r: Runtime
             f"{source} is made of adapters, and adapters need a base that is whole: first make one of it by "
             f"python -m acorn.hub export {source} FOLDER, then give --init_from=FOLDER"
         )
-    model, values = build_model(folder, state, r)
+    model, values = build_model(folder, state, r, whole_context)
     if adapters:
-        model = empty_model(state["config"], str(folder))
+        model = empty_model({**state["config"], "block_size": model.config.block_size}, str(folder))
         values = lora.merged(values, adapters["alpha"] / adapters["rank"])
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
     word = f"{folder}, step {state['step']}{loss}"

@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from acorn import UserError
+from acorn import UserError, batches
+from acorn.loader import make_batch, prefetch
 from acorn.mixture import Mixture
 from acorn.runtime import Runtime
-from acorn.shards import Tokens, number_documents, sample_windows, sequential_windows, split_windows
+from acorn.shards import Tokens
 from model import GPT
 
 SAME_WINDOWS = 4242  # seeds the choice of windows, so that every evaluation of every run looks at the same ones
@@ -28,39 +29,45 @@ def window_sums(
     block_size: int,
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
-    eot: int | None = None,
 ) -> torch.Tensor:
     """Of each window that this process looks at: its tokens, their nats, and, given the bytes of each token (V,), the
     nats of those that have bytes, and the bytes: (windows, 4), in float64.
 
-    Looks at the whole split, in windows of block_size tokens side by side; or at `max_windows` of them, the same ones
-    every time, where that is fewer. The windows are shared out among the processes. Control tokens have no bytes. Given
-    the end-of-text token `eot`, attention stays inside a document.
+    Looks at the whole split, in windows of block_size tokens side by side or rows of conversations; or at `max_windows`
+    of them, the same ones every time, where that is fewer. The windows are shared out among the processes. Control
+    tokens have no bytes. Attention stays inside a document where the split numbers them.
     """
-    n = split_windows(tokens, block_size)
+    n = batches.samples_per_epoch(tokens, block_size)
     whole = not max_windows or max_windows >= n
     count = n if whole else max_windows
-    windows = sequential_windows if whole else functools.partial(sample_windows, seed=SAME_WINDOWS)
+    windows = batches.in_order if whole else functools.partial(batches.sample, seed=SAME_WINDOWS)
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
+
+    def read_batches():
+        for start in range(0, count, batch_size * runtime.world_size):
+            first = start + batch_size * runtime.rank
+            n_rows = max(0, min(batch_size, count - first))
+            if not n_rows and not runtime.fsdp:
+                break
+            # without rows it looks at a window that does not count, since the others need its shard of the model
+            arrays = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
+            yield make_batch(arrays, runtime.device), n_rows
+
     was_training = model.training
     model.eval()
-    sums = [torch.zeros(0, 4, dtype=torch.float64)]
-    for start in range(0, count, batch_size * runtime.world_size):
-        first = start + batch_size * runtime.rank
-        n_rows = max(0, min(batch_size, count - first))
-        if not n_rows and not runtime.fsdp:
-            break
-        # without rows it looks at a window that does not count, since the others need its shard of the model
-        x, y = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
-        documents = None if eot is None else runtime.to_device(number_documents(x, y, eot))
-        x, y = runtime.to_device(x), runtime.to_device(y)
+    sums = [[] for _ in range(4)]  # the columns of each batch; they stay on the device, so that it never waits
+    for batch, n_rows in prefetch(read_batches(), runtime.device):
+        x, y, documents = batch.to(runtime.device)
         with runtime.autocast():
             _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 where masked
         n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
         columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
-        sums.append(torch.stack([column.cpu().double() for column in columns], dim=1)[:n_rows])
+        for column, values in zip(sums, columns, strict=True):
+            column.append(values[:n_rows])
     model.train(was_training)
-    return torch.cat(sums)
+    if not sums[0]:
+        return torch.zeros(0, 4, dtype=torch.float64)
+    return torch.stack([torch.cat(column).cpu().double() for column in sums], dim=1)
 
 
 def evaluate(model: GPT, tokens: Tokens, *how) -> dict[str, float]:
@@ -78,7 +85,6 @@ def evaluate_mixture(
     block_size: int,
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
-    eot: int | None = None,
 ) -> dict[str, float]:
     """`evaluate` on a split of all datasets, each counting by its share; beside it `loss/NAME` of each, if several.
 
@@ -86,8 +92,8 @@ def evaluate_mixture(
     """
     means = []
     for dataset in data.datasets:
-        n = max_windows or split_windows(dataset.val, block_size)
-        means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes, eot))
+        n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
+        means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
     result = _figures(sum(float(share) * mean for share, mean in zip(data.shares, means, strict=True)))
     if len(means) > 1:
         names = [f"loss/{dataset.name}" for dataset in data.datasets]

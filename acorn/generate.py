@@ -202,17 +202,18 @@ def decode(model: GPT, cache: KVCache, tokens: list[int], going: list[bool]) -> 
 
 class TextStream:
     """The text of one row while its tokens arrive: whole characters only, and nothing of a stop string or after it.
-    Besides end-of-text, the control tokens `ends` end it too, such as those that end a turn of a conversation."""
+    Besides the tokens that end a text, the control tokens `ends` end it too, such as those that end a turn."""
 
     def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
         self.decoder = StreamDecoder(tokenizer)
-        self.eot, self.ends, self.stop = tokenizer.eot, ends, [s for s in stop if s]
+        self.ends, self.stop = ends, [s for s in stop if s]
+        self.text_ends = tokenizer.ends | set(tokenizer.before_document[:1])  # or the beginning of the next document
         self.pending = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
         """The text that can be shown now that `token` is there; sets `stopped_by` at end-of-text or a stop string."""
-        if token == self.eot or token in self.ends:
+        if token in self.text_ends or token in self.ends:
             self.stopped_by = "end of turn" if token in self.ends else "end of text"
             return self.finish()
         self.pending += self.decoder.push(token)
@@ -233,7 +234,7 @@ class TextStream:
 
 
 def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Sampling | None = None) -> str:
-    """One text from the model alone, from end-of-text or, where the tokenizer has none, from its token 0."""
+    """One text from the model alone, from the beginning of a document or, where no token marks it, from token 0."""
     text = TextStream(tokenizer)
     pieces = []
 
@@ -241,17 +242,20 @@ def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Samp
         pieces.append(text.push(token))
         return text.stopped_by is not None
 
-    start = [0 if tokenizer.eot is None else tokenizer.eot]
+    start = list(tokenizer.before_document) or [0 if tokenizer.eot is None else tokenizer.eot]
     generate(
         model, [start], max_new_tokens, how or Sampling(temperature=0.8, top_k=200), [seed], on_token, tokenizer.n_vocab
     )
     return "".join([*pieces, text.finish()])
 
 
-def encode_prompt(tokenizer, text: str, control: bool = True) -> list[int]:
-    """The ids of a prompt, in which the names of control tokens, such as `<|endoftext|>`, are those tokens; with
-    `control` False they are text. An empty prompt is the end-of-text token. Raises UserError for an empty prompt where
-    there is no such token, and for text that cannot be encoded."""
-    if not text and tokenizer.eot is None:
+def encode_prompt(tokenizer, text: str, control: bool = False) -> list[int]:
+    """The ids of a prompt, after those that the tokenizer puts before a text, such as a BOS. Names of control tokens,
+    such as `<|endoftext|>`, are text in it; with `control` they are those tokens. An empty prompt is the beginning of a
+    document. Raises UserError for an empty prompt where no token marks that, and for text that cannot be encoded."""
+    ids, before = tokenizer.encode_part(text, continues=False, control=control).tolist(), list(tokenizer.before_text)
+    if control and ids[: len(before)] == before:
+        before = []  # the prompt has them
+    if not ids and not before and tokenizer.eot is None:
         raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from; give --start")
-    return tokenizer.encode_part(text, continues=False, control=control).tolist() or [tokenizer.eot]
+    return before + ids or [tokenizer.eot]

@@ -27,11 +27,12 @@ from model import GPT, GPTConfig
 # of a folder on the hub, which may hold much else
 MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
-    acorn_tokenizer.json
+    config.json tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
+    additional_chat_templates/*.jinja acorn_tokenizer.json
 """
 OWN = "acorn_tokenizer.json"  # in an exported folder, so that it comes back with the tokenizer that it had
 PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all names but the head's; some files leave it out
+EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # that older files hold beside the parameters
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
@@ -71,6 +72,9 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
     there = open_tensors(folder, source, PREFIX[family])
+    embedding = f"{PREFIX[family]}{EMBEDDING[family]}.weight"
+    if config.tie_weights and embedding not in there and "lm_head.weight" in there:  # of tied ones either name does
+        there[embedding] = there.pop("lm_head.weight")
 
     model = checkpoint.empty_model(dataclasses.asdict(config), source)
     views = their_views(model, family)
@@ -192,7 +196,7 @@ def from_llama(c, path: Path) -> GPTConfig:
             f"rope scaling {rope['rope_type']!r}": rope["rope_type"] != "default",
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
             "sliding_window": getattr(c, "sliding_window", None),
-            f"hidden_act = {c.hidden_act}": c.hidden_act != "silu",
+            f"hidden_act = {c.hidden_act}": c.hidden_act not in ("silu", "swish"),  # two names of one
             "attention_bias": c.attention_bias,
             "mlp_bias": c.mlp_bias,
             f"head_dim = {c.head_dim}": c.head_dim * c.num_attention_heads != c.hidden_size,
@@ -301,7 +305,9 @@ def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
     """The tokenizer of a checkpoint, by its name on the hub or its folder; None where it comes without."""
     folder = Path(source) if Path(source).is_dir() else download(source, TOKENIZER_FILES)
     if (folder / OWN).exists():
-        return tokenizers.from_dict(read_json(folder / OWN))
+        tokenizer = tokenizers.from_dict(read_json(folder / OWN))
+        tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # a person may have changed them
+        return tokenizer
     return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None
 
 
@@ -317,7 +323,10 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[st
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
+    eot = next((name for name, i in tokenizer.control.items() if i == tokenizer.eot), None)
     extras = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "chat_template": tokenizer.chat_template}
+    # a batch cannot be padded without the one, and CTranslate2 does not read GPT-2 without the other
+    extras |= {"pad_token": tokenizer.pad or eot, "unk_token": tokenizer.unk or eot}
     config |= {name: value for name, value in extras.items() if value}
     return own | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
 
@@ -349,11 +358,12 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
 
 def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> str:
     """Write a model, from anything that `checkpoint.load_model` takes, as the folder `target` that transformers loads:
-    weights, configuration, tokenizer. Returns the name of its class there. Raises UserError where transformers has no
-    such model, and where `target` is there; a folder that is there is whole."""
+    weights, configuration, tokenizer. A run of adapters goes out with the context length of its base. Returns the name
+    of its class there. Raises UserError where transformers has no such model, and where `target` is there; a folder
+    that is there is whole."""
     if os.path.lexists(target):
         raise UserError(f"{target} is there already; give another folder, or remove it")
-    model, tokenizer, _ = checkpoint.load_model(source, which)
+    model, tokenizer, _ = checkpoint.load_model(source, which, whole_context=True)
     cfg = model.config
     family = "llama" if cfg.pos == "rope" else "gpt2"
     has = {"qk_norm": [False], "logit_softcap": [0.0], "ngram": [1], **HAS[family]}
@@ -362,6 +372,12 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     if wrong := [f"{name} = {getattr(cfg, name)!r}" for name in has if getattr(cfg, name) not in has[name]]:
         raise UserError(
             f"{source} cannot be exported: it has {', '.join(wrong)}, which {CLASSES[family]} of transformers does not"
+        )
+    if family == "gpt2" and cfg.mlp == "relu2":
+        print(
+            "warning: mlp = 'relu2' is right in transformers, but llama.cpp takes every GPT-2 for one with GELU, and "
+            "gives wrong text without an error. Do not convert this export for it.",
+            file=sys.stderr,
         )
     import transformers
 
@@ -372,10 +388,10 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
     config = (to_gpt2 if family == "gpt2" else to_llama)(cfg, **ids)  # which without ids would warn of GPT-2's
     config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:]))
-    ends = [ids["eos_token_id"], getattr(tokenizer, "eot", None)]  # of a text, and of a turn
+    ends = [ids["eos_token_id"], *sorted(tokenizer.ends if tokenizer else ())]  # of a text, and of a turn
     if tokenizer and tokenizer.chat_template:
         with contextlib.suppress(UserError):  # it ends a turn without a control token
-            ends += chat.stop_ids(tokenizer)
+            ends += sorted(chat.stop_ids(tokenizer))
     ends = list(dict.fromkeys(i for i in ends if i is not None))
     ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
 
@@ -421,7 +437,8 @@ def to_gpt2(cfg: GPTConfig, **ids: int | None):
     same = {theirs: getattr(cfg, name) for name, theirs in NAMES["gpt2"].items()}
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
-    return GPT2Config(**same, **ids, **dropouts, activation_function=activation)
+    # n_ctx, an older name of n_positions, is where llama.cpp's converter looks
+    return GPT2Config(**same, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
 
 
 def to_llama(cfg: GPTConfig, **ids: int | None):

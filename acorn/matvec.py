@@ -1,28 +1,42 @@
-"""A model made ready to generate on a CPU: one token at a time, as fast as memory delivers the weights.
+"""Prepare a model for generation on a CPU.
 
-Decoding one token reads every weight once and does little with it, so its speed is that of reading. Torch's own product
-of a matrix with one or a few rows leaves half of a CPU's memory bandwidth unused; a compiled multiply-and-sum over the
-rows of the matrix does not, and reads bfloat16 or int8 weights as they are, in a half or a quarter of the bytes. Whole
-blocks are compiled, all of them as one, so that what stands between the products costs little too.
+Decoding one token reads every weight once and computes little with it, so memory bandwidth bounds its speed. Torch's
+own product of a matrix and a vector reaches about half of it. A compiled multiply-and-sum over the matrix rows reaches
+most of it, and reads bfloat16 or int8 weights directly, in a half or a quarter of the bytes.
+
+Which way is fastest depends on the CPU, the libraries and the shapes, so `prepare_for_decoding` times the ways.
 """
 
+import builtins
+import inspect
+import itertools
 import mmap
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from acorn.timing import fastest, seconds_per_call
 from model import GPT, Block, KVCache
+
+# The compiled product keeps one sum per row of the batch in a vector register. x86 with AVX2 has 16 of them, and the
+# weights and the inputs need the other half; with more sums they would move to memory and back for each weight.
+MOST_ROWS = 8
+PROMPT_ROWS = 64  # tokens of the prompt that the ways are timed with
+COMPILE_RATIO = 350  # torch.compile of a block and a head, over Python's compilation of model.py
 
 
 class DecodingLinear(nn.Module):
     """A Linear layer whose weight is kept in float32, bfloat16 or int8.
 
     int8: each output channel has its own scale, the largest of its weights / 127 (symmetric, weights only).
+
+    `way` names one of `ways` for up to `n_rows` rows, and `prompt_way` the one for more.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str):
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1):
         super().__init__()
         scale = None
         if quantize == "int8":
@@ -31,30 +45,74 @@ class DecodingLinear(nn.Module):
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
+        packs = quantize == "int8" and weight.size(1) % 4 == 0 and sys.byteorder == "little"
+        self.register_buffer("words", self.weight.view(torch.int32) if packs else None, persistent=False)
+        self.n_rows = n_rows
+        self.way = self.prompt_way = ways(self.weight)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., columns) -> (..., rows), in the dtype of x."""
         rows = x.flatten(0, -2)  # (B, columns)
-        if torch.compiler.is_compiling():
-            # as_strided asks for x in memory; the compiler would compute what x is anew for each row of the weight
-            rows = rows.float().contiguous()
-            y = multiply_and_sum(self.weight, rows.as_strided(rows.shape, (rows.size(1), 1)))
-        elif self.scale is None and (self.weight.dtype == torch.bfloat16 or len(rows) > 256):
-            y = F.linear(rows.to(self.weight.dtype), self.weight)
-        else:  # int8 becomes x's dtype in parts that stay in the cache; MKL takes few rows faster as columns
-            parts = self.weight.split(max(1, 2**20 // rows.size(1)))
-            y = torch.cat([part.to(x.dtype) @ rows.T for part in parts]).T.contiguous()
+        if torch.compiler.is_compiling() and len(rows) <= MOST_ROWS:
+            y = multiply_and_sum(self.weight if self.words is None else self.words, rows.float())
+        else:
+            y = product(self.weight, rows, self.way if len(rows) <= self.n_rows else self.prompt_way)
         y = y.view(*x.shape[:-1], -1)
         y = y if self.scale is None else y * self.scale
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
 
 
+def ways(weight: Tensor) -> list[str]:
+    """The ways to multiply by this weight without a compiler, the default one first:
+
+    linear: torch's own product, in the dtype of the weight
+    columns: float32 weights times columns, which MKL multiplies faster where there are few
+    int8pack: torch's product of bfloat16 activations and int8 weights
+    """
+    if weight.dtype == torch.float32:
+        return ["columns", "linear"]
+    if weight.dtype == torch.int8:  # int8pack reads whole vectors: other widths crash it
+        return ["int8pack", "columns"] if weight.size(1) % 32 == 0 else ["columns"]
+    return ["linear", "columns"]
+
+
+def product(weight: Tensor, x: Tensor, way: str) -> Tensor:
+    """x (B, columns) times weight (rows, columns) -> (B, rows)."""
+    if way == "int8pack":
+        return torch._weight_int8pack_mm(x.bfloat16(), weight, torch.ones(len(weight), dtype=torch.bfloat16)).float()
+    if way == "linear":
+        return F.linear(x.to(weight.dtype), weight)
+    if weight.dtype == torch.float32:
+        return (weight @ x.float().T).T.contiguous()
+    parts = weight.split(max(1, 2**20 // weight.size(1)))  # each stays in the cache as float32
+    return torch.cat([part.float() @ x.float().T for part in parts]).T.contiguous()
+
+
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """x (B, columns) times weight (rows, columns) -> (B, rows), in float32, written so that the compiler reads each
-    weight once: all sums over the columns become one loop, in which two rows of the weight share what it loads of x."""
-    parts = weight.chunk(2 if len(x) > 1 else 1)
-    return torch.cat([torch.stack([(part.float() * row).sum(-1) for row in x]) for part in parts], -1)
+    """x (B, columns) times weight (rows, columns) -> (B, rows), in float32, for the compiler.
+
+    It reads each weight once: all sums over the columns become one loop. There two rows of the weight share what is
+    loaded of x, and add to different registers, so that neither waits for the other's addition.
+
+    int8 weights come as int32 words of four, (rows, columns / 4). Shifts take the words apart in whole vectors, on each
+    kind of CPU; inductor loads single int8 vectors through a buffer where it compiles for AVX2, 14 times slower.
+    """
+    B, shared = len(x), 2 if len(x) > 1 or weight.dtype == torch.int32 else 1
+    if weight.dtype == torch.int32:  # byte k of word j multiplies column 4 * j + k
+        x = x.view(B, -1, 4).transpose(1, 2)
+    # as_strided needs x in memory; otherwise the compiler computes x again for each row of the weight
+    x = x.contiguous().view(B, -1, weight.size(1))
+    x = x.as_strided(x.shape, x.stride())
+    return torch.cat([torch.stack([weighted_sum(part, row) for row in x]) for part in weight.chunk(shared)], -1)
+
+
+def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (rows, columns) or int32 words of it, x (1 or 4, columns of `weight`) -> (rows,)"""
+    if weight.dtype != torch.int32:
+        return (weight.float() * x[0]).sum(-1)
+    a, b, c, d = (((weight << shift) >> 24).float() for shift in (24, 16, 8, 0))  # the right shift keeps the sign
+    return (a * x[0] + b * x[1] + c * x[2] + d * x[3]).sum(-1)
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
@@ -89,15 +147,16 @@ class OneTokenCompiled(nn.Module):
         return self.compiled(self.module, x, *rest)
 
 
-MOST_ROWS = 8  # beyond these a CPU is bound by arithmetic, for which torch's own product is made
-
-
-def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = True, n_rows: int = 1) -> GPT:
+@torch.no_grad()
+def prepare_for_decoding(
+    model: GPT, quantize: str = "none", compile: bool | str = True, n_rows: int = 1, n_tokens: int = 0
+) -> GPT:
     """The model with its Linear layers, head included, replaced by DecodingLinear; it can generate, but not train.
 
     `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast way for single tokens
-    of `n_rows` rows side by side, up to MOST_ROWS, which takes some seconds; where that fails, a warning says so and it
-    is done without.
+    of `n_rows` rows side by side, which takes some seconds. "auto" does so if that pays back over `n_tokens` tokens,
+    and uses the compiled way only if it is faster. Where compiling fails, a warning is printed, and the model is used
+    uncompiled. What was measured and chosen goes to standard error.
     """
     if quantize == "none":
         for p in model.parameters():  # a tied one stays so
@@ -105,26 +164,116 @@ def prepare_for_decoding(model: GPT, quantize: str = "none", compile: bool = Tru
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, DecodingLinear(child.weight, child.bias, quantize))
-    if not compile or n_rows > MOST_ROWS:
+                setattr(module, name, DecodingLinear(child.weight, child.bias, quantize, n_rows))
+    seconds, reading = choose_ways(model, n_rows)
+    kind = quantize if quantize != "none" else str(model.lm_head.weight.dtype)[6:]
+    auto = compile == "auto"
+    if auto:
+        compile = n_rows <= MOST_ROWS and pays_back(seconds - reading, n_tokens)
+    if not compile or not add_compiled(model, n_rows):
+        print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)
         return model
+    compiled = model.transformer.h, model.lm_head
+    plain = nn.ModuleList(block.module for block in model.transformer.h), model.lm_head.module
+
+    def one_token(blocks: nn.ModuleList, head: nn.Module) -> Tensor:
+        model.transformer.h, model.lm_head = blocks, head
+        return model(torch.zeros(n_rows, 1, dtype=torch.long), cache=cache)[0]
+
+    cache = KVCache(model.config, n_rows, 16)
+    expected, found = one_token(*plain), one_token(*compiled)
+    if not (found - expected).abs().max() <= 0.05 * expected.abs().max() + 1e-6:  # also where there is a NaN
+        print(
+            "warning: the compiled model differs from the uncompiled one, perhaps because torch's cache of compiled "
+            "code is from another CPU; going on without. To compile again, set TORCHINDUCTOR_CACHE_DIR to a new folder",
+            file=sys.stderr,
+        )
+        one_token(*plain)
+        return model
+    candidates = {"compiled": lambda: one_token(*compiled), "uncompiled": lambda: one_token(*plain)}
+    # the first calls are slow, and compiling is paid for already: only a clear result counts
+    name, times = fastest(candidates, seconds=0.5, margin=1.2)
+    name = name if auto else "compiled"
+    one_token(*(compiled if name == "compiled" else plain))
+    ratio = times["uncompiled"] / times["compiled"]
+    how = f"{name} ({'auto: ' if auto else ''}compiled is {ratio:.1f}x as fast as uncompiled on this CPU)"
+    print(f"{kind}: {1e3 * times[name]:.1f} ms per token, {how}", file=sys.stderr)
+    return model
+
+
+def add_compiled(model: GPT, n_rows: int) -> bool:
+    """Wrap blocks and head in OneTokenCompiled, and compile them. Where that fails, print a warning, leave the model as
+    it is, and return False."""
     blocks, head = model.transformer.h, model.lm_head
+    # size_asserts: checks of each tensor's shape in each call, besides those of torch.compile
+    options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
     try:
-        options = {"size_asserts": False}  # checks of each tensor's shape in each call, beside those of torch.compile
-        one_block, product = (torch.compile(kind.forward, options=options) for kind in (Block, DecodingLinear))
+        one_block, one_product = (torch.compile(kind.forward, options=options) for kind in (Block, DecodingLinear))
         model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, n_rows) for block in blocks)
-        model.lm_head = OneTokenCompiled(head, product, n_rows)
-        with torch.no_grad():  # torch compiles at the first call
-            model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
+        model.lm_head = OneTokenCompiled(head, one_product, n_rows)
+        model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))  # compiles now
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
         model.transformer.h, model.lm_head = blocks, head
-    return model
+        return False
+    return True
 
 
-def pays_back(model: GPT, n_tokens: int) -> bool:
-    """Whether compiling, some five seconds (at the very first time more), gains that much over `n_tokens`: float32
-    weights are then read at 25 instead of 12 GB/s, as measured on two cores by benchmarks/decode.py."""
-    n_bytes = 4 * model.num_params(non_embedding=True) * n_tokens
-    return n_bytes / 12e9 - n_bytes / 25e9 > 5
+def choose_ways(model: GPT, n_rows: int) -> tuple[float, float]:
+    """Set `way` and `prompt_way` of each DecodingLinear to the fastest of its `ways`, timed per shape of the weight.
+
+    Returns the seconds that all products of one token take, and those in which torch reads all weights once. Takes
+    about 0.15 s.
+    """
+    dtype = model.transformer.wte.weight.dtype
+    groups: dict[torch.Size, list[DecodingLinear]] = {}
+    for layer in model.modules():
+        if isinstance(layer, DecodingLinear):
+            groups.setdefault(layer.weight.shape, []).append(layer)
+    total, reading = 0.0, 0.0
+    for layers in groups.values():
+        way, times, seconds = time_ways(layers, n_rows, dtype, 0.1 / len(groups))
+        for layer in layers:
+            layer.way = way
+        total, reading = total + times[way], reading + seconds
+    in_blocks = [layers for layers in groups.values() if model.lm_head not in layers]
+    largest = max(in_blocks or groups.values(), key=lambda layers: layers[0].weight.numel())
+    prompt_way, _, _ = time_ways(largest, PROMPT_ROWS, dtype, 0.05)
+    for layer in itertools.chain(*groups.values()):
+        layer.prompt_way = prompt_way if prompt_way in ways(layer.weight) else ways(layer.weight)[0]
+    return total, reading
+
+
+def time_ways(
+    layers: list[DecodingLinear], n_rows: int, dtype: torch.dtype, seconds: float
+) -> tuple[str, dict[str, float], float]:
+    """The fastest way to multiply `n_rows` rows by layers of one shape, and for all these layers together the time of
+    each way and the time in which torch reads the weights, both in seconds."""
+    pieces = [piece for layer in layers for piece in layer.weight.split(4096)]  # a whole head takes too long
+    pieces = [piece for piece in pieces if len(piece) == len(pieces[0])]
+    turn = itertools.cycle(pieces)  # as in decoding, the next weight is not in the CPU's cache
+    x = torch.ones(n_rows, layers[0].weight.size(1), dtype=dtype)
+    candidates = {way: lambda way=way: product(next(turn), x, way) for way in ways(pieces[0])}
+    way, times = fastest(candidates, seconds, margin=1.3)  # ways differ in the last bits: noise must not choose
+
+    def read() -> Tensor:  # whatever the bits mean, a sum of float32 is bound by reading
+        piece = next(turn).flatten()
+        return piece[: len(piece) // 4 * 4].view(torch.float32).sum()
+
+    reading = min(seconds_per_call(read) for _ in range(5))
+    n_pieces = len(layers) * len(layers[0].weight) / len(pieces[0])
+    return way, {name: n_pieces * time for name, time in times.items()}, n_pieces * reading
+
+
+def pays_back(gain: float, n_tokens: int) -> bool:
+    """Whether compiling takes less time than it saves, with `gain` seconds a token saved at most.
+
+    Compiling is work of Python and of a C++ compiler on one core. Its time is estimated from that of a like work:
+    Python's own compilation of model.py, of which it takes COMPILE_RATIO times as long.
+    """
+    if gain * n_tokens < 1:
+        return False
+    source = Path(inspect.getfile(GPT)).read_text(encoding="utf-8")
+    own = min(seconds_per_call(lambda: builtins.compile(source, "model.py", "exec")) for _ in range(3))
+    return gain * n_tokens > COMPILE_RATIO * own

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, files, printable, runtime
+from acorn import UserError, chat, checkpoint, files, printable, records, runtime
 from acorn.evaluate import refuse_none, window_sums
 from acorn.generate import Sampling, TextStream, encode_prompt, generate
 from acorn.mixture import load_mixture
@@ -44,11 +44,11 @@ def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def measure_tokens(
-    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int, eot=None
+    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, tuple]:
     """Value, standard error and number of tokens or bytes of loss (nats), perplexity and bits per byte; windows of
-    `block_size` tokens stand side by side. Given `eot`, attention stays inside a document."""
-    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes(), eot).numpy()
+    `block_size` tokens stand side by side."""
+    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
     refuse_none(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
@@ -61,10 +61,9 @@ def measure_tokens(
 
 
 def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, tuple]:
-    """`measure_tokens` of a UTF-8 text file, an end-of-text token before it where there is one."""
-    ids = tokenizer.encode(files.read_text(path))
-    if tokenizer.eot is not None:
-        ids = np.insert(ids, 0, tokenizer.eot)
+    """`measure_tokens` of a UTF-8 text file, as one document of a dataset."""
+    ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
+    ids = np.array(ids, dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has nothing in it to predict; give a file with more text")
     with tempfile.TemporaryDirectory() as folder:  # the loop over windows reads shards
@@ -100,6 +99,11 @@ def greedy_answers(
         greedy = Sampling(temperature=0)
         generate(model, batch, max_new_tokens, greedy, [0] * len(batch), on_token, tokenizer.n_vocab)
     return [(answer + stream.finish()).strip() for answer, stream in zip(answers, streams, strict=True)]
+
+
+def after_thinking(answer: str, reference: str) -> str:
+    """The part of an answer that is compared: what follows its thinking, unless the reference thinks too."""
+    return answer if "</think>" in reference else answer.rpartition("</think>")[2].strip()
 
 
 def measure_answers(answers: list[str], references: list[str]) -> dict[str, tuple]:
@@ -161,7 +165,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
     text = prompt.rstrip()  # the space before a word belongs to its token
     ids = encode_prompt(tokenizer, text, control=False)
-    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids) if text else 0 :]
+    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
 def measure_choices(
@@ -297,7 +301,7 @@ def main() -> int:
 
     # ---- text
     if dataset:
-        mixture = load_mixture(dataset)
+        mixture = load_mixture(dataset, document_mask=apart)
         if tokenizer_hash(mixture.tokenizer) != tokenizer_hash(tokenizer):
             raise UserError(
                 f"{dataset} was prepared with another tokenizer ({mixture.tokenizer.kind}) than that of {source} "
@@ -307,8 +311,7 @@ def main() -> int:
             tokens = getattr(each, args.split)
             if tokens is None:
                 raise UserError(f"{each.path} has no validation shards; give --split train, or --text FILE")
-            eot = tokenizer.eot if apart else None
-            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how, eot)
+            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how)
     if args.text:
         figures[args.text] = measure_text(model, tokenizer, args.text, *how)
 
@@ -317,8 +320,12 @@ def main() -> int:
         prompts, references = [], []
         for where, record in pairs:
             try:
-                messages = chat.read_messages(record)
+                messages = records.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+                if "content" not in messages[last]:
+                    raise UserError(
+                        "has a last reply without text, such as a call of a tool; answers are compared as text"
+                    )
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
                 if len(prompts[-1]) >= model.config.block_size:
                     raise UserError(
@@ -330,7 +337,7 @@ def main() -> int:
         with r.autocast():
             options = (args.stop, args.max_new_tokens, args.batch_size)
             answers = greedy_answers(model, tokenizer, prompts, *options)
-        figures[args.pairs] = measure_answers(answers, references)
+        figures[args.pairs] = measure_answers(list(map(after_thinking, answers, references)), references)
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
         figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)

@@ -1,7 +1,7 @@
 """What a run trains on: one dataset, or several drawn from in fixed proportions, `dataset = 'fineweb:0.8,mycode:0.2'`.
 
 The stream of samples of a mixture is, like that of one dataset, a pure function of (seed, position): sample i belongs
-to one of the datasets, and is the next sample of that dataset's own shuffled stream (`shards.sample_windows`).
+to one of the datasets, and is the next sample of that dataset's own shuffled stream (`batches.sample`).
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from acorn import UserError
-from acorn.shards import Dataset, load_dataset, sample_windows
+from acorn import UserError, batches
+from acorn.shards import Dataset, load_dataset
 from acorn.tokenizer import Tokenizer, tokenizer_hash
 
 PART = re.compile(r"\s*(.+):([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*")  # NAME:PROPORTION
@@ -44,16 +44,27 @@ class Mixture:
         parts = [(dataset.identity(), str(share)) for dataset, share in zip(self.datasets, self.shares, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples first, ..., first + count - 1 of the endless stream: x and y as `shards.sample_windows` has them."""
+    @property
+    def has_documents(self) -> bool:
+        """Whether samples come with the numbers of their documents."""
+        tokens = [dataset.train for dataset in self.datasets]
+        return any(each.conversations is not None or each.document_mark is not None for each in tokens)
+
+    def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple:
+        """Samples first, ..., first + count - 1 of the endless stream, as (x, y, documents): see acorn/batches.py.
+        Where only some of the datasets number documents, a window of another one is one document."""
         x = np.empty((count, block_size), dtype=np.int64)
         y = np.empty((count, block_size), dtype=np.int64)
+        documents = np.zeros((count, block_size), dtype=np.int64) if self.has_documents else None
         drawn = np.array(list(origins(first, count, self.shares))).reshape(count, 2)
         for k, dataset in enumerate(self.datasets):
             rows = np.flatnonzero(drawn[:, 0] == k)
             if len(rows):  # in the dataset's own stream they follow on each other
-                x[rows], y[rows] = sample_windows(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
-        return x, y
+                own = batches.sample(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
+                x[rows], y[rows] = own[:2]
+                if own[2] is not None:
+                    documents[rows] = own[2]
+        return x, y, documents
 
 
 def origins(first: int, count: int, shares: list[Fraction]) -> Iterator[tuple[int, int]]:
@@ -80,13 +91,20 @@ def _rounded(n: int, part: Fraction) -> int:
     return (2 * n * part.numerator + part.denominator) // (2 * part.denominator)
 
 
-def load_mixture(spec: str, hashed: bool = True) -> Mixture:
+def load_mixture(spec: str, hashed: bool = True, document_mask: bool = False) -> Mixture:
     """Open the datasets of 'NAME:PROPORTION,NAME:PROPORTION,...', or the one that `spec` names.
 
     Proportions count relative to their sum. A comma makes a mixture, and the last colon of a part ends its name, so
     C:\\data\\mine and data/12:30 are plain names. Whatever is wrong, different tokenizers too, is a UserError. For
-    `hashed` see `load_dataset`.
+    `hashed` see `load_dataset`, for `document_mask` `Dataset.mask_documents`.
     """
+    mixture = _load(spec, hashed)
+    for dataset in mixture.datasets if document_mask else ():
+        dataset.mask_documents()
+    return mixture
+
+
+def _load(spec: str, hashed: bool) -> Mixture:
     texts = spec.split(",")
     parts = [PART.fullmatch(text) for text in texts]
     if len(parts) == 1 or not any(parts):

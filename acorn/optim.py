@@ -55,6 +55,25 @@ def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     raise UserError(f"{type(optimizer).__name__} has no branch in moment_kinds (acorn/optim.py); add its state's names")
 
 
+# Where the host decides whether to step: on a CPU that is free, and the fused AdamW of MPS ignores found_inf.
+HOST_DECIDES = ("cpu", "mps")
+
+
+def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
+    """Step the optimizers unless the norm of the gradient is non-finite. A GPU decides that itself, so that the host
+    does not wait for it. `skipped` (2,) counts the updates without a step: in a row up to now, and in all."""
+    bad = ~grad_norm.isfinite()
+    skipped += bad
+    skipped[0].mul_(bad)
+    found_inf = None if bad.device.type in HOST_DECIDES else bad.float()
+    if found_inf is None and bad:
+        return
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf  # as GradScaler tells fused optimizers; with 1 they change nothing
+        optimizer.step()
+        del optimizer.found_inf
+
+
 def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """What the optimizers remember, after the names of parameters: wte.weight.exp_avg, wte.weight.step and so on; only
     numbers of steps are numbers, all else has the parameter's shape. Nothing before the first update."""
@@ -117,7 +136,8 @@ class Muon(torch.optim.Optimizer):
     same shape are stacked and orthogonalized together, which is what makes it cheap for small models. Several processes
     divide the matrices among them; of sharded ones each remembers the momentum of its own rows. `dtype` is that in
     which they are orthogonalized: bfloat16 serves, but makes visible in the losses what float32 keeps in the last
-    digits, such as the order in which processes sum up a gradient.
+    digits, such as the order in which processes sum up a gradient. Where `found_inf` is 1, as for fused optimizers of
+    torch, `step` changes nothing.
     """
 
     def __init__(
@@ -133,6 +153,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        skip = None if found_inf is None else found_inf > 0  # on the device
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for p in group["params"]:
@@ -143,6 +165,10 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in same_shape.items():
                 momenta = [self.state[p]["momentum"] for p in params]
                 own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
+                decay = 1 - group["lr"] * group["weight_decay"]
+                if skip is not None:
+                    grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # momentum stays
+                    decay = torch.where(skip, 1.0, decay)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 nesterov = nesterov.to(self.dtype)  # (N, own rows, columns)
@@ -150,7 +176,9 @@ class Muon(torch.optim.Optimizer):
                     updates = orthogonalize_sharded(nesterov, rows)
                 else:
                     updates = orthogonalize_divided(nesterov)
-                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+                if skip is not None:
+                    updates.masked_fill_(skip, 0)
+                torch._foreach_mul_(own, decay)
                 updates = updates.to(own[0].dtype).unbind()
                 torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 

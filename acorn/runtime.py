@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,31 +83,45 @@ class Runtime:
         return next((1e12 * peak * self.world_size for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` summed over the processes."""
+        """`values` summed over the processes, in place. The host does not wait for a GPU, and CPU tensors do not pass
+        through one."""
         if self.world_size > 1:
-            values = values.to(self.device)
-            torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(values, group=watch.hosts if values.is_cpu else None)
         return values
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """`values` of every process, by rank."""
         if self.world_size == 1:
             return [values]
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        own = torch.tensor(values, dtype=torch.float64)
         everyones = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(everyones, own)
+        torch.distributed.all_gather(everyones, own, group=watch.hosts)
         return torch.stack(everyones).tolist()
 
     def broadcast(self, value: object) -> object:
         """The `value` of the first process, in all of them."""
         values = [value]
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(values, device=self.device)
+            torch.distributed.broadcast_object_list(values, group=watch.hosts)
         return values[0]
+
+    def ask(self, holds: bool) -> Callable[[], bool]:
+        """Begin to ask all processes whether it holds in any of them. The function that is returned waits for their
+        answers, though not for their GPUs."""
+        if self.world_size == 1:
+            return lambda: holds
+        answers = np.array([holds], dtype=np.int64)
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=watch.hosts, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(answers[0])
+
+        return answer
 
     def agree(self, holds: bool) -> bool:
         """Whether it holds in every process."""
-        return self.sum(torch.tensor(int(not holds))).item() == 0
+        return not self.ask(not holds)()
 
     def average_gradients(self, model: torch.nn.Module) -> None:
         """What DistributedDataParallel does in the last backward pass, done after it."""
@@ -134,6 +149,41 @@ class Runtime:
         """Wait for the device, so that a clock that is read next tells the truth."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
+
+
+class Stopwatch:
+    """Adds up the time from each `start` to the next `stop`: on a GPU that of its stream, for which the host does not
+    wait."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.spans: list[tuple] = []  # not added up yet
+        self.total = 0.0
+
+    def start(self) -> None:
+        self.began = self._now()
+
+    def stop(self) -> None:
+        self.spans.append((self.began, self._now()))
+        self._add_up()
+
+    def take(self) -> float:
+        """Seconds since the last call; where the device has not come to the end of a span, the next call has it."""
+        self._add_up()
+        total, self.total = self.total, 0.0
+        return total
+
+    def _add_up(self) -> None:
+        while self.spans and (not self.on_gpu or self.spans[0][1].query()):
+            begin, end = self.spans.pop(0)
+            self.total += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def peak_memory(device: torch.device) -> int:

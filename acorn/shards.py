@@ -1,13 +1,17 @@
-"""Token shards: the files between `prepare` and the training loop, and the batches that are cut from them.
+"""Token shards: the files between `prepare` and the training loop. Batches of them: see acorn/batches.py.
 
 A dataset is a folder of shards `train_000000.bin`, `val_000000.bin`, ... and a `meta.json`, written last, so that its
 existence means complete. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then the
 tokens. There are two layouts, those of llm.c and modded-nanogpt: uint16, and uint32 for vocabularies that need it.
 
-Where not every token is to be learned, `train_000000.mask` stands beside `train_000000.bin`: the same header and a byte
-for each token, 1 where it is a target and 0 where it is only read.
+Text is one stream. A document begins at one end-of-text token, or at the BOS that the tokenizer puts before a text.
+Only `prepare` writes it: inside a document that token's name is ordinary text. So the token marks documents, whichever
+id the tokenizer has for it; meta.json names it as `document_mark`.
 
-A batch is a pure function of (seed, position in the data): see `sample_windows`.
+Conversations (`prepare chat`) have no such token: a template may end turns with it. Two files stand beside
+`train_000000.bin` there, with the same header. `train_000000.mask` has a byte for each token, 1 where it is learned and
+0 where it is only read. `train_000000.index` says where each conversation begins, and how the template renders it
+without its oldest turns: five int32 for each of these forms, the columns `FORM` of acorn/batches.py.
 """
 
 import contextlib
@@ -27,20 +31,33 @@ from typing import NamedTuple
 import numpy as np
 
 from acorn import REPO, UserError, files
-from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, tokenizer_hash
+from acorn.batches import (  # noqa: F401 (for those who read shards)
+    FORM,
+    Conversations,
+    number_documents,
+    permute,
+    sample_windows,
+    samples_per_epoch,
+    sequential_windows,
+    split_windows,
+)
+from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
-MASK_MAGIC = 20261122
+MASK_MAGIC, INDEX_MAGIC = 20261122, 20261123
 LAYOUTS = {  # magic: (version, type of a token)
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
     MASK_MAGIC: (1, np.dtype("u1")),
+    INDEX_MAGIC: (1, np.dtype("<i4")),
 }
 SHARD_TOKENS = 100_000_000
 HASHED = 2_000_000_000  # bytes; of a dataset so much is hashed whenever it is opened, which takes a second or two
 OPEN_FILES = 256  # at most, of each split
-SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
+SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask|index)")
+KINDS = {"shards": "bin", "masks": "mask", "index": "index"}  # of files, as meta.json lists them: their suffixes
+MARKS = {LAYOUTS[MASK_MAGIC][1].str: "masks", LAYOUTS[INDEX_MAGIC][1].str: "index"}  # those that hold no tokens
 PARTIAL = ".acorn_partial"  # inside a dataset's folder: the new shards, until all of them are whole
 
 
@@ -167,6 +184,17 @@ class MaskWriter(ShardWriter):
         self.version, self.dtype = LAYOUTS[MASK_MAGIC]
 
 
+class IndexWriter(ShardWriter):
+    """Writes the index beside the shards of one split: the numbers of its forms, five each, one after the other."""
+
+    suffix = "index"
+
+    def __init__(self, folder: str | Path, split: str):
+        super().__init__(folder, split, 2**31)
+        self.magic = INDEX_MAGIC
+        self.version, self.dtype = LAYOUTS[INDEX_MAGIC]
+
+
 def write_meta(folder: str | Path, meta: dict) -> None:
     """Write meta.json, whole or not at all, with a hash of what it says in it."""
     files.replace(Path(folder) / "meta.json", json.dumps({**meta, "sha256": meta_hash(meta)}, indent=1))
@@ -192,8 +220,9 @@ class Tokens:
     """The tokens of one split: a read-only stream over its shards, memory mapped.
 
     `name` is how messages call the split. `mask`, a stream as long as this one, says by 0 which tokens are no targets;
-    without one all are. The maps are opened when needed and dropped now and then, since every page
-    that they brought in counts as resident memory until then.
+    without one all are. `conversations`, where there are any, says where each begins; else `document_mark` is the
+    token that begins a document, None where attention is to cross from one to the next. The maps are opened when
+    needed and dropped now and then, since every page that they brought in counts as resident memory until then.
     """
 
     DROP_AFTER = 1 << 25  # tokens brought in
@@ -201,6 +230,8 @@ class Tokens:
     def __init__(self, shards: Sequence[Shard], vocab_size: int, name: str = "train"):
         self.shards, self.vocab_size, self.name = list(shards), vocab_size, name
         self.mask: Tokens | None = None
+        self.conversations: Conversations | None = None
+        self.document_mark: int | None = None
         counts = [shard.tokens for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)  # of each shard, in the stream
         self._starts = (self._ends - counts).tolist()
@@ -316,11 +347,23 @@ class Dataset:
 
     def notes(self, block_size: int) -> list[str]:
         """What a person who trains on windows of `block_size` tokens should know of this data, a sentence each."""
-        notes, longest = [], self.meta.get("longest")  # conversation
-        if isinstance(longest, int) and longest > block_size:
+        notes = []
+        if self.train.conversations is not None:
+            rows = self.train.conversations.rows(block_size)
+            found = {
+                "lose their oldest turns": rows.dropped,
+                "lose the end of their reply": rows.cut,
+                "are left out (the question fills a row)": rows.left_out,
+            }
             notes.append(
-                f"conversations there have up to {longest:,} tokens, beyond the block size of {block_size:,}: "
-                f"no window holds those whole; python prepare chat ... --max_tokens {block_size} cuts their beginning"
+                f"{len(self.train.conversations):,} conversations in {len(rows.starts) - 1:,} rows of {block_size:,} "
+                f"tokens, {rows.padding:.1%} of them padding"
+                + "".join(f"; {count:,} {what}" for what, count in found.items() if count)
+            )
+        elif self.train.mask is not None:
+            notes.append(
+                f"{self.path} was prepared by an older version: windows cut its conversations, and document_mask does "
+                "not apply to it. Run `python prepare chat ... --overwrite` to train on whole conversations."
             )
         if self.unhashed:
             notes.append(
@@ -329,10 +372,31 @@ class Dataset:
             )
         return notes
 
+    @property
+    def document_mark(self) -> int | None:
+        """The token that tells documents apart: it begins each, but for those that the tokenizer ends with it."""
+        if not self.meta:  # another program made it
+            return next(iter(self.tokenizer.before_document), self.tokenizer.eot)
+        return self.meta.get("document_mark", self.tokenizer.eot)
+
+    def mask_documents(self) -> None:
+        """Number the documents in samples from now on, so that attention stays inside each. Conversations always are
+        kept apart. Raises UserError where no token marks the documents."""
+        if self.train.mask is not None:
+            return
+        if self.document_mark is None:
+            raise UserError(
+                f"document_mask = True, but the {self.tokenizer.kind} tokenizer of {self.path} has no end-of-text "
+                "token that would tell documents apart; prepare it with --tokenizer byte or gpt2, or leave "
+                "document_mask out"
+            )
+        for split in filter(None, (self.train, self.val)):
+            split.document_mark = self.document_mark
+
     def identity(self) -> str:
         """SHA-256 (hex) that tells datasets apart: of the shards' hashes, or, where none are known, of their sizes."""
         splits = [self.train, self.val] if self.val else [self.train]
-        kinds = [(split, key) for key in ("shards", "masks") for split in ("train", "val")]
+        kinds = [(split, key) for key in KINDS for split in ("train", "val")]
         listed = [self.meta[split][key] for split, key in kinds if self.meta and key in self.meta[split]]
         sizes = [[shard.tokens for shard in split.shards] for split in splits]
         return hashlib.sha256(json.dumps(listed or sizes, sort_keys=True).encode()).hexdigest()
@@ -342,8 +406,8 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
     """Open a dataset: a path, or the name of a folder in `data/` here or in the repository.
 
     Reads what `prepare` wrote, nanoGPT's folders (headerless `train.bin`), and those of llm.c and modded-nanogpt
-    (`NAME_train_000001.bin`). Whatever is wrong with the dataset is a UserError. Where another process of this machine
-    compares the shards with their hashes, `hashed` may be False.
+    (`NAME_train_000001.bin`, `NAME_train.bin`). Whatever is wrong with the dataset is a UserError. Where another
+    process of this machine compares the shards with their hashes, `hashed` may be False.
     """
     candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
     for path in candidates:
@@ -351,7 +415,7 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
             return _load_prepared(name, path, HASHED if hashed else 0)
         if os.path.isfile(path / "train.bin"):
             return _load_nanogpt(name, path)
-        if os.path.isdir(path) and any(path.glob("*_train_*.bin")):
+        if os.path.isdir(path) and _foreign_shards(path, "train"):
             return _load_llmc(name, path)
         if os.path.isdir(path) and (
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
@@ -406,7 +470,7 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
         listed = {
             (split, key): [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in entries]
             for split in ("val", "train")
-            for key, entries in (("shards", meta[split]["shards"]), ("masks", meta[split].get("masks", [])))
+            for key, entries in ((key, {"masks": [], "index": [], **meta[split]}[key]) for key in KINDS)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
@@ -419,7 +483,7 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
     for (split, key), entries in listed.items():
         opened[split, key] = []
         for file, tokens, sha256 in entries:
-            if not SHARD_NAME.fullmatch(file) or file.endswith(".mask") != (key == "masks"):
+            if not SHARD_NAME.fullmatch(file) or not file.endswith(KINDS[key]):
                 raise UserError(f"{meta_path} lists {file!r:.60}, which is no shard's name; prepare the dataset again")
             shard = open_shard(path / file)
             size = tokens * shard.dtype.itemsize
@@ -429,7 +493,7 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
             else:  # the count has to do
                 unhashed += size
                 other = shard.tokens != tokens
-            if other or (shard.dtype.itemsize == 1) != (key == "masks"):
+            if other or MARKS.get(shard.dtype.str, "shards") != key:
                 raise UserError(
                     f"{shard.path} is not the shard that {meta_path} lists: it is damaged, or one of the two belongs "
                     "to another dataset; prepare the dataset again with --overwrite"
@@ -449,7 +513,18 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
             if tokens is None or len(mask) != len(tokens):
                 raise UserError(f"the masks of {path} are of another length than its shards; prepare the dataset again")
             tokens.mask = mask
+        if index := opened[split, "index"]:
+            tokens.conversations = _read_index(path, tokens, Tokens(index, 2**31, f"index of the {split} ({path})"))
     return dataset
+
+
+def _read_index(path: Path, tokens: Tokens, index: Tokens) -> Conversations:
+    try:
+        return Conversations(tokens, index.read([0], len(index)).reshape(-1, len(FORM)))
+    except ValueError as error:
+        raise UserError(
+            f"the index of {path} does not belong to its shards; prepare the dataset again with --overwrite"
+        ) from error
 
 
 def _load_nanogpt(name: str, path: Path) -> Dataset:
@@ -488,13 +563,22 @@ def _read_meta_pkl(path: Path) -> CharTokenizer:
         ) from error
 
 
+def _foreign_shards(path: Path, split: str) -> list[Path]:
+    """The shards of a split as llm.c and modded-nanogpt name them: NAME_train_000001.bin, or one NAME_train.bin."""
+    return sorted(path.glob(f"*_{split}_*.bin")) or sorted(path.glob(f"*_{split}.bin"))
+
+
 def _load_llmc(name: str, path: Path) -> Dataset:
-    """`NAME_train_000001.bin`, `NAME_val_000000.bin`: shards without a meta.json, whose tokens are GPT-2's."""
-    train, val = ([open_shard(file) for file in sorted(path.glob(f"*_{split}_*.bin"))] for split in ("train", "val"))
+    """Shards without a meta.json. Their tokens are those of the tokenizer.json beside them, else GPT-2's."""
+    train, val = ([open_shard(file) for file in _foreign_shards(path, split)] for split in ("train", "val"))
+    tokenizer = load_hf(path) if is_hf(path) else GPT2Tokenizer()
     for shard in train + val:
-        if shard.dtype.itemsize != 2:
-            raise UserError(f"{shard.path} holds uint32 tokens of an unknown tokenizer, and {path} has no meta.json")
-    return _dataset(name, path, train, val, GPT2Tokenizer(), {})
+        if shard.dtype.itemsize != 2 and not is_hf(path):
+            raise UserError(
+                f"{shard.path} holds uint32 tokens of an unknown tokenizer. Copy the tokenizer.json and "
+                f"tokenizer_config.json of the model that they are for into {path}."
+            )
+    return _dataset(name, path, train, val, tokenizer, {})
 
 
 def _dataset(name: str, path: Path, train: list[Shard], val: list[Shard], tokenizer: Tokenizer, meta: dict) -> Dataset:
@@ -502,109 +586,3 @@ def _dataset(name: str, path: Path, train: list[Shard], val: list[Shard], tokeni
         Tokens(shards, tokenizer.n_vocab, f"{split} ({path})") for split, shards in (("train", train), ("val", val))
     ]
     return Dataset(name, path, streams[0], streams[1] if val else None, tokenizer, tokenizer.n_vocab, meta)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-#
-# N tokens make N - 1 pairs: pair p has the input token p and the target token p + 1. An epoch e lays the pairs out on a
-# ring, starts at its own offset o, and cuts n = ceil((N - 1) / T) windows of T pairs; window j holds the pairs
-# o + j T, ..., o + j T + T - 1 (mod N - 1). The last window goes past the end of the ring; there its targets are
-# masked. So an epoch has every pair once and none twice. The windows come in an order that a seeded permutation gives.
-
-
-def split_windows(tokens: Tokens, block_size: int) -> int:
-    """How many windows of `block_size` (token, next token) pairs cover the split: one epoch."""
-    if len(tokens) < 2:
-        raise UserError(f"the {tokens.name} split has {len(tokens)} tokens; training needs 2 or more: add text to it")
-    return -(-(len(tokens) - 1) // block_size)
-
-
-def sample_windows(tokens: Tokens, block_size: int, first: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples first, ..., first + count - 1 of the endless shuffled stream: inputs x and targets y, int64.
-
-    Both have the shape (count, block_size); a target of -1 is masked. A pure function of its arguments; the first
-    epoch is samples 0, ..., n - 1 (n from `split_windows`), the next epoch follows, and a batch may straddle the two.
-    """
-    n = split_windows(tokens, block_size)
-    pairs = len(tokens) - 1
-    samples = np.arange(first, first + count)
-    epochs, ranks = np.divmod(samples, n)
-    keys = _mix(_mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + epochs.astype(np.uint64))
-    windows = permute(ranks, n, keys)
-    offsets = (_mix(~keys) % np.uint64(pairs)).astype(np.int64)
-    starts = (offsets + windows * block_size) % pairs
-
-    x = np.empty((count, block_size), dtype=np.int64)
-    y = np.empty((count, block_size), dtype=np.int64)
-    whole = starts + block_size <= pairs  # does not wrap around the end of the ring
-    x[whole], y[whole] = tokens.read_pairs(starts[whole], block_size)
-    for row in np.flatnonzero(~whole):
-        inputs, targets = tokens.read_pairs((starts[row] + np.arange(block_size)) % pairs, 1)
-        x[row], y[row] = inputs[:, 0], targets[:, 0]
-    y[windows == n - 1, pairs - (n - 1) * block_size :] = -1
-    return x, y
-
-
-def sequential_windows(tokens: Tokens, block_size: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows first, ..., first + count - 1 of the split in order, for evaluation: x and y as in `sample_windows`.
-
-    Where the split ends, inside its last window, x is padded with 0 and y with -1; windows beyond are all padding.
-    """
-    split_windows(tokens, block_size)  # refuses a split that is too short
-    pairs = len(tokens) - 1
-    x = np.zeros((count, block_size), dtype=np.int64)
-    y = np.full((count, block_size), -1, dtype=np.int64)
-    starts = np.arange(first, first + count) * block_size
-    whole = int((starts + block_size <= pairs).sum())
-    x[:whole], y[:whole] = tokens.read_pairs(starts[:whole], block_size)
-    if whole < count and starts[whole] < pairs:
-        rest = pairs - starts[whole]
-        x[whole, :rest], y[whole, :rest] = tokens.read_pairs(starts[whole : whole + 1], rest)
-    return x, y
-
-
-def number_documents(x: np.ndarray, y: np.ndarray, eot: int) -> np.ndarray:
-    """The documents in windows with inputs x and targets y, numbered from 0 in each row: int64, (count, block_size).
-
-    A document begins at each end-of-text token, which precedes it, and where x is not the target before it: there the
-    window has come to the end of the split and goes on at its beginning.
-    """
-    begins = x == eot
-    begins[:, 1:] |= (y[:, :-1] != -1) & (x[:, 1:] != y[:, :-1])
-    return begins.cumsum(axis=1)
-
-
-def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """A pseudo-random bijection of [0, n) for each uint64 key, applied to `index`, without a table.
-
-    A Feistel network over pairs (left, right) in a x b >= n: each round adds to one half a hash of the other, which can
-    be undone, so the network permutes the a x b pairs. A result outside [0, n) is sent through again until it falls
-    inside. With a x b this close to n that is rare.
-    """
-    a = np.uint64(np.ceil(np.sqrt(n)))
-    b = np.uint64(-(-n // int(a)))
-    result = index.astype(np.uint64)
-    keys = np.broadcast_to(keys, result.shape)
-    todo = np.arange(len(result))
-    while len(todo):
-        left, right = np.divmod(result[todo], b)
-        key = keys[todo]
-        for _ in range(3):
-            key = key + _GOLDEN
-            left = (left + _mix(right + key)) % a
-            right = (right + _mix(left ^ key)) % b
-        result[todo] = left * b + right
-        todo = todo[result[todo] >= n]
-    return result.astype(np.int64)
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Hash uint64 to uint64: the step of the generator splitmix64."""
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -32,6 +32,7 @@ TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
 BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from, at most
 MAX_VOCAB = 1 << 22  # a tokenizer.json with more is broken
 END_OF_TEXT = "<|endoftext|>"
+DEFAULT_ENDS = ([2], [50256])  # of transformers' LlamaConfig and GPT2Config
 GPT2_FILES = {  # what defines GPT-2's tokenizer: the two files, and the hashes that tiktoken demands of them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -45,6 +46,11 @@ class Tokenizer:
     n_vocab: int
     eot: int | None
     chat_template: str | None = None  # how a conversation becomes text, see acorn/chat.py; it travels along
+    more_ends: tuple[int, ...] = ()  # ids beside `eot` and `eos` that end a text, as generation_config.json says
+    pad: str | None = None  # names of the tokens that fill batches and stand for the unknown; for exports alone
+    unk: str | None = None
+    before_text: tuple[int, ...] = ()  # the ids that stand before each text: a BOS, where the tokenizer puts one
+    after_text: tuple[int, ...] = ()  # and those after a whole text
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`: int32, one dimension."""
@@ -66,6 +72,22 @@ class Tokenizer:
     def control(self) -> dict[str, int]:
         """The control tokens, name -> id. Ordinary text never becomes one."""
         return {} if self.eot is None else {END_OF_TEXT: self.eot}
+
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end a text."""
+        return {self.eot, self.control.get(self.eos), *self.more_ends} - {None}
+
+    @property
+    def before_document(self) -> tuple[int, ...]:
+        """The ids before each document of a dataset: what stands before a text, else the end-of-text token, unless it
+        is put after each text anyway."""
+        return self.before_text or (() if self.eot is None or self.after_text else (self.eot,))
+
+    @property
+    def marks_documents(self) -> bool:
+        """Whether tokens tell the documents of a dataset apart."""
+        return bool(self.before_document or self.after_text)
 
     @property
     def bos(self) -> str | None:
@@ -99,7 +121,13 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """The whole tokenizer as a JSON-able dict; `from_dict` turns it back."""
-        return self._saved() | ({"chat_template": self.chat_template} if self.chat_template else {})
+        travels = {name: getattr(self, name) for name in ("chat_template", "more_ends", "pad", "unk")}
+        return self._saved() | {name: value for name, value in travels.items() if value}
+
+    def add_ends(self, ids: Iterable[int]) -> None:
+        """Have these ids end a text too; those outside the vocabulary are left out."""
+        new = {i for i in ids if 0 <= i < self.n_vocab} - self.ends
+        self.more_ends = tuple(sorted(new.union(self.more_ends)))
 
     def _saved(self) -> dict:
         return {"kind": self.kind}
@@ -229,7 +257,8 @@ class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json: byte-level BPE (GPT-2, Llama 3, SmolLM2, and what `train_bpe` makes), or in the
     manner of sentencepiece with a token for each byte (Llama 2, TinyLlama, Gemma).
 
-    `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. Many of the second sort put a space
+    `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. What its post-processor puts around
+    a text is in `before_text` and `after_text`, and not in what `encode` gives. Many of the second sort put a space
     before a text: `decode` drops it, `decode_bytes` and `token_bytes` have it. Some of the first lack a few bytes that
     are rare in text (SmolLM2 some control characters), and leave them out. One that changes text is a UserError.
     """
@@ -248,12 +277,22 @@ class HFTokenizer(Tokenizer):
         if self.n_vocab > MAX_VOCAB:
             raise UserError(f"the tokenizer.json is broken: it has a token id of {self.n_vocab - 1}; get it again")
 
+        self.before_text, self.after_text = self._around_text()
+
         probe = "A probe,  two spaces\n\tand a tab; é字😀"
         self._prepends = False
         text = self.decode(self._reference(probe))
         self._prepends = text.startswith(" ")
         if text.removeprefix(" ") != probe:
             raise UserError("the tokenizer.json does not give back the text that it encodes; use another, as gpt2")
+
+    def _around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the file's post-processor puts before and after a text."""
+        plain, whole = (self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        return (), ()
 
     def _make_backend(self, control: bool):
         import tokenizers
@@ -518,37 +557,66 @@ def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
 
 def load_hf(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, or of a folder that holds one. The files beside it name its control tokens and
-    its chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja."""
+    its chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json,
+    chat_template.jinja."""
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     config = _read_json(path)
     if not isinstance(config.get("model"), dict):
         raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer")
-    beside = ("special_tokens_map", "tokenizer_config", "generation_config")
-    names, settings, generation = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in beside)
+    beside = ("special_tokens_map", "tokenizer_config")
+    names, settings = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in beside)
     try:
         added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
-        bos, eos = (_token_name((names | settings).get(name)) for name in ("bos_token", "eos_token"))
-        ids = generation.get("eos_token_id")
-        eos = eos or added.get(ids[0] if isinstance(ids, list) else ids)
+        ends = read_ends(path.parent, added)
+        named = [_token_name((names | settings).get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
+        bos, eos, pad, unk = named
+        eos = eos or next((added[i] for i in ends if i in added), None)
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, for different uses
-            template = {t["name"]: t["template"] for t in template}["default"]
+            template = {t["name"]: t["template"] for t in template}
+            template = _either(template["default"], template.get("tool_use"))
         if (file := path.with_name("chat_template.jinja")).is_file():
             template = files.read_bytes(file).decode()
-        if not isinstance(template, str | None):
-            raise TypeError("the chat template is no text")
-        if not isinstance(bos, str | None) or not isinstance(eos, str | None):
-            raise TypeError("the name of a control token is no text")
+            more = path.with_name("additional_chat_templates") / "tool_use.jinja"
+            template = _either(template, files.read_bytes(more).decode() if more.is_file() else None)
+        if not all(isinstance(value, str | None) for value in (template, *named)):
+            raise TypeError("the chat template, or a token's name, is no text")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise UserError(f"{path}, or a JSON file beside it, is broken ({error!r:.80}); get the folder again") from error
     try:
         tokenizer = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    known = tokenizer._vocab
     if tokenizer.equals_gpt2():
         tokenizer = GPT2Tokenizer()
     tokenizer.chat_template = template
+    tokenizer.pad, tokenizer.unk = (name if name in known else None for name in (pad, unk))
+    tokenizer.add_ends(ends)
     return tokenizer
+
+
+def read_ends(folder: Path, control: Iterable[int]) -> list[int]:
+    """The ids that a checkpoint's configuration says end a text: all of eos_token_id, a number or a list, in
+    generation_config.json and config.json. transformers writes a number of its own where nobody gave one: that counts
+    only where it is one of the `control` tokens."""
+    ends, control = [], set(control)
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name, missing={}).get("eos_token_id")
+        value = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+            raise UserError(f"{folder / name} has eos_token_id = {value!r:.60}; it should be a token id, or a list")
+        ends += [] if value in DEFAULT_ENDS and not control & {*value} else value
+    return list(dict.fromkeys(ends))
+
+
+def _either(default: str, with_tools: str | None) -> str:
+    """One chat template of two, the second of which is for conversations with tools."""
+    if with_tools is None:
+        return default
+    # Jinja drops a line break behind a block and at the end: the first is to stay, the second not
+    with_tools, default = with_tools.removesuffix("\n"), default.removesuffix("\n")
+    return f"{{% if tools %}}{{{{ '' }}}}{with_tools}{{% else %}}{{{{ '' }}}}{default}{{% endif %}}"
 
 
 def _read_json(path: Path, missing: dict | None = None) -> dict:
@@ -594,9 +662,14 @@ def from_dict(saved: dict) -> Tokenizer:
         raise UserError(
             f"the saved tokenizer is broken: its kind is {kind!r:.40}, not one of {', '.join(KINDS)}, bpe, hf"
         )
-    tokenizer.chat_template = saved.get("chat_template")
-    if not isinstance(tokenizer.chat_template, str | None):
-        raise UserError(f"the saved {kind} tokenizer is broken: its chat_template is no text; prepare again")
+    for name in ("chat_template", "pad", "unk"):
+        setattr(tokenizer, name, saved.get(name))
+        if not isinstance(saved.get(name), str | None):
+            raise UserError(f"the saved {kind} tokenizer is broken: its {name} is no text; prepare again")
+    ends = saved.get("more_ends", [])
+    if not isinstance(ends, list | tuple) or not all(isinstance(i, int) for i in ends):
+        raise UserError(f"the saved {kind} tokenizer is broken: its more_ends are no token ids; prepare again")
+    tokenizer.add_ends(ends)
     return tokenizer
 
 
@@ -621,7 +694,8 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
     extended = HFTokenizer(config, base._eot_name, base._bos, base._eos, kind=base.kind)
     if [extended.control.get(name) for name in names] != list(ids):  # the library, which numbers them, sees to no gaps
         raise UserError("this tokenizer takes no new tokens, since there are gaps among its ids; use another, as gpt2")
-    extended.chat_template = tokenizer.chat_template
+    for name in ("chat_template", "more_ends", "pad", "unk"):
+        setattr(extended, name, getattr(tokenizer, name))
     return extended
 
 
@@ -650,8 +724,8 @@ def _as_hf(tokenizer: Tokenizer) -> HFTokenizer | None:
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 (hex) that two tokenizers share exactly when they give the same ids."""
     saved = tokenizer.to_dict()
-    for name in ("chat_template", "bos", "eos"):
-        saved.pop(name, None)  # they choose ids for a conversation, and none for text
+    for name in ("chat_template", "bos", "eos", "more_ends", "pad", "unk"):
+        saved.pop(name, None)  # they choose ids for a conversation or end a sample, and choose none for text
     canonical = json.dumps(saved, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -136,11 +136,20 @@ class Watch:
 
 
 _watch: Watch | None = None  # this process's, where it is one of several
+hosts: "torch.distributed.ProcessGroup | None" = None  # all processes, connected between CPUs; None: as the others
 
 
 def start(rank: int, world_size: int) -> None:
     """Watch the others, and be watched, from here on."""
-    global _watch
+    global _watch, hosts
+    if torch.distributed.is_gloo_available():
+        try:
+            hosts = torch.distributed.new_group(backend="gloo")
+        except RuntimeError as error:
+            raise UserError(
+                f"gloo cannot connect the processes ({str(error).splitlines()[0]:.200}). Set GLOO_SOCKET_IFNAME to the "
+                "network interface between the machines"
+            ) from error
     store = torch.distributed.group.WORLD.get_group_store().clone()  # a connection of the thread's own
     store.set_timeout(timedelta(seconds=SILENT))
     _watch = Watch(store, rank, world_size)

@@ -7,9 +7,8 @@
 out_dir = "out/chat"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"  # or the folder of a copy
 dataset = "answers"
-document_mask = True  # a reply sees its own conversation, and none before it
 
-# 8 sequences * 256 tokens = 2048 tokens an update; the examples have some 177,000, so an epoch is 87 updates
+# 8 rows * 256 tokens = 2048 tokens an update; the examples have some 177,000, so an epoch is 87 updates
 block_size = 256
 batch_size = 8
 gradient_accumulation_steps = 1

@@ -7,7 +7,6 @@
 out_dir = "out/lora"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"  # or the folder of a copy
 dataset = "answers"
-document_mask = True  # a reply sees its own conversation, and none before it
 
 # adapters of rank 8 beside every matrix in the blocks: 1.8% of the parameters
 lora_rank = 8

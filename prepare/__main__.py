@@ -221,7 +221,7 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         learned = train["learned"] + val["learned"]
         chat.append(f"to be learned    {learned:,} ({learned / tokens:.1%}), the replies")
         cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
-        chat.append(f"over-long        {cut:,} cut at their beginning, {left_out:,} left out")
+        chat.append(f"over-long        {cut:,} without their oldest turns, or the reply's end; {left_out:,} left out")
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",

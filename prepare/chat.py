@@ -1,10 +1,11 @@
-"""conversations: jsonl files of {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}, one each line
+"""conversations: .jsonl, .json, .parquet or .csv of {"messages"}, {"prompt", "response"}, ShareGPT's or Alpaca's form
 
 A chat template makes text of them, and a mask beside the shards says that only the replies are to be learned, each with
-the token that ends it. The template is the tokenizer's own, ChatML where it has those tokens, or a plain one. Each
-conversation is preceded by one end-of-text token, so that document_mask keeps them apart (and turns too, where the
-template ends a reply with that token, as the plain one does); without it a reply sees what happens to stand before
-its own conversation. A hash of the conversation decides whether it is for validation.
+the token that ends it. The template is the tokenizer's own, ChatML where it has those tokens, or a plain one. An index
+says where each conversation begins, and how the template renders it without its oldest turns. Training packs whole
+conversations into rows of block_size tokens and shows the model what sampling will show: a conversation that is longer
+loses its oldest turns. Where the template rewrites earlier turns, a conversation of n replies becomes n examples. A
+hash of the conversation decides whether it is for validation.
 """
 
 import argparse
@@ -13,23 +14,33 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, chat, files
-from acorn.shards import PARTIAL, MaskWriter, ShardWriter, write_meta
+from acorn import UserError, chat, files, printable
+from acorn.records import Conversation, read_messages
+from acorn.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
 from acorn.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
-from prepare import pipeline, reading, text
+from prepare import encoding, pipeline, reading, text
 
 TOKENIZER = "gpt2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILES", help="jsonl files, also packed as .gz or .zst")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILES", help=".jsonl, .json, .parquet, .csv, also packed as .gz or .zst"
+    )
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="pass over bad records and count them; default: the first is an error"
+    )
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of all files, such as gb18030; default: detected for each file"
+    )
     parser.add_argument(
         "--template",
         metavar="TEMPLATE",
@@ -39,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens",
         type=int,
         metavar="N",
-        help="the most tokens of a conversation, such as the block_size to train with: the beginning of a longer one "
-        "is cut off, and it is left out where its last reply alone is longer; default: no limit",
+        help="the most tokens of a conversation: a longer one loses its oldest turns, or, where it has but one, the "
+        "end of the reply; default: no limit, since training fits each conversation to its block_size",
     )
 
 
@@ -63,9 +74,10 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}; paths are relative to where you stand: {os.getcwd()}")
     if isinstance(tokenizer, str):
-        tokenizer = get_tokenizer(tokenizer, (m["content"] for _, messages in conversations(args) for m in messages))
+        messages = (message for _, messages in conversations(args, skip_or_fail(args)) for message in messages)
+        tokenizer = get_tokenizer(tokenizer, (str(message.get("content", "")) for message in messages))
     tokenizer.chat_template = template_of(args.template) if args.template else chat.choose_template(tokenizer)
-    chat.stop_ids(tokenizer)  # refuses a template that cannot be learned
+    chat.check_learnable(tokenizer)
 
     existed, partial, lock = out.exists(), out / PARTIAL, None
     try:
@@ -97,46 +109,104 @@ def template_of(name: str) -> str:
         raise UserError(f"--template {name} is neither {known} nor a UTF-8 file with a Jinja template") from error
 
 
-def conversations(args: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
-    """The messages of each line, with the words by which messages say where it stands."""
+class Skipped:
+    """How many records were passed over, and why the first one was."""
+
+    count, first = 0, ""
+
+
+def skip_or_fail(args: argparse.Namespace, skipped: Skipped | None = None) -> Callable[[UserError], None]:
+    """A function that takes the error of a record: with --skip_bad it is counted in `skipped`, else raised."""
+
+    def skip(error: UserError) -> None:
+        if skipped is not None:
+            skipped.count += 1
+            skipped.first = skipped.first or str(error)
+
+    return skip if args.skip_bad else reading.fail
+
+
+def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) -> Iterator[tuple[str, Conversation]]:
+    """The messages of each record, with the words by which messages say where it stands; errors go to `bad`."""
     for path in args.files:
-        for where, record in reading.json_lines(path, args.errors):
+        for where, record in reading.objects(path, args.errors, bad, encoding_of(path, args)):
             try:
-                yield where, chat.read_messages(record)
+                messages = read_messages(record)
             except UserError as error:
-                raise UserError(f"{where} {error}") from error
+                bad(UserError(f"{where} {error}"))
+                continue
+            yield where, messages
 
 
-def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict) -> dict:
-    """Write the shards and masks of both splits; what meta.json says of them."""
+def encoding_of(path: str, args: argparse.Namespace) -> str:
+    """The encoding of a file: the one that --encoding names, or the one that its beginning has."""
+    if args.encoding or reading.suffix(path) == ".parquet":
+        return encoding.check_name(args.encoding or "utf-8")
+    detected = encoding.detect(reading.head(path, encoding.SEARCHED), path, args.errors)
+    if detected.encoding != "utf-8":
+        sure = "" if detected.confidence is None else f" (confidence {detected.confidence:.2f})"
+        print(printable(f"{path} read as {detected}{sure}; --encoding NAME overrules it"), file=sys.stderr)
+    return detected.encoding
+
+
+def write_conversations(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict, val_from: int | None = None
+) -> dict:
+    """Write the shards, masks and indices of both splits; what meta.json says of them. The conversations from number
+    `val_from` on are for validation; where it is None, a hash of each decides."""
     counts = {"train": Counter(), "val": Counter()}
-    n, cut, left_out, longest = 0, 0, 0, 0
+    n, examples, cut, left_out, longest, unused, skipped = 0, 0, 0, 0, 0, Counter(), Skipped()
+    bad = skip_or_fail(args, skipped)
     sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
-        writers, mask_writers = {}, {}
+        writers, mask_writers, index_writers = {}, {}, {}
         for split in counts:
             writer = ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)
             writers[split] = stack.enter_context(writer)
             mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
-        for where, messages in tqdm(conversations(args), desc="encoding", unit=" conversations", disable=None):
+            index_writers[split] = stack.enter_context(IndexWriter(folder, split))
+        for where, messages in tqdm(conversations(args, bad), desc="encoding", unit=" conversations", disable=None):
             try:
-                ids, learned = chat.render_to_learn(tokenizer, messages)
+                conversation = chat.forms_to_learn(tokenizer, messages)
             except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            whole, _ = framed(ids, learned, tokenizer.eot, None)
-            ids, learned = framed(ids, learned, tokenizer.eot, args.max_tokens)
+                bad(UserError(f"{where}: {error}"))
+                continue
+            unused.update(chat.unused_fields(tokenizer, messages))
+            fitted = [limited(forms, args.max_tokens) for forms in conversation]
             n += 1
-            cut += 0 < len(ids) < len(whole)
-            left_out += not len(ids)
-            longest = max(longest, len(ids))
-            split = split_of(messages, args.val_fraction)
-            if args.val_tokens and writers["val"].tokens + len(ids) > args.val_tokens:
+            cut += any(
+                kept and len(kept[0][0]) < len(forms[0][0]) for kept, forms in zip(fitted, conversation, strict=True)
+            )
+            fitted = [forms for forms in fitted if forms]
+            examples += len(fitted)
+            left_out += not fitted
+            if val_from is None:
+                split = split_of(messages, args.val_fraction)
+            else:
+                split = "train" if n <= val_from else "val"
+            n_tokens = sum(len(forms[0][0]) for forms in fitted)
+            if args.val_tokens and writers["val"].tokens + n_tokens > args.val_tokens:
                 split = "train"
-            writers[split].write(ids)
-            mask_writers[split].write(learned)
-            counts[split].update(bytes=int(sizes[ids].sum()), learned=int(learned.sum()))
+            for forms in fitted:
+                ids, learned, index = joined(forms)
+                writers[split].write(ids)
+                mask_writers[split].write(learned)
+                index_writers[split].write(index.ravel())
+                whole, targets = forms[0]
+                longest = max(longest, len(whole))
+                counts[split].update(bytes=int(sizes[whole].sum()), learned=int(targets[1:].sum()))
     if not n:
-        raise UserError(f"there is no conversation in {', '.join(args.files)}; write one JSON object a line")
+        why = f"; the first of {skipped.count} bad records: {skipped.first}" if skipped.count else ""
+        raise UserError(f"there is no conversation in {', '.join(args.files)}; write one JSON object a line{why}")
+    if val_from is None and n > 1 and not all(count["learned"] for count in counts.values()):
+        n_val = min(n - 1, max(1, round(n * args.val_fraction)))
+        print(f"note: the hashes of {n} conversations left a split empty; the last {n_val} are val", file=sys.stderr)
+        return write_conversations(args, folder, tokenizer, source, n - n_val)
+    if skipped.count:
+        print(f"warning: skipped {skipped.count:,} bad records; the first: {skipped.first}", file=sys.stderr)
+    if unused:
+        fields = ", ".join(f"{name} ({count:,} conversations)" for name, count in unused.most_common(8))
+        print(f"note: the chat template does not use these fields of messages: {fields}", file=sys.stderr)
     for split, count in counts.items():
         if not count["learned"]:
             raise UserError(
@@ -150,7 +220,8 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": tokenizer.n_vocab,
         "documents": n - left_out,
-        "chat": {"cut": cut, "left_out": left_out, "max_tokens": args.max_tokens},
+        "chat": {"examples": examples, "cut": cut, "left_out": left_out, "max_tokens": args.max_tokens}
+        | {"skipped": skipped.count},
         "longest": longest,
         "val_by": "document",
         "source": source | {"sha256": sha256},
@@ -161,25 +232,44 @@ def write_conversations(args: argparse.Namespace, folder: Path, tokenizer: Token
             "learned": counts[split]["learned"],
             "shards": writers[split].shards,
             "masks": mask_writers[split].shards,
+            "index": index_writers[split].shards,
         }
         for split in counts
     }
 
 
-def framed(ids: np.ndarray, learned: np.ndarray, eot: int | None, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation with one end-of-text token before it, in at most `limit` tokens: what is too much is cut off
-    behind that token, and the conversation is empty where this would reach its last reply."""
-    if eot is not None and ids[0] != eot:
-        ids, learned = np.insert(ids, 0, eot), np.insert(learned, 0, False)
-    if limit is None or len(ids) <= limit:
-        return ids, learned
-    first = 0 if eot is None else 1  # to be cut off
-    end = np.flatnonzero(learned)[-1] + 1
-    last_reply = np.flatnonzero(learned[1:end] & ~learned[: end - 1])[-1] + 1
-    start = end - (limit - first)
-    if start > last_reply:
-        return ids[:0], learned[:0]
-    return np.delete(ids[:end], np.s_[first:start]), np.delete(learned[:end], np.s_[first:start])
+def limited(forms: list[tuple], limit: int | None) -> list[tuple]:
+    """Those of a conversation's forms (see `chat.forms_to_learn`) that have at most `limit` tokens; where none has, the
+    last one without the end of its reply; none where that leaves no token to learn."""
+    forms = [form for form in forms if form[1][1:].any()]
+    if limit is None or not forms:
+        return forms
+    if short := [form for form in forms if len(form[0]) <= limit]:
+        return short
+    ids, learned = (part[:limit] for part in forms[-1])
+    return [(ids, learned)] if learned[1:].any() else []
+
+
+def joined(forms: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens of a conversation's forms as a dataset has them, which of them are learned, and the form's rows of the
+    index. Of all but the first form only what the first one does not begin or end with is written."""
+    codes = [2 * ids.astype(np.int64) + learned for ids, learned in forms]
+    whole, written, index = codes[0], [], []
+    for k, code in enumerate(codes):
+        head = tail = 0
+        if k:
+            n = min(len(whole), len(code))
+            head = _equal(whole[:n], code[:n])
+            tail = min(_equal(whole[::-1][:n], code[::-1][:n]), len(code) - head)
+        written.append(code[head : len(code) - tail])
+        index.append((k, head, len(written[-1]), tail, int(np.flatnonzero(code[1:] & 1)[0]) + 1))
+    written = np.concatenate(written)
+    return written >> 1, (written & 1).astype(bool), np.array(index)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> int:
+    """How many elements of two arrays of one length are equal, up to the first difference."""
+    return int(np.argmin(np.append(a == b, False)))
 
 
 def split_of(messages: list[dict], val_fraction: float) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files, printable
-from acorn.shards import Dataset, Tokens, load_dataset
+from acorn.shards import KINDS, Dataset, Tokens, load_dataset
 from acorn.tokenizer import Tokenizer
 from prepare.pipeline import Reader
 
@@ -47,7 +47,7 @@ def inspect(args: argparse.Namespace) -> None:
     with tqdm(
         total=sum(map(len, splits.values())), desc="reading", unit=" tokens", unit_scale=True, disable=None
     ) as progress:
-        found = {name: survey(tokens, tokenizer, progress) for name, tokens in splits.items()}
+        found = {name: survey(tokens, tokenizer, progress, dataset.document_mark) for name, tokens in splits.items()}
 
     print(printable(f"{'dataset':<18}{dataset.path}, {_origin(dataset)}"))
     print(f"{'tokenizer':<18}{tokenizer.kind}, vocabulary of {tokenizer.n_vocab:,}\n")
@@ -60,14 +60,20 @@ def inspect(args: argparse.Namespace) -> None:
     }
     if any(tokens.mask for tokens in splits.values()):
         rows["masked"] = [f"{1 - each.learned / max(len(splits[name]), 1):.1%}" for name, each in found.items()]
-    if tokenizer.eot is not None:
+    is_old_chat = any(tokens.mask and tokens.conversations is None for tokens in splits.values())
+    told_apart = not is_old_chat and (dataset.document_mark is not None or dataset.train.conversations is not None)
+    if told_apart:
         rows["documents"] = [f"{each.lengths.total():,}" for each in found.values()]
         for name, share in (("shortest", 0), ("a quarter up to", 0.25), ("half up to", 0.5), ("longest", 1)):
             rows[name] = [f"{each.length_at(share):,} tokens" for each in found.values()]
     for name, values in rows.items():
         print(f"{name:<18}" + "".join(f"{value:>20}" for value in values))
 
-    if tokenizer.eot is None:
+    if is_old_chat:
+        print(
+            "\nAn older version prepared these conversations, and nothing marks where each begins; prepare them again."
+        )
+    elif not told_apart:
         print(f"\nThe {tokenizer.kind} tokenizer has no end-of-text token, so the tokens do not tell documents apart.")
     else:
         for title, which in (("longest", "longest"), ("shortest", "shortest")):
@@ -116,8 +122,8 @@ class Survey:
         return lengths[int(np.searchsorted(counts, share * counts[-1]))] if lengths else 0
 
 
-def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
-    """Read the split once, a piece at a time, in memory that does not grow with it."""
+def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm, mark: int | None) -> Survey:
+    """Read the split once, a piece at a time, in memory that does not grow with it. `mark` tells documents apart."""
     found, token_bytes = Survey(), tokenizer.token_bytes()
     begin = 0  # where the document that is being read begins
     for start in range(0, len(tokens), PIECE):
@@ -126,13 +132,17 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm) -> Survey:
         if tokens.mask:
             found.learned += int(tokens.mask.read([start], len(ids)).sum())
         progress.update(len(ids))
-        ends = start + np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ids[:0]
+        if tokens.mask:  # conversations, whose turns may end with that token too
+            continue
+        ends = start + np.flatnonzero(ids == mark) if mark is not None else ids[:0]
         if len(ends):
             starts = np.concatenate(([begin], ends[:-1] + 1))
             whole = ends > 0  # an end-of-text token at the very beginning ends no document
             found.add_documents(starts[whole], (ends - starts)[whole])
             begin = int(ends[-1]) + 1
-    if begin < len(tokens):
+    if tokens.conversations is not None:
+        found.add_documents(*tokens.conversations.spans())
+    elif begin < len(tokens) and not tokens.mask:
         found.add_documents(np.array([begin]), np.array([len(tokens) - begin]))
     return found
 
@@ -174,7 +184,7 @@ def verify(dataset: Dataset) -> None:
         print(f"{dataset.path} has no meta.json, so there are no hashes to check")
         return
     splits = (dataset.meta["train"], dataset.meta["val"])
-    listed = [entry for split in splits for entry in [*split["shards"], *split.get("masks", [])]]
+    listed = [entry for split in splits for entry in [*(file for key in KINDS for file in split.get(key, []))]]
     differ = [entry["file"] for entry in listed if files.sha256(dataset.path / entry["file"]) != entry["sha256"]]
     if differ:
         raise UserError(

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files
-from acorn.shards import PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
+from acorn.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
@@ -51,6 +51,7 @@ class Piece(NamedTuple):
     split: str  # train | val
     size: int  # bytes of UTF-8
     starts_document: bool
+    ends_document: bool = False
 
 
 @dataclass
@@ -90,7 +91,9 @@ def prepare(
     before the document that was yielded last, whose number stands in it as "documents", and `read_from(bookmark)`,
     which yields the documents from that one on. `tokenizer` is a kind, or a tokenizer that is there already.
 
-    Each document is preceded by one end-of-text token where the tokenizer has one. Validation is, by `val_by`:
+    Each document is preceded by one end-of-text token where the tokenizer has one, or by the BOS that its
+    post-processor puts before a text; an EOS that it puts after a text follows each document. Validation is, by
+    `val_by`:
       end       the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. A document that the
                 cut divides goes on in val without another end-of-text token. The default for few documents.
       document  whole documents, about val_fraction of them. A hash of the text decides (of one that comes in blocks,
@@ -175,7 +178,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
         deque(texts() if not chars else (), maxlen=0)
         if not chars:
             raise UserError("the corpus is empty: there is no text in it; check the files that you named")
-    if not isinstance(tokenizer, str) and tokenizer.eot is None:
+    if not isinstance(tokenizer, str) and not tokenizer.marks_documents:
         chars += len(SEPARATOR) * (count - 1)
         size += len(SEPARATOR) * (count - 1)
     cut = int(chars * (1 - val_fraction)) if val_by == "end" else None
@@ -225,11 +228,14 @@ class Reader:
         return Place(**asdict(self.place))
 
     def _pieces(self, document) -> Iterator[Piece]:
-        starts_document = True
+        last = None  # held back until it is known whether another one follows
         for split, parts in groupby(self._parts(document), key=lambda part: part[1]):
             for text in cut_pieces(text for text, _ in parts):
-                yield Piece(text, split, _size(text), starts_document)
-                starts_document = False
+                if last:
+                    yield last
+                last = Piece(text, split, _size(text), last is None)
+        if last:
+            yield last._replace(ends_document=True)
 
     def _parts(self, document) -> Iterator[tuple[str, str]]:
         """The document's text with its splits, block by block. Its last piece comes after all blocks were read, so the
@@ -324,9 +330,8 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     command, tokenizer = progress["command"], from_dict(progress["tokenizer"])
     place = Place(**progress["place"]) if "place" in progress else Place()
     counts = progress.get("counts") or {"documents": 0, "train": 0, "val": 0}  # the splits' in bytes
-    reader = Reader(
-        documents, progress["cut"], command["val_fraction"], SEPARATOR if tokenizer.eot is None else "", place
-    )
+    separator = "" if tokenizer.marks_documents else SEPARATOR
+    reader = Reader(documents, progress["cut"], command["val_fraction"], separator, place)
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in ("train", "val"):
@@ -366,6 +371,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": tokenizer.n_vocab,
+        "document_mark": next(iter(tokenizer.before_document), tokenizer.eot),
         "documents": counts["documents"],
         "val_by": command["val_by"],
         "source": command["source"] | {"sha256": place.sha256},
@@ -404,12 +410,13 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A batch's ids by split: int32, an end-of-text token before each document; and how many each piece has."""
-    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.int32)
-    parts, lengths = {"train": [eot[:0]], "val": [eot[:0]]}, []
+    """A batch's ids by split: int32, with the marks before and after each document; and how many each piece has."""
+    before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
+    parts, lengths = {"train": [before[:0]], "val": [before[:0]]}, []
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
-        parts[piece.split] += [eot, ids] if piece.starts_document else [ids]
-        lengths.append(len(ids) + len(eot) * piece.starts_document)
+        whole = [before] * piece.starts_document + [ids] + [after] * piece.ends_document
+        parts[piece.split] += whole
+        lengths.append(sum(map(len, whole)))
     return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
 
 
@@ -513,12 +520,10 @@ def _read_progress(partial: Path, command: dict) -> dict:
 
 
 def _new_shards(partial: Path) -> set[str]:
-    """The names of the shards and masks of a finished dataset that is to be moved. Raises ValueError where its
+    """The names of the shards, masks and indices of a finished dataset that is to be moved. Raises ValueError where its
     meta.json is not what was written."""
     meta = files.read_json(partial / "meta.json")
-    names = {
-        file["file"] for split in ("train", "val") for key in ("shards", "masks") for file in meta[split].get(key, ())
-    }
+    names = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
     if meta.pop("sha256") != meta_hash(meta) or not all(SHARD_NAME.fullmatch(name) for name in names):
         raise ValueError("it says something else than when it was written")
     return names

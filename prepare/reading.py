@@ -11,7 +11,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from acorn import UserError
@@ -133,8 +133,62 @@ def _jsonl(path: str, field: str, errors: str, encoding: str | None) -> Iterator
         yield where, record[field]
 
 
-def json_lines(path: str, errors: str = "strict", *, encoding: str | None = None) -> Iterator[tuple[str, dict]]:
-    """The objects of a .jsonl file, each with the words by which messages say where it stands."""
+def fail(error: UserError) -> None:
+    """What is done about a bad record unless it is passed over."""
+    raise error
+
+
+def objects(
+    path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail, encoding: str | None = None
+) -> Iterator[tuple[str, dict]]:
+    """The records of a file as objects, each with the words by which messages say where it stands: lines of .jsonl,
+    elements of a list in .json, rows of .csv and .parquet. `bad` gets the errors of single records. `errors` and
+    `encoding` are as in `text_blocks`."""
+    if suffix(path) == ".json" and head(path).decode(encoding or "utf-8", "replace").lstrip("\ufeff \t\r\n").startswith(
+        "["
+    ):
+        yield from _json_list(path, errors, bad, encoding)
+    elif reader := {".parquet": _parquet, ".csv": _csv}.get(suffix(path)):
+        with naming(path):
+            for where, record in reader(path, None, errors, encoding):
+                yield where, _without_nulls(record)
+    else:
+        yield from json_lines(path, errors, bad, encoding)
+
+
+def _without_nulls(value):
+    """A value without the fields that are null, since a table has each field in each of its rows, and with a text that
+    comes in blocks as a whole."""
+    if isinstance(value, Iterator):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _json_list(
+    path: str, errors: str, bad: Callable[[UserError], None], encoding: str | None
+) -> Iterator[tuple[str, dict]]:
+    text = "".join(text_blocks(path, errors, encoding=encoding))
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no JSON ({error}); mend it, or give a .jsonl file with one object a line"
+        ) from error
+    for number, record in enumerate(records, 1):
+        where = f"record {number} of {path}"
+        if isinstance(record, dict):
+            yield where, record
+        else:
+            bad(UserError(f"{where} is {json.dumps(record)[:40]}, not an object with fields"))
+
+
+def json_lines(
+    path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail, encoding: str | None = None
+) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with the words by which messages say where it stands. `bad` gets the errors of
+    single lines."""
     with naming(path), open_unpacked(path) as file:
         lines, line_encoding = iter(lambda: file.readline(LONGEST), b""), encoding or "utf-8"
         if "\n".encode(line_encoding) != b"\n":  # a line break of UTF-16 is not one byte
@@ -149,15 +203,17 @@ def json_lines(path: str, errors: str = "strict", *, encoding: str | None = None
                 text = line.decode(line_encoding, errors)
                 record = json.loads(text.removeprefix("\ufeff") if number == 1 else text)
             except UnicodeDecodeError as error:
-                raise UserError(_not_in(encoding, f"{where} is not {{}}: its byte {error.start}", error)) from error
+                bad(UserError(_not_in(encoding, f"{where} is not {{}}: its byte {error.start}", error)))
+                continue
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
-                ) from error
-            if not isinstance(record, dict):
-                found = line.decode(errors="replace").strip()[:40]
-                raise UserError(f"{where} is {found}, not an object with fields; a .jsonl file has one a line")
-            yield where, record
+                why = f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
+                bad(UserError(why))
+                continue
+            if isinstance(record, dict):
+                yield where, record
+                continue
+            found = line.decode(errors="replace").strip()[:40]
+            bad(UserError(f"{where} is {found}, not an object with fields; a .jsonl file has one a line"))
 
 
 def _as_utf8(file: BinaryIO, path: str, errors: str, encoding: str) -> Iterator[bytes]:
@@ -171,7 +227,8 @@ def _as_utf8(file: BinaryIO, path: str, errors: str, encoding: str) -> Iterator[
         raise UserError(_not_in(encoding, f"{path} is not {{}} after line {number}: a byte", error)) from error
 
 
-def _csv(path: str, field: str, errors: str, encoding: str | None) -> Iterator[tuple[str, object]]:
+def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Iterator[tuple[str, object]]:
+    """The values of a field, or, where it is None, whole rows as dicts."""
     csv.field_size_limit(LONGEST)
     codec = "utf-8-sig" if encoding in (None, "utf-8") else encoding
     with open_unpacked(path) as file, io.TextIOWrapper(file, codec, errors) as text:
@@ -179,12 +236,14 @@ def _csv(path: str, field: str, errors: str, encoding: str | None) -> Iterator[t
         number = line = 1  # of the row that is read next, and where it begins
         try:
             heads = next(rows, [])
-            if field not in heads:
+            if field is not None and field not in heads:
                 raise _missing(path, field, heads)
-            column = heads.index(field)
+            column = None if field is None else heads.index(field)
             number, line = 2, rows.line_num + 1
             for row in rows:
-                if row:
+                if row and column is None:
+                    yield f"row {number} of {path}", dict(zip(heads, row, strict=False))
+                elif row:
                     yield f"row {number} of {path}", row[column] if column < len(row) else None
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:

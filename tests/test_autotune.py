@@ -5,17 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, script
+from conftest import AVX2, REPO, TINY, script
 
 from acorn import autotune, runtime
 from model import GPT, GPTConfig
 
-REPO = Path(__file__).parent.parent
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SMALL = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=128)
 
 

@@ -35,9 +35,10 @@ MUON += ["--gradient_accumulation_steps=1", "--batch_size=8"]
 OPTIMIZERS = [("adamw", ADAMW), ("muon", MUON)]
 
 
-def train(cwd, n_processes, *runs):
-    """Run train.py with each list of words, on so many processes; returns what they print."""
-    (cwd / "runs.py").write_text(RUNS)
+def train(cwd, n_processes, *runs, before=""):
+    """Run train.py with each list of words, on so many processes, which first execute the code `before`; returns what
+    they print."""
+    (cwd / "runs.py").write_text(RUNS.replace("for words in", f"{before}\nfor words in"))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     runs = json.dumps([[*TINY, "--overwrite=True", *map(str, words)] for words in runs])
     command = [sys.executable, *(launcher if n_processes > 1 else []), cwd / "runs.py", runs]
@@ -64,7 +65,7 @@ def assert_same(folder, *runs, rel=1e-5):
 def alone(tmp_path_factory):
     """A folder with a text, with conversations of which only the replies count, and one process's runs on both."""
     folder = tmp_path_factory.mktemp("distributed")
-    pairs = [{"prompt": f"Say {n} times a.", "response": " ".join("a" * n)} for n in range(1, 40)]
+    pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (folder / "t").mkdir()
     for i in range(40):
@@ -105,6 +106,38 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
     assert result.returncode == 0 and "not sharded (fsdp: one process" in result.stdout, result.stderr
     one, other = ([m["loss"] for m in losses(alone / out) if "loss" in m] for out in ("whole", "parts"))
     assert one == pytest.approx(other, rel=1e-5)
+
+
+# in each run, the third update and the sixth have a gradient that is not finite, of which each process has a part
+POISON = """
+from acorn import optim
+optim.HOST_DECIDES = ()  # as on a GPU
+from acorn.sharding import local
+clip, calls = torch.nn.utils.clip_grad_norm_, []
+def poisoned(parameters, *how):
+    parameters = list(parameters)
+    calls.append(0)
+    if len(calls) % 8 in (3, 6):
+        for p in parameters:
+            local(p.grad).view(-1)[:1] = float("nan")
+    return clip(parameters, *how)
+torch.nn.utils.clip_grad_norm_ = poisoned
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_skip_the_same_updates(alone):
+    forms = {"ddp": [], "fsdp": ["--fsdp=True"], "auto": ["--auto_batch=True"]}
+    few = ["--max_iters=8", "--eval_interval=4", "--log_interval=3", "--dataset=text"]
+    train(alone, 1, *([*words, *few, f"--out_dir=bad-{name}"] for name, words in OPTIMIZERS), before=POISON)
+    runs = {f"bad-{form}-{name}": [*words, *few, *more] for form, more in forms.items() for name, words in OPTIMIZERS}
+    train(alone, 2, *([*words, f"--out_dir={out}"] for out, words in runs.items()), before=POISON)
+    for name, _ in OPTIMIZERS:
+        outs = [f"bad-{name}", *(f"bad-{form}-{name}" for form in forms)]
+        assert_same(alone, *outs)
+        for out in outs:
+            state = json.loads((alone / out / "step_000008" / "state.json").read_text())
+            assert (state["skipped"], state["bad_steps"]) == (2, 0)
 
 
 @pytest.mark.slow

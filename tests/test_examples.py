@@ -2,9 +2,9 @@
 
 import json
 
-from acorn import chat
 from acorn.examples import TOPICS, translations, write_examples
 from acorn.measure import check_choices
+from acorn.records import read_messages
 
 
 def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_path):
@@ -16,7 +16,7 @@ def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_p
         check_choices("here", record)
         assert len(set(record["choices"])) == 4
     for name in read.keys() - {"choices_val"}:
-        assert all(len(chat.read_messages(record)) == 2 for record in read[name])
+        assert all(len(read_messages(record)) == 2 for record in read[name])
     for name in ("answers", "summaries", "translations"):
         assert not {r["response"] for r in read[name]} & {r["response"] for r in read[f"{name}_val"]}
         assert len(read[f"{name}_val"]) > 50

@@ -281,14 +281,15 @@ def test_end_of_text_ends_the_text():
     assert text.push(tokenizer.eot) == "" and text.stopped_by == "end of text"
 
 
-def test_prompts_may_hold_control_tokens():
+def test_names_of_control_tokens_are_text_unless_asked_for():
     tokenizer = get_tokenizer("byte")
     chatting = add_tokens(get_tokenizer("bpe:257", ["ab"]), ["<|im_start|>"])
-    assert encode_prompt(chatting, "<|im_start|>a<|endoftext|>") == [257, *chatting.encode("a"), 256]
-    assert encode_prompt(chatting, "<|im_start|>", control=False) == chatting.encode("<|im_start|>").tolist()
+    assert encode_prompt(chatting, "<|im_start|>a<|endoftext|>", control=True) == [257, *chatting.encode("a"), 256]
+    assert encode_prompt(chatting, "<|im_start|>") == chatting.encode("<|im_start|>").tolist()
     assert encode_prompt(tokenizer, "") == [256]
-    assert encode_prompt(tokenizer, "<|endoftext|>a") == [256, 97]
-    assert encode_prompt(tokenizer, "a<|endoftext|>") == [97, 256]
+    assert encode_prompt(tokenizer, "<|endoftext|>a", control=True) == [256, 97]
+    assert encode_prompt(tokenizer, "a<|endoftext|>", control=True) == [97, 256]
+    assert encode_prompt(tokenizer, "a<|endoftext|>") == list(b"a<|endoftext|>")
     char = get_tokenizer("char", ["abc"])
     assert encode_prompt(char, "cab") == [2, 0, 1]
     with pytest.raises(UserError, match="empty"):

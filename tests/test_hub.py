@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint, hub
+from acorn import UserError, checkpoint, hub, lora, measure, runtime
 from acorn.chat import render_to_learn
-from acorn.generate import Sampling, generate
+from acorn.generate import Sampling, encode_prompt, generate
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from prepare.__main__ import prepare_corpus
@@ -24,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 GPT2 = dict(vocab_size=37, n_positions=16, n_embd=32, n_layer=3, n_head=4)
 LLAMA = dict(vocab_size=37, max_position_embeddings=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 LLAMA |= dict(num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6)
+ALONE = runtime.Runtime(torch.device("cpu"), torch.float32, compile=False, notes=[])
 MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=2, tie_weights=False, rope_theta=500.0)
 
 
@@ -122,6 +124,74 @@ def test_the_forms_that_checkpoints_come_in(tmp_path):
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     save_file(tensors, path)
     assert_same_logits(checkpoint.load_model(str(tmp_path / "bare"))[0], model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_tied_weights_may_be_stored_as_the_head_alone(tmp_path, family):
+    model = theirs(family, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop(name)
+    save_file(tensors, path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
+def test_swish_is_another_name_of_silu(tmp_path):
+    model = theirs("llama", hidden_act="swish")
+    model.save_pretrained(tmp_path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
+def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
+    """Also through a run, whose checkpoint keeps them with its tokenizer."""
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, which nobody chose
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [200, 201]}))
+    model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
+    assert tokenizer.ends == {200, 201, 259, 261}
+    writer = checkpoint.Writer(tmp_path / "out", keep=1)
+    writer.save(model, [], {"settings": {}, "tokenizer": tokenizer.to_dict(), "step": 1}, best=True)
+    assert writer.wait()
+    hub.export(str(tmp_path / "out"), tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert written[0] == 261 and set(written) == {200, 201, 259, 261}
+    assert checkpoint.load_model(str(tmp_path / "hf"))[1].ends == tokenizer.ends
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": 99}))
+    assert 99 in checkpoint.load_model(str(tmp_path / "hf"))[1].ends
+
+
+def test_pad_and_unk_survive_and_batches_can_be_padded(tmp_path):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    named = {"pad_token": {"content": "<|im_start|>"}, "unk_token": "the"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (fast.pad_token, fast.unk_token, len(fast)) == ("<|im_start|>", "the", 262)
+    for kind in ("byte", "gpt2"):
+        saved(tmp_path / kind, ours(vocab_size=50257 if kind == "gpt2" else 257), kind)
+        hub.export(str(tmp_path / kind), tmp_path / f"{kind}-hf")
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{kind}-hf")
+        batch = fast(["a", "a longer one"], padding=True)
+        assert fast.pad_token == fast.unk_token == "<|endoftext|>" and len(fast) == get_tokenizer(kind).n_vocab
+        assert len(batch["input_ids"][0]) == len(batch["input_ids"][1]) and batch["attention_mask"][0][-1] == 0
+
+
+def test_a_bos_goes_out_with_an_export(tmp_path):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    put_bos_first(tmp_path / "base")
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    _, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
+    for folder in ("base", "hf"):
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert (
+            fast("the one")["input_ids"] == encode_prompt(tokenizer, "the one") != tokenizer.encode("the one").tolist()
+        )
 
 
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
@@ -261,6 +331,72 @@ def test_an_export_says_in_transformers_what_it_says_here(tmp_path, kind, change
     assert greedy[: len(expected)] == expected and (len(expected) == len(greedy) or expected[-1] == tokenizer.eot)
 
 
+def greedy(model: GPT, prompt: list[int], n: int, n_vocab: int) -> list[int]:
+    return generate(model, [prompt], n, Sampling(temperature=0), [0], lambda *_: False, n_vocab)[0][len(prompt) :]
+
+
+def test_ctranslate2_reads_an_export_and_is_greedy_alike(tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    model = ours(vocab_size=257)
+    hub.export(str(saved(tmp_path / "out", model)), tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    path = ctranslate2.converters.TransformersConverter(str(tmp_path / "hf")).convert(str(tmp_path / "ct2"))
+    generator = ctranslate2.Generator(path, device="cpu", compute_type="float32", intra_threads=1)
+    prompt = fast("To be")["input_ids"]
+    options = dict(sampling_topk=1, include_prompt_in_result=False, end_token=[], max_length=10)
+    (result,) = generator.generate_batch([fast.convert_ids_to_tokens(prompt)], **options)
+    assert result.sequences_ids[0] == greedy(model, prompt, 10, 257)
+
+
+def test_llama_cpp_reads_an_export_and_is_greedy_alike(tmp_path):
+    pytest.importorskip("gguf")
+    xllamacpp = pytest.importorskip("xllamacpp")
+    from gguf_llama import write_gpt2
+
+    model = ours(vocab_size=257)
+    hub.export(str(saved(tmp_path / "out", model)), tmp_path / "hf")
+    write_gpt2(tmp_path / "hf", tmp_path / "gpt2.gguf")
+    params = xllamacpp.CommonParams()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_parallel = 1
+    params.verbosity, params.n_ctx, params.model.path = 1, 16, str(tmp_path / "gpt2.gguf")
+    server, chunks = xllamacpp.Server(params), []
+    prompt = [5, 90, 17, 200]
+    request = dict(prompt=prompt, max_tokens=10, ignore_eos=True, samplers=["top_k"], top_k=1)
+    server.handle_completions(request, chunks.append)
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    assert [int(i) for i in re.findall(r"t(\d+);", text)] == greedy(model, prompt, 10, 257)
+
+
+def test_a_warning_where_another_program_would_be_wrong_in_silence(tmp_path, capsys):
+    for mlp in ("gelu_tanh", "relu2"):
+        hub.export(str(saved(tmp_path / mlp, ours(mlp=mlp))), tmp_path / f"{mlp}-hf")
+        assert ("llama.cpp" in capsys.readouterr().err) == (mlp == "relu2")
+
+
+def test_adapters_go_out_with_the_context_of_their_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, changes in (("gpt2", dict(block_size=64)), ("llama", MODERN | dict(block_size=64))):
+        saved(tmp_path / name, ours(**changes))
+        base = checkpoint.open_model(str(tmp_path / name))
+        adapters = dict(rank=2, alpha=4.0, base=str(tmp_path / name), sha256=lora.fingerprint(base.model, base.values))
+        model, _, _ = checkpoint.load_model(name)
+        expected = checkpoint.load_model(name)[0](tokens(257), tokens(257))[0]
+        model.crop_block_size(16)
+        lora.add_adapters(model, lora.choose_targets(model, ""), 2, 4.0)
+        for parameter in lora.adapters(model).values():
+            torch.nn.init.zeros_(parameter)
+        state = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict(), "step": 1, "lora": adapters}
+        writer = checkpoint.Writer(tmp_path / f"{name}-lora", keep=1)
+        writer.save(model, [], state, best=True)
+        assert writer.wait() and checkpoint.load_model(f"{name}-lora")[0].config.block_size == 16
+        hub.export(f"{name}-lora", tmp_path / f"{name}-hf")
+        exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf").eval()
+        assert exported.config.max_position_embeddings == 64
+        with torch.no_grad():
+            assert torch.allclose(exported(tokens(257)).logits, expected, atol=1e-5)
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf").model_max_length == 64
+
+
 def test_export_as_a_person_runs_it(tmp_path, trained):
     def export(*words):
         command = [sys.executable, "-m", "acorn.hub", "export", *map(str, words)]
@@ -311,6 +447,139 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def put_bos_first(folder: Path) -> None:
+    """Give a tokenizer.json a post-processor that puts <|im_start|> before a text."""
+    config = json.loads((folder / "tokenizer.json").read_text())
+    bos = {"id": "<|im_start|>", "ids": [260], "tokens": ["<|im_start|>"]}
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": bos}}
+    (folder / "tokenizer.json").write_text(json.dumps(config | {"post_processor": post}))
+
+
+THINKING = (  # as DeepSeek-R1's: it opens a reply with <think>, and strips the thinking from earlier replies
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content }}"
+    "{% else %}{{ 'Bot: ' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Bot: <think>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A Llama folder whose tokenizer.json puts a BOS before a text, with a chat template that thinks."""
+    folder = tmp_path / "published"
+    theirs("llama", vocab_size=262, max_position_embeddings=128).save_pretrained(folder)
+    write_tokenizer(folder)
+    put_bos_first(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": THINKING}))
+    return folder
+
+
+def test_samples_begin_with_the_bos_and_every_end_stops_them(published):
+    import sample
+
+    fast = transformers.AutoTokenizer.from_pretrained(published)
+    model = checkpoint.load_model(str(published))[0]
+    prompts = ["the one", "another", "or <|im_end|> not"]
+    ids = [fast(prompt, split_special_tokens=True)["input_ids"] for prompt in prompts]
+    free = [greedy(model, row, 12, 262) for row in ids]
+    ends = [free[0][3], free[1][2]]
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model, tokenizer, _ = checkpoint.load_model(str(published))
+    s = sample.SampleSettings(max_new_tokens=12, temperature=0, logprobs=True)
+    samples = sample.continue_prompts(model, tokenizer, prompts, False, 1, s, False, lambda text: None)
+    for row, found in zip(free, samples, strict=True):
+        stop = next((i for i, token in enumerate(row) if token in ends or token in (259, 260, 261)), 11)
+        assert found["ids"] == row[: stop + 1]
+        assert found["stopped_by"] == ("end of text" if stop < 11 else "max_new_tokens")
+    assert len(samples[0]["ids"]) <= 4 and len(samples[1]["ids"]) <= 3
+
+
+def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(published, tmp_path, monkeypatch):
+    import sample
+
+    fast = transformers.AutoTokenizer.from_pretrained(published)
+    seen, name = [], "the<|im_end|>one"
+    (tmp_path / "p.txt").write_text(name)
+    monkeypatch.setattr(sample, "generate", lambda model, rows, *_: seen.extend(rows))
+    monkeypatch.setattr(sample.runtime, "setup", lambda *_: ALONE)
+    monkeypatch.setattr(sys, "stdin", None)
+
+    def prompt(*words):
+        options = ["--device=cpu", "--num_samples=1", "--compile=False", f"--init_from={published}"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *options, *words])
+        assert sample.main() == 0
+        return seen.pop()
+
+    as_text = fast(name, split_special_tokens=True)["input_ids"]
+    assert prompt(f"--start={name}") == prompt(f"--prompts={tmp_path}/p.txt") == as_text
+    assert prompt(f"--start={name}", "--control_tokens=True") == fast(name)["input_ids"] != as_text
+    assert prompt("--start=<|endoftext|>") == fast("<|endoftext|>")["input_ids"] == [260, 259]
+    for words in (["--chat"], ["--interactive=True"], [f"--prompts={tmp_path}/p.txt"]):
+        with pytest.raises(UserError, match="control_tokens"):
+            prompt("--control_tokens=True", *words)
+
+
+def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):
+    text = "the other one, and then the end"
+    (tmp_path / "t.txt").write_text(text)
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(published)(text)["input_ids"]])
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(published)
+    with torch.no_grad():
+        expected = their_model(ids, labels=ids).loss.item()
+    model, tokenizer, _ = checkpoint.load_model(str(published))
+    assert ids[0, 0] == 260
+    loss, _, n = measure.measure_text(model, tokenizer, str(tmp_path / "t.txt"), ALONE, 1, 64)["loss"][:3]
+    assert n == ids.numel() - 1 and loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published, tmp_path, monkeypatch, capsys):
+    import sample
+
+    fast = transformers.AutoTokenizer.from_pretrained(published)
+    model, tokenizer, _ = checkpoint.load_model(str(published))
+    prompts = []
+
+    def think(model, rows, n, how, seeds, on_token, *rest):
+        """In place of `generate`: the model thinks, answers and ends its turn."""
+        prompts.extend(rows)
+        for row in range(len(rows)):
+            for token in [*tokenizer.encode("Hm.</think>Yes").tolist(), 261]:
+                if on_token(row, token, 0.0):
+                    break
+
+    monkeypatch.setattr(sample, "generate", think)
+    monkeypatch.setattr(measure, "generate", think)
+    said = iter(["Hi", "And <|im_end|>?"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or raise_eof())
+    sample.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)
+    assert capsys.readouterr().out == "Hm.</think>Yes\n" * 2
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm.</think>Yes"}]
+    expected = fast.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+    assert prompts[0] == expected and "Hm." not in tokenizer.decode(prompts[1])
+    talk.append({"role": "user", "content": "And ?"})
+    expected = fast.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    at = len(expected) - len(tokenizer.encode("?Bot: <think>\n"))
+    assert prompts[1] == [*expected[:at], *tokenizer.encode("<|im_end|>"), *expected[at:]]  # as text
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi", "response": "Yes"}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(published), f"--pairs={pairs}", "--device=cpu", "--json"])
+    monkeypatch.setattr(measure.runtime, "setup", lambda *_: ALONE)
+    assert measure.main() == 0 and prompts[2] == prompts[0]
+    exact = json.loads(capsys.readouterr().out)["results"][0]
+    assert (exact["measure"], exact["value"]) == ("exact match", 100.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="opens a reply with 'Bot: <think>"):
+        prepare_corpus(["chat", "pairs.jsonl", "--tokenizer", str(published)])
+    assert not Path("data").exists() or not any(Path("data").iterdir())
+
+
+def raise_eof():
+    raise EOFError
 
 
 def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tmp_path):

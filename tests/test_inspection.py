@@ -35,7 +35,7 @@ def test_a_survey_counts_what_is_there(tmp_path, monkeypatch, piece, begins, end
     ids = []
     for text in texts:
         ids += [BYTE.eot] * (begins == "eot") + list(text.encode()) + [BYTE.eot] * (ends == "eot")
-    found = inspection.survey(make_tokens(tmp_path, ids, 257, shard_tokens=11), BYTE, tqdm(disable=True))
+    found = inspection.survey(make_tokens(tmp_path, ids, 257, shard_tokens=11), BYTE, tqdm(disable=True), BYTE.eot)
     lengths = [len(text) for text in texts]
     if begins == "text" and not lengths[0]:
         del lengths[0]  # it cannot be told from none

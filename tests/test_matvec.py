@@ -3,16 +3,27 @@
 import copy
 import math
 import mmap
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import AVX2, REPO, TEXT
 from torch import nn
 
 from acorn import checkpoint, runtime, shards
 from acorn.evaluate import evaluate
 from acorn.generate import Sampling, generate
-from acorn.matvec import DecodingLinear, OneTokenCompiled, pays_back, prepare_for_decoding
+from acorn.matvec import (
+    DecodingLinear,
+    OneTokenCompiled,
+    multiply_and_sum,
+    pays_back,
+    prepare_for_decoding,
+    product,
+    ways,
+)
 from model import GPT, GPTConfig
 
 
@@ -69,10 +80,51 @@ def test_int8_keeps_the_perplexity_of_a_trained_model_within_half_a_percent(trai
     assert len(TEXT) > 10_000 and tokenizer.kind == "char"
 
 
-def test_compiling_pays_for_many_tokens_of_a_large_model_only():
-    with torch.device("meta"):
-        small, gpt2 = GPT(GPTConfig(64, 65, 2, 2, 128)), GPT(GPTConfig())
-    assert not pays_back(small, 5000) and not pays_back(gpt2, 50) and pays_back(gpt2, 500)
+@pytest.mark.parametrize("quantize", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("B", [1, 3, 70])
+def test_each_way_of_multiplying_has_the_same_result(quantize, B):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(B, 64)
+    linear = DecodingLinear(weight if quantize != "bfloat16" else weight.bfloat16(), None, quantize)
+    exact = x.double() @ linear.weight.double().T
+    unit = exact.abs().max()
+    assert len(ways(linear.weight)) == 2
+    for way in ways(linear.weight):
+        error = (product(linear.weight, x, way).double() - exact).abs().max()
+        assert error <= (1e-6 if linear.weight.dtype == torch.float32 or way == "columns" else 0.02) * unit
+    for stored in (linear.weight, linear.words):
+        if stored is not None and B <= 3:  # as the compiler gets it
+            assert (multiply_and_sum(stored, x).double() - exact).abs().max() <= 1e-6 * unit
+
+
+def test_compiling_pays_only_where_it_saves_seconds():
+    assert not pays_back(gain=1e-5, n_tokens=5000) and not pays_back(gain=0.02, n_tokens=45)
+    assert pays_back(gain=0.02, n_tokens=1_000_000)
+
+
+SLOWEST = """
+import acorn, torch
+from acorn.matvec import choose_ways, prepare_for_decoding, product, ways
+from acorn.timing import seconds_per_call
+from model import GPT, GPTConfig
+torch.set_num_threads(1)
+for dtype, quantize in ((torch.float32, "none"), (torch.bfloat16, "none"), (torch.float32, "int8")):
+    model = GPT(GPTConfig(block_size=64, vocab_size=1024, n_layer=1, n_head=4, n_embd=256)).to(dtype).eval()
+    layer = prepare_for_decoding(model, quantize, compile=False).transformer.h[0].mlp.c_fc
+    for rows, chosen in ((1, layer.way), (64, layer.prompt_way)):
+        x = torch.ones(rows, 256, dtype=dtype)
+        work = {way: lambda way=way: product(layer.weight, x, way) for way in ways(layer.weight)}
+        times = {way: min(seconds_per_call(work[way]) for _ in range(7)) for way in work}
+        print(f"{quantize} {dtype} x {rows}: {chosen} of {times}")
+        assert times[chosen] < 5 * min(times.values())
+"""
+
+
+@pytest.mark.parametrize("isa", ["native", "avx2"])
+def test_a_way_that_this_cpu_emulates_is_never_chosen(isa):
+    environment = {**os.environ, **(AVX2 if isa == "avx2" else {})}
+    done = subprocess.run([sys.executable, "-c", SLOWEST], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
@@ -98,6 +150,9 @@ def test_compiled_decoding_is_the_same(quantize, n_rows):
     prompts = [[1, 2, 3], [4], [5, 6]][:n_rows]
 
     def logprobs(model) -> list[float]:  # of greedy tokens, past the end of the block, where the window slides
+        for layer in model.modules():
+            if isinstance(layer, DecodingLinear):
+                layer.way = layer.prompt_way = "columns"  # in float32, whatever is fastest here
         seen = []
         how, seeds = Sampling(temperature=0), [0] * n_rows
         generate(model, prompts, 40, how, seeds, lambda *token: bool(seen.append(token[2])))

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 import train
-from acorn import UserError
-from acorn.optim import Muon, learning_rate_at, make_optimizers, orthogonalize, rate_change
+from acorn import UserError, optim
+from acorn.optim import (
+    Muon,
+    learning_rate_at,
+    make_optimizers,
+    named_moments,
+    orthogonalize,
+    rate_change,
+    step_if_finite,
+)
 from model import GPT, GPTConfig
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -148,3 +156,34 @@ def test_muon_state_is_restored_to_the_bit():
     first.step()
     second.step()
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
+def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
+    """The same gradients, for an optimizer that is not asked to step where they are not finite."""
+    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    models = [GPT(config), GPT(config)]
+    models[1].load_state_dict(models[0].state_dict())
+    one, other = ([*make_optimizers(m, kind, 1e-2, 0.02, 0.1, (0.9, 0.95), "cpu")] for m in models)
+    skipped, counts = torch.tensor([0, 3]), []
+    for step in range(8):
+        broken = step in (0, 3, 4, 7)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            if broken and name == "transformer.h.1.mlp.c_fc.weight":
+                p.grad[0, 0] = bad
+            q.grad = p.grad.clone()
+        step_if_finite(one, torch.nn.utils.clip_grad_norm_(models[0].parameters(), 1.0), skipped)
+        torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+        for optimizer in other if not broken else ():
+            optimizer.step()
+        counts.append(skipped.tolist())
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(p, q)
+        mine, expected = named_moments(models[0], one), named_moments(models[1], other)
+        assert all(torch.equal(mine[name], value) for name, value in expected.items())
+        assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # none yet, or zeros
+    assert counts == [[1, 4], [0, 4], [0, 4], [1, 5], [2, 6], [0, 6], [0, 6], [1, 7]]

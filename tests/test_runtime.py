@@ -47,9 +47,9 @@ def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning
     said = capsys.readouterr().out
     assert said.count("warning:") == 1 and "no compiler" in said and "long trace" not in said
 
-    r.sum = lambda values: values + 1  # another one fails
+    r.agree = lambda holds: False  # another one fails
     assert runtime.compile_or_eager(model, lambda compiled: None, r) is model
-    r.sum, r.fsdp = lambda values: values, True  # another one may be in the middle of its pass, and cannot be asked
+    r.agree, r.fsdp = lambda holds: holds, True  # another one may be in the middle of its pass, and cannot be asked
     with pytest.raises(UserError, match=r"no compiler\); .*--compile=False"):
         runtime.compile_or_eager(model, failing_trial, r)
     assert capsys.readouterr().out == ""
@@ -72,6 +72,48 @@ def test_peak_rates_are_known_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Unknown GPU")
     assert r.peak_flops() is None
     assert runtime.setup("cpu", "float32", False).peak_flops() is None
+
+
+def test_a_stopwatch_adds_up_what_lies_between_start_and_stop(monkeypatch):
+    times = iter([1.0, 1.5, 4.0, 4.25, 9.0, 10.0])
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(times))
+    watch, taken = runtime.Stopwatch(torch.device("cpu")), []
+    for n in (2, 1):
+        for _ in range(n):
+            watch.start()
+            watch.stop()
+        taken.append(watch.take())
+    assert taken == [0.75, 1.0] and watch.take() == 0
+
+
+def test_a_stopwatch_on_a_gpu_reads_what_the_device_has_passed_and_waits_for_nothing(monkeypatch):
+    passed, recorded = [0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(self)
+            self.at = len(recorded)
+
+        def query(self):
+            return self.at <= passed[0]
+
+        def elapsed_time(self, end):
+            assert self.query() and end.query()
+            return 1000.0 * (end.at - self.at)  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = runtime.Stopwatch(torch.device("cuda"))
+    for _ in range(3):
+        watch.start()
+        watch.stop()
+    assert watch.take() == 0
+    passed[0] = 5
+    assert watch.take() == 2.0
+    passed[0] = 6
+    assert watch.take() == 1.0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")

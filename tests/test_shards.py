@@ -26,7 +26,7 @@ from acorn.shards import (
     split_windows,
     write_meta,
 )
-from acorn.tokenizer import ByteTokenizer, tokenizer_hash, train_char
+from acorn.tokenizer import ByteTokenizer, tokenizer_hash, train_bpe, train_char
 
 
 def make_tokens(folder, ids, vocab_size=2000, shard_tokens=10**8) -> Tokens:
@@ -300,6 +300,28 @@ def test_llmc_shards(tmp_path):
     (tmp_path / "train_000000.bin").rename(tmp_path / "fineweb_train_000002.bin")
     with pytest.raises(UserError, match="unknown tokenizer"):
         load_dataset(str(tmp_path))
+
+
+def test_llmc_shards_of_one_file_and_of_another_tokenizer(tmp_path):
+    for split in ("train", "val"):
+        make_tokens(tmp_path, np.arange(100), 50257)
+        (tmp_path / "train_000000.bin").rename(tmp_path / f"tiny_shakespeare_{split}.bin")
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.tokenizer.kind == "gpt2" and len(dataset.train) == len(dataset.val) == 100
+    (tmp_path / "tiny_shakespeare_val.bin").unlink()
+    make_tokens(tmp_path, np.arange(100), 100_000)  # uint32
+    (tmp_path / "train_000000.bin").rename(tmp_path / "tiny_shakespeare_train.bin")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(train_bpe(["the other one"], 270).config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.tokenizer.kind == "hf" and dataset.val is None
+    dataset.mask_documents()
+    assert dataset.train.document_mark == dataset.tokenizer.eot == dataset.vocab_size - 1
+    make_tokens(tmp_path, np.arange(300), 100_000)
+    (tmp_path / "train_000000.bin").rename(tmp_path / "tiny_shakespeare_train.bin")
+    with pytest.raises(UserError, match="vocabulary"):  # an id that the tokenizer does not have
+        tokens = load_dataset(str(tmp_path)).train
+        sequential_windows(tokens, 8, 0, split_windows(tokens, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acorn import UserError
+from acorn import UserError, chat, records
+from acorn.generate import TextStream, encode_prompt
 from acorn.shards import load_dataset
 from acorn.tokenizer import (
     END_OF_TEXT,
@@ -42,6 +44,7 @@ from acorn.tokenizer import (
     train_char,
 )
 from prepare.__main__ import prepare_corpus
+from prepare.pipeline import prepare
 from tests.conftest import TEXT
 
 CATEGORIES: dict[str, str] = {}  # of Unicode, with a few characters of each
@@ -417,7 +420,7 @@ def test_a_tokenizer_in_the_manner_of_sentencepiece(prepend):
     assert "".join(out) == " " * (prepend != "never") + "horse 字"
 
 
-def write_hf(folder, config=BPE.config, **files):
+def write_hf(folder, config=BPE.config, /, **files):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(config))
     for name, content in files.items():
@@ -456,7 +459,7 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
         ({"tokenizer": {"model": {"type": "BPE"}}}, "tokenizer.json is broken"),
         ({"tokenizer_config": {"eos_token": {"a": 1}}}, "is broken"),
         ({"tokenizer_config": {"chat_template": 5}}, "is broken"),
-        ({"generation_config": {"eos_token_id": []}}, "is broken"),
+        ({"generation_config": {"eos_token_id": ["a"]}}, "eos_token_id"),
         ({"special_tokens_map": [1]}, "does not hold a JSON object"),
     ],
 )
@@ -538,3 +541,87 @@ def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=message):
             prepare_corpus(["text", "a.txt", "--name", "new", "--tokenizer", spec])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands around a text
+
+
+def processor(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> dict:
+    """A post-processor that puts control tokens before and after a text, in the form of a tokenizer.json."""
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in [*before, *after]}
+    around = [[{"SpecialToken": {"id": name, "type_id": 0}} for name, _ in side] for side in (before, after)]
+    single = [*around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1]]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+
+
+def with_processor(folder: Path, before: list[str], after: list[str], sequence: bool = False, **files) -> Path:
+    """A folder with BPE's tokenizer and `<s>` (340) and `</s>` (341), which a post-processor puts around a text."""
+    ids = {"<s>": 340, "</s>": 341}
+    added = [BPE.config["added_tokens"][0] | {"id": i, "content": name} for name, i in ids.items()]
+    config = BPE.config | {"added_tokens": [*BPE.config["added_tokens"], *added]}
+    post = processor(*([(name, ids[name]) for name in side] for side in (before, after)))
+    if sequence:  # as Llama 3 has it
+        post = {"type": "Sequence", "processors": [BPE.config["pre_tokenizer"], post]}
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return write_hf(folder, config | {"post_processor": post}, tokenizer_config=settings, **files)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(["<s>"], []), (["<s>"], ["</s>"]), ([], ["</s>"]), ([], [])])
+def test_texts_prompts_and_documents_have_transformers_ids(tmp_path, before, after, sequence):
+    transformers = pytest.importorskip("transformers")
+    folder = with_processor(tmp_path / "t", before, after, sequence)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
+    for tokenizer in (ours, from_dict(json.loads(json.dumps(ours.to_dict())))):
+        for text in ("the other", "", "<s>x</s>"):
+            whole = theirs(text, split_special_tokens=True)["input_ids"]
+            assert [*tokenizer.before_text, *tokenizer.encode(text), *tokenizer.after_text] == whole
+            if text:
+                assert encode_prompt(tokenizer, text) == whole[: len(whole) - len(after)]
+        assert encode_prompt(tokenizer, "<s>a", control=True) == theirs("<s>a", add_special_tokens=False)["input_ids"]
+        assert encode_prompt(tokenizer, "") == ([340] if before else [339])
+
+    documents = ["the one", "the other " * 30]
+    meta = prepare(documents, tmp_path / "d", name="d", tokenizer=ours, source={}, val_by="end", val_fraction=0.2)
+    dataset = load_dataset(str(tmp_path / "d"))
+    written = [t for split in (dataset.train, dataset.val) for t in split.read([0], len(split))[0].tolist()]
+    marks = [] if before or after else [339]  # our own end-of-text token, where the tokenizer puts none
+    expected = [i for text in documents for i in marks + theirs(text)["input_ids"]]
+    assert written == expected or len(written) - len(expected) in (0, 1)  # the cut of val may divide a token
+    assert written[:9] == expected[:9] and written[-9:] == expected[-9:]
+    assert meta["document_mark"] == (340 if before else 339 if not after else ours.eot)
+
+
+def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
+    ends = {"generation_config": {"eos_token_id": [341, 300]}, "config": {"eos_token_id": 301}}
+    tokenizer = get_tokenizer(str(with_processor(tmp_path / "t", ["<s>"], [], **ends)))
+    assert tokenizer.ends == {339, 341, 300, 301}
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.ends == tokenizer.ends and tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    assert tokenizer_hash(get_tokenizer(str(with_processor(tmp_path / "u", ["<s>"], [])))) == tokenizer_hash(tokenizer)
+    assert add_tokens(tokenizer, ["<|note|>"]).ends == tokenizer.ends
+    for end in (*tokenizer.ends, 340):  # and the BOS of another document
+        stream = TextStream(tokenizer)
+        assert stream.push(65) and stream.stopped_by is None
+        assert stream.push(end) == "" and stream.stopped_by == "end of text"
+    old = {
+        name: value for name, value in tokenizer.to_dict().items() if name in ("kind", "config", "eot", "bos", "eos")
+    }
+    assert from_dict(old).ends == {339, 341}
+    with pytest.raises(UserError, match="more_ends"):
+        from_dict(old | {"more_ends": ["</s>"]})
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    templates = [{"name": "default", "template": "\n{{ messages[0].content }}\n"}]
+    templates.append({"name": "tool_use", "template": "{% for t in tools %}{{ t.name }}{% endfor %}!"})
+    folder = write_hf(tmp_path / "t", BPE.config, tokenizer_config={"chat_template": templates})
+    theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(folder), get_tokenizer(str(folder))
+    messages = [{"role": "user", "content": "hi"}]
+    for tools in (None, [{"name": "weather"}]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        extras = {"tools": tools} if tools else {}
+        assert ours.decode(chat.render(ours, records.Conversation(messages, extras))) == expected

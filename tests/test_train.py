@@ -1,6 +1,7 @@
 """train.py as a person runs it: exact resume, every split of the batch, signals, refusals, nanoGPT's commands."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -8,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, refused, script
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_script
-from acorn import UserError, checkpoint, files
-from acorn.shards import load_dataset, sequential_windows, split_windows
+from acorn import UserError, batches, checkpoint, files, optim
+from acorn.shards import load_dataset
 from model import GPT
 
 
@@ -118,22 +121,24 @@ def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, 
 
 def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tmp_path):
     """Replies of unequal length, so that the mean of the micro-batches' means would be another number."""
-    pairs = [{"prompt": f"Say {n} times a.", "response": " ".join("a" * n)} for n in range(1, 40)]
+    pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     assert script("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     words = ["--max_iters=4", "--dropout=0", "--eval_interval=2", "--eval_iters=0"]
     for out, more in (("a", []), ("b", ["--gradient_accumulation_steps=8", "--batch_size=1"])):
         result = train(tmp_path, "d", *words, *more, f"--out_dir={out}")
         assert result.returncode == 0, result.stderr
-    assert "have up to 113 tokens, beyond the block size of 32" in result.stdout
+    assert "rows of 32 tokens" in result.stdout and "lose the end of their reply" in result.stdout
     for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
     data, model = load_dataset(str(tmp_path / "d")), checkpoint.load_model(str(tmp_path / "a"), "latest")[0].eval()
-    x, y = sequential_windows(data.val, 32, 0, split_windows(data.val, 32))
+    x, y, documents = batches.in_order(data.val, 32, 0, batches.samples_per_epoch(data.val, 32))
     assert set(data.tokenizer.decode(y[y != -1]).replace("<|endoftext|>", "")) == {"a", " "}
     with torch.no_grad():
-        log_probabilities = model(torch.tensor(x), torch.tensor(x))[0].log_softmax(-1)
+        log_probabilities = model(torch.tensor(x), torch.tensor(x), documents=torch.tensor(documents))[0].log_softmax(
+            -1
+        )
     nats = [-log_probabilities[i, t, y[i, t]].item() for i, t in zip(*np.nonzero(y != -1), strict=True)]
     assert numbers(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
@@ -183,6 +188,89 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_re
     assert "3 updates in a row had no finite gradient" in result.stderr
     assert "NaN" not in (tmp_path / "o" / "metrics.jsonl").read_text()  # which JSON does not have
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("host_decides", [(), ("cpu",)])
+def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_end_the_run_at_once(
+    dataset, tmp_path, monkeypatch, capsys, host_decides
+):
+    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    clip, calls, broken = torch.nn.utils.clip_grad_norm_, [], {2, 3, 5, 8, 9, *range(11, 16), 18, 19, 20, 21, 22, 23}
+
+    def poisoned(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        if len(calls) in broken:
+            parameters[2].grad.view(-1)[0] = float("nan")
+        calls.append(clip(parameters, *args, **kwargs).item())
+        return torch.tensor(calls[-1])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    words = ["--log_interval=7", "--eval_interval=100", f"--dataset={dataset}", "--out_dir=o", "--max_bad_steps=6"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, "--max_iters=10"])
+    assert train_script.main() == 0
+    state = json.loads((tmp_path / "o" / "step_000010" / "state.json").read_text())
+    assert state["skipped"] == 5 and state["bad_steps"] == 2
+    monkeypatch.setattr(sys, "argv", ["train.py", "--init_from=resume", "--out_dir=o", "--max_iters=40"])
+    assert train_script.main() == 1
+    assert "stops at step 23" in capsys.readouterr().err and len(calls) == 24
+    assert [(m["step"], m["skipped"]) for m in metrics(tmp_path / "o") if "loss" in m] == [
+        (step, sum(i <= step for i in broken)) for step in (0, 7, 14, 21)
+    ]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts, in `of_update`, how often the host reads a tensor, which on a GPU waits for all queued work."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.of_update, self.step = Counter(), None
+        monkeypatch.setattr(train_script.watch, "note", self.begin)
+        for name in ("tolist", "numpy", "cpu", "__array__"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def begin(self, step):
+        self.step = step
+
+    def counted(self, function):
+        def wrapper(tensor, *args, **kwargs):
+            self.of_update[self.step] += 1
+            return function(tensor, *args, **kwargs)
+
+        return wrapper
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else []
+        if name in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2") or any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices
+        ):
+            self.of_update[self.step] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize(
+    "words", [["--document_mask=True"], ["--optimizer=muon", "--grad_clip=0", "--auto_batch=True", "--ngram=2"]]
+)
+def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, monkeypatch, words, reads):
+    """Counted on a CPU that is treated as a GPU. With one read too many in each update the count says so."""
+    monkeypatch.setattr(optim, "HOST_DECIDES", ())
+    (tmp_path / "t.txt").write_text("this is a document. " * 200)
+    assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    if reads:
+        update = train_script.step_if_finite
+        monkeypatch.setattr(train_script, "step_if_finite", lambda o, norm, s: update(o, norm, s) or math.isnan(norm))
+    always = ["--dataset=d", "--out_dir=o", "--max_iters=12", "--log_interval=4", "--eval_interval=10"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *always, *words])
+    with HostReads(monkeypatch) as host_reads:
+        assert train_script.main() == 0
+    quiet = {step: host_reads.of_update[step] for step in range(12) if step not in (0, 4, 8, 9, 11)}
+    assert quiet == dict.fromkeys(quiet, int(reads))
+    assert all(host_reads.of_update[step] > 1 for step in (0, 4, 8, 9, 11))  # which log, or are evaluated after
 
 
 def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):

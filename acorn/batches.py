@@ -1,0 +1,296 @@
+"""Batches: windows of a text stream, and rows of whole conversations.
+
+A batch is (x, y, documents): inputs, targets, and the number of each token's document in its row, all int64 of shape
+(count, block_size). A target of -1 is masked. `documents` is None where attention crosses document boundaries. A batch
+is a pure function of (seed, position), so one integer is the position of a run, for any number of processes.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from acorn import UserError
+
+if TYPE_CHECKING:
+    from acorn.shards import Tokens
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
+#
+# N tokens make N - 1 pairs: pair p has the input token p and the target token p + 1. An epoch e lays the pairs out on a
+# ring, starts at its own offset o, and cuts n = ceil((N - 1) / T) windows of T pairs; window j holds the pairs
+# o + j T, ..., o + j T + T - 1 (mod N - 1). The last window goes past the end of the ring; there its targets are
+# masked. So an epoch has every pair once and none twice. The windows come in an order that a seeded permutation gives.
+
+
+def split_windows(tokens: "Tokens", block_size: int) -> int:
+    """How many windows of `block_size` (token, next token) pairs cover the split: one epoch."""
+    if len(tokens) < 2:
+        raise UserError(f"the {tokens.name} split has {len(tokens)} tokens; training needs 2 or more: add text to it")
+    return -(-(len(tokens) - 1) // block_size)
+
+
+def sample_windows(
+    tokens: "Tokens", block_size: int, first: int, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples first, ..., first + count - 1 of the endless shuffled stream: inputs x and targets y, int64.
+
+    Both have the shape (count, block_size); a target of -1 is masked. A pure function of its arguments; the first
+    epoch is samples 0, ..., n - 1 (n from `split_windows`), the next epoch follows, and a batch may straddle the two.
+    """
+    n = split_windows(tokens, block_size)
+    pairs = len(tokens) - 1
+    windows, keys = _shuffled(first, count, n, seed)
+    offsets = (_mix(~keys) % np.uint64(pairs)).astype(np.int64)
+    starts = (offsets + windows * block_size) % pairs
+
+    x = np.empty((count, block_size), dtype=np.int64)
+    y = np.empty((count, block_size), dtype=np.int64)
+    whole = starts + block_size <= pairs  # does not wrap around the end of the ring
+    x[whole], y[whole] = tokens.read_pairs(starts[whole], block_size)
+    for row in np.flatnonzero(~whole):
+        inputs, targets = tokens.read_pairs((starts[row] + np.arange(block_size)) % pairs, 1)
+        x[row], y[row] = inputs[:, 0], targets[:, 0]
+    y[windows == n - 1, pairs - (n - 1) * block_size :] = -1
+    return x, y
+
+
+def sequential_windows(tokens: "Tokens", block_size: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows first, ..., first + count - 1 of the split in order, for evaluation: x and y as in `sample_windows`.
+
+    Where the split ends, inside its last window, x is padded with 0 and y with -1; windows beyond are all padding.
+    """
+    split_windows(tokens, block_size)  # refuses a split that is too short
+    pairs = len(tokens) - 1
+    x = np.zeros((count, block_size), dtype=np.int64)
+    y = np.full((count, block_size), -1, dtype=np.int64)
+    starts = np.arange(first, first + count) * block_size
+    whole = int((starts + block_size <= pairs).sum())
+    x[:whole], y[:whole] = tokens.read_pairs(starts[:whole], block_size)
+    if whole < count and starts[whole] < pairs:
+        rest = pairs - starts[whole]
+        x[whole, :rest], y[whole, :rest] = tokens.read_pairs(starts[whole : whole + 1], rest)
+    return x, y
+
+
+def number_documents(x: np.ndarray, y: np.ndarray, eot: int) -> np.ndarray:
+    """The documents in windows with inputs x and targets y, numbered from 0 in each row: int64, (count, block_size).
+
+    A document begins at each end-of-text token, which precedes it, and where x is not the target before it: there the
+    window has come to the end of the split and goes on at its beginning.
+    """
+    begins = x == eot
+    begins[:, 1:] |= (y[:, :-1] != -1) & (x[:, 1:] != y[:, :-1])
+    return begins.cumsum(axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of whole conversations
+#
+# A conversation of L tokens has L - 1 pairs, side by side in one row of T. The rest of a row is padding: masked targets
+# and a document of its own. Each epoch has the same rows in another order.
+
+FORM = ("dropped", "head", "own", "tail", "prompt")  # the columns of an index
+
+
+class Rows(NamedTuple):
+    """Conversations packed into rows of one block size: row r holds the forms members[starts[r] : starts[r + 1]]."""
+
+    starts: np.ndarray  # (rows + 1,)
+    members: np.ndarray  # indices of forms
+    padding: float  # the share of the rows' tokens that no conversation takes
+    dropped: int  # conversations that lost their oldest turns
+    cut: int  # conversations whose one last reply lost its end
+    left_out: int  # conversations whose last question alone fills a row
+
+
+class Conversations:
+    """The conversations of one split, each in one or more forms; the block size decides which of them is read.
+
+    Form 0 is the whole conversation; form k has lost its k oldest turns and is rendered by the template anew. `index`,
+    of the shape (forms, 5), has the columns FORM: `dropped` is k; `own` counts the form's own tokens, which follow in
+    the stream on those of the form before; before them come the first `head` tokens of form 0, after them its last
+    `tail` ones; and `prompt` tokens come before the first learned one. Raises ValueError for a table that is none.
+    """
+
+    def __init__(self, tokens: "Tokens", index: np.ndarray):
+        self.tokens = tokens
+        self.dropped, self.head, self.own, self.tail, self.prompt = index.T
+        self.starts = np.cumsum(self.own) - self.own  # of a form's own tokens in the stream
+        self.first = np.flatnonzero(self.dropped == 0)  # the form 0 of each conversation
+        self.whole = self.first[np.cumsum(self.dropped == 0) - 1] if len(self.first) else self.first  # of each form
+        self.lengths = self.head + self.own + self.tail
+        sizes = self.own[self.whole] if len(self.first) else self.own
+        broken = (index < 0).any() or self.own.sum() != len(tokens) or (len(index) and self.dropped[0] != 0)
+        is_whole = self.dropped == 0
+        broken = broken or (self.head[is_whole] + self.tail[is_whole]).any()
+        if broken or (np.maximum(self.head, self.tail) > sizes).any() or (self.prompt >= self.lengths).any():
+            raise ValueError("the index does not belong to the tokens")
+        self._rows: dict[int, Rows] = {}
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the whole conversations begin in the stream, and how many tokens they have."""
+        return self.starts[self.first], self.own[self.first]
+
+    def rows(self, block_size: int) -> Rows:
+        """The rows of `block_size`: each conversation in its longest form that fits. Where none does, the last form
+        loses the end of its reply, or is left out if nothing of that fits."""
+        if block_size not in self._rows:
+            n = len(self.lengths)
+            fits = np.where(self.lengths - 1 <= block_size, np.arange(n), n)
+            chosen = np.minimum.reduceat(fits, self.first) if n else self.first
+            ends = np.append(self.first[1:], n)  # of each conversation's forms
+            too_long = chosen >= ends
+            chosen = np.where(too_long, ends - 1, chosen)
+            learns = self.prompt[chosen] <= block_size
+            kept = chosen[learns]
+            needs = np.clip(self.lengths[kept] - 1, 1, block_size)
+            starts, members = pack(needs, block_size)
+            used = needs.sum() / (max(len(starts) - 1, 1) * block_size)
+            self._rows[block_size] = Rows(
+                starts,
+                kept[members],
+                1 - float(used),
+                int((learns & (self.dropped[chosen] > 0)).sum()),
+                int((learns & too_long).sum()),
+                int((~learns).sum()),
+            )
+        return self._rows[block_size]
+
+    def read_form(self, form: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `most` ids of a form, and their targets: the ids again, or -1 where they are not learned."""
+        begin = self.starts[self.whole[form]]
+        end = begin + self.own[self.whole[form]]
+        head, own, tail = int(self.head[form]), int(self.own[form]), int(self.tail[form])
+        ids, learned = [], []
+        for start, length in ((begin, head), (self.starts[form], own), (end - tail, tail)):
+            if length := min(length, most):
+                most -= length
+                ids.append(self.tokens.read([start], length)[0])
+                learned.append(self.tokens.mask.read([start], length)[0])
+        ids = np.concatenate(ids)
+        return ids, np.where(np.concatenate(learned), ids, -1)
+
+    def read_rows(self, rows: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x, y and documents of some rows of `block_size`; a row beyond the last one is all padding."""
+        packed = self.rows(block_size)
+        x = np.zeros((len(rows), block_size), dtype=np.int64)
+        y = np.full((len(rows), block_size), -1, dtype=np.int64)
+        documents = np.zeros((len(rows), block_size), dtype=np.int64)
+        for i, row in enumerate(rows.tolist()):
+            at = 0
+            for form in packed.members[slice(*packed.starts[row : row + 2])] if row < len(packed.starts) - 1 else ():
+                ids, targets = self.read_form(form, block_size + 1)
+                end = at + len(ids) - 1
+                x[i, at:end], y[i, at:end] = ids[:-1], targets[1:]
+                documents[i, end:] += 1
+                at = end
+        return x, y, documents
+
+
+def pack(needs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items that need 1 to `size` places each, packed into rows of `size` by best fit, the largest item first.
+
+    Row r holds the items members[starts[r] : starts[r + 1]]; returns starts and members.
+    """
+    rows, free = [], [[] for _ in range(size + 1)]  # the rows with so many places left
+    open_sizes = 0  # bit n is set where there are rows with n places left
+    for item in np.argsort(-needs, kind="stable").tolist():
+        need = int(needs[item])
+        row, left = len(rows), size
+        if fitting := open_sizes >> need:
+            left = need + (fitting & -fitting).bit_length() - 1  # the fewest that suffice
+            row = free[left].pop()
+            if not free[left]:
+                open_sizes ^= 1 << left
+        else:
+            rows.append([])
+        rows[row].append(item)
+        if left := left - need:
+            free[left].append(row)
+            open_sizes |= 1 << left
+    starts = np.cumsum([0, *map(len, rows)])
+    return starts, np.array([item for row in rows for item in row], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Either of the two
+
+
+def samples_per_epoch(tokens: "Tokens", block_size: int) -> int:
+    """How many windows, or rows of conversations, of `block_size` tokens an epoch of the split has."""
+    if tokens.conversations is None:
+        return split_windows(tokens, block_size)
+    if n := len(tokens.conversations.rows(block_size).starts) - 1:
+        return n
+    raise UserError(
+        f"no reply of the {tokens.name} split has its question in view within block_size={block_size}. "
+        "Use a larger --block_size, or give conversations with shorter questions."
+    )
+
+
+def sample(tokens: "Tokens", block_size: int, first: int, count: int, seed: int) -> tuple:
+    """Samples first, ..., first + count - 1 of the endless shuffled stream, as (x, y, documents): see the module."""
+    n = samples_per_epoch(tokens, block_size)
+    if tokens.conversations is not None:
+        return tokens.conversations.read_rows(_shuffled(first, count, n, seed)[0], block_size)
+    return _numbered(tokens, *sample_windows(tokens, block_size, first, count, seed))
+
+
+def in_order(tokens: "Tokens", block_size: int, first: int, count: int) -> tuple:
+    """The windows or rows first, ..., first + count - 1 of the split in order, as (x, y, documents); those beyond the
+    last one are all padding."""
+    if tokens.conversations is not None:
+        return tokens.conversations.read_rows(np.arange(first, first + count), block_size)
+    return _numbered(tokens, *sequential_windows(tokens, block_size, first, count))
+
+
+def _numbered(tokens: "Tokens", x: np.ndarray, y: np.ndarray) -> tuple:
+    mark = tokens.document_mark
+    return x, y, None if mark is None else number_documents(x, y, mark)
+
+
+def _shuffled(first: int, count: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the n windows or rows of an epoch the samples first, ..., first + count - 1 are, and the key of each
+    one's epoch."""
+    epochs, ranks = np.divmod(np.arange(first, first + count), n)
+    keys = _mix(_mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + epochs.astype(np.uint64))
+    return permute(ranks, n, keys), keys
+
+
+def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """A pseudo-random bijection of [0, n) for each uint64 key, applied to `index`, without a table.
+
+    A Feistel network over pairs (left, right) in a x b >= n: each round adds to one half a hash of the other, which can
+    be undone, so the network permutes the a x b pairs. A result outside [0, n) is sent through again until it falls
+    inside. With a x b this close to n that is rare.
+    """
+    a = np.uint64(np.ceil(np.sqrt(n)))
+    b = np.uint64(-(-n // int(a)))
+    result = index.astype(np.uint64)
+    keys = np.broadcast_to(keys, result.shape)
+    todo = np.arange(len(result))
+    while len(todo):
+        left, right = np.divmod(result[todo], b)
+        key = keys[todo]
+        for _ in range(3):
+            key = key + _GOLDEN
+            left = (left + _mix(right + key)) % a
+            right = (right + _mix(left ^ key)) % b
+        result[todo] = left * b + right
+        todo = todo[result[todo] >= n]
+    return result.astype(np.int64)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Hash uint64 to uint64: the step of the generator splitmix64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,115 @@
+"""acorn/loader.py: the batches of an update for every process and split, and the thread that reads ahead."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from acorn import UserError
+from acorn.batches import number_documents
+from acorn.loader import make_batch, prefetch, updates
+from acorn.mixture import Mixture
+from acorn.runtime import Runtime
+from acorn.shards import MaskWriter, ShardWriter, Tokens, open_shard
+
+EOT, VOCAB, BLOCK, SEED = 0, 50, 8, 5
+GPU = torch.device("meta")  # any device but a CPU has the thread
+
+
+class OneStream:
+    """What `updates` needs of a mixture, over shards in `folder`: 900 tokens, of which a third are no targets."""
+
+    def __init__(self, folder):
+        chance = np.random.default_rng(0)
+        for writer, top in ((ShardWriter(folder, "train", VOCAB), VOCAB), (MaskWriter(folder, "train"), 3)):
+            with writer:
+                writer.write(np.minimum(chance.integers(0, top, 900), 1 if top == 3 else VOCAB))
+        self.path = folder / "train_000000.bin"
+        self.train = Tokens([open_shard(self.path)], VOCAB)
+        self.train.mask = Tokens([open_shard(folder / "train_000000.mask")], 2)
+        self.train.document_mark = EOT
+        self.datasets, self.shares = [self], [1]
+
+    sample, has_documents = Mixture.sample, Mixture.has_documents
+
+
+def rank_of(rank, world_size):
+    return Runtime(torch.device("cpu"), torch.float32, False, [], rank, world_size)
+
+
+@pytest.mark.parametrize("world_size, micro_batch", [(1, 12), (1, 1), (2, 3), (3, 4), (4, 3)])
+def test_every_split_has_the_sequences_of_the_whole_batch_each_once(tmp_path, world_size, micro_batch):
+    data, position = OneStream(tmp_path), 24
+    data.train.document_mark = EOT
+    streams = [
+        updates(data, rank_of(rank, world_size), BLOCK, SEED, 12, micro_batch, position) for rank in range(world_size)
+    ]
+    for update in range(3):
+        x, y, documents = data.sample(BLOCK, position + 12 * update, 12, SEED)
+        assert (documents == number_documents(x, y, EOT)).all()
+        parts = [next(stream) for stream in streams]
+        in_order = [batch for turn in zip(*(batches for batches, _ in parts), strict=True) for batch in turn]
+        assert all(batch.x.shape == (micro_batch, BLOCK) for batch in in_order)
+        for k, expected in enumerate((x, y, documents)):
+            assert torch.equal(torch.cat([batch[k] for batch in in_order]), torch.from_numpy(expected))
+        assert sum(n_targets for _, n_targets in parts) == (y != -1).sum() < y.size
+
+
+def test_documents_are_there_only_where_they_are_told_apart():
+    x = np.array([[4, 0, 3, 0, 0, 6]])
+    cpu = torch.device("cpu")
+    assert make_batch((x, x, x + 1), cpu).to(cpu).documents.tolist() == [[5, 1, 4, 1, 1, 7]]
+    batch = make_batch((x, x, None), cpu).to(torch.device("meta"))
+    assert batch.documents is None and batch.x.is_meta and batch.y.is_meta
+
+
+def test_the_next_item_is_computed_in_a_thread_while_one_is_in_use():
+    began = [threading.Event() for _ in range(5)]
+    threads = set()
+
+    def items():
+        for i in range(4):
+            began[i].set()
+            threads.add(threading.get_ident())
+            yield i
+
+    ahead = prefetch(items(), GPU)
+    assert next(ahead) == 0
+    assert began[1].wait(10)  # though no one asked for it yet
+    assert not began[2].wait(0.05)  # and no more than one
+    assert list(ahead) == [1, 2, 3]
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+    threads.clear()
+    assert list(prefetch(items(), torch.device("cpu"))) == [0, 1, 2, 3]
+    assert threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("device", [GPU, torch.device("cpu")])
+def test_a_shard_that_is_cut_short_ends_the_run_where_its_batch_would_be(tmp_path, device):
+    data = OneStream(tmp_path)
+    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), device)
+    whole = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), torch.device("cpu"))
+    good = [next(whole)[0][0].x for _ in range(4)]
+    before = threading.active_count()
+    assert torch.equal(next(stream)[0][0].x, good[0])
+    os.truncate(data.path, 1500)
+    with pytest.raises(UserError, match="cut short"):
+        for expected in good[1:]:  # one may have been read already
+            assert torch.equal(next(stream)[0][0].x, expected)
+    assert threading.active_count() == before  # the thread has ended
+
+
+def test_a_stream_that_is_left_in_the_middle_leaves_no_thread(tmp_path):
+    """As when memory ends, and the same update begins again in smaller micro-batches."""
+    before = threading.active_count()
+    data = OneStream(tmp_path)
+    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), GPU)
+    first = next(stream)[0][0].x
+    stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 2, 0), GPU)
+    pieces = next(stream)[0]
+    assert torch.equal(torch.cat([batch.x for batch in pieces]), first)
+    stream.close()
+    assert threading.active_count() == before
