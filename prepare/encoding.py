@@ -178,7 +178,8 @@ def _guesses(sample: bytes, has_nuls: bool) -> list[tuple[str, float]]:
                 guesses.setdefault(name, 1 - match.chaos)
         if guesses and next(iter(guesses)) in DETECTED:
             break
-    return sorted(guesses.items(), key=lambda guess: (-guess[1], guess[0] not in {*DETECTED, *COMMON}))
+    order = [*DETECTED, *COMMON]
+    return sorted(guesses.items(), key=lambda guess: (-guess[1], order.index(guess[0]) if guess[0] in order else 99))
 
 
 def _is_sure(guesses: list[tuple[str, float]], sample: bytes) -> bool:
