@@ -83,11 +83,17 @@ def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndar
     assistant's replies, each up to the control token that ends it, but for those with `"learn": False`. Raises
     UserError where the template ends a reply without one, leaves the replies out, or writes a turn differently once
     others follow."""
-    ids, learned = [], []
-    for text, is_learned in _parts(tokenizer, messages, False):
-        ids.append(_encode(tokenizer, text, bool(ids)))
-        learned.append(np.full(len(ids[-1]), is_learned))
+    _, ids, learned = zip(*_encoded_parts(tokenizer, messages), strict=True)
     return np.concatenate(ids), np.concatenate(learned)
+
+
+def _encoded_parts(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Text, ids and learned of each of the conversation's `_parts`."""
+    parts = []
+    for text, is_learned in _parts(tokenizer, messages, False):
+        ids = _encode(tokenizer, text, bool(parts))
+        parts.append((text, ids, np.full(len(ids), is_learned)))
+    return parts
 
 
 def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -100,7 +106,7 @@ def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tupl
     an earlier one as it was learned, one example for each reply. Raises UserError as `render_to_learn` does."""
     ends = [i for i, message in enumerate(messages, 1) if _is_learned(message)]
     try:
-        return [_forms(tokenizer, messages[: ends[-1]], render_to_learn)]
+        return [_forms(tokenizer, messages[: ends[-1]], _render_again(tokenizer, messages[: ends[-1]]))]
     except RewrittenHistory:
         return [_forms(tokenizer, messages[:end], _render_last_reply) for end in ends]
 
@@ -122,6 +128,35 @@ def _forms(tokenizer: Tokenizer, messages: list[dict], render_whole) -> list[tup
         end = np.flatnonzero(learned)[-1] + 1
         forms.append((ids[:end], learned[:end]))
     return forms
+
+
+def _render_again(tokenizer: Tokenizer, messages: list[dict]):
+    """Return a function like `render_to_learn` for `messages` and for what is left of them without the oldest turns.
+
+    It reuses the ids behind the first reply's prompt where the template renders the same text there. A conversation of
+    n turns then takes O(n) renderings instead of O(n^2)."""
+    parts = _encoded_parts(tokenizer, messages)
+    whole = "".join(text for text, _, _ in parts)
+    begins = np.cumsum([0, *(len(text) for text, _, _ in parts)])  # of each part, in the text
+    reply_begin = begins[max(k for k, (_, _, learned) in enumerate(parts) if learned.any())]  # of the last reply
+
+    def render_whole(tokenizer: Tokenizer, shown: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        if len(shown) == len(messages):
+            _, ids, learned = zip(*parts, strict=True)
+            return np.concatenate(ids), np.concatenate(learned)
+        to_reply = next(i for i, message in enumerate(shown) if message["role"] == "assistant")
+        text, prompt = _fill_in(tokenizer, shown, False), _fill_in(tokenizer, shown[:to_reply], True)
+        behind = text.removeprefix(prompt)
+        k = int(np.searchsorted(begins, len(whole) - len(behind)))
+        is_same = begins[k] == len(whole) - len(behind) and whole.endswith(behind) and text == prompt + behind
+        last_prompt = text[: len(text) - (len(whole) - reply_begin)]
+        if not is_same or last_prompt != _fill_in(tokenizer, shown[:-1], True):
+            return render_to_learn(tokenizer, shown)
+        _, ids, learned = zip(*parts[k:], strict=True)
+        first = _encode(tokenizer, prompt, False)
+        return np.concatenate([first, *ids]), np.concatenate([np.zeros(len(first), dtype=bool), *learned])
+
+    return render_whole
 
 
 def _render_last_reply(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
