@@ -70,10 +70,11 @@ def choose_template(tokenizer: Tokenizer) -> str:
 def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
     """The ids of a conversation up to where the next reply begins: int32, one dimension. They are those that stand
     before this reply in `render_to_learn`, and in `forms_to_learn`."""
+    whole = _fill_in(tokenizer, messages, True)
     try:
         parts = _parts(tokenizer, messages, True)
     except UserError:  # it rewrites history, or cannot be learned: then no part of it is what the model saw before
-        parts = [(_fill_in(tokenizer, messages, True), False)]
+        parts = [(whole, False)]
     return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
 
 
@@ -357,7 +358,7 @@ def _takes_parts(template: str) -> bool:
         return text.count(PROBE) == 2
 
     messages = [_message("user", PROBE), _message("assistant", PROBE)]
-    return not keeps(messages) and keeps([_in_parts(message) for message in messages])
+    return "text" in template and not keeps(messages) and keeps([_in_parts(message) for message in messages])
 
 
 def _in_parts(message: dict) -> dict:
@@ -382,17 +383,11 @@ def _is_json(value) -> bool:
 
 @functools.lru_cache(16)
 def _variables(template: str) -> frozenset[str]:
-    """The names by which a template looks at what it is given beside the messages."""
-    import jinja2
-    import jinja2.meta
+    """The names by which a template may look at what it is given beside the messages: all its words but Jinja's own.
+    Jinja's parser would know better, but it computes constants such as 'a' * 10**10 while it does."""
+    from jinja2.defaults import DEFAULT_NAMESPACE
 
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    text = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)
-    try:
-        found = jinja2.meta.find_undeclared_variables(environment.parse(text))
-    except (jinja2.TemplateError, RecursionError):  # rendering says what is wrong
-        return frozenset()
-    return frozenset(found) - environment.globals.keys() - RESERVED
+    return frozenset(re.findall(r"[^\W\d]\w*", template)) - DEFAULT_NAMESPACE.keys() - RESERVED
 
 
 def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:
