@@ -3,10 +3,12 @@
     python -m acorn.evaluate out/x                        # the validation split that it was trained beside
     python -m acorn.evaluate out/x --dataset NAME --split val
     python -m acorn.evaluate out/x --text FILE            # perplexity and bits per byte of a text file
-    python -m acorn.evaluate out/x --pairs FILE.jsonl     # {"prompt", "response"}: exact match, BLEU, ROUGE
+    python -m acorn.evaluate out/x --pairs FILE.jsonl     # {"prompt", "response"}: exact match, BLEU, chrF, ROUGE
     python -m acorn.evaluate out/x --choices FILE.jsonl   # {"prompt", "choices", "answer"}: accuracy by likelihood
 
 Where the checkpoint carries a chat template, a prompt is what a user says to it; otherwise it is text to be continued.
+A measure that cannot be computed is n/a (null with --json), with the reason. Records of --pairs and --choices that
+exceed the model's block size are skipped and counted.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +30,42 @@ from acorn.shards import ShardWriter, Tokens, open_shard
 from acorn.tokenizer import Tokenizer, tokenizer_hash
 from model import GPT
 
+# Scripts that put no space between words, in the syntax of the `regex` package, by the name that is printed.
+UNSPACED = {
+    "Chinese": r"\p{Han}\p{Bopomofo}々〆",
+    "Japanese": r"\p{Hiragana}\p{Katakana}ー",
+    "Korean": r"\p{Hangul}",  # has spaces, but its suffixes are written without
+    "Thai and other scripts without spaces": r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Javanese}"
+    r"\p{Balinese}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}",
+}
+# sacrebleu's tokenizers for these, best first: MeCab is used where its package is installed
+BLEU_TOKENIZERS = {"Chinese": ["zh"], "Japanese": ["ja-mecab", "char"], "Korean": ["ko-mecab", "char"]}
+BLEU_TOKENIZERS["Thai and other scripts without spaces"] = ["char"]
+
+
+class Figure(NamedTuple):
+    """A measured value. One that cannot be computed is None, and `note` says why."""
+
+    value: float | None
+    error: float | None  # standard error; None where one example does not tell
+    n: int  # tokens, bytes, or examples
+    method: str = ""  # what was compared, such as sacrebleu's signature
+    note: str = ""
+
+
+def figure(value: float, error: float, n: int, method: str = "", note: str = "") -> Figure:
+    """The `Figure` of a computed value: None where it is not finite."""
+    if not math.isfinite(value):
+        note = note or ("no example to measure on" if n == 0 else f"the result is {value}, not a finite number")
+        return Figure(None, None, n, method, note)
+    return Figure(value, error if math.isfinite(error) else None, n, method, note)
+
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of n values, and its standard error: their standard deviation / sqrt(n)."""
+    """The mean of n values, and its standard error: their standard deviation / sqrt(n). NaN where they are too few."""
     values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        return math.nan, math.nan
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
 
@@ -45,22 +80,23 @@ def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 def measure_tokens(
     model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int
-) -> dict[str, tuple]:
+) -> dict[str, Figure]:
     """Value, standard error and number of tokens or bytes of loss (nats), perplexity and bits per byte; windows of
     `block_size` tokens stand side by side."""
     sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
     refuse_none(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
-    perplexity = math.exp(min(loss, 700.0))
-    result = {"loss": (loss, error, n_tokens), "perplexity": (perplexity, perplexity * error, n_tokens)}
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    result = {"loss": figure(loss, error, n_tokens), "perplexity": figure(perplexity, perplexity * error, n_tokens)}
     if n_bytes:
-        bits, error = ratio_and_error(sums[:, 2] / math.log(2), sums[:, 3])
-        result["bits per byte"] = (bits, error, n_bytes)
+        result["bits per byte"] = figure(*ratio_and_error(sums[:, 2] / math.log(2), sums[:, 3]), n_bytes)
+    else:
+        result["bits per byte"] = Figure(None, None, 0, note="the tokens are control tokens, which have no bytes")
     return result
 
 
-def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, tuple]:
+def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, Figure]:
     """`measure_tokens` of a UTF-8 text file, as one document of a dataset."""
     ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
     ids = np.array(ids, dtype=np.int32)
@@ -106,33 +142,89 @@ def after_thinking(answer: str, reference: str) -> str:
     return answer if "</think>" in reference else answer.rpartition("</think>")[2].strip()
 
 
-def measure_answers(answers: list[str], references: list[str]) -> dict[str, tuple]:
-    """Exact match, BLEU (https://aclanthology.org/W18-6319, its error from 1000 bootstrap samples of the examples) and
-    ROUGE F-measures (https://aclanthology.org/W04-1013) of answers against one reference each, all in percent."""
-    from rouge_score.rouge_scorer import RougeScorer
+def bleu_of(references: list[str]):
+    """sacrebleu's BLEU with the tokenizer that suits the script of most letters of `references`, and the reason in
+    words. Its order is effective: n-grams longer than every answer do not count, so that short answers have a BLEU."""
+    import regex
     from sacrebleu.metrics import BLEU
+
+    text = "".join(references)
+    n_letters = len(regex.findall(r"\p{L}", text))
+    counts = {name: len(regex.findall(f"(?=[{scripts}])\\p{{L}}", text)) for name, scripts in UNSPACED.items()}
+    counts["scripts with spaces"] = n_letters - sum(counts.values())
+    if counts["Japanese"] > counts["Chinese"] / 9:  # kana are a tenth or more: then the Han letters are Japanese too
+        counts["Japanese"] += counts.pop("Chinese")
+    most = max(counts, key=counts.get) if n_letters else "scripts with spaces"
+    reason = f"letters of the references: {counts[most]} of {n_letters} {most}"
+    for name in BLEU_TOKENIZERS.get(most, ["13a"]):
+        try:
+            return BLEU(tokenize=name, effective_order=True, force=True), reason
+        except (RuntimeError, AssertionError):  # MeCab or its dictionary is not installed
+            reason += f"; {name} is not installed"
+    raise AssertionError(f"no tokenizer for {most}")
+
+
+class RougeWords:
+    """The tokens that ROUGE compares: words of letters and digits in lowercase, those in ASCII without their English
+    suffix (Porter's stemmer), and single characters of scripts without spaces. Of ASCII text they are those of
+    rouge-score's own tokenizer, which drops all other letters."""
+
+    def __init__(self):
+        import regex
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        unspaced = "".join(UNSPACED.values())
+        self.pattern = regex.compile(rf"(?V1)[{unspaced}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]+")
+        self.ascii = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = self.pattern.findall(text.lower())
+        return [part for word in words for part in (self.ascii.tokenize(word) if word.isascii() else [word])]
+
+
+def corpus_figure(metric, answers: list[str], references: list[str], reason: str = "") -> Figure:
+    """A corpus-level metric of sacrebleu, its standard error from 1000 bootstrap samples of the examples."""
+    if not answers:
+        return figure(math.nan, math.nan, 0)
+    value = metric.corpus_score(answers, [references]).score
+    method = f"{metric.get_signature()}{f' ({reason})' if reason else ''}"
+    statistics = np.array(metric._extract_corpus_statistics(answers, [references]))  # (n, counts)
+    random, n = np.random.default_rng(0), len(answers)
+    if not statistics[:, 1].any():  # the length of each reference
+        return Figure(None, None, n, method, "all references are empty")
+    sums = [statistics[random.integers(n, size=n)].sum(0).tolist() for _ in range(1000)]
+    scores = [metric._compute_score_from_stats(each).score for each in sums if each[1]]
+    error = np.std(scores) if n > 1 else math.nan
+    return figure(value, float(error), n, method)
+
+
+def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figure]:
+    """Exact match, BLEU (https://aclanthology.org/W18-6319), chrF (https://aclanthology.org/W15-3049) and ROUGE
+    F-measures (https://aclanthology.org/W04-1013) of answers against one reference each, all in percent.
+
+    ROUGE is the mean over the examples whose reference has tokens (ROUGE-2: two or more); the others are counted."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import CHRF
 
     n = len(answers)
     exact = [100.0 * (answer == reference) for answer, reference in zip(answers, references, strict=True)]
-    result = {"exact match": (*mean_and_error(exact), n)}
+    result = {"exact match": figure(*mean_and_error(exact), n)}
+    bleu, reason = bleu_of(references)
+    result["BLEU"] = corpus_figure(bleu, answers, references, reason)
+    result["chrF"] = corpus_figure(CHRF(), answers, references)
 
-    bleu = BLEU(effective_order=True)
-    each = [bleu.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)]
-    statistics = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in each])  # (n, 10)
-
-    def corpus_bleu(sums: np.ndarray) -> float:
-        counts, totals, (answer_length, reference_length) = sums[:4].tolist(), sums[4:8].tolist(), sums[8:].tolist()
-        return BLEU.compute_bleu(counts, totals, answer_length, reference_length).score
-
-    random = np.random.default_rng(0)
-    samples = [corpus_bleu(statistics[random.integers(n, size=n)].sum(0)) for _ in range(1000)]
-    result["BLEU"] = (corpus_bleu(statistics.sum(0)), float(np.std(samples)) if n > 1 else math.nan, n)
-
+    words = RougeWords()
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-    scorer = RougeScorer(list(names), use_stemmer=True)
+    scorer = RougeScorer(list(names), tokenizer=words)
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    lengths = [len(words.tokenize(reference)) for reference in references]
+    method = "rouge-score over words (ASCII ones stemmed) and single characters of scripts without spaces"
     for key, name in names.items():
-        result[name] = (*mean_and_error([100 * score[key].fmeasure for score in scores]), n)
+        least = 2 if key == "rouge2" else 1
+        values = [100 * score[key].fmeasure for score, k in zip(scores, lengths, strict=True) if k >= least]
+        short = "no letter or digit" if least == 1 else "fewer than 2 words or characters"
+        note = f"{n - len(values)} of {n} references have {short}" if len(values) < n else ""
+        result[name] = figure(*mean_and_error(values), len(values), method, note)
     return result
 
 
@@ -170,30 +262,39 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
 
 def measure_choices(
     model: GPT, tokenizer: Tokenizer, records: list[tuple[str, dict]], r: runtime.Runtime, batch_size: int
-) -> tuple[dict[str, tuple], list[int]]:
-    """Accuracy, in percent, of the choice that is likeliest, as it is and for each of its bytes; and the choices."""
-    rows = []
-    for where, record in records:
-        for choice in record["choices"]:
-            prompt, continuation = encode_choice(tokenizer, record["prompt"], choice)
-            if len(prompt) + len(continuation) > model.config.block_size + 1:
-                raise UserError(
-                    f"{where} has {len(prompt) + len(continuation)} tokens, more than the block size of "
-                    f"{model.config.block_size}; make its prompt shorter"
-                )
-            rows.append((prompt, continuation))
+) -> tuple[dict[str, Figure], list[int | None]]:
+    """Accuracy, in percent, of the choice that is likeliest, as it is and for each of its bytes; and the choices. A
+    record with a choice that exceeds the block size is skipped, and its choice is None."""
+    rows, lengths = [], []
+    for _, record in records:
+        own = [encode_choice(tokenizer, record["prompt"], choice) for choice in record["choices"]]
+        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in own) - 1)  # of the model's input
+        rows += own if lengths[-1] <= model.config.block_size else []
     logprobs = choice_logprobs(model, rows, r, batch_size)
     right, right_by_bytes, chosen, at = [], [], [], 0
-    for _, record in records:
+    for (_, record), length in zip(records, lengths, strict=True):
+        if length > model.config.block_size:
+            chosen.append(None)
+            continue
         own = logprobs[at : at + len(record["choices"])]
         at += len(own)
         by_bytes = own / [len(choice.encode()) for choice in record["choices"]]
-        chosen.append(int(own.argmax()))
-        right.append(100.0 * (chosen[-1] == record["answer"]))
-        right_by_bytes.append(100.0 * (by_bytes.argmax() == record["answer"]))
-    n = len(records)
-    figures = {"accuracy": (*mean_and_error(right), n), "accuracy by byte": (*mean_and_error(right_by_bytes), n)}
-    return figures, chosen
+        finite = not np.isnan(own).any()  # NaN would win each comparison
+        chosen.append(int(own.argmax()) if finite else None)
+        right.append(100.0 * (chosen[-1] == record["answer"]) if finite else math.nan)
+        right_by_bytes.append(100.0 * (by_bytes.argmax() == record["answer"]) if finite else math.nan)
+    note = skipped_note(records, lengths, model.config.block_size)
+    figures = {"accuracy": right, "accuracy by byte": right_by_bytes}
+    return {name: figure(*mean_and_error(each), len(each), note=note) for name, each in figures.items()}, chosen
+
+
+def skipped_note(records: list[tuple[str, dict]], lengths: list[int], most: int) -> str:
+    """How many records have more than `most` tokens and are skipped, and the first of them; "" where none is."""
+    skipped = [(where, length) for (where, _), length in zip(records, lengths, strict=True) if length > most]
+    if not skipped:
+        return ""
+    (where, length), n = skipped[0], len(skipped)
+    return f"skipped {n} of {len(records)} that exceed {most} tokens, the first: {where} with {length}"
 
 
 def read_jsonl(path: str, limit: int) -> list[tuple[str, dict]]:
@@ -223,6 +324,17 @@ def check_choices(where: str, record: dict) -> None:
         raise UserError(f'{where} should have "prompt", a text, and "choices", a list of two or more texts')
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(f'{where}: "answer" should be the number of the right choice, from 0 to {len(choices) - 1}')
+
+
+def remarks(rows: list[dict]) -> dict[str, list[str]]:
+    """What is said below the table, with the names of the measures that it applies to: methods, and notes."""
+    result = {}
+    for row in rows:
+        notes = [f"{row['on']}: {note}" for note in (row["note"] or "").split("; ") if note]
+        for words in [*filter(None, [row["method"]]), *notes]:
+            names = result.setdefault(words, [])
+            names += [row["measure"]] * (row["measure"] not in names)
+    return result
 
 
 def check_target(path: Path, inputs: list[str | None]) -> None:
@@ -317,7 +429,7 @@ def main() -> int:
 
     # ---- answers and choices
     if pairs:
-        prompts, references = [], []
+        prompts, references, most = [], [], model.config.block_size - 1  # the answer needs a place
         for where, record in pairs:
             try:
                 messages = records.read_messages(record)
@@ -327,27 +439,32 @@ def main() -> int:
                         "has a last reply without text, such as a call of a tool; answers are compared as text"
                     )
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
-                if len(prompts[-1]) >= model.config.block_size:
-                    raise UserError(
-                        f"has {len(prompts[-1])} tokens before the answer; the model holds {model.config.block_size}"
-                    )
             except UserError as error:
                 raise UserError(f"{where} {error}") from error
             references.append(messages[last]["content"].strip())
+        lengths = [len(prompt) for prompt in prompts]
+        fitting = [i for i, length in enumerate(lengths) if length <= most]
         with r.autocast():
             options = (args.stop, args.max_new_tokens, args.batch_size)
-            answers = greedy_answers(model, tokenizer, prompts, *options)
-        figures[args.pairs] = measure_answers(list(map(after_thinking, answers, references)), references)
-        answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
+            answers = greedy_answers(model, tokenizer, [prompts[i] for i in fitting], *options)
+        references = [references[i] for i in fitting]
+        measured = measure_answers(list(map(after_thinking, answers, references)), references)
+        note = skipped_note(pairs, lengths, most)
+        figures[args.pairs] = {
+            name: each._replace(note="; ".join(filter(None, [each.note, note]))) for name, each in measured.items()
+        }
+        answer_of = dict(zip(fitting, answers, strict=True))
+        answered += [record | {"answered": answer_of.get(i)} for i, (_, record) in enumerate(pairs)]
     if choices:
         figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
     # ---- what came out
     rows = [
-        {"on": on, "measure": name, "value": value, "standard_error": None if math.isnan(error) else error, "n": n}
-        for on, each in figures.items()
-        for name, (value, error, n) in each.items()
+        {"on": on, "measure": name, "value": each.value, "standard_error": each.error, "n": each.n}
+        | {"method": each.method or None, "note": each.note or None}
+        for on, measured in figures.items()
+        for name, each in measured.items()
     ]
     if args.json:
         result = {"checkpoint": source, "block_size": block_size, "results": rows}
@@ -356,10 +473,11 @@ def main() -> int:
         width = max(len(row["on"]) for row in rows)
         print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
         for row in rows:
+            value = "n/a" if row["value"] is None else f"{row['value']:.4f}"
             error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-            print(
-                f"{printable(row['on']):{width}}  {row['measure']:16} {row['value']:10.4f}  {error:>9} {row['n']:11,}"
-            )
+            print(f"{printable(row['on']):{width}}  {row['measure']:16} {value:>10}  {error:>9} {row['n']:11,}")
+        for words, names in remarks(rows).items():
+            print(printable(f"{', '.join(names)}: {words}"))
     if args.answers:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answered]
         Path(args.answers).write_text("".join(lines), encoding="utf-8")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import bench
 import torch
-from time_to_loss import REPO, timed, whole_val_loss
+from bench import REPO, timed
+from time_to_loss import whole_val_loss
 
 from acorn import checkpoint
 from acorn.shards import load_dataset
@@ -48,8 +49,9 @@ def main() -> None:
     parser.add_argument("--config", default="config/quickstart.py")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only variants whose name has this in it, beside the first")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds of each run; one beyond is stopped")
     parser.add_argument("--json", default="", help="also write the result here")
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
 
     dataset = str(load_dataset(args.dataset).path.resolve())
     print(bench.machine(torch.device("cpu")))
@@ -59,20 +61,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(1, args.seeds + 1):
             for name, words in variants.items():
-                out = Path(scratch) / f"{seed}-{len(losses[name])}-{len(words)}"
+                out = Path(scratch) / "out"
                 command = [sys.executable, REPO / "train.py", args.config, f"--dataset={dataset}", f"--out_dir={out}"]
                 command += [f"--seed={seed}", "--overwrite=True", "--device=cpu", "--eval_interval=1000000"]
-                timed([*command, *(f"--{word}" for word in words)], REPO)
+                if timed([*command, *(f"--{word}" for word in words)], limit=args.limit)[0] is None:
+                    print(f"seed {seed}, {name}: stopped at its limit of {args.limit:g} s", flush=True)
+                    continue
                 losses[name].append(whole_val_loss(out, dataset, 64))
                 seconds[name].append(checkpoint.find(out)[1]["seconds"])
-    rows = []
-    for name in variants:
-        row = {"variant": name, "val loss": " ".join(f"{loss:.3f}" for loss in losses[name])}
-        row["mean"] = f"{statistics.mean(losses[name]):.3f}"
-        row["worse by"] = f"{statistics.mean(losses[name]) - statistics.mean(losses[first]):+.3f}"
-        row["seconds"] = f"{bench.median(seconds[name]):.1f}"
+                print(f"seed {seed}, {name}: {losses[name][-1]:.4f} after {seconds[name][-1]:.1f} s", flush=True)
+    rows, means = [], {name: statistics.mean(found) for name, found in losses.items() if found}
+    for name, found in losses.items():
+        row = {"variant": name, "val loss": " ".join(f"{loss:.3f}" for loss in found), "mean": "", "worse by": ""}
+        if name in means:
+            row["mean"] = f"{means[name]:.3f}"
+            row["worse by"] = f"{means[name] - means[first]:+.3f}" if first in means else ""
+        row["seconds"] = f"{bench.median(seconds[name]):.1f}" if seconds[name] else f"over {args.limit:g}"
         rows.append(row)
-    print(bench.table(rows))
+    print(f"\n{bench.table(rows)}")
     bench.write(args.json, machine=bench.machine(torch.device("cpu")), losses=losses, seconds=seconds)
 
 

@@ -1,23 +1,71 @@
-"""What the benchmarks share: the machine in words, contenders timed in turn, and results as a table and as JSON."""
+"""Shared by the benchmarks: the command line, contenders that take turns, timed processes, tables and JSON."""
 
+import argparse
+import contextlib
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 
-import torch
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# acorn's contenders get the OpenMP runtime that importing acorn selects, as in train.py; peers get torch's own
+if "--alone" not in sys.argv or "acorn" in sys.argv[-1]:
+    import acorn  # noqa: F401  # before torch
+import torch  # noqa: E402
+
+# They keep torch, oneDNN, MKL and CTranslate2 from using AVX-512. torch.compile takes its vector length from the first.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "CT2_FORCE_CPU_ISA": "AVX2",
+}
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, with `--isa` added.
+
+    With `--isa avx2` this process starts again with AVX2 forced by environment variables, because libraries read them
+    when they load. Its child processes inherit them.
+    """
+    parser.add_argument("--isa", choices=("native", "avx2"), default="native", help="avx2: do not use AVX-512")
+    args = parser.parse_args()
+    if args.isa == "avx2" and any(os.environ.get(name) != value for name, value in AVX2.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+    if args.isa == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        parser.error("--isa avx2: this CPU has no AVX2. Leave the option out.")
+    return args
+
+
+def chosen(names: Iterable[str], only: str) -> list[str]:
+    """The names that have `only` in them. Ends the program where none has."""
+    found = [name for name in names if only in name]
+    if not found:
+        sys.exit(f"error: --only {only} is in none of these names: {'; '.join(names)}")
+    return found
+
+
+def cpu_kind() -> str:
+    """The vector instructions that torch uses on this CPU, such as "AVX512 with bfloat16" or "AVX2 (forced)"."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    if kind == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return f"{kind} with bfloat16"
+    return f"{kind} (forced)" if "ATEN_CPU_CAPABILITY" in os.environ else kind
 
 
 def machine(device: torch.device) -> str:
-    """The machine in words: processor or GPU, threads, torch, date."""
+    """One line on the machine: the GPU, or the CPU with its vector instructions, cores and threads; torch; date."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -25,7 +73,7 @@ def machine(device: torch.device) -> str:
         if Path("/proc/cpuinfo").exists():
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-        name += f", {torch.get_num_threads()} threads"
+        name += f", {cpu_kind()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}, {date.today()}"
 
 
@@ -34,24 +82,38 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(names: list[str], rounds: int) -> dict[str, list[dict]]:
-    """What each contender measured in each round: its process is this script again, with `--alone NAME`, which calls
-    `serve`. They take turns (A B C A B C), so that a machine that drifts drifts for all of them alike, and share
-    nothing. One that fails is named and left out."""
-    processes, results = {}, {}
-    for name in names:
-        command = [sys.executable, *sys.argv, "--alone", name]
-        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for turn in range(-1, rounds):  # in the first turn they only make ready, one after the other too
-        for name, process in list(processes.items()):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline() or '{"failed": "its process ended"}')
-            if "failed" in answer:
+def in_turn(names: list[str], rounds: int, limit: float, show: Callable[[dict], str]) -> dict[str, list[dict]]:
+    """Return what each contender measured in each round.
+
+    A contender is this script in a process of its own, with `--alone NAME`, which calls `serve`. They take turns (A B C
+    A B C), so that a change in the machine's speed affects all of them. What a contender measures while it warms up is
+    printed at once, in the words of `show`.
+
+    A contender that fails is reported and left out. One that has used `limit` seconds over all its turns is reported
+    and killed. It keeps the rounds that it finished, or else what it measured while warming up.
+    """
+    processes, results, warm_ups, used = {}, {}, {}, dict.fromkeys(names, 0.0)
+    for turn in range(-1, rounds):  # they warm up in turn -1
+        for name in names if turn < 0 else list(processes):
+            start = time.perf_counter()
+            if turn < 0:
+                command = [sys.executable, *sys.argv, "--alone", name]
+                processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            answer = next_answer(processes[name], limit - used[name])
+            used[name] += time.perf_counter() - start
+            if answer is None:
+                print(f"{name}: stopped at its limit of {limit:g} s (rounds finished: {max(turn, 0)})", flush=True)
+                processes.pop(name).wait()
+                if name not in results and name in warm_ups:
+                    results[name] = [warm_ups[name]]
+            elif "failed" in answer:
                 print(f"{name}: left out ({answer['failed']})", flush=True)
                 processes.pop(name).kill()
                 results.pop(name, None)
-            elif turn >= 0:
+            elif turn < 0:
+                warm_ups[name] = answer
+                print(f"{name}: {show(answer)} while warming up, ready after {used[name]:.0f} s", flush=True)
+            else:
                 results.setdefault(name, []).append(answer)
     for process in processes.values():
         process.stdin.close()
@@ -59,22 +121,41 @@ def in_turn(names: list[str], rounds: int) -> dict[str, list[dict]]:
     return results
 
 
+def next_answer(process: subprocess.Popen, seconds: float) -> dict | None:
+    """Give a contender its turn and return what it measured; None if it took more than `seconds` and was killed."""
+    late = threading.Event()
+    timer = threading.Timer(max(seconds, 0), lambda: (late.set(), process.kill()))
+    timer.start()
+    line = ""
+    with contextlib.suppress(BrokenPipeError):  # its process ended between its turns
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    timer.cancel()
+    if late.is_set():
+        return None
+    return json.loads(line or '{"failed": "its process ended"}')
+
+
 def serve(make: Callable[[], Callable[[], dict]], warm_up: int = 3) -> None:
-    """Be one of the processes of `in_turn`: at the first line that comes in make the contender and call it `warm_up`
-    times, to compile and to settle; at each further line once, answering with what it measured."""
+    """Be a contender of `in_turn`: make the work, call it to warm up, then once for each line on standard input, and
+    print what it measured as JSON. The warm-up is `warm_up` calls, or fewer where they take more than 5 s."""
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes elsewhere
+    os.dup2(2, 1)  # what libraries print must not reach the channel
     try:
         sys.stdin.readline()
         work = make()
-        for _ in range(warm_up):
-            work()
-        print("{}", file=channel, flush=True)
+        measured = work()  # compiles
+        start = time.perf_counter()
+        for _ in range(warm_up - 1):
+            if time.perf_counter() - start < 5:
+                measured = work()
+        print(json.dumps(measured), file=channel, flush=True)
         for _ in sys.stdin:
             print(json.dumps(work()), file=channel, flush=True)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
-        print(json.dumps({"failed": reason}), file=channel, flush=True)
+        lines = str(error).strip().splitlines() or [""]
+        print(json.dumps({"failed": f"{type(error).__name__}: {lines[0][:100]}"}), file=channel, flush=True)
 
 
 def median(values: list[float]) -> float:
@@ -82,14 +163,14 @@ def median(values: list[float]) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
-    """Operations a second of a large matrix product: the limit that a training step runs against."""
+    """Operations per second of a large matrix product, which bounds a training step."""
     n = n or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / shortest(lambda: a @ b, device)
 
 
 def read_rate(device: torch.device) -> float:
-    """Bytes a second at which memory is read: the limit that decoding one token runs against."""
+    """Bytes per second at which memory is read, which bounds decoding."""
     x = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
     return x.numel() * 4 / shortest(x.sum, device)
 
@@ -106,12 +187,65 @@ def shortest(work: Callable[[], object], device: torch.device) -> float:
     return min(seconds)
 
 
+def timed(
+    command: list, cwd: Path = REPO, limit: float = 3600.0, env: dict | None = None, until: str = ""
+) -> tuple[float | None, list[tuple[float, str]]]:
+    """Run a process; return its seconds, and its lines of output with the second at which each came.
+
+    The seconds are None if it took more than `limit` and was killed. With `until`, a regular expression, the time ends
+    at the first line that begins with a match, and the process is killed there. Raises RuntimeError with its last lines
+    if it fails.
+    """
+    start, lines, late = time.perf_counter(), [], threading.Event()
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with subprocess.Popen([str(word) for word in command], cwd=cwd, env=env, **options) as process:
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its children too
+
+        timer = threading.Timer(limit, lambda: (late.set(), kill()))
+        timer.start()
+        try:
+            for line in process.stdout:
+                lines.append((time.perf_counter() - start, line.rstrip()))
+                if until and re.match(until, line):
+                    return lines[-1][0], lines
+            process.wait()
+        finally:
+            timer.cancel()
+            kill()
+    if late.is_set():
+        return None, lines
+    if process.returncode:
+        raise RuntimeError("\n".join([f"{command} failed:", *(line for _, line in lines[-20:])]))
+    return time.perf_counter() - start, lines
+
+
+def tiny_dataset(folder: Path, tokenizer: str = "char") -> Path:
+    """Prepare a dataset of acorn's own text in `folder`, for timings that do not depend on the text."""
+    texts = [REPO / "README.md", REPO / "model.py", REPO / "train.py"]
+    timed([sys.executable, REPO / "prepare", "text", *texts, "--tokenizer", tokenizer, "--out", folder])
+    return folder
+
+
+def choices(lines: list[tuple[float, str]]) -> str:
+    """What a run of train.py says that it chose by measuring: threads, precision. "" where it measured nothing."""
+    found = next((line for _, line in lines if re.match(r"\d+ threads|dtype \w+ \(auto", line)), "")
+    return re.sub(r"dtype |auto: | on this CPU", "", found)
+
+
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table; the keys of the first are the heads."""
-    heads = list(rows[0])
+    """Rows as a Markdown table; the keys of the first row are the heads."""
+    heads = list(rows[0]) if rows else []
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(str(row.get(head, "")) for head in heads) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(lines + ["| " + " | ".join(str(row.get(head, "")) for head in heads) + " |" for row in rows])
+
+
+def print_row(rows: list[dict]) -> None:
+    """Print the last row of a table that grows, with the heads if it is the first. All rows have the same keys."""
+    lines = table(rows).split("\n")
+    print("\n".join(lines if len(rows) == 1 else lines[-1:]), flush=True)
 
 
 def write(path: str, **result) -> None:

@@ -4,8 +4,9 @@ $ python benchmarks/decode.py --nanogpt PATH_OF_A_CHECKOUT
 
 GPT-2 124M shapes with random weights, greedy, so that only speed is compared. A run reads a prompt and writes
 `new` tokens; tokens/s counts the written ones over the whole time, prompt included; the first token's time stands
-beside it. Each contender has a process of its own, and they take turns. Peers that are not installed are named and left
-out (requirements-bench.txt). The wheel of llama.cpp is built for AVX2 and can do no better where a processor has more.
+beside it. Each contender has a process of its own, and they take turns. One that takes longer than --limit is stopped
+and keeps the rounds that it finished. Peers that are not installed are named and left out (requirements-bench.txt). The
+wheel of llama.cpp is built for AVX2 and can do no better where a processor has more.
 """
 
 import argparse
@@ -185,7 +186,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
-    args = parser.parse_args()
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of each contender, over all its rounds")
+    args = bench.parse_args(parser)
 
     # for the processes of all contenders: transformers, which CTranslate2 converts with too, says only what went wrong
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -217,12 +219,13 @@ def main() -> None:
     print(
         f"GPT-2 124M, {args.batch} prompts of {args.prompt}, {args.new} new tokens; medians of {args.rounds} rounds\n"
     )
-    results = bench.in_turn([name for name in contenders if args.only in name], args.rounds)
+    names, n_new = bench.chosen(contenders, args.only), args.batch * args.new
+    results = bench.in_turn(names, args.rounds, args.limit, lambda figures: f"{n_new / figures['whole']:,.1f} tokens/s")
     rate = read_rate(device)
     rows, medians = [], {}
     for name, figures in results.items():
         first, whole = (median([each[key] for each in figures]) for key in ("first", "whole"))
-        medians[name] = {"first": first, "tokens_per_second": args.batch * args.new / whole}
+        medians[name] = {"first": first, "tokens_per_second": n_new / whole}
     base = medians.get("Hugging Face, fp32")
     for name, m in sorted(medians.items(), key=lambda item: -item[1]["tokens_per_second"]):
         size = {"fp32": 4, "bf16": 2, "int8": 1}[name.split(", ")[1]] * 124_439_808
@@ -230,8 +233,9 @@ def main() -> None:
         if base:
             row["x Hugging Face fp32"] = f"{m['tokens_per_second'] / base['tokens_per_second']:.2f}"
         row["of the read rate"] = f"{m['tokens_per_second'] / args.batch * size / rate:.0%}"
-        rows.append(row)
-    print(table(rows))
+        rows.append(row | {"rounds": len(results[name])})
+    rows += [{"contender": name, "tokens/s": "left out, see above"} for name in names if name not in results]
+    print("\n" + table(rows))
     print(f"\nread rate: {rate / 1e9:.1f} GB/s")
     bench.write(args.json, machine=machine(device), batch=args.batch, prompt=args.prompt, new=args.new, results=medians)
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import bench
 import torch
-
-REPO = Path(__file__).resolve().parent.parent
+from bench import REPO
 
 
 def main() -> None:

@@ -6,15 +6,14 @@ $ python benchmarks/memory.py --shape 12,256,4,512,256 --batch 8 --processes 1,2
 
 In the first, parameters and what belongs to them dominate; in the second, activations. The global batch is the same
 throughout. Each row is a run of its own of the parts of train.py on random tokens: the model, its initialization, the
-optimizer, a few updates. On a CPU the peak is that of resident memory (VmHWM); how much of it is beyond the interpreter
-and its libraries has a column.
+optimizer, a few updates; one that takes longer than --limit is stopped. On a CPU the peak is that of resident memory
+(VmHWM); a column says how much of it is beyond the interpreter and its libraries.
 """
 
 import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -23,7 +22,7 @@ import torch
 from bench import machine, median, synchronize, table
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import runtime, sharding
+from acorn import autotune, runtime, sharding
 from acorn.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -40,13 +39,18 @@ def worker(args: argparse.Namespace) -> None:
         with torch.device("meta" if r.fsdp else "cpu"):
             model = GPT(GPTConfig(T, V, L, H, C))
         model.activation_checkpointing = args.recompute
+        rows, muon = args.batch // r.world_size, args.optimizer == "muon"
+        arithmetic, _ = autotune.choose(args.dtype, model.config, rows, muon, r)
+        r.dtype = arithmetic.torch_dtype
+        arithmetic.apply(model)
         model = sharding.shard(model, r) if r.fsdp else model.to(r.device)
-        optimizers = make_optimizers(model, args.optimizer, 6e-4, 0.02, 0.1, (0.9, 0.95), r.device.type)
+        rates = (6e-4, 0.02, 0.1, (0.9, 0.95))
+        optimizers = make_optimizers(model, args.optimizer, *rates, r.device.type, arithmetic.torch_muon_dtype)
         forward = model
         if r.world_size > 1 and not r.fsdp:
             device_ids = [r.device.index] if r.device.type == "cuda" else None
             forward = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-        x = torch.randint(V, (args.batch // r.world_size, T), device=r.device)
+        x = torch.randint(V, (rows, T), device=r.device)
         for _ in range(args.updates):
             synchronize(r.device)
             start = time.perf_counter()
@@ -78,11 +82,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--updates", type=int, default=4, help="of which the first does not count")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds of each row; one beyond is left out")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # this and the next of a row's own processes
     parser.add_argument("--optimizer", default="adamw", help=argparse.SUPPRESS)
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
     if args.form:
         return worker(args)
 
@@ -103,11 +108,15 @@ def main() -> None:
         threads = max(1, torch.get_num_threads() // n)
         command = [sys.executable, *launcher, __file__, *sys.argv[1:], *words]
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{name}, {n} processes: left out ({(done.stderr.strip().splitlines() or ['no reason'])[-1][:100]})")
+        try:
+            took, lines = bench.timed(command, env=env, limit=args.limit)
+        except RuntimeError as error:
+            print(f"{name}, {n} processes: left out ({str(error).splitlines()[-1][:100]})", flush=True)
             continue
-        result = json.loads(done.stdout.strip().splitlines()[-1])
+        if took is None:
+            print(f"{name}, {n} processes: stopped at its limit of {args.limit:g} s", flush=True)
+            continue
+        result = json.loads(next(line for _, line in lines if line.startswith('{"peak_bytes"')))
         peaks, seconds = result["peak_bytes"], result["seconds"]
         libraries = libraries or max(peaks)  # the first row is nothing but these
         row = {"processes": n, "training": name, "peak a process, MB": f"{max(peaks) / 1e6:,.0f}"}

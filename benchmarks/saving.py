@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--folder", default="", help="on the disk to measure; else where temporary files go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", default="", help="also write the result here")
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
 
     device = torch.device(args.device)
     L, C, H = map(int, args.shape.split(","))

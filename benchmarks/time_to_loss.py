@@ -11,20 +11,18 @@ compilation, evaluation and saving all count. Without --nanogpt, --target says w
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import bench
 import torch
+from bench import REPO, timed
 
 from acorn import checkpoint, runtime
 from acorn.evaluate import evaluate
 from acorn.shards import load_dataset
 
-REPO = Path(__file__).resolve().parent.parent
 README_RUN = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -38,17 +36,6 @@ def whole_val_loss(out_dir: Path, dataset: str, block_size: int) -> float:
     return evaluate(model, load_dataset(dataset).val, r, 64, block_size)["loss"]
 
 
-def timed(command: list, cwd: Path) -> tuple[float, list[tuple[float, str]]]:
-    """Seconds of the whole process, and its lines with the second at which each came."""
-    start, lines = time.perf_counter(), []
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            lines.append((time.perf_counter() - start, line.rstrip()))
-    if process.returncode:
-        sys.exit("\n".join(line for _, line in lines[-20:]))
-    return time.perf_counter() - start, lines
-
-
 def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
     """(second, val loss) of each evaluation that a run printed; both projects print them alike."""
     return [
@@ -56,6 +43,12 @@ def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
         for second, line in lines
         if line.startswith("step ") and "val loss" in line
     ]
+
+
+def row_of(name: str, seconds: float | None, loss: float | None, limit: float) -> dict:
+    """A row of the table. A run that was stopped at `limit` has neither seconds nor loss."""
+    figures = {"seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"} if seconds else {"seconds": f"over {limit:g}"}
+    return {"run": name, "seconds": "", "val loss": "", "reached": "", "of nanoGPT's time": ""} | figures
 
 
 def main() -> None:
@@ -67,10 +60,11 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=64, help="of the windows in which the val split is judged")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first_seed", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds of each run; one beyond is stopped")
     parser.add_argument("--picture", default="", help="draw loss against time into this PNG file")
     parser.add_argument("--json", default="", help="also write the result here")
     parser.add_argument("settings", nargs="*", help="more settings for acorn's run, such as max_iters=500")
-    args = parser.parse_args()
+    args = bench.parse_args(parser)
 
     dataset = str(load_dataset(args.dataset).path.resolve())
     print(bench.machine(torch.device("cpu")))
@@ -81,25 +75,25 @@ def main() -> None:
             if args.nanogpt and seed == args.first_seed:  # in turn with acorn's runs, so that both see the same machine
                 out = Path(scratch) / "nanogpt"
                 command = [sys.executable, "train.py", *README_RUN, f"--out_dir={out}"]
-                peer_seconds, lines = timed(command, Path(args.nanogpt))
-                target = whole_val_loss(out, dataset, args.block_size)
+                peer_seconds, lines = timed(command, Path(args.nanogpt), args.limit)
                 curves["nanoGPT"] = curve(lines)
-                rows.append({"run": "nanoGPT", "seconds": f"{peer_seconds:.1f}", "val loss": f"{target:.4f}"})
+                target = whole_val_loss(out, dataset, args.block_size) if peer_seconds else args.target
+                rows.append(row_of("nanoGPT", peer_seconds, target, args.limit))
+                bench.print_row(rows)
             out = Path(scratch) / "acorn"
             words = [args.config, f"--dataset={dataset}", f"--out_dir={out}", f"--seed={seed}", "--device=cpu"]
             words += [f"--{setting}" for setting in args.settings]
-            seconds, lines = timed([sys.executable, REPO / "train.py", *words], REPO)
-            loss = whole_val_loss(out, dataset, args.block_size)
+            seconds, lines = timed([sys.executable, REPO / "train.py", *words], limit=args.limit)
+            loss = whole_val_loss(out, dataset, args.block_size) if seconds else None
             curves[f"acorn, seed {seed}"] = curve(lines)
-            row = {"run": f"acorn, seed {seed}", "seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"}
-            if target:
-                row["reached"] = "yes" if loss <= target else "no"
-            if peer_seconds:
-                row["of nanoGPT's time"] = f"1/{peer_seconds / seconds:.1f}"
-            rows.append(row)
+            rows.append(row_of(f"acorn, seed {seed}", seconds, loss, args.limit))
+            if seconds and target:
+                rows[-1]["reached"] = "yes" if loss <= target else "no"
+            if seconds and peer_seconds:
+                rows[-1]["of nanoGPT's time"] = f"1/{peer_seconds / seconds:.1f}"
+            bench.print_row(rows)
             runs.append({"seed": seed, "seconds": seconds, "loss": loss})
-            shutil.rmtree(out)
-    print(bench.table([{key: row.get(key, "") for key in rows[-1]} for row in rows]))
+            shutil.rmtree(out, ignore_errors=True)  # a run that was stopped early wrote none
     if args.picture:
         import matplotlib
 

@@ -4,9 +4,9 @@ $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8
 
 A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch; GELU is
 exact, as nanoGPT has it, but in the modern form. Each contender has a process of its own, whose peak memory is shown,
-and they take turns. With --documents 4, acorn is also timed with four documents in each row kept apart, as
-document_mask = True does; with --lora 8, also with adapters of that rank beside all matrices in the blocks, as
-lora_rank = 8 does.
+and they take turns. One that takes longer than --limit is stopped and keeps the rounds that it finished, or its warm-up
+as one round. With --documents 4, acorn is also timed with four documents in each row kept apart, as document_mask =
+True does; with --lora 8, also with adapters of that rank beside all matrices in the blocks, as lora_rank = 8 does.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import bench
 import torch
 from bench import in_turn, machine, matmul_rate, median, synchronize, table
 
-from acorn import lora, runtime
+from acorn import autotune, lora, runtime
 from acorn.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -64,7 +64,10 @@ def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     if rank:
         lora.add_adapters(model, lora.linear_layers(model), rank, 2.0 * rank)
         model.load_state_dict(lora.initial(model, seed=0), strict=False)
-    optimizers = make_optimizers(model, "muon" if modern else "adamw", 6e-4, 0.02, 0.1, (0.9, 0.95), x.device.type)
+    arithmetic = autotune.fixed(dtype, model.config, x.device)  # what train.py uses where dtype is given
+    arithmetic.apply(model)
+    optimizer, rates = "muon" if modern else "adamw", (6e-4, 0.02, 0.1, (0.9, 0.95))
+    optimizers = make_optimizers(model, optimizer, *rates, x.device.type, arithmetic.torch_muon_dtype)
     forward = torch.compile(model) if compile else model
 
     def loss():
@@ -112,7 +115,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
     parser.add_argument("--json", default="", help="also write the result here")
-    args = parser.parse_args()
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of each contender, over all its rounds")
+    args = bench.parse_args(parser)
 
     device = torch.device(args.device)
     if device.type == "cuda":
@@ -145,7 +149,8 @@ def main() -> None:
 
     print(machine(device))
     print(f"{L} layers, {C} wide, {H} heads, {B} x {T} tokens, vocabulary {V}; medians of {args.rounds} rounds\n")
-    rounds = in_turn([name for name in contenders if args.only in name], args.rounds)
+    names = bench.chosen(contenders, args.only)
+    rounds = in_turn(names, args.rounds, args.limit, lambda figures: f"{1e3 * figures['seconds']:,.1f} ms a step")
     seconds = {name: median([each["seconds"] for each in figures]) for name, figures in rounds.items()}
     peers = [s for name, s in seconds.items() if name.startswith("nanoGPT")]
     with torch.device("meta"):
@@ -158,8 +163,10 @@ def main() -> None:
             row["x nanoGPT's best"] = f"{min(peers) / s:.2f}"
         row["peak memory, MB"] = f"{max(each['peak_bytes'] for each in rounds[name]) / 1e6:,.0f}"
         row["of the matmul rate"] = f"{flops / s / peak['bf16' if 'bf16' in name else 'fp32']:.0%}"
+        row["rounds"] = len(rounds[name])
         rows.append(row)
-    print(table(rows))
+    missing = [{"contender": name, "ms a step": "left out, see above"} for name in names if name not in rounds]
+    print("\n" + table(rows + missing))
     print("\nmatmul rate: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in peak.items()))
     results = {
         row["contender"]: {"seconds": seconds[row["contender"]], "tokens_per_second": B * T / seconds[row["contender"]]}

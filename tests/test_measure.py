@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from conftest import REPO, refused, script
+from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, chat, checkpoint, runtime
-from acorn.measure import choice_logprobs, encode_choice, main, measure_answers, ratio_and_error
+from acorn.measure import RougeWords, choice_logprobs, encode_choice, main, measure_answers, ratio_and_error
 from acorn.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -87,10 +89,107 @@ def test_answers_against_counts_by_hand():
     found = measure_answers(answers, references)
     # n-grams that match, of those said: 5 (the, cat, sat, on, mat) of 7, 3 of 5, 2 of 4, 1 of 3; both 7 words long
     assert found["BLEU"][0] == pytest.approx(100 * (5 / 7 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
-    assert found["ROUGE-L"][0] == pytest.approx(100 * (5 / 6) / 2) and found["ROUGE-2"][0] == pytest.approx(30)
-    assert found["exact match"][:1] == (0.0,)
+    assert found["ROUGE-L"].value == pytest.approx(100 * (5 / 6) / 2)
+    # 3 of 5 pairs of words match; the reference "yes" has none, so it does not count
+    assert found["ROUGE-2"].value == pytest.approx(60) and found["ROUGE-2"].n == 1 and found["ROUGE-L"].n == 2
+    assert found["exact match"].value == 0
     same = [references[0], "a dog ran away from it"]
-    assert measure_answers(same, same)["BLEU"] == (pytest.approx(100), pytest.approx(0, abs=1e-9), 2)
+    assert measure_answers(same, same)["BLEU"][:3] == (pytest.approx(100), pytest.approx(0, abs=1e-9), 2)
+
+
+EXACT = {  # language: answers that equal their references, and the tokenizers of BLEU that may be used
+    "Chinese": (["适合出游。", "今天天气很好，我们去公园散步吧。"], ("zh",)),
+    "Japanese": (["はい", "東京はとても大きいスーパーがある町です。"], ("ja-mecab", "char")),
+    "Korean": (["네", "오늘은 날씨가 정말 좋습니다."], ("ko-mecab", "char")),
+    "Thai": (["ใช่", "วันนี้อากาศดีมาก"], ("char",)),
+    "Lao": (["ແມ່ນ", "ມື້ນີ້ອາກາດດີ"], ("char",)),
+    "Arabic": (["نعم", "الطقس جميل اليوم في المدينة"], ("13a",)),
+    "Hindi": (["हाँ", "आज मौसम बहुत अच्छा है"], ("13a",)),
+    "Russian": (["да", "сегодня очень хорошая погода"], ("13a",)),
+    "French": (["été", "l'île où il a vécu était belle"], ("13a",)),
+    "English": (["yes", "the weather is very good today"], ("13a",)),
+}
+
+
+@pytest.mark.parametrize("language", EXACT)
+def test_exact_answers_have_100_percent_in_any_language(language):
+    texts, tokenizers = EXACT[language]
+    for answers in (texts, texts[:1] * 3, [texts[1][0]], [texts[1][:2].strip()]):  # also of one and two characters
+        for name, each in measure_answers(answers, answers).items():
+            if name == "ROUGE-2" and each.value is None:  # a single word or character has no pairs
+                assert each.n == 0 and "fewer than 2" in each.note
+            else:
+                assert each.value == pytest.approx(100) and (each.error is None or each.error < 1e-9), (name, answers)
+    found = measure_answers(texts, texts)
+    assert any(f"tok:{name}" in found["BLEU"].method for name in tokenizers) and found["ROUGE-2"].value == 100
+
+
+def test_wrong_answers_have_what_sacrebleu_and_rouge_score_give_and_what_counts_by_hand_give():
+    answers = ["the cats sat on the mat", "a dog is running in the old park", "no", "it's 25 degrees"]
+    references = ["the cat sat on a mat", "the dog runs in a park", "yes", "it is 25 degrees here"]
+    found = measure_answers(answers, references)
+    bleu = sacrebleu.corpus_bleu(answers, [references], use_effective_order=True)
+    assert found["BLEU"].value == bleu.score and 0 < found["BLEU"].value < 50
+    assert found["chrF"].value == sacrebleu.corpus_chrf(answers, [references]).score
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [theirs.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    assert found["ROUGE-1"].value == pytest.approx(np.mean([100 * score["rouge1"].fmeasure for score in scores]))
+    assert found["ROUGE-L"].value == pytest.approx(np.mean([100 * score["rougeL"].fmeasure for score in scores]))
+    pairs = [100 * score["rouge2"].fmeasure for score in scores]
+    assert found["ROUGE-2"].value == pytest.approx((pairs[0] + pairs[1] + pairs[3]) / 3)  # "yes" has no pair
+
+    # Chinese by hand: 4 of 5 characters match (1 2 3 5), the pairs 12 23, the triple 123, no four
+    found = measure_answers(["我爱北京。"], ["我爱北上。"])
+    assert found["BLEU"].value == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 3 * (1 / 2) / 2) ** 0.25)  # smoothed: 1/2
+    assert found["BLEU"].value == sacrebleu.corpus_bleu(["我爱北京。"], [["我爱北上。"]], tokenize="zh").score
+    # ROUGE leaves the period out: 3 of 4 characters, 2 of 3 pairs
+    assert found["ROUGE-1"].value == found["ROUGE-L"].value == pytest.approx(75)
+    assert found["ROUGE-2"].value == pytest.approx(100 * 2 / 3)
+    # chrF: the means of precision and recall, which are equal here, over the orders 1 to 5
+    assert found["chrF"].value == pytest.approx(100 * (4 / 5 + 2 / 4 + 1 / 3 + 0 + 0) / 5)
+
+
+def test_the_tokenizer_of_bleu_is_that_of_most_letters():
+    chinese, english = "今天天气很好。", "it is fine"
+    for references, *tokenizers in (
+        ([chinese, english], "13a"),  # 6 letters against 8
+        ([chinese, chinese, english], "zh"),
+        (["PyTorch", chinese * 2], "zh"),
+        (["日本のカメラ", chinese], "ja-mecab", "char"),  # kana: Japanese
+        (["42", "!"], "13a"),  # no letter
+    ):
+        found = measure_answers(references, references)["BLEU"]
+        assert found.value == pytest.approx(100)
+        assert any(f"tok:{name}" in found.method for name in tokenizers)
+    assert RougeWords().tokenize("Running 42 été, PyTorch好用；ไทย スーパー") == [
+        *("run", "42", "été", "pytorch", "好", "用", "ไ", "ท", "ย", "ス", "ー", "パ", "ー")
+    ]
+
+
+def test_what_cannot_be_computed_has_no_value_and_says_why():
+    found = measure_answers(["👍", "!"], ["👍", "?"])
+    assert found["BLEU"].value == pytest.approx(50) and found["exact match"].value == 50
+    assert found["ROUGE-1"].value is None and "2 of 2" in found["ROUGE-1"].note
+    found = measure_answers(["a", ""], ["", ""])
+    assert found["BLEU"].value is found["chrF"].value is None and "empty" in found["BLEU"].note
+    assert measure_answers(["", ""], ["a b", "c"])["BLEU"].value == 0  # this is no answer, which is wrong
+    assert all(each.value is None and each.note for each in measure_answers([], []).values())
+    found = measure_answers(["ok", ""], ["ok", ""])  # a sample of the second alone says nothing
+    assert found["BLEU"].error == pytest.approx(0, abs=1e-9) and found["chrF"].error == 0
+
+
+def test_standard_errors_of_bleu_and_chrf_are_those_of_many_samples():
+    """Against the spread over fresh draws of 30 examples, each right or wrong by a coin."""
+    random, found = np.random.default_rng(1), []
+    references = [" ".join(random.choice(list("abcdefgh"), 6)) for _ in range(40 * 30)]
+    answers = [reference if random.random() < 0.5 else "x y z x y z" for reference in references]
+    for start in range(0, len(references), 30):
+        part = slice(start, start + 30)
+        bleu = sacrebleu.corpus_bleu(answers[part], [references[part]]).score
+        found.append((bleu, sacrebleu.corpus_chrf(answers[part], [references[part]]).score))
+    measured = measure_answers(answers[:30], references[:30])
+    spread = np.std(found, axis=0)
+    assert [measured["BLEU"].error, measured["chrF"].error] == pytest.approx(spread, rel=0.4)
 
 
 def test_a_ratio_s_error_is_that_of_many_repetitions():
@@ -121,7 +220,6 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
 
 def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     (chatting / "bad.jsonl").write_text('{"prompt": "a"}\n')
-    (chatting / "long.jsonl").write_text(json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}))
     (chatting / "talk.jsonl").write_text(json.dumps({"prompt": "a" * 99, "response": "b"}))
     (chatting / "half.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}')
     (chatting / "array.jsonl").write_text('[{"prompt": "a", "response": "b"}]')
@@ -130,8 +228,6 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     for words, *said in (
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
-        (["o", "--choices=long.jsonl"], "more than the block size of 64"),
-        (["o", "--pairs=talk.jsonl"], "line 1 of talk.jsonl has 119 tokens before the answer; the model holds 64"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
         (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is no JSON", "surrogates"),
         (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is no object", "has one a line"),
@@ -145,6 +241,35 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
             main()
         assert all(words in str(refusal.value) for words in said)
     refused(measure("o", "--pairs=nowhere", cwd=chatting), "nowhere cannot be read")  # as a person runs it
+
+
+def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch, capsys):
+    pairs = [{"prompt": "a" * 99, "response": "b"}, {"prompt": "snow?", "response": "white"}]
+    choices = [{"prompt": p["prompt"], "choices": ["white", "b"], "answer": 0} for p in pairs]
+    long_choice = {"prompt": "snow?", "choices": ["white", "b" * 99], "answer": 0}
+    for name, records in {"p": pairs, "c": [*choices, long_choice], "none": pairs[:1]}.items():
+        (chatting / f"skip_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.chdir(chatting)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["acorn.evaluate", "o", *words, "--device=cpu"])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    out = json.loads(run("--pairs=skip_p.jsonl", "--choices=skip_c.jsonl", "--answers=skip_a.jsonl", "--json"))
+    found = {(row["on"], row["measure"]): row for row in out["results"]}
+    exact, accuracy = found["skip_p.jsonl", "exact match"], found["skip_c.jsonl", "accuracy"]
+    assert exact["n"] == accuracy["n"] == 1 and exact["value"] in (0, 100) and exact["standard_error"] is None
+    assert "skipped 1 of 2" in exact["note"] and "line 1 of skip_p.jsonl" in exact["note"]
+    assert "skipped 2 of 3" in accuracy["note"] and "64 tokens" in accuracy["note"]
+    assert "tok:13a" in found["skip_p.jsonl", "BLEU"]["method"]
+    answered = [json.loads(line) for line in (chatting / "skip_a.jsonl").read_text().splitlines()]
+    assert [record.get("answered", record.get("chosen")) is None for record in answered] == [1, 0, 1, 0, 1]
+
+    out = json.loads(run("--pairs=skip_none.jsonl", "--json"))
+    assert all(row["value"] is None and row["n"] == 0 and "skipped 1 of 1" in row["note"] for row in out["results"])
+    table = run("--pairs=skip_p.jsonl")
+    assert "tok:13a" in table and table.count("skipped 1 of 2") == 1 and "n/a" in table  # ROUGE-2 of one word
 
 
 def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns(chatting):
