@@ -70,10 +70,11 @@ def choose_template(tokenizer: Tokenizer) -> str:
 def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
     """The ids of a conversation up to where the next reply begins: int32, one dimension. They are those that stand
     before this reply in `render_to_learn`, and in `forms_to_learn`."""
+    whole = _fill_in(tokenizer, messages, True)
     try:
         parts = _parts(tokenizer, messages, True)
     except UserError:  # it rewrites history, or cannot be learned: then no part of it is what the model saw before
-        parts = [(_fill_in(tokenizer, messages, True), False)]
+        parts = [(whole, False)]
     return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
 
 
@@ -82,11 +83,17 @@ def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndar
     assistant's replies, each up to the control token that ends it, but for those with `"learn": False`. Raises
     UserError where the template ends a reply without one, leaves the replies out, or writes a turn differently once
     others follow."""
-    ids, learned = [], []
-    for text, is_learned in _parts(tokenizer, messages, False):
-        ids.append(_encode(tokenizer, text, bool(ids)))
-        learned.append(np.full(len(ids[-1]), is_learned))
+    _, ids, learned = zip(*_encoded_parts(tokenizer, messages), strict=True)
     return np.concatenate(ids), np.concatenate(learned)
+
+
+def _encoded_parts(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Text, ids and learned of each of the conversation's `_parts`."""
+    parts = []
+    for text, is_learned in _parts(tokenizer, messages, False):
+        ids = _encode(tokenizer, text, bool(parts))
+        parts.append((text, ids, np.full(len(ids), is_learned)))
+    return parts
 
 
 def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -99,7 +106,7 @@ def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tupl
     an earlier one as it was learned, one example for each reply. Raises UserError as `render_to_learn` does."""
     ends = [i for i, message in enumerate(messages, 1) if _is_learned(message)]
     try:
-        return [_forms(tokenizer, messages[: ends[-1]], render_to_learn)]
+        return [_forms(tokenizer, messages[: ends[-1]], _render_again(tokenizer, messages[: ends[-1]]))]
     except RewrittenHistory:
         return [_forms(tokenizer, messages[:end], _render_last_reply) for end in ends]
 
@@ -121,6 +128,35 @@ def _forms(tokenizer: Tokenizer, messages: list[dict], render_whole) -> list[tup
         end = np.flatnonzero(learned)[-1] + 1
         forms.append((ids[:end], learned[:end]))
     return forms
+
+
+def _render_again(tokenizer: Tokenizer, messages: list[dict]):
+    """Return a function like `render_to_learn` for `messages` and for what is left of them without the oldest turns.
+
+    It reuses the ids behind the first reply's prompt where the template renders the same text there. A conversation of
+    n turns then takes O(n) renderings instead of O(n^2)."""
+    parts = _encoded_parts(tokenizer, messages)
+    whole = "".join(text for text, _, _ in parts)
+    begins = np.cumsum([0, *(len(text) for text, _, _ in parts)])  # of each part, in the text
+    reply_begin = begins[max(k for k, (_, _, learned) in enumerate(parts) if learned.any())]  # of the last reply
+
+    def render_whole(tokenizer: Tokenizer, shown: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        if len(shown) == len(messages):
+            _, ids, learned = zip(*parts, strict=True)
+            return np.concatenate(ids), np.concatenate(learned)
+        to_reply = next(i for i, message in enumerate(shown) if message["role"] == "assistant")
+        text, prompt = _fill_in(tokenizer, shown, False), _fill_in(tokenizer, shown[:to_reply], True)
+        behind = text.removeprefix(prompt)
+        k = int(np.searchsorted(begins, len(whole) - len(behind)))
+        is_same = begins[k] == len(whole) - len(behind) and whole.endswith(behind) and text == prompt + behind
+        last_prompt = text[: len(text) - (len(whole) - reply_begin)]
+        if not is_same or last_prompt != _fill_in(tokenizer, shown[:-1], True):
+            return render_to_learn(tokenizer, shown)
+        _, ids, learned = zip(*parts[k:], strict=True)
+        first = _encode(tokenizer, prompt, False)
+        return np.concatenate([first, *ids]), np.concatenate([np.zeros(len(first), dtype=bool), *learned])
+
+    return render_whole
 
 
 def _render_last_reply(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -357,7 +393,7 @@ def _takes_parts(template: str) -> bool:
         return text.count(PROBE) == 2
 
     messages = [_message("user", PROBE), _message("assistant", PROBE)]
-    return not keeps(messages) and keeps([_in_parts(message) for message in messages])
+    return "text" in template and not keeps(messages) and keeps([_in_parts(message) for message in messages])
 
 
 def _in_parts(message: dict) -> dict:
@@ -382,17 +418,11 @@ def _is_json(value) -> bool:
 
 @functools.lru_cache(16)
 def _variables(template: str) -> frozenset[str]:
-    """The names by which a template looks at what it is given beside the messages."""
-    import jinja2
-    import jinja2.meta
+    """The names by which a template may look at what it is given beside the messages: all its words but Jinja's own.
+    Jinja's parser would know better, but it computes constants such as 'a' * 10**10 while it does."""
+    from jinja2.defaults import DEFAULT_NAMESPACE
 
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    text = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)
-    try:
-        found = jinja2.meta.find_undeclared_variables(environment.parse(text))
-    except (jinja2.TemplateError, RecursionError):  # rendering says what is wrong
-        return frozenset()
-    return frozenset(found) - environment.globals.keys() - RESERVED
+    return frozenset(re.findall(r"[^\W\d]\w*", template)) - DEFAULT_NAMESPACE.keys() - RESERVED
 
 
 def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:

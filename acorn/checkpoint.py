@@ -514,7 +514,8 @@ def build_model(folder: Path, state: dict, r: Runtime = ALONE, whole_context: bo
     try:
         name = files.read_bytes(moved, 10_000).decode().strip() if moved.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{moved} should be a text file with one path, that of the base") from error
+        reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{moved} {reason}; it should hold one path, that of the base") from error
     name = name or adapters["base"]
     advice = f"write where it lies into the file {moved}"
     try:

@@ -288,7 +288,7 @@ class HFTokenizer(Tokenizer):
 
     def _around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text."""
-        plain, whole = (self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        plain, whole = (list(_encode_with(self._backend, "a", whole)) for whole in (False, True))
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
@@ -448,11 +448,11 @@ def _check_patterns(parts: str) -> None:
         sandbox.check_patterns("the tokenizer.json", normalizer, pre_tokenizer)
 
 
-def _encode_with(backend, text: str) -> list[int]:
-    """The ids that the library `tokenizers` gives a text. Raises UserError where it fails, as on a regular expression
-    that exceeds its limit of steps."""
+def _encode_with(backend, text: str, whole: bool = False) -> list[int]:
+    """The ids that the library `tokenizers` gives a text, with `whole` also those that its post-processor puts around
+    it. Raises UserError where it fails, as on a regular expression that exceeds its limit of steps."""
     try:
-        return backend.encode(text, add_special_tokens=False).ids
+        return backend.encode(text, add_special_tokens=whole).ids
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # its panics are no Exceptions

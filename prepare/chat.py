@@ -129,7 +129,7 @@ def skip_or_fail(args: argparse.Namespace, skipped: Skipped | None = None) -> Ca
 def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) -> Iterator[tuple[str, Conversation]]:
     """The messages of each record, with the words by which messages say where it stands; errors go to `bad`."""
     for path in args.files:
-        for where, record in reading.objects(path, args.errors, bad, encoding_of(path, args)):
+        for where, record in reading.objects(path, encoding.counted(args.errors), bad, encoding_of(path, args)):
             try:
                 messages = read_messages(record)
             except UserError as error:
@@ -156,7 +156,7 @@ def write_conversations(
     `val_from` on are for validation; where it is None, a hash of each decides."""
     counts = {"train": Counter(), "val": Counter()}
     n, examples, cut, left_out, longest, unused, skipped = 0, 0, 0, 0, 0, Counter(), Skipped()
-    bad = skip_or_fail(args, skipped)
+    bad, faults = skip_or_fail(args, skipped), encoding.Faults()
     sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
         writers, mask_writers, index_writers = {}, {}, {}
@@ -171,6 +171,8 @@ def write_conversations(
             except UserError as error:
                 bad(UserError(f"{where}: {error}"))
                 continue
+            for message in messages:
+                faults.look(str(message.get("content", "")), where)
             unused.update(chat.unused_fields(tokenizer, messages))
             fitted = [limited(forms, args.max_tokens) for forms in conversation]
             n += 1
@@ -202,6 +204,8 @@ def write_conversations(
         n_val = min(n - 1, max(1, round(n * args.val_fraction)))
         print(f"note: the hashes of {n} conversations left a split empty; the last {n_val} are val", file=sys.stderr)
         return write_conversations(args, folder, tokenizer, source, n - n_val)
+    for note in faults.notes("--encoding NAME"):
+        print(printable(note), file=sys.stderr)
     if skipped.count:
         print(f"warning: skipped {skipped.count:,} bad records; the first: {skipped.first}", file=sys.stderr)
     if unused:

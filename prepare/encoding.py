@@ -178,7 +178,8 @@ def _guesses(sample: bytes, has_nuls: bool) -> list[tuple[str, float]]:
                 guesses.setdefault(name, 1 - match.chaos)
         if guesses and next(iter(guesses)) in DETECTED:
             break
-    return sorted(guesses.items(), key=lambda guess: (-guess[1], guess[0] not in {*DETECTED, *COMMON}))
+    order = [*DETECTED, *COMMON]
+    return sorted(guesses.items(), key=lambda guess: (-guess[1], order.index(guess[0]) if guess[0] in order else 99))
 
 
 def _is_sure(guesses: list[tuple[str, float]], sample: bytes) -> bool:
@@ -218,7 +219,7 @@ def counted(errors: str) -> str:
 class Faults:
     """Counts, of the text that goes through `look`, what a model had better not learn."""
 
-    WARN = 0.001  # the share of replaced characters above which the encoding is likely another
+    WARN = 0.001  # the share of the characters above which it is likely no accident
 
     def __init__(self):
         self.chars = self.marks = self.nuls = 0
@@ -239,23 +240,29 @@ class Faults:
     def notes(self, option: str = "") -> list[str]:
         """A sentence for each fault. `option` names another encoding, where the command has such an option."""
         notes, replaced = [], _replace.count - self._before
+
+        def add(count: int, sentence: str) -> None:
+            share = count / max(1, self.chars)
+            sentence = sentence.replace("{count}", f"{count:,}").replace("{share}", f"{share:.3%} of the characters")
+            notes.append(f"{'warning' if share > self.WARN else 'note'}: {sentence}")
+
         if replaced:
-            share = replaced / max(1, self.chars)
-            much = share > self.WARN
-            notes.append(
-                f"{'warning' if much else 'note'}: replaced undecodable bytes by U+FFFD {replaced:,} times "
-                f"({share:.3%} of the characters), first in {self.first.get('marks', 'a text')}"
-                + (f"; if that is not damage, give {option}" if much and option else "")
+            hint = f"; if that is not damage, give {option}" if option else ""
+            add(
+                replaced,
+                "replaced undecodable bytes by U+FFFD {count} times ({share}), first in "
+                f"{self.first.get('marks', 'a text')}{hint}",
             )
         if self.marks > replaced:
-            notes.append(
-                f"warning: the text has {self.marks - replaced:,} U+FFFD of its own, left by an earlier conversion, "
-                f"first in {self.first['marks']}; convert the original again"
+            add(
+                self.marks - replaced,
+                "the text has {count} U+FFFD of its own ({share}), left by an earlier conversion, first in "
+                f"{self.first['marks']}; convert the original again",
             )
         if self.nuls:
-            other = f", or give {option} if it has another encoding" if option else ""
-            notes.append(
-                f"warning: the text has {self.nuls:,} NUL characters, {self.nuls / self.chars:.3%}, first in "
-                f"{self.first['nuls']}; remove them{other}"
+            hint = f", or give {option} if it has another encoding" if option else ""
+            add(
+                self.nuls,
+                f"the text has {{count}} NUL characters ({{share}}), first in {self.first['nuls']}; remove them{hint}",
             )
         return notes

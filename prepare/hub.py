@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from acorn import UserError
+from acorn import UserError, printable
 from prepare.encoding import Faults, counted
 from prepare.pipeline import Document
 from prepare.reading import cell, parquet_batches
@@ -137,7 +137,7 @@ class HubDocuments:
         finally:  # --max_tokens ends it early
             for note in faults.notes():
                 if note not in self._said:
-                    print(note, file=sys.stderr)
+                    print(printable(note), file=sys.stderr)
                 self._said.add(note)
 
     def _rows(self, part: int, faults: Faults) -> Iterator[str | Iterator[str]]:

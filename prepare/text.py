@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from acorn import UserError
+from acorn import UserError, printable
 from prepare.encoding import SEARCHED, Detected, Faults, check_name, counted, detect, is_html, not_text
 from prepare.reading import has_field, head, naming, records, suffix, text_blocks
 
@@ -62,7 +62,7 @@ def documents(args: argparse.Namespace) -> "TextFiles":
     if files.skipped:
         print(f"left out {files.skipped} files that do not look like text", file=sys.stderr)
     for note in files.notes():
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     return files
 
 
@@ -216,7 +216,7 @@ class TextFiles:
                 yield faults.look(text, name) if isinstance(text, str) else (faults.look(block, name) for block in text)
         for note in faults.notes("--encoding NAME"):
             if note not in self._said:  # a corpus may be read twice
-                print(note, file=sys.stderr)
+                print(printable(note), file=sys.stderr)
             self._said.add(note)
 
 

@@ -183,6 +183,17 @@ def test_a_sampled_reply_reads_in_the_next_turn_as_it_was_learned(tmp_path, name
     assert chat.render(tokenizer, again).tolist() == chat.render(tokenizer, messages).tolist()
 
 
+@pytest.mark.parametrize("name, most", [("zephyr", 6), ("llama_2", 6), ("last_thinks", 120)])
+def test_long_conversations_take_few_renderings(tmp_path, monkeypatch, name, most):
+    tokenizer = load_hf(write_tokenizer(tmp_path / "hf", TEMPLATES[name]))
+    calls, fill_in = [], chat._fill_in
+    monkeypatch.setattr(chat, "_fill_in", lambda *arguments: calls.append(1) or fill_in(*arguments))
+    messages = turns(*map(str, range(40)), system="Be kind.")
+    examples = chat.forms_to_learn(tokenizer, messages)
+    assert sum(map(len, examples)) == (210 if name == "last_thinks" else 20)
+    assert len(calls) < most * 20
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 

@@ -178,6 +178,19 @@ def test_replaced_bytes_are_counted(capsys):
     assert "warning: " in said and f" {wrong} times" in said and "--encoding NAME" in said
 
 
+def test_replaced_bytes_of_conversations_are_counted(capsys):
+    line = json.dumps({"prompt": "Which word?", "response": "caf\u00e9"}, ensure_ascii=False) + "\n"
+    Path("a.jsonl").write_bytes(line.encode("cp1252") * 40)
+    argv = ["chat", "a.jsonl", "--tokenizer=byte"]
+    with pytest.raises(UserError, match=r"not UTF-8.*--encoding NAME"):
+        cli.prepare_corpus(argv)
+    cli.prepare_corpus([*argv, "--errors=replace"])
+    said = capsys.readouterr().err
+    assert "warning: replaced" in said and " 40 times" in said
+    cli.prepare_corpus([*argv, "--encoding=cp1252", "--overwrite"])
+    assert "replaced" not in capsys.readouterr().err
+
+
 def test_text_that_a_conversion_damaged_before(capsys):
     Path("a.txt").write_text(ENGLISH * 50 + "caf\ufffd\n", encoding="utf-8")
     prepare("a.txt")

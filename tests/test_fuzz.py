@@ -3,6 +3,7 @@
 The choices of hypothesis are the same in each run (`derandomize`); the suite tries a few, the slow tests many.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from acorn.generate import Sampling, draw, generate
 from acorn.shards import LAYOUTS, Tokens, load_dataset, open_shard
 from acorn.tokenizer import ByteTokenizer, StreamDecoder, from_dict, load_hf, tokenizer_hash, train_char
 from model import GPT, GPTConfig
+from prepare.encoding import not_text
 
 
 def examples(few: int, many: int):
@@ -386,8 +388,15 @@ def test_any_bytes_are_prepared_as_they_are_or_refused_with_a_sentence(tmp_path,
     def one(data: bytes, errors: str) -> None:
         Path("t.txt").write_bytes(data)
         argv = ["text", "t.txt", "--tokenizer=byte", "--overwrite", "--val_fraction=0.5", f"--errors={errors}"]
+        with contextlib.suppress(UserError):
+            prepare_cli.prepare_corpus(argv)  # whatever its encoding looks like
+        argv.append("--encoding=utf-8")
+        if not_text(data):
+            with pytest.raises(UserError, match="not text"):
+                prepare_cli.prepare_corpus(argv)
+            return
         try:
-            text = data.decode("utf-8", errors).removeprefix("\ufeff")
+            text = data.decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError:
             with pytest.raises(UserError, match="not UTF-8"):
                 prepare_cli.prepare_corpus(argv)
