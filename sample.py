@@ -16,10 +16,12 @@ from typing import Literal
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 
-from acorn import UserError, chat, checkpoint, files, printable, run, runtime, settings
-from acorn.generate import Sampling, TextStream, encode_prompt, generate
-from acorn.matvec import prepare_for_decoding
-from acorn.tokenizer import END_OF_TEXT
+from acorn import UserError, checkpoint, files, printable, run, settings
+from acorn.data import chat
+from acorn.data.tokenizer import END_OF_TEXT
+from acorn.distributed import runtime
+from acorn.inference.cpu_decode import prepare_for_decoding
+from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT
 
 

@@ -25,27 +25,16 @@ import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import (
-    UserError,
-    autotune,
-    checkpoint,
-    files,
-    lora,
-    printable,
-    report,
-    run,
-    runtime,
-    settings,
-    sharding,
-    watch,
-)
-from acorn.evaluate import evaluate_mixture
-from acorn.generate import sample_text
-from acorn.loader import Batch, prefetch, updates
-from acorn.mixture import Mixture, load_mixture
-from acorn.optim import learning_rate_at, make_optimizers, rate_change, step_if_finite
-from acorn.shards import samples_per_epoch
-from acorn.tokenizer import KINDS, extends, from_dict, tokenizer_hash
+from acorn import UserError, checkpoint, files, printable, report, run, settings
+from acorn.data.loader import Batch, prefetch, updates
+from acorn.data.mixture import Mixture, load_mixture
+from acorn.data.shards import samples_per_epoch
+from acorn.data.tokenizer import KINDS, extends, from_dict, tokenizer_hash
+from acorn.distributed import heartbeat, runtime, sharding
+from acorn.evaluation.loss import evaluate_mixture
+from acorn.inference.generate import sample_text
+from acorn.training import autotune, lora
+from acorn.training.optim import learning_rate_at, make_optimizers, rate_change, step_if_finite
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
 
@@ -173,7 +162,7 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict]:
     run."""
     given = settings.parse(TrainSettings, argv)
     s = settings.build(TrainSettings, given)
-    out_dir, launch = Path(s.out_dir), watch.launch_id()
+    out_dir, launch = Path(s.out_dir), heartbeat.launch_id()
     if launch and checkpoint.launched_by(out_dir, launch):  # torchrun started this run again after a failure
         given |= {"init_from": "resume", "overwrite": False}
         s = settings.build(TrainSettings, given)
@@ -578,7 +567,7 @@ def main() -> int:
         read_skipped()
         progress = {"settings": dataclasses.asdict(s), **at, "tokenizer": data.tokenizer.to_dict()}
         progress |= {"arithmetic": dataclasses.asdict(arithmetic), "lora": adapters}
-        progress |= {"scaler": scaler.state_dict(), "launch": watch.launch_id()}
+        progress |= {"scaler": scaler.state_dict(), "launch": heartbeat.launch_id()}
         writer.save(raw_model, optimizers, progress, best)
 
     def saved_whole() -> bool:
@@ -674,7 +663,7 @@ def main() -> int:
         # divided by their number, so however the batch is split, the step is the same. From here to the log line the
         # host does not wait for a GPU, whose queue of work would run empty.
         micro_batches, n_targets = next(batch_stream)
-        watch.note(step)
+        heartbeat.note(step)
         signalled = r.ask(bool(signals))
         waited.start()
         n_targets = r.sum(torch.full((), n_targets, device=r.device))  # not torch.tensor, which waits for the GPU
@@ -752,15 +741,15 @@ def main_or_advice() -> int:
     try:
         return runtime.leave(main())
     except Exception as error:
-        watch.explain(error)
-        watch.fail()
+        heartbeat.explain(error)
+        heartbeat.fail()
         if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch's is a RuntimeError
             error = UserError(
                 "the device's memory does not hold this run; halve --batch_size and double "
                 "--gradient_accumulation_steps, which keeps the updates the same, or make --block_size or the model "
                 "smaller"
             )
-        if isinstance(error, (UserError, OSError)) and not watch.is_news(str(error)):
+        if isinstance(error, (UserError, OSError)) and not heartbeat.is_news(str(error)):
             return 2
         raise error
 

@@ -33,10 +33,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from acorn import UserError, files, lora, optim, printable, settings, sharding
-from acorn import tokenizer as tokenizers
-from acorn.runtime import ALONE, Runtime
-from acorn.shards import load_dataset
+from acorn import UserError, files, printable, settings
+from acorn.data import tokenizer as tokenizers
+from acorn.data.shards import load_dataset
+from acorn.distributed import sharding
+from acorn.distributed.runtime import ALONE, Runtime
+from acorn.training import lora, optim
 from model import DROPOUTS, GPT, GPTConfig
 
 FORMAT = 2  # of state.json; 1 had optimizer.pt, where the optimizers' state stands by number
@@ -355,7 +357,7 @@ def holds_run(out_dir: Path) -> bool:
 
 
 def launched_by(out_dir: Path, launch: str) -> bool:
-    """Whether a checkpoint in `out_dir` was saved by processes of this launch (`watch.launch_id`)."""
+    """Whether a checkpoint in `out_dir` was saved by processes of this launch (`heartbeat.launch_id`)."""
     for folder in step_folders(out_dir):
         try:
             if files.read_json(folder / "state.json").get("launch") == launch:

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from acorn import UserError, chat, checkpoint, files, run
-from acorn import tokenizer as tokenizers
+from acorn import UserError, checkpoint, files, run
+from acorn.data import chat
+from acorn.data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
 # of a folder on the hub, which may hold much else

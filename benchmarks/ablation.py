@@ -18,7 +18,7 @@ from bench import REPO, timed
 from time_to_loss import whole_val_loss
 
 from acorn import checkpoint
-from acorn.shards import load_dataset
+from acorn.data.shards import load_dataset
 
 VARIANTS = {
     "config/quickstart.py": [],

@@ -23,9 +23,9 @@ import bench
 import torch
 from bench import machine, median, read_rate, table
 
-from acorn import runtime
-from acorn.generate import Sampling, generate
-from acorn.matvec import prepare_for_decoding
+from acorn.distributed import runtime
+from acorn.inference.cpu_decode import prepare_for_decoding
+from acorn.inference.generate import Sampling, generate
 from model import GPT, GPTConfig
 
 SHAPES = dict(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)

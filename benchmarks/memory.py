@@ -22,8 +22,9 @@ import torch
 from bench import machine, median, synchronize, table
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import autotune, runtime, sharding
-from acorn.optim import make_optimizers
+from acorn.distributed import runtime, sharding
+from acorn.training import autotune
+from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 

@@ -30,8 +30,8 @@ import numpy as np
 REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # this folder has a prepare.py of its own
 
-from acorn.shards import load_dataset  # noqa: E402
-from acorn.tokenizer import _gpt2_encoding, gpt2_config  # noqa: E402
+from acorn.data.shards import load_dataset  # noqa: E402
+from acorn.data.tokenizer import _gpt2_encoding, gpt2_config  # noqa: E402
 
 CORES = os.cpu_count() or 1
 EOT = 50256

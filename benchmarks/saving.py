@@ -15,8 +15,8 @@ import torch
 from bench import machine, median, table
 
 from acorn.checkpoint import Writer
-from acorn.optim import make_optimizers
-from acorn.tokenizer import get_tokenizer
+from acorn.data.tokenizer import get_tokenizer
+from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 

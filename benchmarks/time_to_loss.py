@@ -19,9 +19,10 @@ import bench
 import torch
 from bench import REPO, timed
 
-from acorn import checkpoint, runtime
-from acorn.evaluate import evaluate
-from acorn.shards import load_dataset
+from acorn import checkpoint
+from acorn.data.shards import load_dataset
+from acorn.distributed import runtime
+from acorn.evaluation.loss import evaluate
 
 README_RUN = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "

@@ -20,8 +20,9 @@ import bench
 import torch
 from bench import in_turn, machine, matmul_rate, median, synchronize, table
 
-from acorn import autotune, lora, runtime
-from acorn.optim import make_optimizers
+from acorn.distributed import runtime
+from acorn.training import autotune, lora
+from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 EXACT = dict(mlp="gelu")

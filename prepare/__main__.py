@@ -20,9 +20,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: its threads spin 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
 from acorn import UserError, files, printable, settings  # noqa: E402
-from acorn import tokenizer as tokenizers  # noqa: E402
-from acorn.shards import SHARD_TOKENS, load_dataset  # noqa: E402
-from acorn.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
+from acorn.data import tokenizer as tokenizers  # noqa: E402
+from acorn.data.shards import SHARD_TOKENS, load_dataset  # noqa: E402
+from acorn.data.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import pipeline  # noqa: E402
 
 CORPORA = [

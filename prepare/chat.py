@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, chat, files, printable
-from acorn.records import Conversation, read_messages
-from acorn.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
-from acorn.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
+from acorn import UserError, files, printable
+from acorn.data import chat
+from acorn.data.records import Conversation, read_messages
+from acorn.data.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
+from acorn.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
 from prepare import encoding, pipeline, reading, text
 
 TOKENIZER = "gpt2"

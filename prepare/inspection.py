@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from acorn import UserError, files, printable
-from acorn.shards import KINDS, Dataset, Tokens, load_dataset
-from acorn.tokenizer import Tokenizer
+from acorn.data.shards import KINDS, Dataset, Tokens, load_dataset
+from acorn.data.tokenizer import Tokenizer
 from prepare.pipeline import Reader
 
 PIECE = 1 << 22  # tokens that are read at once

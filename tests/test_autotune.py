@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import AVX2, REPO, TINY, script
 
-from acorn import autotune, runtime
+from acorn.distributed import runtime
+from acorn.training import autotune
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=128)

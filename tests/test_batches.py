@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from acorn import UserError, batches, chat, runtime
-from acorn.evaluate import evaluate
-from acorn.mixture import load_mixture
-from acorn.shards import load_dataset
-from acorn.tokenizer import load_hf, train_bpe
+from acorn import UserError
+from acorn.data import batches, chat
+from acorn.data.mixture import load_mixture
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import load_hf, train_bpe
+from acorn.distributed import runtime
+from acorn.evaluation.loss import evaluate
 from model import GPT, GPTConfig
 from prepare.__main__ import prepare_corpus
 from sample import fit_conversation

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acorn import UserError, batches, chat
-from acorn.records import Conversation, read_messages
-from acorn.shards import load_dataset
-from acorn.tokenizer import ByteTokenizer, from_dict, get_tokenizer, load_hf, train_bpe, train_char
+from acorn import UserError
+from acorn.data import batches, chat
+from acorn.data.records import Conversation, read_messages
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import ByteTokenizer, from_dict, get_tokenizer, load_hf, train_bpe, train_char
 from prepare.__main__ import prepare_corpus
 from prepare.chat import limited
 from tests.chat_templates import CHAT_ONLY, DEEPSEEK_R1, FALCON_180B, NEED_THOUGHTS, PUBLISHED, TEMPLATES

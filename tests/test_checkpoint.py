@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint, files, measure, optim
+from acorn import UserError, checkpoint, files
+from acorn.data.tokenizer import get_tokenizer
+from acorn.distributed.runtime import ALONE
+from acorn.evaluation import tasks
 from acorn.files import sha256 as files_sha256
-from acorn.runtime import ALONE
-from acorn.tokenizer import get_tokenizer
+from acorn.training import optim
 from model import GPT, GPTConfig
 
 STATE = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict(), "val_loss": 1.5}
@@ -411,7 +413,7 @@ def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out/mine"):
         checkpoint.find(Path("elsewhere/quite"))
     with pytest.raises(UserError, match=r"out/mien.*did you mean out/mine"):
-        measure.trained_beside("out/mien", "best")
+        tasks.trained_beside("out/mien", "best")
 
 
 def test_a_pointer_cannot_lead_out_of_the_folder(tmp_path):

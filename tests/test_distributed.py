@@ -19,8 +19,8 @@ import json, sys
 sys.path.insert(0, {str(REPO)!r})
 import torch, train
 torch.set_num_threads(1)
-join = train.watch.join
-train.watch.join = lambda *how: torch.distributed.is_initialized() or join(*how)
+join = train.heartbeat.join
+train.heartbeat.join = lambda *how: torch.distributed.is_initialized() or join(*how)
 for words in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *words]
     assert train.main() == 0
@@ -110,9 +110,9 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
 
 # in each run, the third update and the sixth have a gradient that is not finite, of which each process has a part
 POISON = """
-from acorn import optim
+from acorn.training import optim
 optim.HOST_DECIDES = ()  # as on a GPU
-from acorn.sharding import local
+from acorn.distributed.sharding import local
 clip, calls = torch.nn.utils.clip_grad_norm_, []
 def poisoned(parameters, *how):
     parameters = list(parameters)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from acorn import UserError
-from acorn.shards import load_dataset
+from acorn.data.shards import load_dataset
 from prepare import __main__ as cli
 from prepare import encoding, reading
 from prepare.encoding import detect

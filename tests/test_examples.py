@@ -2,9 +2,9 @@
 
 import json
 
+from acorn.data.records import read_messages
+from acorn.evaluation.tasks import check_choices
 from acorn.examples import TOPICS, translations, write_examples
-from acorn.measure import check_choices
-from acorn.records import read_messages
 
 
 def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_path):

@@ -33,10 +33,11 @@ from test_checkpoint import save as save_small
 import prepare.__main__ as prepare_cli
 import sample
 import train
-from acorn import UserError, checkpoint, files, report, run, shards
-from acorn.mixture import load_mixture
-from acorn.shards import load_dataset, open_shard
-from acorn.tokenizer import ByteTokenizer, from_dict, tokenizer_hash
+from acorn import UserError, checkpoint, files, report, run
+from acorn.data import shards
+from acorn.data.mixture import load_mixture
+from acorn.data.shards import load_dataset, open_shard
+from acorn.data.tokenizer import ByteTokenizer, from_dict, tokenizer_hash
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and mounts as Linux has them")
 NOBODY = 65534
@@ -813,7 +814,7 @@ def test_hostile_json_is_a_sentence(tmp_path, capsys):
 
 
 def bpe_config() -> dict:
-    from acorn.tokenizer import train_bpe
+    from acorn.data.tokenizer import train_bpe
 
     return train_bpe(["to be or not to be"], 270).config
 

@@ -26,9 +26,9 @@ import prepare.__main__ as prepare_cli
 import sample
 import train
 from acorn import UserError, report, settings
-from acorn.generate import Sampling, draw, generate
-from acorn.shards import LAYOUTS, Tokens, load_dataset, open_shard
-from acorn.tokenizer import ByteTokenizer, StreamDecoder, from_dict, load_hf, tokenizer_hash, train_char
+from acorn.data.shards import LAYOUTS, Tokens, load_dataset, open_shard
+from acorn.data.tokenizer import ByteTokenizer, StreamDecoder, from_dict, load_hf, tokenizer_hash, train_char
+from acorn.inference.generate import Sampling, draw, generate
 from model import GPT, GPTConfig
 from prepare.encoding import not_text
 
@@ -333,7 +333,7 @@ texts = st.text(max_size=40) | st.lists(
 @pytest.fixture(scope="module")
 def gpt2_hf(tmp_path_factory):
     """GPT-2's tokenizer as a tokenizer.json with a token more, so that it is not known for GPT-2's own."""
-    from acorn.tokenizer import add_tokens
+    from acorn.data.tokenizer import add_tokens
 
     folder = tmp_path_factory.mktemp("hf")
     (folder / "tokenizer.json").write_text(json.dumps(add_tokens(GPT2, ["<|note|>"]).config))

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from acorn import UserError
-from acorn.generate import (
+from acorn.data.tokenizer import add_tokens, get_tokenizer
+from acorn.inference.generate import (
     Sampling,
     TextStream,
     ban_repeated_ngrams,
@@ -21,7 +22,6 @@ from acorn.generate import (
     keep_top_p,
     penalize_repetition,
 )
-from acorn.tokenizer import add_tokens, get_tokenizer
 from model import GPT, GPTConfig
 
 GREEDY = Sampling(temperature=0)

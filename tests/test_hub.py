@@ -12,10 +12,13 @@ import torch
 from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
-from acorn import UserError, checkpoint, hub, lora, measure, runtime
-from acorn.chat import render_to_learn
-from acorn.generate import Sampling, encode_prompt, generate
-from acorn.tokenizer import get_tokenizer
+from acorn import UserError, checkpoint, hub
+from acorn.data.chat import render_to_learn
+from acorn.data.tokenizer import get_tokenizer
+from acorn.distributed import runtime
+from acorn.evaluation import tasks
+from acorn.inference.generate import Sampling, encode_prompt, generate
+from acorn.training import lora
 from model import GPT, GPTConfig
 from prepare.__main__ import prepare_corpus
 from prepare.__main__ import tokenizer_of as prepare_tokenizer_of
@@ -532,7 +535,7 @@ def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):
         expected = their_model(ids, labels=ids).loss.item()
     model, tokenizer, _ = checkpoint.load_model(str(published))
     assert ids[0, 0] == 260
-    loss, _, n = measure.measure_text(model, tokenizer, str(tmp_path / "t.txt"), ALONE, 1, 64)["loss"][:3]
+    loss, _, n = tasks.measure_text(model, tokenizer, str(tmp_path / "t.txt"), ALONE, 1, 64)["loss"][:3]
     assert n == ids.numel() - 1 and loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -552,7 +555,7 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
                     break
 
     monkeypatch.setattr(sample, "generate", think)
-    monkeypatch.setattr(measure, "generate", think)
+    monkeypatch.setattr(tasks, "generate", think)
     said = iter(["Hi", "And <|im_end|>?"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or raise_eof())
     sample.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)
@@ -568,8 +571,8 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Hi", "response": "Yes"}) + "\n")
     monkeypatch.setattr(sys, "argv", ["evaluate", str(published), f"--pairs={pairs}", "--device=cpu", "--json"])
-    monkeypatch.setattr(measure.runtime, "setup", lambda *_: ALONE)
-    assert measure.main() == 0 and prompts[2] == prompts[0]
+    monkeypatch.setattr(tasks.runtime, "setup", lambda *_: ALONE)
+    assert tasks.main() == 0 and prompts[2] == prompts[0]
     exact = json.loads(capsys.readouterr().out)["results"][0]
     assert (exact["measure"], exact["value"]) == ("exact match", 100.0)
     monkeypatch.chdir(tmp_path)

@@ -12,8 +12,8 @@ from test_shards import make_dataset, make_tokens
 from tqdm import tqdm
 
 from acorn import UserError
-from acorn.shards import load_dataset
-from acorn.tokenizer import ByteTokenizer, GPT2Tokenizer, train_char
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import ByteTokenizer, GPT2Tokenizer, train_char
 from prepare import __main__ as cli
 from prepare import inspection
 

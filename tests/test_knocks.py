@@ -11,7 +11,7 @@ from conftest import REPO, TINY, script
 from test_train import numbers
 
 from acorn import files
-from acorn.watch import SILENT
+from acorn.distributed.heartbeat import SILENT
 
 
 def launch(cwd, dataset, *words, restarts=0) -> subprocess.Popen:

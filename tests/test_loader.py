@@ -1,4 +1,4 @@
-"""acorn/loader.py: the batches of an update for every process and split, and the thread that reads ahead."""
+"""acorn/data/loader.py: the batches of an update for every process and split, and the thread that reads ahead."""
 
 import os
 import threading
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from acorn import UserError
-from acorn.batches import number_documents
-from acorn.loader import make_batch, prefetch, updates
-from acorn.mixture import Mixture
-from acorn.runtime import Runtime
-from acorn.shards import MaskWriter, ShardWriter, Tokens, open_shard
+from acorn.data.batches import number_documents
+from acorn.data.loader import make_batch, prefetch, updates
+from acorn.data.mixture import Mixture
+from acorn.data.shards import MaskWriter, ShardWriter, Tokens, open_shard
+from acorn.distributed.runtime import Runtime
 
 EOT, VOCAB, BLOCK, SEED = 0, 50, 8, 5
 GPU = torch.device("meta")  # any device but a CPU has the thread

@@ -9,8 +9,9 @@ from conftest import refused, script
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from acorn import UserError, checkpoint, lora
-from acorn.optim import make_optimizers
+from acorn import UserError, checkpoint
+from acorn.training import lora
+from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 SHAPES = [{}, dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, bias=False, tie_weights=False)]

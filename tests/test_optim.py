@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import train
-from acorn import UserError, optim
-from acorn.optim import (
+from acorn import UserError
+from acorn.training import optim
+from acorn.training.optim import (
     Muon,
     learning_rate_at,
     make_optimizers,

@@ -25,8 +25,8 @@ import torch
 from conftest import TEXT as TRAINED_ON
 
 from acorn import UserError
-from acorn.shards import PARTIAL, ShardWriter, load_dataset, open_shard
-from acorn.tokenizer import _gpt2_encoding
+from acorn.data.shards import PARTIAL, ShardWriter, load_dataset, open_shard
+from acorn.data.tokenizer import _gpt2_encoding
 from model import GPT, GPTConfig
 from prepare import __main__ as cli
 from prepare import hub, pipeline, reading, shakespeare, stdlib, tinyshakespeare

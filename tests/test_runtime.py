@@ -1,4 +1,4 @@
-"""acorn/runtime.py: what auto chooses and says, and what is refused."""
+"""acorn/distributed/runtime.py: what auto chooses and says, and what is refused."""
 
 import platform
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from acorn import UserError, runtime
+from acorn import UserError
+from acorn.distributed import runtime
 
 
 def test_auto_chooses_something_that_works_and_says_why():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from acorn import UserError
-from acorn.shards import (
+from acorn.data.shards import (
     HEADER_BYTES,
     Dataset,
     ShardWriter,
@@ -26,7 +26,7 @@ from acorn.shards import (
     split_windows,
     write_meta,
 )
-from acorn.tokenizer import ByteTokenizer, tokenizer_hash, train_bpe, train_char
+from acorn.data.tokenizer import ByteTokenizer, tokenizer_hash, train_bpe, train_char
 
 
 def make_tokens(folder, ids, vocab_size=2000, shard_tokens=10**8) -> Tokens:
@@ -166,7 +166,7 @@ def test_load_dataset_finds_it_by_path_and_by_name(tmp_path, monkeypatch):
 def test_a_missing_dataset_says_what_makes_it(tmp_path, monkeypatch, name, command):
     make_dataset(tmp_path / "data" / "other")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acorn.shards.REPO", tmp_path)
+    monkeypatch.setattr("acorn.data.shards.REPO", tmp_path)
     with pytest.raises(UserError) as error:
         load_dataset(name)
     assert command in str(error.value) and "the datasets here: other" in str(error.value)
@@ -186,7 +186,7 @@ def test_a_missing_dataset_says_what_makes_it(tmp_path, monkeypatch, name, comma
 def test_a_misspelt_dataset_offers_the_nearest_one(tmp_path, monkeypatch, name, offered):
     make_dataset(tmp_path / "data" / "other")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acorn.shards.REPO", tmp_path)
+    monkeypatch.setattr("acorn.data.shards.REPO", tmp_path)
     with pytest.raises(UserError) as error:
         load_dataset(name)
     assert offered in str(error.value) and "prepare text" not in str(error.value)

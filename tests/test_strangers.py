@@ -20,9 +20,10 @@ import acorn
 import prepare.__main__ as prepare_cli
 import sample
 import train
-from acorn import UserError, chat, checkpoint, examples, files, hub, printable, report, sandbox, shards
-from acorn.shards import load_dataset
-from acorn.tokenizer import ByteTokenizer, from_dict, load_hf, train_bpe
+from acorn import UserError, checkpoint, examples, files, hub, printable, report
+from acorn.data import chat, sandbox, shards
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import ByteTokenizer, from_dict, load_hf, train_bpe
 from prepare import inspection, pipeline
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links and pipes as POSIX has them")

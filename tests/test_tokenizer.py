@@ -15,10 +15,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acorn import UserError, chat, records
-from acorn.generate import TextStream, encode_prompt
-from acorn.shards import load_dataset
-from acorn.tokenizer import (
+from acorn import UserError
+from acorn.data import chat, records
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import (
     END_OF_TEXT,
     GPT2_FILES,
     ByteTokenizer,
@@ -43,6 +43,7 @@ from acorn.tokenizer import (
     train_bpe,
     train_char,
 )
+from acorn.inference.generate import TextStream, encode_prompt
 from prepare.__main__ import prepare_corpus
 from prepare.pipeline import prepare
 from tests.conftest import TEXT
@@ -326,7 +327,7 @@ def test_gpt2s_ranks_are_those_that_tiktoken_derives(tmp_path, monkeypatch):
     assert _gpt2_ranks(_read_gpt2_file("encoder.json")) == ranks
     assert gpt2_config()["model"]["merges"][:2] == ["\u0120 t", "\u0120 a"]
     (tmp_path / "encoder.json").write_text("{}")
-    monkeypatch.setattr("acorn.tokenizer._gpt2_files", lambda: {n: str(tmp_path / n) for n in GPT2_FILES})
+    monkeypatch.setattr("acorn.data.tokenizer._gpt2_files", lambda: {n: str(tmp_path / n) for n in GPT2_FILES})
     for build in (gpt2_json, _gpt2_encoding.__wrapped__):  # a file is missing, one is another
         with pytest.raises(UserError, match=r"is missing or damaged.*--force-reinstall"):
             build()

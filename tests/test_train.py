@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_script
-from acorn import UserError, batches, checkpoint, files, optim
-from acorn.shards import load_dataset
+from acorn import UserError, checkpoint, files
+from acorn.data import batches
+from acorn.data.shards import load_dataset
+from acorn.training import optim
 from model import GPT
 
 

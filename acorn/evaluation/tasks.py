@@ -22,12 +22,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from acorn import UserError, chat, checkpoint, files, printable, records, runtime
-from acorn.evaluate import refuse_none, window_sums
-from acorn.generate import Sampling, TextStream, encode_prompt, generate
-from acorn.mixture import load_mixture
-from acorn.shards import ShardWriter, Tokens, open_shard
-from acorn.tokenizer import Tokenizer, tokenizer_hash
+from acorn import UserError, checkpoint, files, printable
+from acorn.data import chat, records
+from acorn.data.mixture import load_mixture
+from acorn.data.shards import ShardWriter, Tokens, open_shard
+from acorn.data.tokenizer import Tokenizer, tokenizer_hash
+from acorn.distributed import runtime
+from acorn.evaluation.loss import refuse_none, window_sums
+from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT
 
 # Scripts that put no space between words, in the syntax of the `regex` package, by the name that is printed.

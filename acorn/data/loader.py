@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acorn.mixture import Mixture
-from acorn.runtime import Runtime
+from acorn.data.mixture import Mixture
+from acorn.distributed.runtime import Runtime
 
 
 class Batch(NamedTuple):
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(arrays: tuple, device: torch.device) -> Batch:
-    """A batch in host memory, pinned where `device` is a CUDA GPU, of the arrays that acorn/batches.py describes."""
+    """A batch in host memory, pinned where `device` is a CUDA GPU, of arrays as in acorn/data/batches.py."""
     to_tensor = pinned if device.type == "cuda" else torch.from_numpy
     return Batch(*(None if array is None else to_tensor(array) for array in arrays))
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acorn import UserError, watch
+from acorn import UserError
+from acorn.distributed import heartbeat
 
 # Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations a second, from the makers' data sheets.
 # The first name that stands in the device's own is its row.
@@ -86,7 +87,7 @@ class Runtime:
         """`values` summed over the processes, in place. The host does not wait for a GPU, and CPU tensors do not pass
         through one."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(values, group=watch.hosts if values.is_cpu else None)
+            torch.distributed.all_reduce(values, group=heartbeat.hosts if values.is_cpu else None)
         return values
 
     def gather(self, values: list[float]) -> list[list[float]]:
@@ -95,14 +96,14 @@ class Runtime:
             return [values]
         own = torch.tensor(values, dtype=torch.float64)
         everyones = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(everyones, own, group=watch.hosts)
+        torch.distributed.all_gather(everyones, own, group=heartbeat.hosts)
         return torch.stack(everyones).tolist()
 
     def broadcast(self, value: object) -> object:
         """The `value` of the first process, in all of them."""
         values = [value]
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(values, group=watch.hosts)
+            torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
     def ask(self, holds: bool) -> Callable[[], bool]:
@@ -111,7 +112,7 @@ class Runtime:
         if self.world_size == 1:
             return lambda: holds
         answers = np.array([holds], dtype=np.int64)
-        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=watch.hosts, async_op=True)
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=heartbeat.hosts, async_op=True)
 
         def answer() -> bool:
             work.wait()
@@ -218,8 +219,8 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", f
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if backend == "auto" or chosen.type != "cuda":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-        watch.join(backend, rank, world_size)
-        watch.start(rank, world_size)
+        heartbeat.join(backend, rank, world_size)
+        heartbeat.start(rank, world_size)
         notes.append(f"{world_size} processes over {backend}")
     if chosen.type == "cpu":
         set_malloc(lean=fsdp and world_size > 1)
@@ -264,7 +265,7 @@ def leave(code: int) -> int:
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        watch.end()
+        heartbeat.end()
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
         sys.stdout.flush()
@@ -356,7 +357,7 @@ def compile_or_eager(
         reason = f"torch.compile failed ({type(error).__name__}: {first_line})"
         if failed and runtime.fsdp:
             raise UserError(f"{reason}; mend that, or go on without it: --compile=False") from error
-        if failed and watch.is_news(reason):
+        if failed and heartbeat.is_news(reason):
             print(f"warning: {reason}; going on without", flush=True)
     if runtime.agree(not failed):
         return compiled

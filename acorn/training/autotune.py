@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from acorn.optim import orthogonalize
-from acorn.runtime import Runtime
+from acorn.distributed.runtime import Runtime
 from acorn.timing import fastest
+from acorn.training.optim import orthogonalize
 from model import GPT, GPTConfig, attend, attention_dropout
 
 TOKENS = 512  # in a timed update; with fewer, converting the weights would count more than it does in the run

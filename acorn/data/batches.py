@@ -12,7 +12,7 @@ import numpy as np
 from acorn import UserError
 
 if TYPE_CHECKING:
-    from acorn.shards import Tokens
+    from acorn.data.shards import Tokens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows

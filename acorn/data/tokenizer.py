@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError, files, sandbox
+from acorn import UserError, files
+from acorn.data import sandbox
 
 KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # and bpe:SIZE, and the path of a tokenizer.json
 TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
@@ -45,7 +46,7 @@ class Tokenizer:
     kind: str
     n_vocab: int
     eot: int | None
-    chat_template: str | None = None  # how a conversation becomes text, see acorn/chat.py; it travels along
+    chat_template: str | None = None  # how a conversation becomes text, see acorn/data/chat.py; it travels along
     more_ends: tuple[int, ...] = ()  # ids beside `eot` and `eos` that end a text, as generation_config.json says
     pad: str | None = None  # names of the tokens that fill batches and stand for the unknown; for exports alone
     unk: str | None = None

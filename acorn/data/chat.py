@@ -7,10 +7,10 @@
     stop_ids(tokenizer)                                     # a reply ends with one of these
 
 A message is a dict {"role": "system" | "user" | "assistant", "content": "..."}; other fields, such as "tool_calls",
-reach the template too. acorn/records.py reads messages from the forms in which they are published. A template is Jinja
-text in the form of Hugging Face's `chat_template`, so that those of published checkpoints work, and ours work there. It
-travels inside the tokenizer's dict, and so inside a dataset and a checkpoint. Only the template writes control tokens:
-the name of one that stands in a message stays text. (In a reply, the marks of thinking are those tokens.)
+reach the template too. acorn/data/records.py reads messages from their published forms. A template is Jinja text in
+the form of Hugging Face's `chat_template`, so that those of published checkpoints work, and ours work there. It travels
+inside the tokenizer's dict, and so inside a dataset and a checkpoint. Only the template writes control tokens: the name
+of one that stands in a message stays text. (In a reply, the marks of thinking are those tokens.)
 """
 
 import functools
@@ -19,9 +19,10 @@ import re
 
 import numpy as np
 
-from acorn import UserError, sandbox
-from acorn.records import Conversation
-from acorn.tokenizer import Tokenizer
+from acorn import UserError
+from acorn.data import sandbox
+from acorn.data.records import Conversation
+from acorn.data.tokenizer import Tokenizer
 
 # "User:", a line break and the message; a reply ends with end of text. It needs no control token but that one.
 PLAIN = (

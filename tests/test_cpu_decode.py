@@ -12,10 +12,11 @@ import torch
 from conftest import AVX2, REPO, TEXT
 from torch import nn
 
-from acorn import checkpoint, runtime, shards
-from acorn.evaluate import evaluate
-from acorn.generate import Sampling, generate
-from acorn.matvec import (
+from acorn import checkpoint
+from acorn.data import shards
+from acorn.distributed import runtime
+from acorn.evaluation.loss import evaluate
+from acorn.inference.cpu_decode import (
     DecodingLinear,
     OneTokenCompiled,
     multiply_and_sum,
@@ -24,6 +25,7 @@ from acorn.matvec import (
     product,
     ways,
 )
+from acorn.inference.generate import Sampling, generate
 from model import GPT, GPTConfig
 
 
@@ -104,7 +106,7 @@ def test_compiling_pays_only_where_it_saves_seconds():
 
 SLOWEST = """
 import acorn, torch
-from acorn.matvec import choose_ways, prepare_for_decoding, product, ways
+from acorn.inference.cpu_decode import choose_ways, prepare_for_decoding, product, ways
 from acorn.timing import seconds_per_call
 from model import GPT, GPTConfig
 torch.set_num_threads(1)

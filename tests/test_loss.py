@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from acorn import UserError, runtime, shards
-from acorn.evaluate import evaluate, evaluate_mixture
-from acorn.mixture import Mixture
-from acorn.tokenizer import get_tokenizer
+from acorn import UserError
+from acorn.data import shards
+from acorn.data.mixture import Mixture
+from acorn.data.tokenizer import get_tokenizer
+from acorn.distributed import runtime
+from acorn.evaluation.loss import evaluate, evaluate_mixture
 from model import GPT, GPTConfig
 
 TEXT = "今天天气很好。 The weather is fine today, and it was fine yesterday."

@@ -13,9 +13,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from acorn import UserError, batches
-from acorn.shards import Dataset, load_dataset
-from acorn.tokenizer import Tokenizer, tokenizer_hash
+from acorn import UserError
+from acorn.data import batches
+from acorn.data.shards import Dataset, load_dataset
+from acorn.data.tokenizer import Tokenizer, tokenizer_hash
 
 PART = re.compile(r"\s*(.+):([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*")  # NAME:PROPORTION
 
@@ -51,7 +52,7 @@ class Mixture:
         return any(each.conversations is not None or each.document_mark is not None for each in tokens)
 
     def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple:
-        """Samples first, ..., first + count - 1 of the endless stream, as (x, y, documents): see acorn/batches.py.
+        """Samples first, ..., first + count - 1 of the endless stream, as (x, y, documents): see acorn/data/batches.py.
         Where only some of the datasets number documents, a window of another one is one document."""
         x = np.empty((count, block_size), dtype=np.int64)
         y = np.empty((count, block_size), dtype=np.int64)

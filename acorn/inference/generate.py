@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acorn import UserError
-from acorn.tokenizer import StreamDecoder
+from acorn.data.tokenizer import StreamDecoder
 from model import GPT, KVCache
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acorn import UserError
-from acorn.sharding import is_sharded, local, own_rows
+from acorn.distributed.sharding import is_sharded, local, own_rows
 from model import GPT
 
 
@@ -38,7 +38,7 @@ def make_optimizers(
         if matrices:  # either may be frozen
             optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
-        raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/optim.py); add one")
+        raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/training/optim.py); add one")
     for each in optimizers:
         moment_kinds(each)  # one that a checkpoint cannot hold is refused here, not at the first save
     for group in (group for each in optimizers for group in each.param_groups):
@@ -52,7 +52,9 @@ def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
         return ("step", "exp_avg", "exp_avg_sq")
     if isinstance(optimizer, Muon):
         return ("momentum",)
-    raise UserError(f"{type(optimizer).__name__} has no branch in moment_kinds (acorn/optim.py); add its state's names")
+    raise UserError(
+        f"{type(optimizer).__name__} has no branch in moment_kinds (acorn/training/optim.py); add its state's names"
+    )
 
 
 # Where the host decides whether to step: on a CPU that is free, and the fused AdamW of MPS ignores found_inf.
@@ -267,7 +269,9 @@ def learning_rate_at(
     elif schedule == "constant":
         left = 1.0
     else:
-        raise UserError(f"lr_schedule={schedule!r} has no branch in learning_rate_at (acorn/optim.py); add one")
+        raise UserError(
+            f"lr_schedule={schedule!r} has no branch in learning_rate_at (acorn/training/optim.py); add one"
+        )
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     return learning_rate if left == 1 else min_lr + left * (learning_rate - min_lr)

@@ -13,9 +13,11 @@ import torch
 from conftest import REPO, refused, script
 from rouge_score.rouge_scorer import RougeScorer
 
-from acorn import UserError, chat, checkpoint, runtime
-from acorn.measure import RougeWords, choice_logprobs, encode_choice, main, measure_answers, ratio_and_error
-from acorn.tokenizer import get_tokenizer
+from acorn import UserError, checkpoint
+from acorn.data import chat
+from acorn.data.tokenizer import get_tokenizer
+from acorn.distributed import runtime
+from acorn.evaluation.tasks import RougeWords, choice_logprobs, encode_choice, main, measure_answers, ratio_and_error
 from model import GPT, GPTConfig
 
 COLORS = {"grass": "green", "snow": "white", "coal": "black", "sky": "blue"}

@@ -1,6 +1,6 @@
 """Conversations from the records in which they are published.
 
-    messages = read_messages(record)     # a JSON object -> messages for acorn/chat.py
+    messages = read_messages(record)     # a JSON object -> messages for acorn/data/chat.py
 
 Four forms are read. What is not part of one stays in `messages.extras`, where the chat template finds what it uses
 (`tools`, `documents`, `enable_thinking`).

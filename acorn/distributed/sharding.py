@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from acorn.runtime import Runtime
+from acorn.distributed.runtime import Runtime
 from model import GPT
 
 

@@ -1,9 +1,9 @@
-"""acorn/watch.py: who is named, and who is not."""
+"""acorn/distributed/heartbeat.py: who is named, and who is not."""
 
 import pytest
 import torch
 
-from acorn.watch import LATE, SILENT, TROUBLE, Watch
+from acorn.distributed.heartbeat import LATE, SILENT, TROUBLE, Watch
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class _Worker:
 
     def __init__(self):
         # sys.path[0] would be the working directory, whose modules must not be imported
-        start = f"import sys; sys.path[0] = {str(REPO)!r}; from acorn import sandbox; sandbox.serve()"
+        start = f"import sys; sys.path[0] = {str(REPO)!r}; from acorn.data import sandbox; sandbox.serve()"
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         env = os.environ | ONE_THREAD | {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen([sys.executable, "-c", start], env=env, bufsize=0, **pipes)

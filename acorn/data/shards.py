@@ -1,4 +1,4 @@
-"""Token shards: the files between `prepare` and the training loop. Batches of them: see acorn/batches.py.
+"""Token shards: the files between `prepare` and the training loop. Batches of them: see acorn/data/batches.py.
 
 A dataset is a folder of shards `train_000000.bin`, `val_000000.bin`, ... and a `meta.json`, written last, so that its
 existence means complete. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then the
@@ -11,7 +11,7 @@ id the tokenizer has for it; meta.json names it as `document_mark`.
 Conversations (`prepare chat`) have no such token: a template may end turns with it. Two files stand beside
 `train_000000.bin` there, with the same header. `train_000000.mask` has a byte for each token, 1 where it is learned and
 0 where it is only read. `train_000000.index` says where each conversation begins, and how the template renders it
-without its oldest turns: five int32 for each of these forms, the columns `FORM` of acorn/batches.py.
+without its oldest turns: five int32 for each of these forms, the columns `FORM` of acorn/data/batches.py.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from acorn import REPO, UserError, files
-from acorn.batches import (  # noqa: F401 (for those who read shards)
+from acorn.data.batches import (  # noqa: F401 (for those who read shards)
     FORM,
     Conversations,
     number_documents,
@@ -41,7 +41,7 @@ from acorn.batches import (  # noqa: F401 (for those who read shards)
     sequential_windows,
     split_windows,
 )
-from acorn.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
+from acorn.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
