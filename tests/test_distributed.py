@@ -84,8 +84,10 @@ def test_several_processes_have_the_losses_of_one(alone, n):
     forms = {"ddp": [], "fsdp": ["--fsdp=True"], "recomputed": ["--fsdp=True", "--activation_checkpointing=True"]}
     runs = {f"{form}-{name}-{n}": [*words, *more] for form, more in forms.items() for name, words in OPTIMIZERS}
     del runs[f"recomputed-adamw-{n}"]
-    out = train(alone, n, *([*words, data, f"--out_dir={name}"] for name, words in runs.items()))
+    auto = [*SHAPE, data, "--dtype=auto", "--max_iters=2", "--eval_interval=2", f"--out_dir=auto-{n}"]
+    out = train(alone, n, *([*words, data, f"--out_dir={name}"] for name, words in runs.items()), auto)
     assert out.count("step 10: train loss") == len(runs)  # one process speaks, and no other
+    assert out.count("(auto: ") == 1  # one process measures, and the others compute as it found
     assert f"{n} processes over gloo" in out and "sharded among them" in out
     assert f"micro-batches of {8 // n} sequences" in out
     for name, _ in OPTIMIZERS:

@@ -1,0 +1,42 @@
+"""Imports point down: scripts -> acorn -> model.py, and never in a circle, not even inside a function."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from conftest import REPO
+
+FILES = {
+    ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("acorn", "prepare")
+    for path in (REPO / folder).rglob("*.py")
+} | {name: REPO / f"{name}.py" for name in ("train", "sample", "model")}
+
+
+def imports(name: str) -> set[str]:
+    """The modules of this repository that a module imports, wherever in its file."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= modules if len(modules) == len(node.names) else modules | {node.module}
+    return found & FILES.keys()
+
+
+def test_no_module_imports_itself_through_others():
+    try:
+        order = list(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+    assert len(order) == len(FILES) > 40
+
+
+def test_imports_point_down():
+    assert imports("model") == set()
+    for name in FILES:
+        if name.startswith("acorn"):
+            assert not {other for other in imports(name) if not other.startswith(("acorn", "model"))}, name
+        if name.startswith("prepare"):
+            assert not {"train", "sample"} & imports(name), name
