@@ -145,10 +145,11 @@ def tokenizer_of(name: str) -> str | Tokenizer:
         return name
     states = _states(name)
     if (Path(name) / "config.json").exists() or not Path(name).exists():
-        from acorn import checkpoint, hub  # here, for they import torch
+        from acorn import checkpoint  # imports torch, which takes seconds
+        from acorn.checkpoint import huggingface
 
         published = (Path(name) / "config.json").exists() or checkpoint.is_on_hub(name)
-        if published and (tokenizer := hub.load_tokenizer(name)) is not None:
+        if published and (tokenizer := huggingface.load_tokenizer(name)) is not None:
             return tokenizer
     if tokenizers.is_hf(name):
         return tokenizers.load_hf(name)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acorn import UserError, checkpoint, files
+from acorn.checkpoint import save as saving
 from acorn.data.tokenizer import get_tokenizer
 from acorn.distributed.runtime import ALONE
 from acorn.evaluation import tasks
@@ -151,7 +152,7 @@ def test_what_several_processes_wrote_is_one_model(tmp_path, shards):
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """What is saved is what was there when `save` returned, whatever happens to the model after that."""
     may_write = threading.Event()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *args: may_write.wait() and save_file(*args))
+    monkeypatch.setattr(saving, "save_file", lambda *args: may_write.wait() and save_file(*args))
     m = model()
     before = {name: p.clone() for name, p in m.state_dict().items()}
     writer = checkpoint.Writer(tmp_path, keep=2)
@@ -226,7 +227,7 @@ def test_processes_share_the_files_out_and_all_hear_of_a_damaged_one(tmp_path, m
         save(tmp_path, step)
     (tmp_path / "step_000002" / "optimizer.safetensors").write_bytes(b"x")
     hashed, told, meet = [], [None, None], threading.Barrier(2)
-    monkeypatch.setattr(checkpoint.files, "sha256", lambda path: hashed.append(path) or files_sha256(path))
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or files_sha256(path))
 
     def gather(rank, values):
         told[rank] = values
@@ -266,7 +267,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
 
     really_remove = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
-    for module, name in ((checkpoint, "save_file"), (checkpoint.files, "sync")):
+    for module, name in ((saving, "save_file"), (files, "sync")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, dying(getattr(os, name)))

@@ -13,6 +13,7 @@ from conftest import REPO, refused, script
 from safetensors.torch import load_file, save_file
 
 from acorn import UserError, checkpoint, hub
+from acorn.checkpoint import export, huggingface
 from acorn.data.chat import render_to_learn
 from acorn.data.tokenizer import get_tokenizer
 from acorn.distributed import runtime
@@ -97,7 +98,7 @@ def test_logits_and_loss_of_an_import_are_hugging_faces(tmp_path, family, change
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_process_reads_rows_of_its_own_alone(tmp_path, family):
     theirs(family).save_pretrained(tmp_path)
-    model, values, _ = hub.open_model(str(tmp_path))
+    model, values, _ = huggingface.open_model(str(tmp_path))
     assert all(p.is_meta for p in model.parameters())
     for name, p in checkpoint.load_model(str(tmp_path))[0].named_parameters():
         for rows in (slice(0, 7), slice(30, 45), slice(7, len(p))):
@@ -431,7 +432,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, monkeyp
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "save_file", full)
+    monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         hub.export(str(tmp_path / "out"), tmp_path / "hf")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]

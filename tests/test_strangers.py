@@ -21,6 +21,7 @@ import prepare.__main__ as prepare_cli
 import sample
 import train
 from acorn import UserError, checkpoint, examples, files, hub, printable, report
+from acorn.checkpoint import huggingface
 from acorn.data import chat, sandbox, shards
 from acorn.data.shards import load_dataset
 from acorn.data.tokenizer import ByteTokenizer, from_dict, load_hf, train_bpe
@@ -239,9 +240,9 @@ def test_pipes_are_not_waited_for(tmp_path, capsys):
     for name in ("acorn_tokenizer.json", "model.safetensors.index.json", "config.json"):
         os.mkfifo(hf / name)
         with pytest.raises(UserError, match=name):
-            hub.load_tokenizer(str(hf)) if "token" in name else hub.open_tensors(
+            huggingface.load_tokenizer(str(hf)) if "token" in name else huggingface.open_tensors(
                 hf, "x", "model."
-            ) if "index" in name else hub.open_model(str(hf))
+            ) if "index" in name else huggingface.open_model(str(hf))
 
     data = tmp_path / "d"
     data.mkdir()
@@ -279,7 +280,7 @@ def test_a_weight_map_of_any_form_is_a_sentence(tmp_path):
     for form in forms({"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}):
         path.write_text(json.dumps(form))
         with pytest.raises(UserError, match="get the checkpoint again"):
-            hub.open_tensors(tmp_path, "x", "model.")
+            huggingface.open_tensors(tmp_path, "x", "model.")
 
 
 def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
@@ -333,7 +334,7 @@ def test_deep_and_large_json_is_a_sentence(tmp_path):
             files.read_json(path)
     with open(path, "wb") as file:
         file.truncate(1 << 40)  # takes no room on the disk
-    for read in (files.read_json, lambda path: hub.read_json(path), load_hf):
+    for read in (files.read_json, lambda path: huggingface.read_json(path), load_hf):
         with pytest.raises((OSError, UserError), match=r"x\.json|it has more than"):
             read(path)
 
