@@ -26,9 +26,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from acorn import UserError, checkpoint, files, printable, report, run, settings
+from acorn.data.batches import samples_per_epoch
 from acorn.data.loader import Batch, prefetch, updates
 from acorn.data.mixture import Mixture, load_mixture
-from acorn.data.shards import samples_per_epoch
 from acorn.data.tokenizer import KINDS, extends, from_dict, tokenizer_hash
 from acorn.distributed import heartbeat, runtime, sharding
 from acorn.evaluation.loss import evaluate_mixture

@@ -14,9 +14,13 @@ FILES = {
 
 
 def imports(name: str) -> set[str]:
-    """The modules of this repository that a module imports, wherever in its file."""
-    found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    """The modules of this repository that a module imports, wherever in its file, other than for annotations."""
+    found, nodes = set(), [ast.parse(FILES[name].read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -7,8 +7,9 @@ import pytest
 from test_shards import make_dataset
 
 from acorn import UserError
+from acorn.data.batches import sample_windows
 from acorn.data.mixture import load_mixture, origins
-from acorn.data.shards import load_dataset, sample_windows
+from acorn.data.shards import load_dataset
 from acorn.data.tokenizer import ByteTokenizer, train_char
 
 

@@ -12,20 +12,8 @@ import numpy as np
 import pytest
 
 from acorn import UserError
-from acorn.data.shards import (
-    HEADER_BYTES,
-    Dataset,
-    ShardWriter,
-    Tokens,
-    load_dataset,
-    number_documents,
-    open_shard,
-    permute,
-    sample_windows,
-    sequential_windows,
-    split_windows,
-    write_meta,
-)
+from acorn.data.batches import number_documents, permute, sample_windows, sequential_windows, split_windows
+from acorn.data.shards import HEADER_BYTES, Dataset, ShardWriter, Tokens, load_dataset, open_shard, write_meta
 from acorn.data.tokenizer import ByteTokenizer, tokenizer_hash, train_bpe, train_char
 
 

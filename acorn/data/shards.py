@@ -31,16 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from acorn import REPO, UserError, files
-from acorn.data.batches import (  # noqa: F401 (for those who read shards)
-    FORM,
-    Conversations,
-    number_documents,
-    permute,
-    sample_windows,
-    samples_per_epoch,
-    sequential_windows,
-    split_windows,
-)
+from acorn.data.batches import FORM, Conversations
 from acorn.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
