@@ -41,6 +41,16 @@ class Metrics:
         ]
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
+    def write_evaluation(self, step: int, train: dict[str, float], val: dict[str, float], seconds: float) -> None:
+        """Append the line of an evaluation, what `evaluate_mixture` found on both splits, and draw loss.png again."""
+        self.write(
+            step=step,
+            train_loss=train["loss"],
+            **{f"val_{name}": value for name, value in val.items()},
+            seconds=seconds,
+        )
+        draw_curve(read_metrics(self.path), self.path.with_name("loss.png"))
+
     def write(self, **values) -> None:
         """Append a line; a number that is not finite, which JSON does not have, becomes null. Where the disk does not
         take it, as when it is full, the line is lost, a warning says so once, and the run goes on."""
@@ -350,6 +360,16 @@ def update_line(
     parts += [] if mfu is None else [f"mfu {mfu:.1%}"]
     parts += [] if left is None else [f"{duration(left)} left"]
     return " | ".join(parts)
+
+
+def evaluation_line(step: int, train: dict[str, float], val: dict[str, float]) -> str:
+    """The console line of an evaluation at `step`: what `evaluate_mixture` found on both splits."""
+    each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
+    per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
+    return (
+        f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "
+        f"perplexity {val['perplexity']:.2f}{per_byte}"
+    )
 
 
 def duration(seconds: float) -> str:

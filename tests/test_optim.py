@@ -10,7 +10,7 @@ import torch
 
 import train
 from acorn import UserError
-from acorn.training import optim
+from acorn.training import optim, start
 from acorn.training.optim import (
     Muon,
     learning_rate_at,
@@ -63,7 +63,7 @@ def test_an_unknown_schedule_is_refused_at_every_step(step):
 def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
     """A name in the Literal alone: what a person who adds one may forget is named."""
     with pytest.raises(UserError, match="learning_rate_at"):
-        train.check(train.TrainSettings(lr_schedule="sine"))
+        start.check(train.TrainSettings(lr_schedule="sine"))
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
     with pytest.raises(UserError, match="make_optimizers"):
         make_optimizers(model, "lion", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")

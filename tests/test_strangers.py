@@ -349,7 +349,7 @@ def test_the_settings_of_a_checkpoint_may_be_anything(tmp_path):
             (step / "state.json").write_text(json.dumps(stranger))
             with pytest.raises(UserError):
                 sys_argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
-                train.read_settings(sys_argv)
+                train.read_settings(train.TrainSettings, sys_argv)
                 checkpoint.find(tmp_path)
 
 

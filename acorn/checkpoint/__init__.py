@@ -29,12 +29,14 @@ from acorn.checkpoint.layout import (
     step_folders,
 )
 from acorn.checkpoint.load import Opened, build_model, is_on_hub, load_model, load_optimizers, open_model
+from acorn.checkpoint.manager import CheckpointManager
 from acorn.checkpoint.save import Writer
 from acorn.checkpoint.tensors import Stored, empty_model, fill, open_tensors
 
 __all__ = [
     "FORMAT",
     "PINNED",
+    "CheckpointManager",
     "Damaged",
     "Opened",
     "Stored",

@@ -51,6 +51,11 @@ class Mixture:
         tokens = [dataset.train for dataset in self.datasets]
         return any(each.conversations is not None or each.document_mark is not None for each in tokens)
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether some of the data are conversations, of which only the replies are learned."""
+        return any(dataset.train.mask is not None for dataset in self.datasets)
+
     def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple:
         """Samples first, ..., first + count - 1 of the endless stream, as (x, y, documents): see acorn/data/batches.py.
         Where only some of the datasets number documents, a window of another one is one document."""
