@@ -1,10 +1,20 @@
 """docs/: what the pages quote is in the code."""
 
+import argparse
 import math
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPO
+
+import sample
+import train
+from acorn import examples, hub, report, settings
+from acorn.evaluation import tasks
+from prepare import __main__ as prepare
 
 
 def code_lines(page: str) -> list[str]:
@@ -25,3 +35,74 @@ def test_the_tour_of_the_model_quotes_lines_of_the_model():
 def test_the_tour_gives_the_loss_of_a_model_that_knows_nothing(n_vocab, loss):
     assert f"{math.log(n_vocab):.2f}" == loss
     assert loss in (REPO / "docs" / "how-the-model-works.md").read_text(encoding="utf-8")
+
+
+PAGES = sorted([*REPO.glob("README*.md"), *(REPO / "docs").glob("*.md")])
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands in a page's blocks of shell, as words; comments are left out."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    text = re.sub(r"\$'([^']*)'", lambda quoted: f"'{quoted[1]}'", text)  # which only the shell's $ turns into lines
+    parsed = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words for words in parsed if words]
+
+
+class Parsed(Exception):
+    pass
+
+
+def parse(words: list[str], monkeypatch) -> None:
+    """Parse a command as it would be run. Raises an exception for words that it does not know."""
+    known = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self, *args, **kwargs):
+        _, unknown = known(self, *args, **kwargs)
+        assert not unknown
+        raise Parsed  # of a subcommand first, which has all of the words
+
+    script, *rest = words
+    if script == "train.py":
+        settings.parse(train.TrainSettings, rest)
+    elif script == "sample.py":
+        settings.parse(sample.SampleSettings, rest)
+    else:
+        mains = {"prepare": prepare.main, "acorn.evaluate": tasks.main, "acorn.hub": hub.main}
+        mains |= {"acorn.report": report.main, "acorn.examples": examples.main}
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+            patch.setattr(sys, "argv", words)
+            mains[script]()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_right(page, monkeypatch):
+    monkeypatch.chdir(REPO)
+    n_parsed = 0
+    for words in commands(page):
+        while words and words[0] != "python":  # torchrun has options of its own
+            words = words[1:]
+        words = [word for word in words[1:] if word != "-m"]
+        if not words or "--help" in words or words[0].startswith("llama.cpp") or "config/x.py" in words:
+            continue
+        parse(words, monkeypatch)
+        n_parsed += 1
+    assert n_parsed or page.name not in ("README.md", "README.zh-CN.md", "data.md", "fine-tuning.md")
+
+
+def test_both_readmes_show_the_same_commands():
+    english, chinese = (commands(REPO / name) for name in ("README.md", "README.zh-CN.md"))
+    assert english == chinese and len(english) > 15
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            other = (page.parent / target).resolve() if target else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)", other.read_text(encoding="utf-8"), re.M)
+                slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+                assert anchor in slugs, f"{page.name}: {target}#{anchor}"
