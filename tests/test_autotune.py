@@ -20,7 +20,7 @@ SMALL = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=128)
 def test_emulated_bfloat16_is_never_chosen():
     code = (
         "import acorn, json, dataclasses\n"
-        "from acorn import autotune\n"
+        "from acorn.training import autotune\n"
         "from model import GPTConfig\n"
         "chosen, notes = autotune.measured(GPTConfig(block_size=64, vocab_size=64, n_embd=256, n_head=4), 8, True)\n"
         "print(json.dumps([dataclasses.asdict(chosen), notes]))"

@@ -176,7 +176,7 @@ def test_a_write_that_fails_is_said_and_the_next_one_is_tried(tmp_path, monkeypa
 
     save(tmp_path, 1)
     m, writer = model(), checkpoint.Writer(tmp_path, keep=2)
-    for module, name in ((checkpoint, "save_file"), (files, "sync"), (os, "rename"), (os, "replace")):
+    for module, name in ((saving, "save_file"), (files, "sync"), (os, "rename"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             writer.save(m, [], {**STATE, "step": 2}, best=True)

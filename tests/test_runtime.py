@@ -120,7 +120,7 @@ def test_a_stopwatch_on_a_gpu_reads_what_the_device_has_passed_and_waits_for_not
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
 def test_freed_memory_serves_the_next_tensor_without_the_kernel():
     code = (
-        "import resource, torch; from acorn import runtime; runtime.setup('cpu', 'float32', False)\n"
+        "import resource, torch; from acorn.distributed import runtime; runtime.setup('cpu', 'float32', False)\n"
         "for i in range(20):\n"
         "    if i == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    a, b = torch.ones(4 << 20), torch.ones(4 << 20); del a, b\n"

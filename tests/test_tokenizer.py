@@ -318,7 +318,7 @@ def test_unknown_kind():
 
 def test_import_is_light():
     heavy = {"tiktoken", "tokenizers", "fastokens", "torch", "transformers"}
-    code = f"import sys, acorn.tokenizer; sys.exit(not {heavy}.isdisjoint(sys.modules))"
+    code = f"import sys, acorn.data.tokenizer; sys.exit(not {heavy}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

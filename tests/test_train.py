@@ -22,7 +22,7 @@ import train as train_script
 from acorn import UserError, checkpoint, files
 from acorn.data import batches
 from acorn.data.shards import load_dataset
-from acorn.training import optim
+from acorn.training import accumulate, optim
 from model import GPT
 
 
@@ -228,7 +228,7 @@ class HostReads(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.of_update, self.step = Counter(), None
-        monkeypatch.setattr(train_script.watch, "note", self.begin)
+        monkeypatch.setattr(train_script.heartbeat, "note", self.begin)
         for name in ("tolist", "numpy", "cpu", "__array__"):
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
 
@@ -264,8 +264,8 @@ def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
     if reads:
-        update = train_script.step_if_finite
-        monkeypatch.setattr(train_script, "step_if_finite", lambda o, norm, s: update(o, norm, s) or math.isnan(norm))
+        update = accumulate.step_if_finite
+        monkeypatch.setattr(accumulate, "step_if_finite", lambda o, norm, s: update(o, norm, s) or math.isnan(norm))
     always = ["--dataset=d", "--out_dir=o", "--max_iters=12", "--log_interval=4", "--eval_interval=10"]
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *always, *words])
     with HostReads(monkeypatch) as host_reads:
@@ -361,7 +361,7 @@ def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(dataset, tmp_path)
 
 
 def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, tmp_path, monkeypatch, capsys):
-    """A device that from the fifth pass on holds one sequence at a time."""
+    """A device that from the fifth pass on holds batch size 1."""
     forward, passes, held = GPT.forward, [], [10**9]
 
     def forward_in_little_memory(self, idx, *arguments, **options):
@@ -392,7 +392,7 @@ def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, 
     with pytest.raises(UserError, match="--batch_size=2 --gradient_accumulation_steps=4 makes the same updates"):
         run("refused")
     held[0] = 0
-    with pytest.raises(UserError, match="one sequence at a time"):
+    with pytest.raises(UserError, match="batch size 1"):
         run("hopeless", "--auto_batch=True")
 
 
