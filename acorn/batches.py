@@ -125,7 +125,7 @@ class Conversations:
         is_whole = self.dropped == 0
         broken = broken or (self.head[is_whole] + self.tail[is_whole]).any()
         if broken or (np.maximum(self.head, self.tail) > sizes).any() or (self.prompt >= self.lengths).any():
-            raise ValueError("the index does not belong to the tokens")
+            raise ValueError("the index does not match the tokens")
         self._rows: dict[int, Rows] = {}
 
     def __len__(self) -> int:

@@ -716,8 +716,8 @@ def test_masks_that_do_not_belong_are_refused(pairs):
         with pytest.raises(UserError, match=message):
             load_dataset("pairs")
 
-    refused(lambda m: m["train"]["masks"].clear() or m["train"].update(masks=m["val"]["masks"]), "another length")
-    refused(lambda m: m["train"].update(masks=m["train"]["shards"]), "no shard's name")
+    refused(lambda m: m["train"]["masks"].clear() or m["train"].update(masks=m["val"]["masks"]), "differ in length")
+    refused(lambda m: m["train"].update(masks=m["train"]["shards"]), "not the name of a shard")
     refused(lambda m: m["train"].update(masks=[5]), "damaged")
     mask = Path("data/pairs/train_000000.mask")
     whole = mask.read_bytes()
