@@ -311,7 +311,7 @@ def test_from_dict_refuses_what_is_broken(saved):
 
 
 def test_unknown_kind():
-    with pytest.raises(UserError, match="no tokenizer 'word'; choose one of char"):
+    with pytest.raises(UserError, match="no tokenizer 'word'\\. Choose char"):
         get_tokenizer("word")
 
 
