@@ -86,7 +86,7 @@ def test_what_is_frozen_stays_and_the_rest_moves(optimizer):
 
 def test_patterns_that_mean_nothing_are_refused():
     for pattern, said in (
-        ("(", "no regular expression"),
+        ("(", "not a valid regular expression"),
         ("q_proj", "transformer.wte.weight"),
         (".", "nothing is left"),
     ):
