@@ -1,18 +1,18 @@
-"""Small data to try the recipes on: the functions of Python's standard library, some German, a few capitals.
+"""Write small datasets for the recipes: functions of Python's standard library, German sentences, capitals.
 
     python -m acorn.examples data/examples
 
-    answers.jsonl        {"prompt", "response"}: what does this function do? its docstring's first line
-    summaries.jsonl      the same form: a function's name and the rest of its docstring, and the first line
-    translations.jsonl   the same form: an English sentence, and the same in German, from a small grammar
-    labels.jsonl         the same form: which of four modules is a function of? to learn it
-    choices_val.jsonl    {"prompt", "choices", "answer"}: the same, to choose by likelihood
-    choices.yaml         the same as a task of the lm-evaluation-harness
-    topics/*.txt         texts behind a prefix that says their topic: `<topic=json>`
-    fewshot.jsonl        {"prompt", "response"}: three countries with their capitals, and one more country
+    answers.jsonl        {"prompt", "response"}: what a function does; the response is its docstring's first line
+    summaries.jsonl      the same format: a function's name and the rest of its docstring -> the first line
+    translations.jsonl   the same format: an English sentence -> its German translation, from a small grammar
+    labels.jsonl         the same format: a description of a function -> its module
+    choices_val.jsonl    {"prompt", "choices", "answer"}: the same question with four modules to choose from
+    choices.yaml         choices_val.jsonl as a task of the lm-evaluation-harness
+    topics/*.txt         texts with a prefix that names their topic: `<topic=json>`
+    fewshot.jsonl        {"prompt", "response"}: three countries with their capitals and another country -> its capital
 
-Beside answers, summaries and translations lies one with _val in its name: a tenth of the examples, which the other does
-not have. So it is with choices_val, whose functions are not in labels.
+answers, summaries and translations have a validation file with _val in its name, which holds another tenth of the
+examples. Likewise, the functions in choices_val are not in labels.
 """
 
 import argparse
@@ -55,8 +55,8 @@ TOPICS = ("asyncio", "email", "json", "logging", "os", "random", "sqlite3", "sta
 
 
 def functions(folder: Path) -> list[tuple[str, str, str, str]]:
-    """Module, name, and first line and rest of the docstring of each public function or class in the Python files of
-    `folder`, in order and each first line once."""
+    """Return (module, name, first line of the docstring, rest of the docstring) of each public function or class in the
+    Python files of `folder`, in order. Each first line appears once."""
     found = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
@@ -64,7 +64,7 @@ def functions(folder: Path) -> list[tuple[str, str, str, str]]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # some are meant to be broken
+        except (SyntaxError, ValueError):  # some files are broken on purpose
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -76,26 +76,27 @@ def functions(folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def translations(count: int) -> list[dict]:
-    """Sentences like "the big dog sees a small cat." and their German, each once."""
-    random, found = Random(0), {}
-    while len(found) < count:
+    """Return `count` different sentences like "the big dog sees a small cat" with their German translations."""
+    random, german_of = Random(0), {}
+    while len(german_of) < count:
         english, german = [], []
-        for case in range(2):  # who does it, and to whom
+        for case in range(2):  # subject and object
             article, adjective, noun = (random.choice(list(words)) for words in (GERMAN["m"], ADJECTIVES, NOUNS))
             gender, name = NOUNS[noun].split()
             english.append(f"{article} {adjective} {noun}")
             german.append(f"{GERMAN[gender][article][case].replace('_', ADJECTIVES[adjective])} {name}")
         verb = random.choice(list(VERBS))
-        found[f"{english[0]} {verb} {english[1]}"] = f"{german[0]} {VERBS[verb]} {german[1]}"
-    return [{"prompt": f"In German: {english}", "response": german} for english, german in found.items()]
+        german_of[f"{english[0]} {verb} {english[1]}"] = f"{german[0]} {VERBS[verb]} {german[1]}"
+    return [{"prompt": f"In German: {english}", "response": german} for english, german in german_of.items()]
 
 
 def is_val(name: str) -> bool:
-    return hashlib.sha256(name.encode()).digest()[0] < 26  # one in ten
+    """Whether an example is for validation: one in ten, by its hash."""
+    return hashlib.sha256(name.encode()).digest()[0] < 26
 
 
 def choices_of(module: str, line: str) -> dict:
-    """A question with four answers, the right one among them at a place that only a hash knows."""
+    """Return a question with four choices. A hash decides the position of the right one."""
     digest = hashlib.sha256(line.encode()).digest()
     others = [topic for topic in TOPICS if topic != module]
     options = [others[(digest[0] + 3 * k) % len(others)] for k in range(3)]
@@ -105,7 +106,7 @@ def choices_of(module: str, line: str) -> dict:
 
 
 def write_examples(folder: Path) -> dict[str, int]:
-    """Write the files; how many examples each has."""
+    """Write the files. Returns the number of examples in each."""
     tables = {name + split: [] for name in ("answers", "summaries", "translations") for split in ("", "_val")}
     tables |= {"labels": [], "choices_val": [], "fewshot": []}
     topics = []
@@ -125,7 +126,10 @@ def write_examples(folder: Path) -> dict[str, int]:
     for record in translations(2200):
         tables["translations_val" if is_val(record["prompt"]) else "translations"].append(record)
     if not tables["summaries_val"] or not tables["choices_val"]:
-        raise UserError(f"{sysconfig.get_path('stdlib')} does not hold the sources of Python's standard library")
+        raise UserError(
+            f"{sysconfig.get_path('stdlib')} does not hold the sources of Python's standard library. Use a Python "
+            "installation that includes them."
+        )
     words = CAPITALS.split()
     lines = [f"{country}: {capital}" for country, capital in zip(words[::2], words[1::2], strict=True)]
     for line in lines[3:]:
@@ -138,7 +142,7 @@ def write_examples(folder: Path) -> dict[str, int]:
         write(folder / f"{name}.jsonl", "".join(rows))
     for i, text in enumerate(topics):
         write(folder / "topics" / f"{i:04}.txt", text)
-    file = json.dumps(str((folder / "choices_val.jsonl").resolve()))  # JSON is YAML too
+    file = json.dumps(str((folder / "choices_val.jsonl").resolve()))  # a JSON string is valid YAML
     write(folder / "choices.yaml", HARNESS.format(file=file))
     return {name: len(records) for name, records in tables.items()} | {"topics": len(topics)}
 
@@ -150,7 +154,7 @@ def write(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m acorn.examples", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("folder", type=Path, help="the folder to write to")
     args = parser.parse_args()
     for name, count in write_examples(args.folder).items():
         print(f"{count:6,} {name}")

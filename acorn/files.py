@@ -1,5 +1,5 @@
-"""Files that survive a kill and a power cut: hashed, synced to the disk, and replaced whole or not at all; and files
-in a stranger's folder: never written or deleted through a link, and read only where they are regular files."""
+"""File operations that survive a kill or power loss (hashes, sync, atomic replacement) and that are safe in an
+untrusted folder: no writing or deleting through links, and reading of regular files only."""
 
 import contextlib
 import errno
@@ -14,13 +14,16 @@ from typing import IO, BinaryIO
 
 from acorn import UserError
 
-MOST = 1 << 27  # bytes of a JSON file; the largest, with a tokenizer of 256,000 tokens inside, have a third of it
-DEPTH = 100  # of nested lists and objects in a JSON file; what reads one recursively is safe below it
+MOST = 1 << 27  # bytes of a JSON file; a tokenizer of 256,000 tokens takes a third of it
+DEPTH = 100  # nesting levels in a JSON file; small enough for recursive readers
 
 
 def lock(folder: Path, doing: str):
-    """Keep other processes that ask for the same lock out of `folder` for as long as the returned file is open; the
-    system opens it again when this process ends, however it ends. Raises UserError where another process has it."""
+    """Lock `folder` against other processes that call this, for as long as the returned file is open.
+
+    The system releases the lock when this process ends for any reason. `doing` describes the use for messages, such as
+    "training into". Raises UserError if another process holds the lock. On Windows and on file systems without locks,
+    nothing is locked."""
     file = open_own(folder / ".lock", "a+")
     try:
         import fcntl
@@ -33,7 +36,7 @@ def lock(folder: Path, doing: str):
             return file  # a file system without locks
         file.seek(0)
         holder = file.read(100).strip() or "another process"
-        raise UserError(f"{folder} is in use: {holder} is {doing} it; wait for it, or choose another folder") from error
+        raise UserError(f"{folder} is in use: {holder} is {doing} it. Wait, or choose another folder.") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -41,7 +44,7 @@ def lock(folder: Path, doing: str):
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 (hex) of a file, read in pieces."""
+    """Return the SHA-256 (hex) of a file, which is read in pieces."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(1 << 20):
@@ -50,8 +53,8 @@ def sha256(path: str | Path) -> str:
 
 
 def sync(path: str | Path) -> None:
-    """Put a file, or the names in a folder, on the disk. Windows opens no folders, and some network filesystems sync
-    none: there the names are as safe as that system makes them."""
+    """Sync a file, or the directory entries of a folder, to disk. Folders are skipped on Windows, which cannot open
+    them, and on network file systems that cannot sync them."""
     is_folder = os.path.isdir(path)
     if os.name == "posix" or not is_folder:
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -65,35 +68,35 @@ def sync(path: str | Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.writing")
-    with create(beside) as file:
+    """Write a text file atomically."""
+    tmp_path = path.with_name(f".{path.name}.writing")
+    with create(tmp_path) as file:
         file.write(text.encode())
-    sync(beside)
-    os.replace(beside, path)
+    sync(tmp_path)
+    os.replace(tmp_path, path)
     sync(path.parent)
 
 
 def create(path: str | Path) -> BinaryIO:
-    """Open a new, empty file for writing. A file or a link of that name is removed first; a link's target stays."""
+    """Open a new, empty file for writing. An existing file or link is removed first, but not a link's target."""
     Path(path).unlink(missing_ok=True)
     return open(path, "xb")
 
 
 def open_own(path: str | Path, mode: str) -> IO:
-    """Open a file that is to be changed, as open(path, mode) does. Raises OSError for a link, whose target would change
-    instead, and for what is not a regular file."""
+    """Open a file to change it, like open(path, mode). Raises OSError for a link, whose target would be changed, and
+    for anything else that is not a regular file."""
     with contextlib.suppress(FileNotFoundError):
         kind = os.lstat(path).st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # of a folder, the system says that it is one
-            word = "a symbolic link, whose target is not written to" if stat.S_ISLNK(kind) else "not a regular file"
-            raise OSError(errno.EINVAL, f"it is {word}; remove it", str(path))
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # for a folder, `open` raises a clear error
+            problem = "a symbolic link, whose target is not written to" if stat.S_ISLNK(kind) else "not a regular file"
+            raise OSError(errno.EINVAL, f"it is {problem}; remove it", str(path))
     no_follow = getattr(os, "O_NOFOLLOW", 0)
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Remove a file, a folder with all that is in it, or a link without its target; nothing where none of them is."""
+    """Remove a file, a folder with its content, or a link without its target. Does nothing if the path is missing."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=ignore_errors)
@@ -105,9 +108,9 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder where there is none; a link of that name is removed first."""
+    """Make a folder if it does not exist. A link of that name is removed first."""
     if path.is_symlink():
-        with contextlib.suppress(OSError):  # another process did it just now, and made the folder
+        with contextlib.suppress(OSError):  # another process may just have replaced the link by the folder
             path.unlink()
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
@@ -115,15 +118,15 @@ def make_folder(path: Path) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading. Raises OSError for a FIFO, a socket or a device, where opening or reading may wait."""
+    """Open a file for reading. Raises OSError for a FIFO, socket or device, because opening or reading might block."""
     kind = os.stat(path).st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # of a folder, the system says that it is one
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # for a folder, `open` raises a clear error
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return open(path, "rb")
 
 
 def read_bytes(path: str | Path, most: int = MOST) -> bytes:
-    """The content of a regular file. Raises OSError where it has more than `most` bytes."""
+    """Return the content of a regular file. Raises OSError if it has more than `most` bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -132,26 +135,26 @@ def read_bytes(path: str | Path, most: int = MOST) -> bytes:
 
 
 def read_json(path: str | Path):
-    """The value in a JSON file. Raises OSError where it cannot be read, and ValueError where it is not JSON, or nested
-    more than DEPTH times."""
+    """Return the value in a JSON file. Raises OSError if the file cannot be read, and ValueError if it is not JSON or
+    has more than DEPTH nesting levels."""
     try:
         value = json.loads(read_bytes(path))
     except (RecursionError, MemoryError) as error:
-        raise ValueError("it is nested too deeply, or too large") from error
+        raise ValueError("it is nested too deeply or too large") from error
     level, depth = [[value]], 0
     while level:
         if depth > DEPTH:
-            raise ValueError(f"it is nested more than {DEPTH} times")
+            raise ValueError(f"it has more than {DEPTH} nesting levels")
         inside = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
         level, depth = [child for child in inside if isinstance(child, (dict, list))], depth + 1
     return value
 
 
 def read_text(path: str) -> str:
-    """The text of a small UTF-8 file. Raises UserError, which names it, where it is none."""
+    """Return the text of a small UTF-8 file. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"the file {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"the file {path} cannot be read: {error.strerror}. Give another path.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the file {path} is not UTF-8 at byte {error.start}") from error
+        raise UserError(f"the file {path} is not UTF-8 at byte {error.start}. Convert it to UTF-8.") from error

@@ -15,14 +15,18 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     sub = commands.add_parser("export", help="write a run as a folder that transformers loads", allow_abbrev=False)
-    sub.add_argument("source", help="an out_dir, a nanoGPT ckpt.pt, or whatever else init_from takes")
-    sub.add_argument("target", type=Path, help="the folder to write, which must not be there yet")
-    sub.add_argument("--checkpoint", default="best", help="of an out_dir: best (default), latest, or step_002000")
+    sub.add_argument("source", help="an out_dir, a nanoGPT ckpt.pt, or any other value of init_from")
+    sub.add_argument("target", type=Path, help="the folder to write, which must not exist")
+    sub.add_argument(
+        "--checkpoint", default="best", help="checkpoint of an out_dir: best (default), latest, or step_002000"
+    )
     dtypes = ("float32", "bfloat16", "float16")
-    sub.add_argument("--dtype", default="float32", choices=dtypes, help="of the weights; default: %(default)s")
+    sub.add_argument(
+        "--dtype", default="float32", choices=dtypes, help="data type of the weights; default: %(default)s"
+    )
     args = parser.parse_args()
     name = export(args.source, args.target, args.checkpoint, getattr(torch, args.dtype))
-    print(f"written to {args.target}: {name}, in {args.dtype}")
+    print(f"wrote {name} in {args.dtype} to {args.target}")
 
 
 if __name__ == "__main__":

@@ -331,7 +331,7 @@ def test_an_index_that_does_not_belong_is_refused(zephyr):
     for row, column, value in ((0, 0, 1), (0, 2, 10**6), (0, 1, 3), (3, 4, 10**6), (5, 3, -1)):
         broken = index.copy()
         broken[row, column] = value
-        with pytest.raises(ValueError, match="does not belong"):
+        with pytest.raises(ValueError, match="does not match"):
             batches.Conversations(zephyr.train, broken)
 
 

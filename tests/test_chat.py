@@ -104,12 +104,12 @@ def test_a_message_cannot_end_its_turn(chatml):
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "without a control token"),
-        ("{{ messages[0]['content'] }}", "leaves out what the assistant says"),
+        ("{{ messages[0]['content'] }}", "leaves out the assistant"),
         ("{{ messages | length }}{{ eos_token }}", "leaves out"),
-        ("{{ raise_exception('only cats') }}", "does not take this conversation .only cats"),
-        ("{% for m in messages %}", "does not take"),
-        ("{{ ''.__class__.__mro__ }}{{ eos_token }}", "does not take .*unsafe"),
-        ("{{ 1 / 0 }}", "does not take"),
+        ("{{ raise_exception('only cats') }}", "rejects this conversation .only cats"),
+        ("{% for m in messages %}", "rejects"),
+        ("{{ ''.__class__.__mro__ }}{{ eos_token }}", "rejects .*unsafe"),
+        ("{{ 1 / 0 }}", "rejects"),
     ],
 )
 def test_a_template_that_cannot_be_learned_is_a_sentence(template, message):
@@ -357,10 +357,10 @@ def test_fields_the_template_lacks_are_refused_or_named(tmp_path):
         {"messages": PAIR, "tools": [TOOL]},
         {"messages": PAIR, "tools": json.dumps([TOOL])},
     ):
-        with pytest.raises(UserError, match="no place for tool"):
+        with pytest.raises(UserError, match="does not render tool"):
             chat.render_to_learn(tokenizer, read_messages(record))
     tokenizer.chat_template = tokenizer.chat_template + "{# tool_calls #}"  # it looks as if it had a place for them
-    with pytest.raises(UserError, match="no place for the call of 'weather'"):
+    with pytest.raises(UserError, match="does not render the call of 'weather'"):
         chat.render_to_learn(tokenizer, read_messages({"messages": CALLING}))
     named = [PAIR[0] | {"name": "Ann"}, PAIR[1] | {"thinking": "hm"}]
     assert chat.unused_fields(tokenizer, named) == {"name", "thinking"}
@@ -467,12 +467,12 @@ def test_records_in_the_forms_that_are_published(record, messages):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({}, "no fields"),
-        ({"prompt": "a", "answer": "b"}, "has prompt, answer; it should have"),
-        ({"prompt": "a", "response": None}, "has prompt, response"),
-        ({"prompt": "a", "response": 5}, '"response" that is no text'),
+        ({}, "fields (none)"),
+        ({"prompt": "a", "answer": "b"}, "fields prompt, answer"),
+        ({"prompt": "a", "response": None}, "fields prompt, response"),
+        ({"prompt": "a", "response": 5}, '"response" that is not a string'),
         ({"instruction": "a"}, 'without "output"'),
-        ({"messages": "a"}, "no list"),
+        ({"messages": "a"}, "not a list"),
         ({"messages": [PAIR[0], "b"]}, "number 2"),
         ({"messages": [PAIR[0], {"role": "assistant", "content": [{"type": "text"}]}]}, "number 2"),
         ({"messages": [PAIR[0], {"role": "assistant", "content": [{"type": "image_url"}]}]}, "image_url"),
@@ -480,17 +480,17 @@ def test_records_in_the_forms_that_are_published(record, messages):
         ({"messages": [PAIR[0] | {"content": 5}, PAIR[1]]}, "number 1"),
         ({"messages": {"role": ["user"], "content": []}}, "different lengths"),
         ({"messages": PAIR[:1]}, "nothing to learn"),
-        ({"messages": PAIR[::-1]}, "before anything"),
+        ({"messages": PAIR[::-1]}, "before the first"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]}, '"weight": 0.5 in message 2'),
         ({"messages": [PAIR[0], PAIR[1] | {"train": "no"}]}, '"train": "no"'),
         ({"messages": [PAIR[0], PAIR[1] | {"train": True, "weight": 0}]}, "contradict"),
-        ({"messages": [PAIR[0] | {"train": True}, PAIR[1]]}, "only replies are learned"),
+        ({"messages": [PAIR[0] | {"train": True}, PAIR[1]]}, "Only replies"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": 0}]}, "nothing to learn"),
         ({"messages": PAIR, "loss": 1.7}, '"loss": 1.7'),
-        ({"messages": PAIR, "tools": "weather"}, "no list of objects"),
+        ({"messages": PAIR, "tools": "weather"}, "not a list of objects"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
-            "no JSON object",
+            "not a JSON object",
         ),
     ],
 )
@@ -631,7 +631,7 @@ def test_a_learned_tokenizer_and_an_own_template(pairs):
 @pytest.mark.parametrize(
     ("line", "options", "message"),
     [
-        ('{"prompt": "a"}', "", "line 203 of bad.jsonl has prompt; it should have"),
+        ('{"prompt": "a"}', "", "line 203 of bad.jsonl has the fields prompt"),
         ("{", "", "line 203 of bad.jsonl is no JSON"),
         ("", "--template nothing.txt", "neither plain, chatml nor"),
         ("", "--template chatml", "without a control token"),
@@ -717,8 +717,8 @@ def test_masks_that_do_not_belong_are_refused(pairs):
         with pytest.raises(UserError, match=message):
             load_dataset("pairs")
 
-    refused(lambda m: m["train"]["masks"].clear() or m["train"].update(masks=m["val"]["masks"]), "another length")
-    refused(lambda m: m["train"].update(masks=m["train"]["shards"]), "no shard's name")
+    refused(lambda m: m["train"]["masks"].clear() or m["train"].update(masks=m["val"]["masks"]), "differ in length")
+    refused(lambda m: m["train"].update(masks=m["train"]["shards"]), "not the name of a shard")
     refused(lambda m: m["train"].update(masks=[5]), "damaged")
     mask = Path("data/pairs/train_000000.mask")
     whole = mask.read_bytes()

@@ -360,11 +360,11 @@ def test_shards_that_change_while_they_are_read_are_a_sentence(tmp_path, monkeyp
     kept = first.read_bytes()
     assert read(0) == list(range(500, 900))
     os.truncate(first, 1500)  # a mapped file would end the process here
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read(0)
     first.unlink()
     read(1)
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="no longer readable"):
         read(0)
     first.write_bytes(kept[::-1])
     with pytest.raises(UserError, match="replaced"):
@@ -597,7 +597,7 @@ def test_a_run_that_went_astray_does_not_push_out_its_good_checkpoints(dataset, 
     assert train_here(monkeypatch, *words, "--max_iters=4") == 0
     broken = [*words, "--init_from=resume", "--max_iters=30", "--learning_rate=1e30", "--decay_lr=False"]
     train_here(monkeypatch, *broken, "--grad_clip=0")
-    assert "(the val loss is no number" in capsys.readouterr().err
+    assert "(the val loss is not finite" in capsys.readouterr().err
     assert math_is_fine(checkpoint.load_model(str(tmp_path / "o"), "latest")[0])
 
 
@@ -619,7 +619,7 @@ def test_a_run_does_not_end_well_on_weights_that_are_no_numbers(dataset, tmp_pat
     assert train_here(monkeypatch, *words) == 2
     said = capsys.readouterr()
     assert "done" not in said.out and "stopped at" not in said.out
-    why = "the val loss is no number" if ends == "at its last update" else "transformer.h.0.ln_1.weight is not finite"
+    why = "the val loss is not finite" if ends == "at its last update" else "transformer.h.0.ln_1.weight is not finite"
     assert f"error: the last updates are not saved ({why}; " in said.err.splitlines()[-1]
     assert (tmp_path / "o" / "latest").read_text() == (tmp_path / "o" / "best").read_text() == "step_000006\n"
 
@@ -730,7 +730,7 @@ def test_tensors_that_claim_more_than_their_file_has(tmp_path):
         saved = {"model": {name: make(size) for name, size in names.items()}, "model_args": shape, "config": {}}
         torch.save(saved, tmp_path / "ckpt.pt")
         assert (tmp_path / "ckpt.pt").stat().st_size < 10**6
-        with pytest.raises(UserError, match=r"broken|more than tensors"):
+        with pytest.raises(UserError, match=r"broken|not tensors"):
             checkpoint.load_model(str(tmp_path / "ckpt.pt"))
 
 

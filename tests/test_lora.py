@@ -87,7 +87,7 @@ def test_what_is_frozen_stays_and_the_rest_moves(optimizer):
 
 def test_patterns_that_mean_nothing_are_refused():
     for pattern, said in (
-        ("(", "no regular expression"),
+        ("(", "not a valid regular expression"),
         ("q_proj", "transformer.wte.weight"),
         (".", "nothing is left"),
     ):
@@ -156,10 +156,10 @@ def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path,
 
     shutil.copytree(folder / "base_run" / "step_000030", tmp_path / "other")  # neither the best nor the newest
     (tmp_path / "out" / "base").write_text("other\n")
-    refused(script(*sample, cwd=tmp_path), "but not for other", "write where it lies into the file out/base")
+    refused(script(*sample, cwd=tmp_path), "weights of other", "write its path into the file out/base")
     monkeypatch.chdir(tmp_path)
     for text, said in (
-        (b"out", "a base that is whole"),
+        (b"out", "cannot be the base"),
         (b"\xff", "base is not UTF-8"),
         (b"nowhere", "no folder nowhere"),
     ):
@@ -175,7 +175,7 @@ def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path,
     finally:
         shutil.move(tmp_path / "moved", folder / "base_run")
     again = script("train.py", *words, "--init_from=out", "--out_dir=c", "--max_iters=1", cwd=folder)
-    refused(again, "is made of adapters", "acorn.hub export out FOLDER")
+    refused(again, "is a LoRA run", "acorn.hub export out FOLDER")
     refused(script("train.py", *words, "--init_from=scratch", "--out_dir=c", cwd=folder), "needs weights to start from")
     refused(script("train.py", *words, "--freeze=wte", "--out_dir=c", cwd=folder), "leave one of the two out")
     refused(script("train.py", *words, "--lora_rank=33", "--out_dir=c", cwd=folder), "beyond the 32 channels")

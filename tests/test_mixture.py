@@ -76,14 +76,14 @@ def test_names_with_colons_and_commas_are_plain(data, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("a:0.8,b", "'b' should be a name and a proportion above 0"),
+        ("a:0.8,b", "'b' should be NAME:PROPORTION"),
         ("a:0.8,b:-0.2", "'b:-0.2' should be"),
         ("a:0.8,", "'' should be"),
         ("a:1,b:0", "'b:0' should be"),
-        ("a:1,b:1e999999999", "should be a name and a proportion"),
+        ("a:1,b:1e999999999", "should be NAME:PROPORTION"),
         ("a:1,a:2", "names data/a twice"),
         ("a:1,nowhere:2", "there is no dataset 'nowhere'"),
-        ("a:1,b:1,c:2", "data/a is byte .* data/c char .* --tokenizer data/a"),
+        ("a:1,b:1,c:2", "data/a has byte .* data/c has char .* --tokenizer data/a"),
     ],
 )
 def test_a_wrong_mixture_is_a_sentence(data, spec, message):

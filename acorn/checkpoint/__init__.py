@@ -1,15 +1,15 @@
-"""Checkpoints: atomic to write, safe to load, exact to resume.
+"""Checkpoints: written atomically, safe to load, exact to resume.
 
-    out_dir/step_002000/model.safetensors      the parameters (of a LoRA run: adapters.safetensors, its adapters alone)
-                        optimizer.safetensors  what the optimizers remember, by parameter: wte.weight.exp_avg and so on
-                        state.json             settings, shape, step, losses, the tokenizer whole, SHA-256 of the others
+    out_dir/step_002000/model.safetensors      the parameters (for a LoRA run: adapters.safetensors, the adapters only)
+                        optimizer.safetensors  the optimizer state by parameter: wte.weight.exp_avg and so on
+                        state.json             settings, shape, step, losses, the tokenizer, SHA-256 of the other files
     out_dir/latest, out_dir/best               the name of a step folder
 
-A folder is written beside under a temporary name and renamed when it is complete, so a kill at any instant leaves the
-ones before it. Reading never runs code that a file brings: only tensors, numbers and JSON are read back.
+A step folder is written under a temporary name and renamed when complete, so a kill at any instant leaves the earlier
+checkpoints intact. Loading never runs code from a file: only tensors, numbers and JSON are read.
 
-A sharded model (FSDP) is written by all processes, each its rows: model-00001-of-00004.safetensors and so on. A tensor
-is then the rows of all these files, in their order, whoever reads it: any number of processes, or one.
+The ranks of a sharded model (FSDP) each write their rows: model-00001-of-00004.safetensors and so on. A tensor is the
+concatenation of the rows in these files, so any number of processes can load it.
 """
 
 from acorn.checkpoint.layout import (

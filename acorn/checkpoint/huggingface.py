@@ -1,9 +1,9 @@
-"""Hugging Face checkpoints of the GPT-2 and Llama families, in and out.
+"""Import and export Hugging Face checkpoints of the GPT-2 and Llama families.
 
-In:  python train.py --init_from=gpt2                # or another name on the hub, or a folder
-Out: python -m acorn.hub export out/mine hf/mine     # a folder that transformers loads
+Import: python train.py --init_from=gpt2                # or another name on the hub, or a folder
+Export: python -m acorn.hub export out/mine hf/mine     # a folder that transformers loads
 
-Weights are read and written as safetensors only: a pickle could run code.
+Weights are read and written as safetensors only, because a pickle can run code.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from acorn.checkpoint.tensors import Stored, empty_model
 from acorn.data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
-# of a folder on the hub, which may hold much else
+# the files to download from the hub; a repository there may hold many others
 MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 TOKENIZER_FILES = """
     config.json tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
     additional_chat_templates/*.jinja acorn_tokenizer.json
 """
-OWN = "acorn_tokenizer.json"  # in an exported folder, so that it comes back with the tokenizer that it had
-PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all names but the head's; some files leave it out
+OWN = "acorn_tokenizer.json"  # acorn's own copy of the tokenizer in an exported folder, for an exact round trip
+PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all parameter names except the head's; some files omit it
 EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
-CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # that older files hold beside the parameters
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
-NAMES = {  # of GPTConfig, in their configurations
+NAMES = {  # field of GPTConfig -> field of transformers' configuration
     "gpt2": {
         "block_size": "n_positions",
         "vocab_size": "vocab_size",
@@ -54,81 +54,92 @@ NAMES = {  # of GPTConfig, in their configurations
         "tie_weights": "tie_word_embeddings",
     },
 }
-HAS = {  # the switches of GPTConfig that each of them has
+HAS = {  # the values of GPTConfig's switches that each family supports
     "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
     "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
 }
 
 
 def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
-    """The model of a checkpoint, by its name on the hub ("gpt2-xl") or its folder, on the meta device; its parameters,
-    unread (see `checkpoint.Opened`); and its tokenizer, None where it comes without. Raises UserError where it cannot
-    be had, or is no model that acorn has."""
+    """Open a checkpoint by its name on the hub ("gpt2-xl") or its folder.
+
+    Returns the model on the meta device, its parameters, not read yet (see `checkpoint.Opened`), and its tokenizer,
+    None if the checkpoint has none. Raises UserError if the checkpoint is missing, broken or not supported.
+    """
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
-    there = open_tensors(folder, source, PREFIX[family])
+    stored = open_tensors(folder, source, PREFIX[family])
     embedding = f"{PREFIX[family]}{EMBEDDING[family]}.weight"
-    if config.tie_weights and embedding not in there and "lm_head.weight" in there:  # of tied ones either name does
-        there[embedding] = there.pop("lm_head.weight")
+    if config.tie_weights and embedding not in stored and "lm_head.weight" in stored:  # tied weights have either name
+        stored[embedding] = stored.pop("lm_head.weight")
 
     model = empty_model(dataclasses.asdict(config), source)
     views = their_views(model, family)
     shapes = {name: list(view.shape) for name, view in flat(views).items()}
-    if config.tie_weights and "lm_head.weight" in there:
+    if config.tie_weights and "lm_head.weight" in stored:
         shapes["lm_head.weight"] = [config.vocab_size, config.n_embd]
-    if missing := sorted(shapes.keys() - there.keys()):
-        raise UserError(f"the checkpoint {source} lacks {len(missing)} tensors, {missing[0]} first; get it again")
-    if extra := sorted(there.keys() - shapes.keys()):
+    if missing := sorted(shapes.keys() - stored.keys()):
+        raise UserError(
+            f"the checkpoint {source} lacks {len(missing)} tensors, {missing[0]} first. Download the checkpoint again."
+        )
+    if extra := sorted(stored.keys() - shapes.keys()):
         raise UserError(
             f"the checkpoint {source} has {len(extra)} tensors, {extra[0]} first, that a {family} model with its "
-            "config.json does not have; it is of another architecture"
+            "config.json does not have: its architecture is not supported. Use a plain gpt2 or llama checkpoint."
         )
     for name, shape in shapes.items():
-        found, dtype = there[name].get_shape(), there[name].get_dtype()
-        if found != shape:
-            raise UserError(f"{name} of the checkpoint {source} is {found} instead of the {shape} of its config.json")
+        actual, dtype = stored[name].get_shape(), stored[name].get_dtype()
+        if actual != shape:
+            raise UserError(
+                f"{name} of the checkpoint {source} has the shape {actual}, but its config.json says {shape}. Download "
+                "the checkpoint again."
+            )
         if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{name} of the checkpoint {source} is {dtype}; quantized weights are not loaded")
+            raise UserError(
+                f"{name} of the checkpoint {source} is {dtype}, and quantized weights are not supported. Use a "
+                "checkpoint in float32, float16 or bfloat16."
+            )
     values = {}
     for name, parts in views.items():
-        pieces = [Turned(there[part]) if turned(family, part) else there[part] for part in parts]
+        pieces = [Turned(stored[part]) if turned(family, part) else stored[part] for part in parts]
         values[name] = Stored(" and ".join(parts), source, pieces)
-    if config.tie_weights and "lm_head.weight" in there:
+    if config.tie_weights and "lm_head.weight" in stored:
         wte = values["transformer.wte.weight"]
-        head = Stored("lm_head.weight", source, [there["lm_head.weight"]])
-        blocks = [slice(row, row + 4096) for row in range(0, config.vocab_size, 4096)]  # not both of them whole
+        head = Stored("lm_head.weight", source, [stored["lm_head.weight"]])
+        blocks = [slice(row, row + 4096) for row in range(0, config.vocab_size, 4096)]  # saves memory
         if not all(torch.equal(head[rows].float(), wte[rows].float()) for rows in blocks):
             raise UserError(
-                f"the checkpoint {source} has a head of its own, but its config.json ties it to the embedding; "
-                'put "tie_word_embeddings": false there'
+                f"the checkpoint {source} has a separate head, but its config.json ties the head to the embedding. Set "
+                '"tie_word_embeddings": false in its config.json.'
             )
     tokenizer = load_tokenizer(str(folder))
     if tokenizer is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
         tokenizer = tokenizers.get_tokenizer("gpt2")
     if tokenizer is None:
-        print(f"note: {source} has no tokenizer.json, so what its tokens mean is not known", file=sys.stderr)
+        print(f"note: {source} has no tokenizer.json, so its token ids cannot be decoded", file=sys.stderr)
     return model, values, tokenizer
 
 
-def download(name: str, wanted: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
-    """The folder in which a model of the hub lies on this machine, after it was downloaded where needed."""
+def download(name: str, patterns: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
+    """Return the local folder of a model on the hub; files that are not cached yet are downloaded."""
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
-        raise UserError(f"{name} is on the Hugging Face hub: pip install transformers to have it") from error
+        raise UserError(f"{name} is on the Hugging Face hub. To load it, pip install transformers.") from error
     page = f"https://huggingface.co/{name}"
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted.split()))
+        return Path(snapshot_download(name, allow_patterns=patterns.split()))
     except errors.GatedRepoError as error:
-        raise UserError(f"{name} is gated: accept its terms at {page}, then `hf auth login`") from error
+        raise UserError(f"{name} is gated. Accept its terms at {page}, then run `hf auth login`.") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(
-            f"there is no folder {name}, and no such model on the Hugging Face hub; if it is private, `hf auth login`"
+            f"there is no folder {name}, and no such model on the Hugging Face hub. If it is private, run "
+            "`hf auth login`."
         ) from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"there is no folder {name}, and the Hugging Face hub cannot be reached for the model of that name; "
-            f"without network, give the folder of a copy of {page}"
+            f"there is no folder {name}, and the Hugging Face hub cannot be reached to look for a model of this name. "
+            f"Without a network, give the folder of a local copy of {page}."
         ) from error
 
 
@@ -136,37 +147,38 @@ def read_json(path: Path) -> dict:
     try:
         value = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not there, or is no JSON; get the checkpoint again") from error
+        raise UserError(f"{path} is missing or not valid JSON. Download the checkpoint again.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object; get the checkpoint again")
+        raise UserError(f"{path} is not a JSON object. Download the checkpoint again.")
     return value
 
 
 def read_config(folder: Path) -> tuple[str, GPTConfig]:
-    """The family, gpt2 or llama, and the configuration of a checkpoint. A feature that acorn's model does not have is
-    a UserError that names it."""
+    """Return the family of a checkpoint, gpt2 or llama, and its configuration. Raises UserError for a feature that
+    acorn's model does not support."""
     path = folder / "config.json"
     raw = read_json(path)
     family = raw.get("model_type")
     if family not in PREFIX:
-        raise UserError(f"{path} is of the family {family!r:.40}, which cannot be loaded; gpt2 and llama can")
+        raise UserError(f"{path} has model_type {family!r:.40}, which is not supported. Use a gpt2 or llama model.")
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"{folder} is a Hugging Face checkpoint: pip install transformers to load it") from error
+        raise UserError(f"{folder} is a Hugging Face checkpoint. To load it, pip install transformers.") from error
     try:
-        # the library knows the defaults of what is left out, and the forms that older versions wrote
+        # the library knows the defaults of missing fields, and the formats of older versions
         if family == "gpt2":
             return family, from_gpt2(transformers.GPT2Config.from_dict(raw), path)
         return family, from_llama(transformers.LlamaConfig.from_dict(raw), path)
     except UserError:
         raise
-    except Exception as error:  # a broken file fails there in many ways
-        raise UserError(f"{path} describes no {family} model ({str(error).splitlines()[-1].strip()})") from error
+    except Exception as error:  # transformers raises many types for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"{path} does not describe a {family} model ({reason}). Download it again.") from error
 
 
 def from_gpt2(c, path: Path) -> GPTConfig:
-    """Of a transformers GPT2Config, which was read from `path`."""
+    """Convert a transformers GPT2Config that was read from `path`."""
     refuse(
         path,
         {
@@ -183,7 +195,7 @@ def from_gpt2(c, path: Path) -> GPTConfig:
 
 
 def from_llama(c, path: Path) -> GPTConfig:
-    """Of a transformers LlamaConfig, which was read from `path`."""
+    """Convert a transformers LlamaConfig that was read from `path`."""
     rope = c.rope_parameters
     refuse(
         path,
@@ -191,7 +203,7 @@ def from_llama(c, path: Path) -> GPTConfig:
             f"rope scaling {rope['rope_type']!r}": rope["rope_type"] != "default",
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
             "sliding_window": getattr(c, "sliding_window", None),
-            f"hidden_act = {c.hidden_act}": c.hidden_act not in ("silu", "swish"),  # two names of one
+            f"hidden_act = {c.hidden_act}": c.hidden_act not in ("silu", "swish"),  # synonyms
             "attention_bias": c.attention_bias,
             "mlp_bias": c.mlp_bias,
             f"head_dim = {c.head_dim}": c.head_dim * c.num_attention_heads != c.hidden_size,
@@ -204,47 +216,51 @@ def from_llama(c, path: Path) -> GPTConfig:
 
 
 def refuse(path: Path, unsupported: dict[str, object]) -> None:
-    """Raise UserError for the first feature that is there, by its name."""
+    """Raise UserError for the first feature whose value is true."""
     for feature, present in unsupported.items():
         if present:
-            raise UserError(f"{path} has {feature}, which acorn's model does not; it is not loaded")
+            raise UserError(f"{path} has {feature}, which acorn's model does not support. Use another checkpoint.")
 
 
 def open_tensors(folder: Path, source: str, prefix: str) -> dict:
-    """The tensors of a checkpoint, by their full names, unread: slices as safetensors makes them."""
+    """Return the tensors of a checkpoint by their full names, as slices of safetensors that are not read yet."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / names[0]).exists():
         if not index.exists():
             classes = "(t.AutoModelForCausalLM, t.AutoTokenizer)"
             convert = f"[c.from_pretrained({source!r}).save_pretrained('converted') for c in {classes}]"
             raise UserError(
-                f"{source} has no model.safetensors; a pickle such as pytorch_model.bin could run code and is not "
-                "loaded; where you trust it, this makes safetensors of it: "
+                f"{source} has no model.safetensors. A pickle such as pytorch_model.bin is not loaded, because it can "
+                "run code. If you trust it, convert it with "
                 f'python -c "import transformers as t; {convert}"'
             )
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-            raise UserError(f"{index} has no weight_map from tensors to file names; get the checkpoint again")
-        names = sorted(set(where.values()))
-    there = {}
+        weight_map = read_json(index).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(name, str) for name in weight_map.values())
+        ):
+            raise UserError(f"{index} has no weight_map from tensors to file names. Download the checkpoint again.")
+        names = sorted(set(weight_map.values()))
+    tensors = {}
     for path in (folder / name for name in names):
         if path.parent != folder:
-            raise UserError(f"{index} names {path}, which is not in its folder; get the checkpoint again")
+            raise UserError(f"{index} names {path}, which is not in its folder. Download the checkpoint again.")
         if not path.is_file():
-            raise UserError(f"{path} is missing; get the checkpoint again")
+            raise UserError(f"{path} is missing. Download the checkpoint again.")
         try:
-            file = safe_open(path, framework="pt", backend="pread")  # a memory map would count as memory in use
-            stored = list(file.keys())
+            file = safe_open(path, framework="pt", backend="pread")  # a memory map would count as resident memory
+            keys = list(file.keys())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is not whole ({error}); get the checkpoint again") from error
-        for name in stored:
+            raise UserError(f"{path} is incomplete or damaged ({error}). Download the checkpoint again.") from error
+        for name in keys:
             if not name.endswith(CONSTANTS):
-                there[name if name.startswith((prefix, "lm_head.")) else prefix + name] = file.get_slice(name)
-    return there
+                tensors[name if name.startswith((prefix, "lm_head.")) else prefix + name] = file.get_slice(name)
+    return tensors
 
 
 class Turned:
-    """A stored matrix with rows and columns exchanged, of which rows can be asked for."""
+    """A stored matrix, transposed, whose rows are read on demand."""
 
     def __init__(self, stored):
         self.stored = stored
@@ -257,16 +273,17 @@ class Turned:
 
 
 def turned(family: str, name: str) -> bool:
-    """Whether transformers multiplies with this tensor from the other side."""
+    """Whether transformers stores this tensor transposed (its Conv1D)."""
     return family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
-    """For each parameter of a model, by name: the tensors, by name, that transformers has instead, as views of it. If
-    several, they are its rows, one's after the other's."""
-    own = dict(model.named_parameters())
+    """Return, for each parameter of a model, the tensors that transformers has instead, as views of the parameter.
+
+    Both are keyed by name. If there are several, they are the rows of the parameter, in order."""
+    parameters = dict(model.named_parameters())
     if family == "gpt2":
-        return {name: {name: p.t() if turned(family, name) else p} for name, p in own.items()}
+        return {name: {name: p.t() if turned(family, name) else p} for name, p in parameters.items()}
     cfg = model.config
     views = {
         "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},
@@ -293,14 +310,15 @@ def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
 
 
 def flat(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return all tensors of `their_views` in one dict."""
     return {name: view.detach() for parts in views.values() for name, view in parts.items()}
 
 
 def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a checkpoint, by its name on the hub or its folder; None where it comes without."""
+    """Load the tokenizer of a checkpoint by its name on the hub or its folder; None if it has none."""
     folder = Path(source) if Path(source).is_dir() else download(source, TOKENIZER_FILES)
     if (folder / OWN).exists():
         tokenizer = tokenizers.from_dict(read_json(folder / OWN))
-        tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # a person may have changed them
+        tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # the user may have edited them
         return tokenizer
     return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None

@@ -11,23 +11,25 @@ from model import GPT
 
 
 def open_nanogpt(path: Path) -> tuple[GPT, dict, dict]:
-    """The model of a nanoGPT `ckpt.pt` on the meta device, its parameters, and the rest, loaded so that a pickle in it
-    cannot run anything."""
+    """Return the model of a nanoGPT `ckpt.pt` on the meta device, its parameters, and the whole checkpoint. The pickle
+    is loaded with weights_only, so it cannot run code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors, numbers and names, and is not loaded: it could run code"
+            f"{path} is not loaded: it holds objects other than tensors, numbers and strings, which could run code"
         ) from error
-    except Exception as error:  # a damaged file fails in many ways
-        raise UserError(f"{path} cannot be read as a nanoGPT checkpoint; is it whole?") from error
+    except Exception as error:  # torch raises many types for a damaged file
+        raise UserError(
+            f"{path} cannot be read as a nanoGPT checkpoint; it may be truncated. Copy it again."
+        ) from error
     try:
         shape = {**checkpoint["model_args"], "mlp": "gelu"}  # nanoGPT trains with the exact GELU
         tensors = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
-        whole = all(isinstance(t, torch.Tensor) for t in tensors.values())
+        only_tensors = all(isinstance(t, torch.Tensor) for t in tensors.values())
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks model_args or model") from error
-    if not whole:
-        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds more than tensors")
+    if not only_tensors:
+        raise UserError(f"{path} is not a nanoGPT checkpoint: its model holds objects that are not tensors")
     check_tensors(tensors, str(path))
     return fitting_model(shape, tensors, str(path)), tensors, checkpoint

@@ -1,8 +1,8 @@
-"""Batches: windows of a text stream, and rows of whole conversations.
+"""Batches: windows of a text stream, or rows of whole conversations.
 
-A batch is (x, y, documents): inputs, targets, and the number of each token's document in its row, all int64 of shape
-(count, block_size). A target of -1 is masked. `documents` is None where attention crosses document boundaries. A batch
-is a pure function of (seed, position), so one integer is the position of a run, for any number of processes.
+A batch is (x, y, documents), all int64 of shape (count, block_size): inputs, targets, and for each token the number of
+its document within the row. A target of -1 is masked. `documents` is None if attention crosses document boundaries. A
+batch is a pure function of (seed, position), so a run's position is one integer, whatever the number of processes.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows
 #
-# N tokens make N - 1 pairs: pair p has the input token p and the target token p + 1. An epoch e lays the pairs out on a
-# ring, starts at its own offset o, and cuts n = ceil((N - 1) / T) windows of T pairs; window j holds the pairs
-# o + j T, ..., o + j T + T - 1 (mod N - 1). The last window goes past the end of the ring; there its targets are
-# masked. So an epoch has every pair once and none twice. The windows come in an order that a seeded permutation gives.
+# N tokens make N - 1 pairs: pair p has input token p and target token p + 1. Each epoch treats the pairs as a ring,
+# starts at its own offset o, and cuts n = ceil((N - 1) / T) windows of T pairs; window j holds the pairs
+# o + j T, ..., o + j T + T - 1 (mod N - 1). The last window overlaps the first; its repeated targets are masked. An
+# epoch therefore contains every pair exactly once. A seeded permutation orders the windows.
 
 
 def split_windows(tokens: "Tokens", block_size: int) -> int:
-    """How many windows of `block_size` (token, next token) pairs cover the split: one epoch."""
+    """Return the number of windows of `block_size` (token, next token) pairs in one epoch of the split."""
     if len(tokens) < 2:
-        raise UserError(f"the {tokens.name} split has {len(tokens)} tokens; training needs 2 or more: add text to it")
+        raise UserError(f"the {tokens.name} split has {len(tokens)} tokens, but needs at least 2. Add text to it.")
     return -(-(len(tokens) - 1) // block_size)
 
 
 def sample_windows(
     tokens: "Tokens", block_size: int, first: int, count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples first, ..., first + count - 1 of the endless shuffled stream: inputs x and targets y, int64.
+    """Return samples first, ..., first + count - 1 of the endless shuffled stream: inputs x and targets y.
 
-    Both have the shape (count, block_size); a target of -1 is masked. A pure function of its arguments; the first
-    epoch is samples 0, ..., n - 1 (n from `split_windows`), the next epoch follows, and a batch may straddle the two.
+    Both are int64 of shape (count, block_size); a target of -1 is masked. The result depends on the arguments only. The
+    first epoch is samples 0, ..., n - 1 (n from `split_windows`), the next epoch follows; a batch may span both.
     """
     n = split_windows(tokens, block_size)
     pairs = len(tokens) - 1
@@ -56,11 +56,11 @@ def sample_windows(
 
 
 def sequential_windows(tokens: "Tokens", block_size: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows first, ..., first + count - 1 of the split in order, for evaluation: x and y as in `sample_windows`.
+    """Return windows first, ..., first + count - 1 of the split in order, for evaluation: x, y as in `sample_windows`.
 
-    Where the split ends, inside its last window, x is padded with 0 and y with -1; windows beyond are all padding.
+    The last window is padded after the end of the split, x with 0 and y with -1. Windows after it are all padding.
     """
-    split_windows(tokens, block_size)  # refuses a split that is too short
+    split_windows(tokens, block_size)  # raises UserError if the split is too short
     pairs = len(tokens) - 1
     x = np.zeros((count, block_size), dtype=np.int64)
     y = np.full((count, block_size), -1, dtype=np.int64)
@@ -74,10 +74,10 @@ def sequential_windows(tokens: "Tokens", block_size: int, first: int, count: int
 
 
 def number_documents(x: np.ndarray, y: np.ndarray, eot: int) -> np.ndarray:
-    """The documents in windows with inputs x and targets y, numbered from 0 in each row: int64, (count, block_size).
+    """Number the documents in windows with inputs x and targets y, from 0 in each row: int64, (count, block_size).
 
-    A document begins at each end-of-text token, which precedes it, and where x is not the target before it: there the
-    window has come to the end of the split and goes on at its beginning.
+    A document begins at each end-of-text token. One also begins where x differs from the preceding target: there the
+    window wraps from the end of the split to its start.
     """
     begins = x == eot
     begins[:, 1:] |= (y[:, :-1] != -1) & (x[:, 1:] != y[:, :-1])
@@ -87,8 +87,8 @@ def number_documents(x: np.ndarray, y: np.ndarray, eot: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows of whole conversations
 #
-# A conversation of L tokens has L - 1 pairs, side by side in one row of T. The rest of a row is padding: masked targets
-# and a document of its own. Each epoch has the same rows in another order.
+# A conversation of L tokens has L - 1 pairs, contiguous in one row of T. The rest of a row is padding: masked targets
+# and a separate document. Each epoch has the same rows in a different order.
 
 FORM = ("dropped", "head", "own", "tail", "prompt")  # the columns of an index
 
@@ -98,51 +98,53 @@ class Rows(NamedTuple):
 
     starts: np.ndarray  # (rows + 1,)
     members: np.ndarray  # indices of forms
-    padding: float  # the share of the rows' tokens that no conversation takes
-    dropped: int  # conversations that lost their oldest turns
-    cut: int  # conversations whose one last reply lost its end
+    padding: float  # the fraction of the rows' tokens that is padding
+    dropped: int  # conversations without their oldest turns
+    cut: int  # conversations whose last reply is truncated
     left_out: int  # conversations whose last question alone fills a row
 
 
 class Conversations:
-    """The conversations of one split, each in one or more forms; the block size decides which of them is read.
+    """The conversations of one split, each in one or more forms; the block size decides which form is read.
 
-    Form 0 is the whole conversation; form k has lost its k oldest turns and is rendered by the template anew. `index`,
-    of the shape (forms, 5), has the columns FORM: `dropped` is k; `own` counts the form's own tokens, which follow in
-    the stream on those of the form before; before them come the first `head` tokens of form 0, after them its last
-    `tail` ones; and `prompt` tokens come before the first learned one. Raises ValueError for a table that is none.
+    Form 0 is the whole conversation; form k is the template's rendering without the k oldest turns. `index`, of shape
+    (forms, 5), has the columns FORM: `dropped` is k. The tokens of form k are the first `head` tokens of form 0, then
+    `own` tokens stored for this form, then the last `tail` tokens of form 0; the stream stores the own tokens of all
+    forms in order. `prompt` counts the tokens before the first learned one. Raises ValueError for an invalid index.
     """
 
     def __init__(self, tokens: "Tokens", index: np.ndarray):
         self.tokens = tokens
         self.dropped, self.head, self.own, self.tail, self.prompt = index.T
-        self.starts = np.cumsum(self.own) - self.own  # of a form's own tokens in the stream
-        self.first = np.flatnonzero(self.dropped == 0)  # the form 0 of each conversation
-        self.whole = self.first[np.cumsum(self.dropped == 0) - 1] if len(self.first) else self.first  # of each form
+        self.starts = np.cumsum(self.own) - self.own  # where each form's own tokens start in the stream
+        self.first = np.flatnonzero(self.dropped == 0)  # form 0 of each conversation
+        self.whole = self.first[np.cumsum(self.dropped == 0) - 1] if len(self.first) else self.first  # form 0, per form
         self.lengths = self.head + self.own + self.tail
         sizes = self.own[self.whole] if len(self.first) else self.own
         broken = (index < 0).any() or self.own.sum() != len(tokens) or (len(index) and self.dropped[0] != 0)
         is_whole = self.dropped == 0
         broken = broken or (self.head[is_whole] + self.tail[is_whole]).any()
         if broken or (np.maximum(self.head, self.tail) > sizes).any() or (self.prompt >= self.lengths).any():
-            raise ValueError("the index does not belong to the tokens")
+            raise ValueError("the index does not match the tokens")
         self._rows: dict[int, Rows] = {}
 
     def __len__(self) -> int:
         return len(self.first)
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the whole conversations begin in the stream, and how many tokens they have."""
+        """Return the start in the stream and the number of tokens of each whole conversation."""
         return self.starts[self.first], self.own[self.first]
 
     def rows(self, block_size: int) -> Rows:
-        """The rows of `block_size`: each conversation in its longest form that fits. Where none does, the last form
-        loses the end of its reply, or is left out if nothing of that fits."""
+        """Pack the conversations into rows of `block_size`, each in its longest form that fits.
+
+        If no form fits, the last form is truncated. If no learned token would remain, the conversation is left out.
+        """
         if block_size not in self._rows:
             n = len(self.lengths)
             fits = np.where(self.lengths - 1 <= block_size, np.arange(n), n)
             chosen = np.minimum.reduceat(fits, self.first) if n else self.first
-            ends = np.append(self.first[1:], n)  # of each conversation's forms
+            ends = np.append(self.first[1:], n)  # where each conversation's forms end
             too_long = chosen >= ends
             chosen = np.where(too_long, ends - 1, chosen)
             learns = self.prompt[chosen] <= block_size
@@ -161,7 +163,7 @@ class Conversations:
         return self._rows[block_size]
 
     def read_form(self, form: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `most` ids of a form, and their targets: the ids again, or -1 where they are not learned."""
+        """Return the first `most` ids of a form, and their targets: the ids, or -1 for tokens that are not learned."""
         begin = self.starts[self.whole[form]]
         end = begin + self.own[self.whole[form]]
         head, own, tail = int(self.head[form]), int(self.own[form]), int(self.tail[form])
@@ -175,34 +177,34 @@ class Conversations:
         return ids, np.where(np.concatenate(learned), ids, -1)
 
     def read_rows(self, rows: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y and documents of some rows of `block_size`; a row beyond the last one is all padding."""
+        """Return x, y and documents of these rows of `block_size`; a row after the last one is all padding."""
         packed = self.rows(block_size)
         x = np.zeros((len(rows), block_size), dtype=np.int64)
         y = np.full((len(rows), block_size), -1, dtype=np.int64)
         documents = np.zeros((len(rows), block_size), dtype=np.int64)
         for i, row in enumerate(rows.tolist()):
-            at = 0
+            start = 0
             for form in packed.members[slice(*packed.starts[row : row + 2])] if row < len(packed.starts) - 1 else ():
                 ids, targets = self.read_form(form, block_size + 1)
-                end = at + len(ids) - 1
-                x[i, at:end], y[i, at:end] = ids[:-1], targets[1:]
+                end = start + len(ids) - 1
+                x[i, start:end], y[i, start:end] = ids[:-1], targets[1:]
                 documents[i, end:] += 1
-                at = end
+                start = end
         return x, y, documents
 
 
 def pack(needs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items that need 1 to `size` places each, packed into rows of `size` by best fit, the largest item first.
+    """Pack items of length 1 to `size` (`needs`) into rows of `size` by best fit, the longest item first.
 
-    Row r holds the items members[starts[r] : starts[r + 1]]; returns starts and members.
+    Returns (starts, members): row r holds the items members[starts[r] : starts[r + 1]].
     """
-    rows, free = [], [[] for _ in range(size + 1)]  # the rows with so many places left
-    open_sizes = 0  # bit n is set where there are rows with n places left
+    rows, free = [], [[] for _ in range(size + 1)]  # free[n]: the rows with n places left
+    open_sizes = 0  # bit n is set if free[n] is not empty
     for item in np.argsort(-needs, kind="stable").tolist():
         need = int(needs[item])
         row, left = len(rows), size
         if fitting := open_sizes >> need:
-            left = need + (fitting & -fitting).bit_length() - 1  # the fewest that suffice
+            left = need + (fitting & -fitting).bit_length() - 1  # best fit: the lowest set bit
             row = free[left].pop()
             if not free[left]:
                 open_sizes ^= 1 << left
@@ -217,23 +219,23 @@ def pack(needs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Either of the two
+# Either kind
 
 
 def samples_per_epoch(tokens: "Tokens", block_size: int) -> int:
-    """How many windows, or rows of conversations, of `block_size` tokens an epoch of the split has."""
+    """Return the number of windows, or rows of conversations, of `block_size` tokens in one epoch of the split."""
     if tokens.conversations is None:
         return split_windows(tokens, block_size)
     if n := len(tokens.conversations.rows(block_size).starts) - 1:
         return n
     raise UserError(
-        f"no reply of the {tokens.name} split has its question in view within block_size={block_size}. "
-        "Use a larger --block_size, or give conversations with shorter questions."
+        f"block_size={block_size} leaves no room for a reply: every question of the {tokens.name} split fills it. "
+        "Use a larger --block_size, or conversations with shorter questions."
     )
 
 
 def sample(tokens: "Tokens", block_size: int, first: int, count: int, seed: int) -> tuple:
-    """Samples first, ..., first + count - 1 of the endless shuffled stream, as (x, y, documents): see the module."""
+    """Return samples first, ..., first + count - 1 of the endless shuffled stream as a batch (x, y, documents)."""
     n = samples_per_epoch(tokens, block_size)
     if tokens.conversations is not None:
         return tokens.conversations.read_rows(_shuffled(first, count, n, seed)[0], block_size)
@@ -241,8 +243,9 @@ def sample(tokens: "Tokens", block_size: int, first: int, count: int, seed: int)
 
 
 def in_order(tokens: "Tokens", block_size: int, first: int, count: int) -> tuple:
-    """The windows or rows first, ..., first + count - 1 of the split in order, as (x, y, documents); those beyond the
-    last one are all padding."""
+    """Return windows or rows first, ..., first + count - 1 of the split in order as a batch (x, y, documents).
+
+    Windows or rows after the last one are all padding."""
     if tokens.conversations is not None:
         return tokens.conversations.read_rows(np.arange(first, first + count), block_size)
     return _numbered(tokens, *sequential_windows(tokens, block_size, first, count))
@@ -254,19 +257,19 @@ def _numbered(tokens: "Tokens", x: np.ndarray, y: np.ndarray) -> tuple:
 
 
 def _shuffled(first: int, count: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the n windows or rows of an epoch the samples first, ..., first + count - 1 are, and the key of each
-    one's epoch."""
+    """Return, for samples first, ..., first + count - 1, their index among the epoch's n windows or rows, and the key
+    of their epoch."""
     epochs, ranks = np.divmod(np.arange(first, first + count), n)
     keys = _mix(_mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + epochs.astype(np.uint64))
     return permute(ranks, n, keys), keys
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """A pseudo-random bijection of [0, n) for each uint64 key, applied to `index`, without a table.
+    """Apply a pseudo-random permutation of [0, n), one for each uint64 key, to `index`, without storing a table.
 
-    A Feistel network over pairs (left, right) in a x b >= n: each round adds to one half a hash of the other, which can
-    be undone, so the network permutes the a x b pairs. A result outside [0, n) is sent through again until it falls
-    inside. With a x b this close to n that is rare.
+    A Feistel network over pairs (left, right) in a x b >= n: each round adds a hash of one half to the other. Rounds
+    are invertible, so the network permutes the a x b pairs. A result outside [0, n) goes through the network again
+    (cycle walking), which is rare because a x b is close to n.
     """
     a = np.uint64(np.ceil(np.sqrt(n)))
     b = np.uint64(-(-n // int(a)))
@@ -289,7 +292,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Hash uint64 to uint64: the step of the generator splitmix64."""
+    """Hash uint64 to uint64: one step of the splitmix64 generator."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,16 +1,16 @@
-"""Conversations as tokens: a template turns messages into text with control tokens, and says which part is the reply.
+"""Conversations as tokens: a chat template turns messages into text with control tokens and delimits the replies.
 
     tokenizer.chat_template = choose_template(tokenizer)
-    ids, learned = render_to_learn(tokenizer, messages)     # for training: True where a reply, and its end, stands
+    ids, learned = render_to_learn(tokenizer, messages)     # for training: True for a reply and its end token
     conversations = forms_to_learn(tokenizer, messages)     # the same, also without the oldest turns
-    ids = render(tokenizer, messages)                       # for sampling: up to where the next reply begins
-    stop_ids(tokenizer)                                     # a reply ends with one of these
+    ids = render(tokenizer, messages)                       # for sampling: up to the start of the next reply
+    stop_ids(tokenizer)                                     # the tokens that end a reply
 
-A message is a dict {"role": "system" | "user" | "assistant", "content": "..."}; other fields, such as "tool_calls",
-reach the template too. acorn/data/records.py reads messages from their published forms. A template is Jinja text in
-the form of Hugging Face's `chat_template`, so that those of published checkpoints work, and ours work there. It travels
-inside the tokenizer's dict, and so inside a dataset and a checkpoint. Only the template writes control tokens: the name
-of one that stands in a message stays text. (In a reply, the marks of thinking are those tokens.)
+A message is a dict {"role": "system" | "user" | "assistant", "content": "..."}. The template gets its other fields too,
+such as "tool_calls". acorn/data/records.py reads messages from published data formats. A template is Jinja text in the
+format of Hugging Face's `chat_template`, so templates work in both directions. It is stored in the tokenizer's dict,
+and therefore in datasets and checkpoints. Only the template writes control tokens: the name of a control token inside a
+message stays text. (Exception: in a reply, the tokens that mark thinking, such as "<think>", are control tokens.)
 """
 
 import functools
@@ -24,7 +24,7 @@ from acorn.data import sandbox
 from acorn.data.records import Conversation
 from acorn.data.tokenizer import Tokenizer
 
-# "User:", a line break and the message; a reply ends with end of text. It needs no control token but that one.
+# "User:", a line break and the message; a reply ends with the end-of-text token, the only control token it needs.
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
     "{{ message['role'] | capitalize }}{{ ':\\n' }}{{ message['content'] }}"
@@ -37,59 +37,60 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
-BREAK = "\ufdd0"  # a noncharacter, which no text has; it keeps names of control tokens in messages apart from real ones
-PROBE = "\ufdd1"  # another one, which stands for a reply
-NEEDED = ("tools", "tool_calls", "documents")  # without which a conversation would mean something else
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field, as transformers has it
+BREAK = "\ufdd0"  # a noncharacter, absent from real text; inserted into names of control tokens that messages contain
+PROBE = "\ufdd1"  # another noncharacter, the placeholder for a reply
+NEEDED = ("tools", "tool_calls", "documents")  # dropping one would change the meaning of the conversation
+REASONING = ("reasoning_content", "reasoning", "thinking")  # synonyms for one field, as in transformers
 RESERVED = {"messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
-NO_PLACE = "the chat template has no place for {}, which would be lost; give another --template"
+NO_PLACE = "the chat template does not render {}, so it would be lost. Choose another --template."
 REWRITTEN = (
-    "the chat template writes the beginning of a conversation differently once more follows, so it cannot be told what "
-    "the reply is; give conversations of one reply, or another --template"
+    "the chat template changes earlier turns when later turns are added, so its replies cannot be located. Use "
+    "conversations with one reply each, or choose another --template."
 )
 
 
 class RewrittenHistory(UserError):
-    """The template renders the beginning of a conversation differently once more turns follow."""
+    """The template renders earlier turns differently when later turns are added."""
 
 
 def choose_template(tokenizer: Tokenizer) -> str:
-    """The template that the tokenizer carries, else ChatML where it has those control tokens, else the plain one.
-    Raises UserError where no turn could be ended, since there are no control tokens."""
+    """Return the tokenizer's own template, else ChatML if it has ChatML's control tokens, else the plain template.
+    Raises UserError if the tokenizer has no control token that could end a reply."""
     if tokenizer.chat_template:
         return tokenizer.chat_template
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.control.keys():
         return CHATML
     if tokenizer.eot is None:
         raise UserError(
-            f"the {tokenizer.kind} tokenizer has no end-of-text token to end a reply with; prepare conversations with "
-            "--tokenizer gpt2, byte, bpe:8192, or that of a chat model"
+            f"the {tokenizer.kind} tokenizer has no end-of-text token to end a reply with. Prepare the conversations "
+            "with --tokenizer gpt2, byte, bpe:8192, or the tokenizer of a chat model."
         )
     return PLAIN
 
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
-    """The ids of a conversation up to where the next reply begins: int32, one dimension. They are those that stand
-    before this reply in `render_to_learn`, and in `forms_to_learn`."""
+    """Return the ids of a conversation up to the start of the next reply: int32, one dimension. They equal the ids that
+    precede this reply in `render_to_learn` and in `forms_to_learn`."""
     whole = _fill_in(tokenizer, messages, True)
     try:
         parts = _parts(tokenizer, messages, True)
-    except UserError:  # it rewrites history, or cannot be learned: then no part of it is what the model saw before
+    except UserError:  # the template rewrites history or cannot be learned: training has no parts to match
         parts = [(whole, False)]
     return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
 
 
 def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a whole conversation (int32), and which of them are to be learned (bool), both of one dimension: the
-    assistant's replies, each up to the control token that ends it, but for those with `"learn": False`. Raises
-    UserError where the template ends a reply without one, leaves the replies out, or writes a turn differently once
-    others follow."""
+    """Return the ids of a whole conversation (int32) and a mask of the learned ones (bool), both of one dimension.
+
+    Learned are the assistant's replies, each up to and including the control token that ends it, except replies with
+    `"learn": False`. Raises UserError if the template ends a reply without a control token, leaves replies out, or
+    changes earlier turns when later turns are added."""
     _, ids, learned = zip(*_encoded_parts(tokenizer, messages), strict=True)
     return np.concatenate(ids), np.concatenate(learned)
 
 
 def _encoded_parts(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Text, ids and learned of each of the conversation's `_parts`."""
+    """Return (text, ids, learned) of each of the conversation's `_parts`."""
     parts = []
     for text, is_learned in _parts(tokenizer, messages, False):
         ids = _encode(tokenizer, text, bool(parts))
@@ -98,13 +99,14 @@ def _encoded_parts(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[str
 
 
 def forms_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """What is learned from a conversation, as pairs of ids and learned like those of `render_to_learn`, which end with
-    the last learned token. Each list has the forms of one training example: the whole first, then what the template
-    makes of it without the oldest turn, without the two oldest, and so on, as sampling shows a conversation that has
-    outgrown the block. What comes before the first user turn stays.
+    """Return the training examples of a conversation, each a list of its forms.
 
-    It is one example with all the replies; or, where the template rewrites history, so that a later reply does not see
-    an earlier one as it was learned, one example for each reply. Raises UserError as `render_to_learn` does."""
+    A form is a pair (ids, learned) as in `render_to_learn`, up to the last learned token. The first form is the whole
+    conversation; the next ones are rendered without the oldest turn, without the two oldest, and so on. Sampling drops
+    turns in the same way from a conversation longer than the block. Messages before the first user turn stay.
+
+    Usually one example holds all replies. If the template rewrites history, a later reply follows a different rendering
+    of the earlier ones; then each reply becomes its own example. Raises UserError as `render_to_learn` does."""
     ends = [i for i, message in enumerate(messages, 1) if _is_learned(message)]
     try:
         return [_forms(tokenizer, messages[: ends[-1]], _render_again(tokenizer, messages[: ends[-1]]))]
@@ -120,7 +122,7 @@ def _forms(tokenizer: Tokenizer, messages: list[dict], render_whole) -> list[tup
     for turn in turns:
         try:
             ids, learned = render_whole(tokenizer, messages[:first] + messages[turn:])
-        except UserError:  # some templates do not take what is left
+        except UserError:  # some templates reject the remaining messages
             if turn == first:
                 raise
             continue
@@ -132,14 +134,14 @@ def _forms(tokenizer: Tokenizer, messages: list[dict], render_whole) -> list[tup
 
 
 def _render_again(tokenizer: Tokenizer, messages: list[dict]):
-    """Return a function like `render_to_learn` for `messages` and for what is left of them without the oldest turns.
+    """Return a function like `render_to_learn` for `messages` and for `messages` without the oldest turns.
 
-    It reuses the ids behind the first reply's prompt where the template renders the same text there. A conversation of
-    n turns then takes O(n) renderings instead of O(n^2)."""
+    It reuses the ids after the first reply's prompt if the template renders the same text there. A conversation of n
+    turns then takes O(n) renderings instead of O(n^2)."""
     parts = _encoded_parts(tokenizer, messages)
     whole = "".join(text for text, _, _ in parts)
-    begins = np.cumsum([0, *(len(text) for text, _, _ in parts)])  # of each part, in the text
-    reply_begin = begins[max(k for k, (_, _, learned) in enumerate(parts) if learned.any())]  # of the last reply
+    begins = np.cumsum([0, *(len(text) for text, _, _ in parts)])  # the offset of each part in the text
+    reply_begin = begins[max(k for k, (_, _, learned) in enumerate(parts) if learned.any())]  # the last reply's offset
 
     def render_whole(tokenizer: Tokenizer, shown: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         if len(shown) == len(messages):
@@ -161,14 +163,15 @@ def _render_again(tokenizer: Tokenizer, messages: list[dict]):
 
 
 def _render_last_reply(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """As `render_to_learn`, but only the last reply is learned, after what `render` gives for the messages before."""
+    """Like `render_to_learn`, but only the last reply is learned; the ids before it come from `render`."""
     prompt, reply = render(tokenizer, messages[:-1]), _last_reply(tokenizer, messages)
     ids = _encode(tokenizer, reply[: _reply_length(tokenizer, reply)], True)
     return np.concatenate([prompt, ids]), np.arange(len(prompt) + len(ids)) >= len(prompt)
 
 
 def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
-    """The text of the last message behind the prompt for a reply. Raises UserError where it does not begin with it."""
+    """Return the text of the last message after the generation prompt. Raises UserError if the rendered conversation
+    does not begin with that prompt."""
     prompt, whole = _fill_in(tokenizer, messages[:-1], True), _fill_in(tokenizer, messages, False)
     if not whole.startswith(prompt):
         reply = _reply_without_system(tokenizer, messages)
@@ -178,26 +181,28 @@ def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
         shared = next((i for i, char in enumerate(prompt) if whole[i : i + 1] != char), 0)
         opening = prompt[min(len(before), shared) :] if prompt.startswith(before) else prompt[shared:]
         raise UserError(
-            f"the chat template opens a reply with {opening!r:.80}, and renders a finished reply without it. Sampling "
-            "and evaluation work; training would teach replies that begin otherwise than sampled ones do. Give each "
-            'reply its thinking as "reasoning_content" where the template keeps that, or train with another --template.'
+            f"the chat template opens a reply with {opening!r:.80} but renders a finished reply without it. Training "
+            "would therefore begin replies differently than sampling; sampling and evaluation work. To train, put each "
+            'reply\'s thinking into "reasoning_content" if the template renders that, or choose another --template.'
         )
     return whole[len(prompt) :]
 
 
 def _reply_without_system(tokenizer: Tokenizer, messages: list[dict]) -> str | None:
-    """The text of the last reply, found without the system message, None where there is none: some templates write the
-    system message into the last message only if that is the user's, so a finished reply has it no more."""
+    """Return the text of the last reply, rendered without the system message; None if there is no system message. Some
+    templates write the system message into the last user message only while no reply follows."""
     rest = Conversation([m for m in messages if m["role"] != "system"], getattr(messages, "extras", {}))
     return _last_reply(tokenizer, rest) if 1 < len(rest) < len(messages) else None
 
 
 def _reply_length(tokenizer: Tokenizer, reply: str) -> int:
-    """The length of the text of a reply up to the control token that ends it. Raises UserError where none does."""
+    """Return the length of a reply's text, including the control token that ends it. Raises UserError if none does."""
     ends = list(_any_of(tokenizer.control).finditer(reply))
     if not ends:
-        raise UserError("the chat template ends a reply without a control token of this tokenizer; choose another")
-    if len(ends) > 1:  # it may have others inside, as around a call, or the end of the whole text behind it
+        raise UserError(
+            "the chat template ends a reply without a control token of this tokenizer. Choose another --template."
+        )
+    if len(ends) > 1:  # others may be inside the reply, such as around a tool call, or after it, such as end of text
         stop = "".join(_stop_names(tokenizer))
         if stop and stop in reply:
             return reply.rindex(stop) + len(stop)
@@ -210,25 +215,26 @@ def _is_learned(message: dict) -> bool:
 
 
 def _around_content(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The text of a conversation of two messages before and after the content of the reply."""
+    """Return the text before and after the content of the reply in a conversation of two messages."""
     text = _fill_in(tokenizer, [_message("user", "?"), _message("assistant", PROBE)], False)
     before, found, after = text.rpartition(PROBE)
     if not found:
         raise UserError(
-            "the chat template leaves out what the assistant says, so nothing is to be learned; choose another"
+            "the chat template leaves out the assistant's messages, so there is nothing to learn. Choose another "
+            "--template."
         )
     return before, after
 
 
 def _stop_name(tokenizer: Tokenizer) -> str | None:
-    """The name of the control token that ends a reply, None where the template ends it with text."""
+    """Return the name of the control token that ends a reply; None if the template ends it with text."""
     return next(iter(_stop_names(tokenizer)), None)
 
 
 def _stop_names(tokenizer: Tokenizer) -> list[str]:
-    """The names of the control tokens that end a reply: the first one behind it, and those that end a text directly
-    behind that, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". What only stands at the end of a conversation is not one
-    of the latter."""
+    """Return the names of the control tokens that end a reply: the first one after it, and any end tokens that follow
+    immediately, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". A token that appears only at the end of a conversation
+    does not count."""
     talk = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
     _, found, after = _fill_in(tokenizer, talk, True).rpartition(PROBE)
     if not found or not _any_of(tokenizer.control).search(after):
@@ -242,8 +248,8 @@ def _stop_names(tokenizer: Tokenizer) -> list[str]:
 
 
 def as_content(tokenizer: Tokenizer, reply: str) -> str:
-    """The content of a message that the template renders as the text `reply`, which a model generated: without what
-    the template itself puts around a content, such as the space in "[/INST] Hello"."""
+    """Return the message content of `reply`, a text that a model generated. This removes what the template adds around
+    the content, such as the space in "[/INST] Hello"."""
     before, after = _around_content(tokenizer)
     prompt = _fill_in(tokenizer, [_message("user", "?")], True)
     before = before.removeprefix(prompt) if before.startswith(prompt) else ""
@@ -252,13 +258,13 @@ def as_content(tokenizer: Tokenizer, reply: str) -> str:
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a reply: of the control tokens that the template ends it with, and those that end a text."""
+    """Return the ids that end a reply: the control tokens that the template writes there, and those that end a text."""
     names = {_stop_name(tokenizer), _call_end(tokenizer)} - {None}
     return {tokenizer.control[name] for name in names} | tokenizer.ends
 
 
 def _call_end(tokenizer: Tokenizer) -> str | None:
-    """The name of the control token that ends a reply which calls a tool, None where the template has no calls."""
+    """Return the name of the control token that ends a reply with a tool call; None if the template has no calls."""
     if "tool_calls" not in tokenizer.chat_template:
         return None
     call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
@@ -271,8 +277,8 @@ def _call_end(tokenizer: Tokenizer) -> str | None:
 
 
 def check_learnable(tokenizer: Tokenizer) -> None:
-    """Raise UserError where the tokenizer's template cannot be learned, saying why. It may still do for sampling. Some
-    templates can be learned from replies that think, and from no others."""
+    """Raise UserError, with the reason, if the tokenizer's template cannot be used for training. It may still work for
+    sampling. Some templates can be learned only from replies with reasoning."""
     _around_content(tokenizer)
     question, reply = _message("user", "?"), _message("assistant", "!")
     try:
@@ -285,7 +291,7 @@ def check_learnable(tokenizer: Tokenizer) -> None:
 
 
 def unused_fields(tokenizer: Tokenizer, messages: list[dict]) -> set[str]:
-    """The names of the fields of messages that the template does not look at, so that they are left out."""
+    """Return the names of message fields that the template ignores."""
     names = {name for message in messages for name in message} - {"role", "content", "learn"}
     template = tokenizer.chat_template
     return {name for name in names if not any(other in template for other in {name, *REASONING * (name in REASONING)})}
@@ -296,9 +302,9 @@ def _message(role: str, content: str) -> dict:
 
 
 def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-    """The text of a conversation cut before and after each reply, with whether it is one that is learned. A reply is
-    what the text up to it, with the prompt for a reply, lacks of the text that has it: so every template is
-    understood."""
+    """Cut the text of a conversation before and after each reply; return (text, whether it is a learned reply) of each
+    part. A reply is the difference between the text that includes it and the text before it with a generation prompt.
+    This works for any template."""
     whole = _fill_in(tokenizer, messages, add_generation_prompt)
     parts, done = [], 0
     for i, message in enumerate(messages):
@@ -317,8 +323,8 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
 
 
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
-    """The template's text for the messages, in which a BREAK stands inside each name of a control token that comes from
-    a message."""
+    """Return the template's text for the messages, with a BREAK inside each name of a control token that comes from a
+    message."""
     template, extras = tokenizer.chat_template, getattr(messages, "extras", {})
     variables = _variables(template)
     extras = {name: value for name, value in extras.items() if name in variables or name in NEEDED}
@@ -326,7 +332,7 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
         if name not in template and (extras.get(name) or any(message.get(name) for message in messages)):
             raise UserError(NO_PLACE.format(name))
     text = _rendered(tokenizer, messages, extras, add_generation_prompt)
-    # OpenAI's form has a call's arguments as JSON text, of which most templates make JSON once more
+    # OpenAI's format has a call's arguments as JSON text, which most templates would encode as JSON a second time
     arguments = [function["arguments"] for function in _functions(messages) if _is_json(function.get("arguments"))]
     names = _any_of(tokenizer.control)
     if any(json.dumps(_broken(text_, names), ensure_ascii=False) in text for text_ in arguments):
@@ -346,7 +352,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
     import jinja2
 
     names = _any_of(tokenizer.control)
-    in_reply = _any_of(name for name in tokenizer.control if "think" not in name.lower())  # a reply may think
+    in_reply = _any_of(name for name in tokenizer.control if "think" not in name.lower())  # a reply may contain <think>
     conversation = [_broken(message, in_reply if message["role"] == "assistant" else names) for message in messages]
     if _takes_parts(tokenizer.chat_template):
         conversation = [_in_parts(message) for message in conversation]
@@ -359,13 +365,13 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
             **tokens | _broken(extras, names),
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"the chat template does not take this conversation ({error!s:.200})") from error
+        raise UserError(f"the chat template rejects this conversation ({error!s:.200})") from error
     return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in tokenizer.chat_template else text
 
 
 def _render_template(**arguments) -> str:
-    """What transformers' `render_jinja_template` makes of a conversation. A template that is not one of ours may loop
-    without end or fill the memory, so it runs in a process with limits."""
+    """Return the output of transformers' `render_jinja_template` for one conversation. A template that is not one of
+    ours may loop forever or exhaust memory, so it runs in a process with limits."""
     if arguments["chat_template"] not in TEMPLATES.values():
         return sandbox.render("the chat template", **arguments)
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -374,7 +380,7 @@ def _render_template(**arguments) -> str:
 
 
 def _broken(value, names: re.Pattern):
-    """A value for a template with a BREAK inside each of the `names` in its texts."""
+    """Return a value for a template with a BREAK inside each of the `names` in its strings."""
     if isinstance(value, str):
         return names.sub(lambda match: match[0][:1] + BREAK + match[0][1:], value.replace(BREAK, ""))
     if isinstance(value, dict):
@@ -384,7 +390,7 @@ def _broken(value, names: re.Pattern):
 
 @functools.lru_cache(16)
 def _takes_parts(template: str) -> bool:
-    """Whether a template loses content that is a text, and wants a list of parts, as those for images do."""
+    """Whether a template drops content that is a string and needs a list of parts, as multimodal templates do."""
 
     def keeps(messages: list[dict]) -> bool:
         try:
@@ -403,7 +409,7 @@ def _in_parts(message: dict) -> dict:
 
 
 def _functions(messages: list[dict]) -> list[dict]:
-    """The functions that messages call, each with its name and arguments."""
+    """Return the functions that messages call, each a dict with a name and arguments."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
     return [function for function in functions if isinstance(function, dict)]
@@ -419,18 +425,18 @@ def _is_json(value) -> bool:
 
 @functools.lru_cache(16)
 def _variables(template: str) -> frozenset[str]:
-    """The names by which a template may look at what it is given beside the messages: all its words but Jinja's own.
-    Jinja's parser would know better, but it computes constants such as 'a' * 10**10 while it does."""
+    """Return the names of variables that a template may use besides the messages: all its words except Jinja's own.
+    Jinja's parser would be exact, but it evaluates constants such as 'a' * 10**10 while parsing."""
     from jinja2.defaults import DEFAULT_NAMESPACE
 
     return frozenset(re.findall(r"[^\W\d]\w*", template)) - DEFAULT_NAMESPACE.keys() - RESERVED
 
 
 def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:
-    """The ids of a part that `_fill_in` made."""
+    """Return the ids of a part of a text from `_fill_in`; `continues` is True if text precedes it."""
     ids = [np.zeros(0, dtype=np.int32)]
     broken = _any_of(name[:1] + BREAK + name[1:] for name in tokenizer.control)
-    for i, part in enumerate(re.split(f"({broken.pattern})", text)):  # every second one is a broken name
+    for i, part in enumerate(re.split(f"({broken.pattern})", text)):  # every second part is a name with a BREAK
         for piece in [part.replace(BREAK, "")] if i % 2 else part.split(BREAK):
             if piece:
                 ids.append(tokenizer.encode_part(piece, continues, control=i % 2 == 0))
@@ -440,4 +446,4 @@ def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:
 
 def _any_of(names) -> re.Pattern:
     longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is found nowhere
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches

@@ -1,4 +1,4 @@
-"""Batches as tensors, read by a background thread while the device works on the ones before."""
+"""Batches as tensors, read by a background thread while the device computes on the previous ones."""
 
 import functools
 import itertools
@@ -15,26 +15,26 @@ from acorn.distributed.runtime import Runtime
 
 
 class Batch(NamedTuple):
-    """Sequences of tokens, all of shape (B, T) and int64."""
+    """Token sequences; every tensor is int64 of shape (B, T)."""
 
     x: Tensor  # inputs
     y: Tensor  # targets; -1 is masked
-    documents: Tensor | None  # the document of each token, numbered within its row; None: attention sees the whole row
+    documents: Tensor | None  # document number of each token within its row; None: attention spans the whole row
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on the device. A GPU copies it from pinned memory while the host goes on."""
+        """Return the batch on the device. The copy to a GPU, from pinned memory, is asynchronous."""
         non_blocking = device.type == "cuda"
         return Batch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in self))
 
 
 def make_batch(arrays: tuple, device: torch.device) -> Batch:
-    """A batch in host memory, pinned where `device` is a CUDA GPU, of arrays as in acorn/data/batches.py."""
+    """Return a batch in host memory, pinned for a CUDA `device`, from arrays as in acorn/data/batches.py."""
     to_tensor = pinned if device.type == "cuda" else torch.from_numpy
     return Batch(*(None if array is None else to_tensor(array) for array in arrays))
 
 
 def pinned(array: np.ndarray) -> Tensor:
-    """A copy of the array in pinned memory. numpy makes it in the calling thread; torch would start more threads."""
+    """Copy the array into pinned memory. numpy copies in the calling thread; torch would start more threads."""
     tensor = torch.empty_like(torch.from_numpy(array), pin_memory=True)
     tensor.numpy()[...] = array
     return tensor
@@ -49,10 +49,10 @@ def updates(
     micro_batch: int,
     position: int,
 ) -> Iterator[tuple[list[Batch], int]]:
-    """For each update from `position` on, without end: this process's micro-batches of `micro_batch` sequences, and
-    the number of targets in them that are not masked.
+    """Yield, for each update from `position` on, endlessly: this rank's micro-batches of `micro_batch` sequences, and
+    the number of their unmasked targets.
 
-    An update takes the next `n_sequences` sequences of the data. Its micro-batches go to the processes in turn.
+    An update consumes the next `n_sequences` sequences of the data. Ranks take its micro-batches in turn.
     """
     for start in itertools.count(position, n_sequences):
         batches, n_targets = [], 0
@@ -64,8 +64,8 @@ def updates(
 
 
 def prefetch(items: Iterator, device: torch.device) -> Iterator:
-    """The items. A background thread computes the next one while the caller uses the current one, and an exception is
-    raised where its item would be. If `device` is a CPU, no thread is used, since it would compete for the cores."""
+    """Yield the items. A background thread computes the next item while the caller uses the current one; its exceptions
+    are raised in place of the item. On a CPU `device` no thread is used, because it would compete for the cores."""
     if device.type == "cpu":
         yield from items
         return

@@ -1,7 +1,7 @@
-"""What a run trains on: one dataset, or several drawn from in fixed proportions, `dataset = 'fineweb:0.8,mycode:0.2'`.
+"""The training data: one dataset, or a mixture in fixed proportions, such as `dataset = 'fineweb:0.8,mycode:0.2'`.
 
-The stream of samples of a mixture is, like that of one dataset, a pure function of (seed, position): sample i belongs
-to one of the datasets, and is the next sample of that dataset's own shuffled stream (`batches.sample`).
+Like a dataset's, a mixture's stream of samples is a pure function of (seed, position): sample i comes from one of the
+datasets and is the next sample of that dataset's own shuffled stream (`batches.sample`).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ PART = re.compile(r"\s*(.+):([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*")  # NAME:PRO
 @dataclass
 class Mixture:
     datasets: list[Dataset]
-    shares: list[Fraction]  # of the samples that come from each dataset; together 1
+    shares: list[Fraction]  # fraction of the samples from each dataset; the sum is 1
 
     @property
     def path(self) -> str:
@@ -39,7 +39,7 @@ class Mixture:
         return self.datasets[0].vocab_size
 
     def identity(self) -> str:
-        """SHA-256 (hex) that tells mixtures apart, by their datasets and shares; of one dataset it is its own."""
+        """Return a SHA-256 (hex) that identifies the mixture by its datasets and shares; a single dataset's own."""
         if len(self.datasets) == 1:
             return self.datasets[0].identity()
         parts = [(dataset.identity(), str(share)) for dataset, share in zip(self.datasets, self.shares, strict=True)]
@@ -47,7 +47,7 @@ class Mixture:
 
     @property
     def has_documents(self) -> bool:
-        """Whether samples come with the numbers of their documents."""
+        """Whether samples include document numbers."""
         tokens = [dataset.train for dataset in self.datasets]
         return any(each.conversations is not None or each.document_mark is not None for each in tokens)
 
@@ -57,15 +57,16 @@ class Mixture:
         return any(dataset.train.mask is not None for dataset in self.datasets)
 
     def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple:
-        """Samples first, ..., first + count - 1 of the endless stream, as (x, y, documents): see acorn/data/batches.py.
-        Where only some of the datasets number documents, a window of another one is one document."""
+        """Return samples first, ..., first + count - 1 of the endless stream as a batch (x, y, documents): see
+        acorn/data/batches.py. If only some datasets number documents, a window of the others counts as one document.
+        """
         x = np.empty((count, block_size), dtype=np.int64)
         y = np.empty((count, block_size), dtype=np.int64)
         documents = np.zeros((count, block_size), dtype=np.int64) if self.has_documents else None
         drawn = np.array(list(origins(first, count, self.shares))).reshape(count, 2)
         for k, dataset in enumerate(self.datasets):
             rows = np.flatnonzero(drawn[:, 0] == k)
-            if len(rows):  # in the dataset's own stream they follow on each other
+            if len(rows):  # these samples are consecutive in the dataset's own stream
                 own = batches.sample(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
                 x[rows], y[rows] = own[:2]
                 if own[2] is not None:
@@ -74,11 +75,11 @@ class Mixture:
 
 
 def origins(first: int, count: int, shares: list[Fraction]) -> Iterator[tuple[int, int]]:
-    """For samples first, ..., first + count - 1: the dataset that each comes from, and its number in that one's stream.
+    """Yield, for samples first, ..., first + count - 1, the index of their dataset and their position in its stream.
 
-    The first dataset takes its share at even distances: of n samples it has had n * share, rounded. The next one takes
-    its part of those that are left in the same way, and so on. So however far a run has come, each dataset's count is
-    its share to within half the number of datasets, and it is computed from the position, not remembered.
+    The first dataset gets its share at even distances: round(n * share) of the first n samples. The next dataset gets
+    its part of the remaining samples in the same way, and so on. At any position, each dataset's count therefore
+    deviates from its share by at most half the number of datasets. It is computed from the position, without state.
     """
     parts, left = [], Fraction(1)
     for share in shares:
@@ -87,7 +88,7 @@ def origins(first: int, count: int, shares: list[Fraction]) -> Iterator[tuple[in
     for i in range(first, first + count):
         for k, part in enumerate(parts):
             taken, taken_next = _rounded(i, part), _rounded(i + 1, part)
-            if taken_next > taken:  # always so for the last dataset, whose part is 1
+            if taken_next > taken:  # always true for the last dataset, whose part is 1
                 yield k, taken
                 break
             i -= taken
@@ -100,9 +101,9 @@ def _rounded(n: int, part: Fraction) -> int:
 def load_mixture(spec: str, hashed: bool = True, document_mask: bool = False) -> Mixture:
     """Open the datasets of 'NAME:PROPORTION,NAME:PROPORTION,...', or the one that `spec` names.
 
-    Proportions count relative to their sum. A comma makes a mixture, and the last colon of a part ends its name, so
-    C:\\data\\mine and data/12:30 are plain names. Whatever is wrong, different tokenizers too, is a UserError. For
-    `hashed` see `load_dataset`, for `document_mask` `Dataset.mask_documents`.
+    Proportions are relative to their sum. Only a comma makes a mixture, and the last colon of a part ends its name, so
+    C:\\data\\mine and data/12:30 are plain names. Raises UserError if a dataset is missing or invalid, or if tokenizers
+    differ. For `hashed` see `load_dataset`, for `document_mask` see `Dataset.mask_documents`.
     """
     mixture = _load(spec, hashed)
     for dataset in mixture.datasets if document_mask else ():
@@ -118,19 +119,19 @@ def _load(spec: str, hashed: bool) -> Mixture:
     for text, part in zip(texts, parts, strict=True):
         if not part or not Fraction(part[2]):
             raise UserError(
-                f"dataset = {spec!r}: {text.strip()!r} should be a name and a proportion above 0, such as mine:0.2"
+                f"dataset={spec!r}: {text.strip()!r} should be NAME:PROPORTION with a proportion above 0, such as "
+                "mine:0.2"
             )
     datasets, weights = [load_dataset(part[1], hashed) for part in parts], [Fraction(part[2]) for part in parts]
     for i, dataset in enumerate(datasets):
         if dataset.path in [other.path for other in datasets[:i]]:
-            raise UserError(f"dataset = {spec!r} names {dataset.path} twice; give it one proportion")
-    one, *others = datasets
+            raise UserError(f"dataset={spec!r} names {dataset.path} twice. Give it one proportion.")
+    first, *others = datasets
     for other in others:
-        if tokenizer_hash(other.tokenizer) != tokenizer_hash(one.tokenizer):
+        if tokenizer_hash(other.tokenizer) != tokenizer_hash(first.tokenizer):
             raise UserError(
-                f"the datasets of a mixture must share one tokenizer, but that of {one.path} is {_describe(one)} and "
-                f"that of {other.path} {_describe(other)}; prepare one of them again with the other's, as in "
-                f"--tokenizer {one.path}"
+                f"the datasets of a mixture need the same tokenizer, but {first.path} has {_describe(first)} and "
+                f"{other.path} has {_describe(other)}. Prepare {other.path} again with --tokenizer {first.path}."
             )
     return Mixture(datasets, [weight / sum(weights) for weight in weights])
 

@@ -1,10 +1,10 @@
-"""A process with limits on time and memory, for the chat templates and tokenizer patterns in strangers' files.
+"""Run chat templates and tokenizer patterns from untrusted files in a process with limits on time and memory.
 
     text = sandbox.render("the chat template", conversations=..., chat_template=..., ...)
 
-Both can loop without end or fill the memory, inside libraries that cannot be interrupted. They run in a second process,
-which is kept for later calls. Each call may take SECONDS of processor time and, on Linux, MEMORY bytes of new address
-space. If a call exceeds a limit, that process ends and the call raises UserError. Windows has only the timeout WAIT.
+Both can loop forever or exhaust memory, inside libraries that cannot be interrupted. They run in a worker process that
+later calls reuse. Each call may take SECONDS of CPU time and, on Linux, MEMORY bytes of additional address space. If a
+call exceeds a limit, the worker exits and the call raises UserError. On Windows, only the timeout WAIT applies.
 """
 
 import contextlib
@@ -19,25 +19,26 @@ import time
 
 from acorn import REPO, UserError
 
-SECONDS = 5  # of processor time; a conversation takes milliseconds
-WAIT = 60  # seconds; the timeout of a call, for a busy machine or a system without such limits
+SECONDS = 5  # CPU time of one call; a conversation takes milliseconds
+WAIT = 60  # seconds of wall-clock time per call, for a busy machine or a system without the other limits
 MEMORY = 1 << 30  # bytes
 LONGEST = 1 << 26  # characters of a rendered conversation
-RUN = 1 << 16  # length of the runs of one character that patterns are tried on
+RUN = 1 << 16  # length of the runs of one character that patterns are tested on
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
 _worker, _lock = None, threading.Lock()
 
 
 def render(what: str, **arguments) -> str:
-    """`transformers.utils.chat_template_utils.render_jinja_template` of one conversation, with JSON-able arguments.
-    Raises UserError, which calls the template `what`, where it fails or exceeds the limits."""
+    """Return the output of transformers' `render_jinja_template` for one conversation. The arguments must be
+    JSON-serializable. Raises UserError, in which `what` names the template, if it fails or exceeds a limit."""
     return _call(what, "render", arguments)
 
 
 def check_patterns(what: str, normalizer: dict | None, pre_tokenizer: dict | None) -> None:
-    """Try these parts of a tokenizer.json on long runs of letters, spaces and other characters. Raises UserError if
-    they fail or exceed the limits, as regular expressions of quadratic or exponential time do."""
+    """Test these parts of a tokenizer.json on long runs of letters, spaces and other characters. Raises UserError, in
+    which `what` names the file, if they fail or exceed a limit: regular expressions can take quadratic or exponential
+    time."""
     _call(what, "check_patterns", dict(normalizer=normalizer, pre_tokenizer=pre_tokenizer))
 
 
@@ -46,10 +47,10 @@ def check_patterns(what: str, normalizer: dict | None, pre_tokenizer: dict | Non
 
 
 class _Worker:
-    """The process with limits, and a thread that collects its answers, one JSON object a line."""
+    """The worker process, and a thread that collects its answers, one JSON object per line."""
 
     def __init__(self):
-        # sys.path[0] would be the working directory, whose modules must not be imported
+        # otherwise sys.path[0] is the working directory, whose modules must not be imported
         start = f"import sys; sys.path[0] = {str(REPO)!r}; from acorn.data import sandbox; sandbox.serve()"
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         env = os.environ | ONE_THREAD | {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -68,7 +69,7 @@ class _Worker:
         self.answers.put(None)
 
     def ask(self, request: bytes) -> dict | None:
-        """The answer to a request; None if the process ended or the timeout passed."""
+        """Return the answer to a request; None if the process ended or the timeout passed."""
         try:
             rest = memoryview(request)
             while rest:
@@ -87,7 +88,7 @@ class _Worker:
 def _call(what: str, task: str, arguments: dict) -> str:
     global _worker
     with _lock:
-        if _worker is None or _worker.owner != os.getpid():  # a forked process does not share its parent's
+        if _worker is None or _worker.owner != os.getpid():  # a forked process must not share its parent's worker
             _worker = _Worker()
         answer = _worker.ask(json.dumps([task, arguments, SECONDS]).encode() + b"\n")
         if answer is None:
@@ -95,7 +96,7 @@ def _call(what: str, task: str, arguments: dict) -> str:
             _worker = None
     if answer is None:
         raise UserError(
-            f"{what} takes more than {SECONDS} s of processor time or {MEMORY >> 30} GB of memory; use another one"
+            f"{what} takes more than {SECONDS} s of CPU time or {MEMORY >> 30} GB of memory. Use another one."
         )
     if "error" in answer:
         raise UserError(f"{what} {answer['error']}")
@@ -103,33 +104,33 @@ def _call(what: str, task: str, arguments: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The process with limits
+# The worker process
 
 
 def serve() -> None:
-    """Answer the requests on standard input, one JSON array a line, until it is closed."""
+    """Answer the requests on standard input, one JSON array per line, until it is closed."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # libraries may print
+    os.dup2(2, 1)  # libraries may print to stdout, which carries the answers
     for line in sys.stdin.buffer:
         task, arguments, seconds = json.loads(line)
         run, failed = {
-            "render": (_render, "does not take this conversation"),
-            "check_patterns": (_check_patterns, "fails on a text of one character, repeated"),
+            "render": (_render, "rejects this conversation"),
+            "check_patterns": (_check_patterns, "fails on a text that repeats one character"),
         }[task]
         try:
             answer = {"value": run(seconds, **arguments)}
         except MemoryError:
-            answer = {"error": f"takes more than {MEMORY >> 30} GB of memory; use another one"}
+            answer = {"error": f"takes more than {MEMORY >> 30} GB of memory. Use another one."}
         except RecursionError:
-            answer = {"error": "is nested too deeply; use another one"}
-        except BaseException as error:  # among them a panic in Rust, which is no Exception
+            answer = {"error": "is nested too deeply. Use another one."}
+        except BaseException as error:  # a panic in Rust is not an Exception
             answer = {"error": f"{failed} ({str(error) or type(error).__name__:.200})"}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
 
 def _limit(seconds: int) -> None:
-    """Set the limits of a call, as far as the system supports them."""
+    """Set the limits of a call that the system supports."""
     try:
         import resource
     except ImportError:  # Windows
@@ -154,7 +155,7 @@ def _render(seconds: int, **arguments) -> str:
     _limit(seconds)
     text = render_jinja_template(**arguments)[0][0]
     if len(text) > LONGEST:
-        raise ValueError(f"it makes a text of {len(text):,} characters")
+        raise ValueError(f"the result has {len(text):,} characters, more than {LONGEST:,}")
     return text
 
 
@@ -162,7 +163,7 @@ def _check_patterns(seconds: int, normalizer: dict | None, pre_tokenizer: dict |
     import tokenizers
 
     _limit(seconds)
-    model = {"type": "BPE", "vocab": {}, "merges": []}  # only the patterns can take more than linear time
+    model = {"type": "BPE", "vocab": {}, "merges": []}  # an empty model: only the patterns can be slower than linear
     parts = dict(added_tokens=[], normalizer=normalizer, pre_tokenizer=pre_tokenizer, model=model)
     backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **parts}))
     for char in "a !1\n\té字":

