@@ -1,17 +1,17 @@
-"""Text goes in, token shards come out: `python prepare CORPUS [options]`.
+"""Turn text into token shards: `python prepare CORPUS [options]`.
 
-Every module here is a corpus, but `pipeline` (documents -> shards), `reading` (files -> documents) and `inspection`. A
-new corpus is a new file:
+Every module here is a corpus, except `pipeline` (documents -> shards), `reading` (files -> documents), `encoding`
+(character encodings) and `inspection`. To add a corpus, add a file with:
 
-    the first line of its docstring   says what it is
-    TOKENIZER                         its default tokenizer
-    documents(args)                   an iterable of documents, which can be gone through more than once: str, or an
-                                      iterable of str, block by block, for what is too long to be held whole
-    add_arguments(parser)             options of its own, where it has any
-    VAL_FRACTION                      where its default is not 0.1
-    default_name(args)                where that is not the name of the module
+    the first line of its docstring   a description
+    TOKENIZER                         the default tokenizer
+    documents(args)                   a re-iterable of documents: str, or an iterable of str blocks for documents too
+                                      long for memory
+    add_arguments(parser)             optional: options of this corpus
+    VAL_FRACTION                      optional: the default of --val_fraction, otherwise 0.1
+    default_name(args)                optional: the default name of the dataset, otherwise the module's name
 
-Files and hub datasets can also say where they are, so that a stopped preparation need not read all again; and a corpus
-may come with a validation split: see `pipeline.prepare` and `pipeline.Document`. One that is not made of documents
-(`chat`) has `prepare(args, out, ...)` in place of `documents`.
+A corpus can support bookmarks, so that an interrupted preparation does not read everything again, and can have its own
+validation split: see `pipeline.prepare` and `pipeline.Document`. A corpus that does not consist of documents (`chat`)
+has `prepare(args, out, ...)` instead of `documents`.
 """

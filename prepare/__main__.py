@@ -12,10 +12,10 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as `python prepare`: the first entry is this folder, the imports are from the one above
+if not __package__:  # run as `python prepare`: sys.path[0] is this folder, but imports start at its parent
     sys.path[0] = str(ROOT)
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: its threads spin beside the tokenizer's, idle
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would compete with the tokenizer's
 
 import acorn  # noqa: E402
 import prepare  # noqa: E402
@@ -31,12 +31,12 @@ CORPORA = [
     if module.name not in ("__main__", "encoding", "inspection", "pipeline", "reading")
 ]
 
-# of every corpus; by the others its text can be read again
+# options of every corpus; meta.json records all other options, so that the text can be read again
 OPTIONS = "corpus tokenizer new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a command
+    sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot encode must not be an error
     try:
         prepare_corpus(sys.argv[1:])
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def prepare_corpus(argv: list[str]) -> None:
     corpora, broken = {}, {}
     if argv and argv[0] in CORPORA:
         corpora[argv[0]] = load_corpus(argv[0])
-    elif not argv or argv[0] != "inspect":  # the list of all
+    elif not argv or argv[0] != "inspect":  # load all, for the help
         for name in CORPORA:
             try:
                 corpora[name] = load_corpus(name)
@@ -62,8 +62,8 @@ def prepare_corpus(argv: list[str]) -> None:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--"), options, 1)
         hint = f"did you mean {near[0]}?" if near else f"`python prepare {args.corpus} --help` lists the options"
         if not unknown[0].startswith("-"):
-            hint = "files stand together, before the options"
-        raise UserError(f"prepare {args.corpus} does not know what to do with {unknown[0]}; {hint}")
+            hint = "put all files together, before the options"
+        raise UserError(f"prepare {args.corpus} does not accept {unknown[0]}; {hint}")
 
     if args.corpus == "inspect":
         from prepare import inspection
@@ -73,14 +73,14 @@ def prepare_corpus(argv: list[str]) -> None:
     corpus = corpora[args.corpus]
     name = args.name or (corpus.default_name(args) if hasattr(corpus, "default_name") else args.corpus)
     if name in (".", "..") or os.path.basename(name) != name:
-        raise UserError(f"the name '{name}' is a path; give a plain --name, and the place with --out DIR")
-    if set(name) & set(",:\n\r\0"):  # a mixture would read them otherwise
-        raise UserError(f"the name {name!r} has a comma, a colon or a line break; give a plain --name")
+        raise UserError(f"the name '{name}' is a path. Use a plain --name, and choose the folder with --out DIR.")
+    if set(name) & set(",:\n\r\0"):  # these have a meaning in the names of mixtures
+        raise UserError(f"the name {name!r} contains a comma, a colon or a line break. Choose another --name.")
     out = Path(args.out) if args.out else Path("data") / name
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, not a folder; choose another place with --out")
-    if (out / "meta.json").exists() and not args.overwrite:  # said before a download or a long read
-        raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
+        raise UserError(f"{out} is a file, not a folder. Choose another folder with --out.")
+    if (out / "meta.json").exists() and not args.overwrite:  # checked before a download or a long read
+        raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
 
     description = _first_line(corpus)
     arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
@@ -88,7 +88,7 @@ def prepare_corpus(argv: list[str]) -> None:
     tokenizer = tokenizer_of(args.tokenizer)
     if args.new_tokens:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
-    if hasattr(corpus, "prepare"):  # not one of documents
+    if hasattr(corpus, "prepare"):  # a corpus that does not consist of documents
         meta = corpus.prepare(args, out, name=name, tokenizer=tokenizer, source=source)
         print(printable(summary(meta, out, str(out) if args.out else name, args.tokenizer)))
         return
@@ -109,7 +109,7 @@ def prepare_corpus(argv: list[str]) -> None:
 
 
 def load_corpus(name: str) -> types.ModuleType:
-    """The module of a corpus. Raises UserError, with its file and what is wrong, where it is not complete."""
+    """Import the module of a corpus. Raises UserError, with its file and line, if it fails or lacks a part."""
     file = Path(importlib.util.find_spec(f"prepare.{name}").origin)
     where = f"prepare/{file.name}"
     try:
@@ -117,35 +117,35 @@ def load_corpus(name: str) -> types.ModuleType:
     except (Exception, SystemExit) as error:
         line = settings.line_of(error, file)
         reason = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
-        raise UserError(f"{where}{f', line {line}' if line else ''} does not run: {reason}") from error
-    has = {
+        raise UserError(f"{where}{f', line {line}' if line else ''} cannot be imported: {reason}") from error
+    parts = {
         "a docstring": (corpus.__doc__ or "").strip(),
         "TOKENIZER (a name, such as 'gpt2')": isinstance(getattr(corpus, "TOKENIZER", None), str),
         "documents(args)": callable(getattr(corpus, "documents", getattr(corpus, "prepare", None))),
     }
-    if missing := [part for part, there in has.items() if not there]:
-        raise UserError(f"{where} lacks {' and '.join(missing)}; prepare/__init__.py says what a corpus has")
+    if missing := [part for part, present in parts.items() if not present]:
+        raise UserError(f"{where} lacks {' and '.join(missing)}. prepare/__init__.py describes the parts of a corpus.")
     try:
         _parser({name: corpus})
     except Exception as error:
         line = settings.line_of(error, file)
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where}{f', line {line}' if line else ''}: its options fail: {reason}") from error
+        raise UserError(f"{where}{f', line {line}' if line else ''}: add_arguments fails: {reason}") from error
     return corpus
 
 
 def tokenizer_of(name: str) -> str | Tokenizer:
-    """A kind of tokenizer, or the tokenizer itself: of a Hugging Face checkpoint, of a tokenizer.json, of a
-    dataset, of a run's newest checkpoint."""
+    """Return the name of a kind of tokenizer unchanged; otherwise load the tokenizer of a Hugging Face checkpoint, a
+    tokenizer.json, a dataset, or a run's newest checkpoint."""
     if name == "bpe" and not Path(name).exists():
-        raise UserError("--tokenizer bpe lacks the size of its vocabulary; give it, as in --tokenizer bpe:8192")
+        raise UserError("--tokenizer bpe lacks the size of its vocabulary. Add it, such as --tokenizer bpe:8192.")
     if name.startswith("bpe:"):
-        tokenizers.bpe_size(name)  # said before a long read
+        tokenizers.bpe_size(name)  # checked before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
     states = _states(name)
     if (Path(name) / "config.json").exists() or not Path(name).exists():
-        from acorn import checkpoint  # imports torch, which takes seconds
+        from acorn import checkpoint  # imported here because it imports torch
         from acorn.checkpoint import huggingface
 
         published = (Path(name) / "config.json").exists() or checkpoint.is_on_hub(name)
@@ -166,36 +166,38 @@ def tokenizer_of(name: str) -> str | Tokenizer:
         near = difflib.get_close_matches(name, KINDS, 1)
         raise UserError(
             f"--tokenizer {name} is neither {', '.join(KINDS)} or bpe:8192, nor a tokenizer.json, nor a dataset, nor "
-            f"the out_dir of a run with a checkpoint{f'; did you mean {near[0]}?' if near else ''}"
+            f"the out_dir of a run with a checkpoint.{f' Did you mean {near[0]}?' if near else ''}"
         ) from error
 
 
 def _states(source: str) -> list[Path]:
-    """The state.json of each checkpoint in an out_dir, the newest last, or of a step folder."""
+    """Return the state.json files of the checkpoints in an out_dir, the newest last, or of a step folder."""
     states = sorted(Path(source).glob("step_*/state.json"), key=lambda path: (len(path.parent.name), path))
     own = Path(source) / "state.json"
     return [own] if own.is_file() else states
 
 
 def _block_size(source: str) -> int:
-    """The block_size of a run, by its out_dir, step folder or ckpt.pt."""
+    """Return the block_size of a run from its out_dir, step folder or ckpt.pt."""
     from acorn import checkpoint
 
     return checkpoint.open_model(source).model.config.block_size
 
 
 def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
+    """Return the tokenizer with new control tokens. Raises UserError for a kind that cannot be extended."""
     if tokenizer == "gpt2":
         tokenizer = tokenizers.get_tokenizer("gpt2")
     if isinstance(tokenizer, str):
         raise UserError(
-            f"--new_tokens cannot be added to --tokenizer {tokenizer}; they can to gpt2, and to the tokenizer of a "
-            "checkpoint, or of a dataset that was prepared with bpe:8192"
+            f"--new_tokens cannot be added to --tokenizer {tokenizer}. Use gpt2, or the tokenizer of a checkpoint or "
+            "of a dataset prepared with bpe:8192."
         )
     return tokenizers.add_tokens(tokenizer, names)
 
 
 def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
+    """Return what `prepare` prints at the end: counts, and a command that trains on the dataset."""
     train, val = meta["train"], meta["val"]
     tokens, size = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
     kind = meta["tokenizer"]["kind"]
@@ -205,24 +207,24 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/quickstart.py"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
-        published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # on the hub
+        published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # a name on the hub
         if published or (Path(tokenizer) / "config.json").exists():
             config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
             words = f"{config} --init_from={shlex.quote(tokenizer)} {words}"
-        elif _states(tokenizer) or Path(tokenizer).suffix == ".pt":  # a run whose weights go on
+        elif _states(tokenizer) or Path(tokenizer).suffix == ".pt":  # a run to fine-tune
             words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
             block_size = _block_size(tokenizer)
-            words += f" --block_size={block_size}" if block_size < 256 else ""  # of the config
-            words += " --document_mask=False" if kind == "char" else ""  # which has no end-of-text token
+            words += f" --block_size={block_size}" if block_size < 256 else ""  # 256 is the config's block_size
+            words += " --document_mask=False" if kind == "char" else ""  # char has no end-of-text token
         else:
             words = f"config/quickstart.py {words}"
         command = f"python train.py {words}"
     chat = []
     if "chat" in meta:
         learned = train["learned"] + val["learned"]
-        chat.append(f"to be learned    {learned:,} ({learned / tokens:.1%}), the replies")
+        chat.append(f"learned          {learned:,} tokens ({learned / tokens:.1%}): the replies")
         cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
-        chat.append(f"over-long        {cut:,} without their oldest turns, or the reply's end; {left_out:,} left out")
+        chat.append(f"too long         {cut:,} shortened (oldest turns or the reply's end); {left_out:,} left out")
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
@@ -254,49 +256,50 @@ def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.Arg
         add(
             "--tokenizer",
             default=corpus.TOKENIZER,
-            help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (learns so many tokens from the corpus), or a "
-            "tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
+            help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (trains a tokenizer of that size on the corpus), "
+            "or a tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
         )
         add(
             "--new_tokens",
             nargs="+",
             metavar="NAME",
-            help="control tokens to add to the tokenizer, such as '<|note|>'; a chat template writes them, and in a "
-            "document they stay text. A checkpoint with this tokenizer grows when it is trained on the dataset",
+            help="control tokens to add to the tokenizer, such as '<|note|>'. Only chat templates write them; in "
+            "documents their names stay text. Fine-tuning a checkpoint on the dataset extends its embedding",
         )
         add(
             "--val_fraction",
             type=float,
             default=getattr(corpus, "VAL_FRACTION", 0.1),
-            help="the part that is for validation, between 0 and 1; default: %(default)s",
+            help="the fraction of the text for validation, between 0 and 1; default: %(default)s",
         )
         add(
             "--val_by",
             choices=("end", "document"),
-            help="what that part is: the end of the corpus, or whole documents by a hash of their text; "
+            help="how to choose it: the end of the corpus, or whole documents by a hash of their text; "
             "default: end for fewer than 100 files, else document",
         )
-        add("--val_tokens", type=int, metavar="N", help="so many tokens at most for validation; the rest is trained on")
+        add("--val_tokens", type=int, metavar="N", help="at most N tokens for validation; the rest is for training")
         add("--name", help="the name of the dataset; default: " + _default_name(corpus, name))
-        add("--out", metavar="DIR", help="where to write it; default: data/NAME")
+        add("--out", metavar="DIR", help="the folder to write; default: data/NAME")
         add(
             "--shard_tokens",
             type=int,
             metavar="N",
             default=SHARD_TOKENS,
-            help="tokens in a shard; after each whole one a stopped preparation can go on; default: %(default)s",
+            help="tokens per shard; an interrupted preparation resumes after the last complete shard; default: "
+            "%(default)s",
         )
-        add("--overwrite", action="store_true", help="replace a dataset that is there already")
+        add("--overwrite", action="store_true", help="replace an existing dataset")
         add(
             "--errors",
             choices=("strict", "replace"),
             default="strict",
-            help="bytes that are not text in the file's encoding: refuse them, or replace them by U+FFFD and count "
-            "them; default: strict",
+            help="for bytes that are invalid in the file's encoding: strict stops with an error, replace turns them "
+            "into U+FFFD and counts them; default: strict",
         )
     for name, error in (broken or {}).items():
         subparsers.add_parser(name, help=f"broken: {error}".replace("%", "%%"))
-    if len(corpora) != 1:  # not for the one that was named
+    if len(corpora) != 1:  # no corpus was named
         _add_inspect(subparsers)
     return parser
 
@@ -324,10 +327,10 @@ def _default_name(corpus, name: str) -> str:
 
 def _unknown_corpus(name: str) -> str:
     if os.path.exists(name):
-        return f"'{name}' is a path, not a corpus; you want `python prepare text {shlex.quote(name)}`"
+        return f"'{name}' is a path, not a corpus. Use `python prepare text {shlex.quote(name)}`."
     near = difflib.get_close_matches(name, [*CORPORA, "inspect"], 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no corpus '{name}'; {hint}the corpora are {', '.join(CORPORA)}"
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"there is no corpus '{name}'. {hint}The corpora are {', '.join(CORPORA)}."
 
 
 if __name__ == "__main__":

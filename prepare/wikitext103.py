@@ -1,4 +1,4 @@
-"""WikiText-103: 28,000 good articles of Wikipedia, 540 MB, with its own validation split"""
+"""WikiText-103: 28,000 good and featured articles of Wikipedia, 540 MB, with its own validation split"""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ def documents(args: argparse.Namespace) -> hub.HubDocuments:
 
 
 def articles(lines: Iterator[str]) -> Iterator[str]:
-    """A row is a line; an article begins with ` = Title = `, its sections with ` = = Title = = `."""
+    """Join lines (the rows) into articles. An article begins with ` = Title = `, a section with ` = = Title = = `."""
     article = ""
     for line in lines:
         if re.fullmatch(r" = (?!=).* = \n", line):

@@ -561,7 +561,7 @@ def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
     assert Counter(y[y >= 0].tolist()) == Counter(learn["train"])
     inside = (y[:, :-1] >= 0) & (documents[:, :-1] == documents[:, 1:]) & (x[:, 1:] != 0)
     assert inside.any() and (y[:, :-1][inside] == x[:, 1:][inside]).all()
-    assert f"to be learned    {len(learn['train'] + learn['val']):,}" in capsys.readouterr().out
+    assert f"learned          {len(learn['train'] + learn['val']):,}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -702,9 +702,9 @@ def test_bad_options():
     for fraction in ("0", "1", "-0.1", "1.5", "nan"):
         fails("between 0 and 1", "text", "mine.txt", f"--val_fraction={fraction}")
     fails(r"--val-fraction; did you mean --val_fraction\?", "text", "mine.txt", "--val-fraction", "0.2")
-    fails("is a path; give a plain --name", "text", "mine.txt", "--name", "../x")
+    fails("is a path", "text", "mine.txt", "--name", "../x")
     fails("is a file, not a folder", "text", "mine.txt", "--out", "mine.txt")
-    fails(r"no corpus 'shakespear'; did you mean shakespeare\?", "shakespear")
+    fails(r"no corpus 'shakespear'\. Did you mean shakespeare\?", "shakespear")
     fails("python prepare text mine.txt", "mine.txt")
     assert not Path("data").exists()
 
@@ -713,7 +713,7 @@ def test_an_existing_dataset_stays_until_the_new_one_is_whole(monkeypatch):
     Path("mine.txt").write_text(TEXT)
     prepare("text", "mine.txt", "--tokenizer", "byte")
     before = {path.name: path.read_bytes() for path in Path("data/mine").iterdir()}
-    fails("already holds a dataset; give --overwrite", "text", "mine.txt")
+    fails("already holds a dataset", "text", "mine.txt")
     Path("bad.txt").write_bytes(b"\xff")
     fails("not UTF-8", "text", "bad.txt", "--name", "mine", "--overwrite")
     fails("too short", "text", "mine.txt", "--val_fraction=0.0001", "--name", "mine", "--overwrite")

@@ -516,7 +516,7 @@ def test_what_cannot_be_a_new_token_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(TEXT)
     for spec in ("char", "cl100k_base", "bpe:300"):
-        with pytest.raises(UserError, match=f"cannot be added to --tokenizer {spec}; they can to gpt2"):
+        with pytest.raises(UserError, match=f"cannot be added to --tokenizer {spec}\\. Use gpt2"):
             prepare_corpus(["text", "a.txt", "--tokenizer", spec, "--new_tokens", "<|x|>"])
     assert not (tmp_path / "data").exists()
 
@@ -537,7 +537,7 @@ def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
         ("bpe:99", "257 or more"),
         ("bpe", r"size.*--tokenizer bpe:\d+"),
         ("nothing", "neither char"),
-        ("gtp2", "did you mean gpt2"),
+        ("gtp2", "Did you mean gpt2"),
         ("a.json", "neither char"),
     ):
         with pytest.raises(UserError, match=message):
