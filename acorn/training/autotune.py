@@ -115,9 +115,7 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
             notes.append(note)
         torch.set_num_threads(1)  # thread_time counts one thread, without the time of other programs
         slowdown = bfloat16_slowdown()
-        dtypes = (
-            ["float32", "bfloat16"] if slowdown < 2 else ["float32"]
-        )  # an update in emulated bfloat16 takes seconds
+        dtypes = ["float32", "bfloat16"] if slowdown < 2 else ["float32"]  # emulated updates would take seconds
         attention = {dtype: choose_attention(config, dtype) for dtype in dtypes}
         updates = {dtype: update(model, tokens, dtype, attention[dtype]) for dtype in dtypes}
         dtype, times = fastest(updates, SECONDS, clock=time.thread_time)
