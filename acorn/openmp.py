@@ -1,8 +1,8 @@
-"""LLVM's OpenMP runtime in place of the GNU one that torch's Linux wheels bring.
+"""Use LLVM's OpenMP runtime instead of the GNU runtime in torch's Linux wheels.
 
-Threads of the GNU runtime spin while they wait for one another, and do not see that other programs need the cores: two
-runs side by side then take up to ten times as long each. LLVM's runtime yields when the cores are oversubscribed, and
-is as fast alone. Both execute the same loop schedule, so results are the same to the bit.
+GNU threads spin while they wait for each other, even when other programs need the cores. Two runs at the same time then
+take up to ten times as long each. LLVM's runtime yields when the cores are oversubscribed, and a single run is as fast.
+Both runtimes use the same loop schedule, so results are bit-identical.
 """
 
 import ctypes
@@ -10,17 +10,17 @@ import os
 import sys
 from pathlib import Path
 
-# a user who set one of these has chosen how threads wait
+# if the user set any of these, their choice of how threads wait is kept
 USER_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY", "LD_PRELOAD")
-SPIN_MILLISECONDS = 1  # covers the gap between two operations of an update; after that a thread sleeps
+SPIN_MILLISECONDS = 1  # covers the gap between two operations of an update; then a waiting thread sleeps
 
 
 def load() -> bool:
-    """Load LLVM's OpenMP runtime; return whether it is in use.
+    """Load LLVM's OpenMP runtime, and return whether it is in use.
 
-    It must come before torch: symbols that are global already take precedence when torch's libraries are linked. A
-    no-op outside Linux, where torch has another runtime, where the package is not installed, where torch is loaded
-    already, and where the user's environment says how threads wait.
+    This must run before torch is imported, because symbols that are already global take precedence when torch's
+    libraries are linked. It is a no-op outside Linux, if the package is not installed, if torch is already imported,
+    and if one of USER_SETTINGS is set.
     """
     if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in USER_SETTINGS):
         return False
@@ -31,6 +31,6 @@ def load() -> bool:
     try:
         openmp = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         openmp.kmp_set_blocktime(SPIN_MILLISECONDS)
-    except (OSError, AttributeError):  # built for another system
+    except (OSError, AttributeError):  # the library is built for another system
         return False
     return True

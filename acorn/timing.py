@@ -10,20 +10,20 @@ def fastest(
     margin: float = 1.05,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[str, dict[str, float]]:
-    """Return the name of the fastest candidate, and the time of each in seconds per call.
+    """Return the name of the fastest candidate, and the time of each candidate in seconds per call.
 
-    The candidates take turns, so that a change in the machine's speed affects all of them, and each counts with its
-    fastest call, which other processes disturb least. A candidate that is far behind is dropped early. No new round
-    starts after `seconds`; the candidates should be small enough that this allows several rounds.
+    The candidates take turns, so that a change in the machine's speed affects all of them. Each candidate's time is
+    that of its fastest call, which other processes disturb least. Candidates that are far behind are dropped early. No
+    new round starts after `seconds`; candidates should be small enough for several rounds.
 
-    The first candidate is the default: another one is chosen only if it is faster by the factor `margin`, so that
-    noise does not decide between equals. `clock` gives seconds; `time.thread_time` suits work on one thread, since it
-    does not count the time that other processes take.
+    The first candidate is the default. Another one is chosen only if it is faster by the factor `margin`, so that noise
+    does not decide between equals. `clock` returns seconds. `time.thread_time` suits single-threaded work, because it
+    does not count the time of other processes.
     """
     began = time.perf_counter()
-    # the first calls: caches fill, libraries load
+    # warm-up: the first calls fill caches and load libraries
     times = {name: seconds_per_call(work, clock) for name, work in candidates.items()}
-    # a first call may compile for some milliseconds; one that takes far longer than that is slow
+    # a first call may compile for a few milliseconds; a candidate that takes far longer is slow
     running = [name for name in times if times[name] <= max(10 * min(times.values()), seconds / 5)]
     warm = False
     while len(running) > 1 and time.perf_counter() - began < seconds:
@@ -37,7 +37,7 @@ def fastest(
 
 
 def seconds_per_call(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """The time of one call of `work`, in seconds."""
+    """Return the time of one call of `work`, in seconds."""
     began = clock()
     work()
     return clock() - began

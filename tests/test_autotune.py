@@ -69,7 +69,7 @@ def test_a_checkpoint_keeps_the_choice_on_its_own_machine_only(monkeypatch):
     monkeypatch.setattr(autotune, "measured", lambda *_: (autotune.fixed(torch.float32, SMALL, r.device), ["measured"]))
     before = dict(dtype="bfloat16", muon_dtype="float32", attention="plain", threads=1, machine=here)
     chosen, notes = autotune.choose("auto", SMALL, 4, True, r, before)
-    assert dataclasses.asdict(chosen) == before and "as before" in notes[0]
+    assert dataclasses.asdict(chosen) == before and "from the checkpoint" in notes[0]
     broken = [{"threads": 10**9}, {"dtype": "int8"}, {"more": 1}, {"threads": "2"}]
     for other in ({"machine": "cpu AVX9, 3 cores"}, *broken):
         chosen, notes = autotune.choose("auto", SMALL, 4, True, r, before | other)
@@ -99,4 +99,4 @@ def test_a_run_says_what_it_chose_and_resumes_with_it(dataset, tmp_path):
     saved = json.loads((tmp_path / "o/step_000040/state.json").read_text())["arithmetic"]
     again = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=41", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"dtype {saved['dtype']}, as before" in again.stdout
+    assert f"dtype {saved['dtype']} (from the checkpoint)" in again.stdout

@@ -35,7 +35,7 @@ def test_after_a_failed_collective_the_patience_is_short(three):
         three[0].beat()
         three[1].beat()
         lost = three[0].look()
-    assert "no sign of life from rank 2" in lost
+    assert "no heartbeat from rank 2" in lost
 
 
 def test_a_process_that_lives_and_stays_behind_is_named_and_a_slow_run_is_not(three):

@@ -26,7 +26,7 @@ def test_float16_on_a_cpu_becomes_float32_with_a_note():
 
 
 @pytest.mark.parametrize(
-    "device, word", [("cuda", "--device=auto"), ("cuda:7", "CUDA"), ("gpu", "none that torch knows")]
+    "device, word", [("cuda", "--device=auto"), ("cuda:7", "CUDA"), ("gpu", "unknown to torch")]
 )
 def test_a_device_that_is_not_there_is_refused(device, word):
     if torch.cuda.is_available() and device == "cuda":

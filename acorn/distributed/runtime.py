@@ -1,6 +1,6 @@
-"""The machine: which device, which precision, compiled or not, and the processes that train together.
+"""Device, precision, compilation, and communication between ranks.
 
-Everything that `auto` chooses comes with its reason, in a sentence that the run prints.
+The run prints every `auto` choice with its reason.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import torch
 from acorn import UserError
 from acorn.distributed import heartbeat
 
-# Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations a second, from the makers' data sheets.
-# The first name that stands in the device's own is its row.
+# Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations per second, from the vendors' data sheets.
+# The first key that is part of the device's name applies.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
@@ -46,69 +46,73 @@ PEAK_TFLOPS = {
 @dataclass
 class Runtime:
     device: torch.device
-    dtype: torch.dtype  # of matrix products; parameters stay in float32 while training
+    dtype: torch.dtype  # of matrix products; parameters stay in float32 during training
     compile: bool
     notes: list[str]  # what was chosen, and why
     rank: int = 0
     world_size: int = 1
-    fsdp: bool = False  # whether the processes hold a shard of the model each
+    fsdp: bool = False  # whether each rank holds a shard of the model
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
     @property
     def is_first_here(self) -> bool:
-        """Whether this process is the first on its machine, which checks what lies on that machine's disks."""
+        """Whether this is the first rank on its machine, the one that checks files on the machine's disks."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def autocast(self):
-        """The context in which the model runs forward. A sharded one sees to its precision itself."""
+        """Return the context for forward passes. FSDP sets the precision itself."""
         if self.dtype == torch.float32 or self.fsdp:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """The array on the device; to a GPU it is copied while the work that was queued before goes on."""
+        """Copy an array to the device. The copy to a GPU is asynchronous."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
     def peak_flops(self) -> float | None:
-        """Peak operations a second of all devices together at 16 bits; None where this table does not know."""
+        """Return the peak 16-bit operations per second of all devices together, or None if unknown."""
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
         return next((1e12 * peak * self.world_size for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` summed over the processes, in place. The host does not wait for a GPU, and CPU tensors do not pass
-        through one."""
+        """Sum `values` over all ranks in place, and return them.
+
+        The host does not wait for a GPU. CPU tensors are exchanged between the CPUs.
+        """
         if self.world_size > 1:
             torch.distributed.all_reduce(values, group=heartbeat.hosts if values.is_cpu else None)
         return values
 
     def gather(self, values: list[float]) -> list[list[float]]:
-        """`values` of every process, by rank."""
+        """Return the `values` of every rank, in the order of ranks."""
         if self.world_size == 1:
             return [values]
         own = torch.tensor(values, dtype=torch.float64)
-        everyones = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(everyones, own, group=heartbeat.hosts)
-        return torch.stack(everyones).tolist()
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, own, group=heartbeat.hosts)
+        return torch.stack(gathered).tolist()
 
     def broadcast(self, value: object) -> object:
-        """The `value` of the first process, in all of them."""
+        """Return rank 0's `value` on all ranks."""
         values = [value]
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
     def ask(self, holds: bool) -> Callable[[], bool]:
-        """Begin to ask all processes whether it holds in any of them. The function that is returned waits for their
-        answers, though not for their GPUs."""
+        """Start an asynchronous any-reduction of `holds` over all ranks.
+
+        Returns a function that waits for the other hosts (not for their GPUs) and returns the result.
+        """
         if self.world_size == 1:
             return lambda: holds
         answers = np.array([holds], dtype=np.int64)
@@ -121,18 +125,21 @@ class Runtime:
         return answer
 
     def agree(self, holds: bool) -> bool:
-        """Whether it holds in every process."""
+        """Return whether `holds` is true on every rank."""
         return not self.ask(not holds)()
 
     def average_gradients(self, model: torch.nn.Module) -> None:
-        """What DistributedDataParallel does in the last backward pass, done after it."""
+        """Average the gradients over all ranks, as DistributedDataParallel does during the last backward pass."""
         for p in model.parameters() if self.world_size > 1 else ():
             if p.grad is not None:
                 torch.distributed.all_reduce(p.grad)
                 p.grad /= self.world_size
 
     def fits(self, work: Callable, *arguments) -> bool:
-        """Do `work`, in which no process may wait for another; whether the memory of every process sufficed for it."""
+        """Run `work(*arguments)`, and return False if any rank ran out of memory.
+
+        `work` must not contain collectives: a rank that is out of memory would leave the others waiting.
+        """
         sufficed = True
         try:
             work(*arguments)
@@ -142,23 +149,25 @@ class Runtime:
             sufficed = False
         if self.agree(sufficed):
             return True
-        if self.device.type in ("cuda", "mps"):  # pieces of the larger size are of no use any more
+        if self.device.type in ("cuda", "mps"):  # cached blocks of the larger size are useless now
             getattr(torch, self.device.type).empty_cache()
         return False
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock that is read next tells the truth."""
+        """Wait for the device to finish, for example before reading a clock."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
 
 class Stopwatch:
-    """Adds up the time from each `start` to the next `stop`: on a GPU that of its stream, for which the host does not
-    wait."""
+    """Adds up the time from each `start` to the next `stop`.
+
+    On a GPU it measures the time of the stream with events, so the host does not wait.
+    """
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
-        self.spans: list[tuple] = []  # not added up yet
+        self.spans: list[tuple] = []  # not yet added to the total
         self.total = 0.0
 
     def start(self) -> None:
@@ -169,7 +178,7 @@ class Stopwatch:
         self._add_up()
 
     def take(self) -> float:
-        """Seconds since the last call; where the device has not come to the end of a span, the next call has it."""
+        """Return the seconds added since the last call. Spans that the device has not finished count next time."""
         self._add_up()
         total, self.total = self.total, 0.0
         return total
@@ -188,11 +197,11 @@ class Stopwatch:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use: on the GPU, or resident in this process on a CPU; 0 where unknown."""
+    """Return the peak memory in bytes: allocated on a GPU, resident in this process on a CPU, or 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss begins with what the process that started this one held
+    if status.exists():  # on Linux, ru_maxrss would start at the parent process's memory
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     try:
         import resource
@@ -201,15 +210,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # a process that has no others
+ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # for single-process work on a CPU
 
 
 def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", fsdp: bool = False) -> Runtime:
-    """Choose device and precision, and join the other processes where `torchrun` started several. `fsdp` says whether
-    the model is to be sharded among the processes. The dtype that `auto` gives on a CPU is float32, the exact one;
-    `autotune.measured` finds the fastest one for training.
+    """Choose device and precision, and join the process group if `torchrun` started several processes.
 
-    Raises UserError for a device that this machine or this torch does not have.
+    `fsdp` says whether to shard the model over the ranks. On a CPU, dtype "auto" gives float32, which is exact;
+    `autotune.measured` finds the fastest dtype for training.
+
+    Raises UserError for a device that this machine or this build of torch does not have.
     """
     notes = []
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -226,24 +236,24 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", f
         set_malloc(lean=fsdp and world_size > 1)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products, as nanoGPT allows it
+        torch.set_float32_matmul_precision("high")  # TF32 in float32 products, as in nanoGPT
     precision = choose_dtype(dtype, chosen, notes)
     if fsdp and world_size == 1:
-        notes.append("not sharded (fsdp: one process holds all of the model; torchrun starts several)")
+        notes.append("not sharded (fsdp has no effect with one process; start several with torchrun)")
     elif fsdp and precision == torch.float16:
-        raise UserError("fsdp = True does not go with float16, whose gradients are scaled; give --dtype=float32")
+        raise UserError("fsdp=True does not support float16, which needs gradient scaling. Use --dtype=float32.")
     elif fsdp:
-        notes.append("sharded among them")
+        notes.append("model sharded over them (fsdp)")
     compiled = choose_compile(compile, chosen, notes)
     return Runtime(chosen, precision, compiled, notes, rank, world_size, fsdp and world_size > 1)
 
 
 def set_malloc(lean: bool) -> None:
-    """Say to the C library, where it is glibc, what to do with the memory of freed tensors.
+    """Tell glibc's malloc how much freed memory to keep. A no-op with other C libraries.
 
-    It keeps pieces of up to 32 MB for the next ones. Otherwise they go back to the kernel, which clears them anew, page
-    by page, in each update: about a twelfth of the time. With `lean` only those of up to 1 MB are kept: between what a
-    sharded model gathers and lets go of, or blocks recompute, gaps would stay that take up as much as that saves.
+    By default it keeps blocks of up to 32 MB for reuse. Otherwise they return to the kernel, which clears their pages
+    again in each update, about a twelfth of the time. With `lean` it keeps only blocks of up to 1 MB: when FSDP gathers
+    and frees parameters, or blocks are recomputed, fragmentation would take up the memory that these save.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows, and other C libraries
         mallopt = ctypes.CDLL(None).mallopt
@@ -252,16 +262,16 @@ def set_malloc(lean: bool) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is one of the ways in which torch, its libraries and numpy say that memory is exhausted."""
+    """Return whether `error` is an out-of-memory error of torch, its libraries, or numpy."""
     words = ("out of memory", "allocate memory", "not enough memory", "memory object", "alloc_failed")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
 
 
 def leave(code: int) -> int:
-    """Part from the other processes and end with `code`; alone, only return it.
+    """Exit all ranks together with `code`. In a single process, only return `code`.
 
-    None goes while another still talks to it, and none takes its process group down piece by piece: a peer that does
-    so a moment earlier would make this one abort.
+    A barrier makes sure that no rank exits while another still communicates with it. os._exit skips the teardown of
+    the process group, in which a rank aborts if its peer is a moment earlier.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -279,39 +289,41 @@ def choose_device(device: str, notes: list[str]) -> torch.device:
             notes.append(f"device cuda (auto: {torch.cuda.get_device_name()})")
             return torch.device("cuda")
         if torch.backends.mps.is_available():
-            notes.append("device mps (auto: the GPU of this Mac)")
+            notes.append("device mps (auto: this Mac's GPU)")
             return torch.device("mps")
         notes.append(f"device cpu (auto: torch sees no GPU; {torch.get_num_threads()} threads)")
         return torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device = {device!r} is none that torch knows; use auto, cpu, cuda, cuda:1 or mps") from error
+        raise UserError(f"device={device!r} is unknown to torch. Use auto, cpu, cuda, cuda:1 or mps.") from error
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device = {device!r} is not supported; use auto, cpu, cuda, cuda:1 or mps")
+        raise UserError(f"device={device!r} is not supported. Use auto, cpu, cuda, cuda:1 or mps.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        raise UserError(f"device = {device!r}, but {why}; use --device=auto or --device=cpu")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device = {device!r}, but there are only {torch.cuda.device_count()} CUDA devices")
+        reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        raise UserError(f"device={device!r}, but {reason}. Use --device=auto or --device=cpu.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (n := torch.cuda.device_count()):
+        raise UserError(
+            f"device={device!r}, but this machine has {n} CUDA devices. Use --device=cuda:0 to cuda:{n - 1}."
+        )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device = 'mps', but this torch sees no Apple GPU; use --device=auto or --device=cpu")
+        raise UserError("device='mps', but torch sees no Apple GPU. Use --device=auto or --device=cpu.")
     notes.append(f"device {chosen}")
     return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dtype:
     if dtype == "float16" and device.type != "cuda":
-        notes.append(f"dtype float32 (float16 needs its gradients scaled, which only CUDA has; this is {device.type})")
+        notes.append(f"dtype float32 (float16 needs gradient scaling, which only CUDA has; this is {device.type})")
         return torch.float32
     if dtype != "auto":
         notes.append(f"dtype {dtype}")
         return getattr(torch, dtype)
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            notes.append("dtype bfloat16 (auto: this GPU has it)")
+            notes.append("dtype bfloat16 (auto: this GPU supports it)")
             return torch.bfloat16
-        notes.append("dtype float16 (auto: this GPU has no bfloat16)")
+        notes.append("dtype float16 (auto: this GPU does not support bfloat16)")
         return torch.float16
     if device.type != "cpu":
         notes.append(f"dtype float32 (auto: {device.type})")
@@ -325,11 +337,11 @@ def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) 
     if device.type == "cuda":
         import importlib.util
 
-        able = importlib.util.find_spec("triton") is not None
-        notes.append("compiled (auto)" if able else "not compiled (auto: triton is not installed)")
-        return able
+        has_triton = importlib.util.find_spec("triton") is not None
+        notes.append("compiled (auto)" if has_triton else "not compiled (auto: triton is not installed)")
+        return has_triton
     if device.type == "cpu":
-        notes.append("not compiled (auto: on a CPU it gains a tenth, and takes half a minute to start)")
+        notes.append("not compiled (auto: on a CPU it gains about a tenth, and takes half a minute to start)")
         return False
     notes.append(f"not compiled (auto: {device.type})")
     return False
@@ -338,27 +350,27 @@ def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) 
 def compile_or_eager(
     model: torch.nn.Module, trial: Callable[[torch.nn.Module], None], runtime: Runtime
 ) -> torch.nn.Module:
-    """`model` compiled; or, where `trial` of that fails in any process, as it is in all of them, with one warning.
+    """Return the compiled model, or, if compiling fails on any rank, `model` itself on all ranks, with one warning.
 
-    `trial` takes the model one step through what it will do, in the shapes of the run, since torch compiles at the
-    first call and not before. Memory that it runs out of is no failure to compile: the run itself will meet it, and
-    has an answer. Raises UserError where the model is sharded, since then the others are in the middle of the pass.
+    `trial` runs one step with the run's shapes, because torch compiles at the first call. Running out of memory does
+    not count as a failure to compile; the training loop handles it. With FSDP, a failure raises UserError, because the
+    other ranks wait in the middle of the pass.
     """
     compiled, failed = torch.compile(model), False
     try:
         trial(compiled)
     except Exception as error:
         model.zero_grad(set_to_none=True)
-        short = out_of_memory(error)
-        if short and runtime.fsdp:
+        oom = out_of_memory(error)
+        if oom and runtime.fsdp:
             raise
-        failed = not short
+        failed = not oom
         first_line = str(error).strip().split("\n")[0][:200]
         reason = f"torch.compile failed ({type(error).__name__}: {first_line})"
         if failed and runtime.fsdp:
-            raise UserError(f"{reason}; mend that, or go on without it: --compile=False") from error
+            raise UserError(f"{reason}. Fix the cause, or use --compile=False.") from error
         if failed and heartbeat.is_news(reason):
-            print(f"warning: {reason}; going on without", flush=True)
+            print(f"warning: {reason}; running uncompiled", flush=True)
     if runtime.agree(not failed):
         return compiled
     torch._dynamo.reset()

@@ -1,8 +1,7 @@
-"""Fully sharded data parallelism (FSDP2): each process holds some rows of every parameter, of its gradient and of what
-the optimizer remembers of it.
+"""Fully sharded data parallelism (FSDP2): each rank holds some rows of every parameter, gradient and optimizer moment.
 
-A block's parameters are gathered when the block runs, forward and backward, and let go after it, so that a model may be
-larger than the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FSDP, https://arxiv.org/abs/2304.11277.
+A block's parameters are gathered for its forward and backward pass and freed afterwards, so a model may be larger than
+the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FSDP, https://arxiv.org/abs/2304.11277.
 """
 
 import math
@@ -16,19 +15,19 @@ from model import GPT
 
 
 def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
-    """`model` with its parameters sharded among the processes, on their devices.
+    """Shard the parameters of `model` over the ranks, on their devices, and return it.
 
-    One that stands on the meta device takes no memory as a whole in any of them: here its parameters get their values,
-    by name, of which only the rows of this process are asked for; or without `values` they are initialized, one after
-    the other, to the numbers that they would have unsharded after the same `torch.manual_seed`.
+    A model on the meta device is never in memory as a whole on any rank. Its parameters are filled here from `values`,
+    a dict by name, of which each rank reads only its own rows. Without `values`, they are initialized one by one, to
+    the same numbers as without sharding after the same `torch.manual_seed`.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
+    from torch.distributed.device_mesh import init_device_mesh  # imported here because it takes a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     on_meta = model.transformer.wte.weight.is_meta
     mesh = init_device_mesh(r.device.type, (r.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=r.dtype, reduce_dtype=torch.float32)
-    for module in (*model.transformer.h, model):  # the last takes what the blocks leave: embeddings, norm and head
+    for module in (*model.transformer.h, model):  # `model` last: it shards embeddings, final norm and head
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if on_meta:
         model.to_empty(device=r.device)
@@ -44,25 +43,25 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether x is a DTensor. There is none before `shard` imports its module, which takes half a second."""
+    """Return whether x is a DTensor, without importing its module, which takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
 def own_rows(p: Tensor) -> slice:
-    """Which rows (dimension 0) of a parameter this process has; all of one that is not sharded."""
+    """Return the slice of rows (dimension 0) of a parameter that this rank holds: all, unless it is sharded."""
     if not is_sharded(p):
         return slice(0, len(p))
-    share = math.ceil(len(p) / p.device_mesh.size())  # the last ones have less, or none
+    share = math.ceil(len(p) / p.device_mesh.size())  # the last ranks may have fewer rows, or none
     first = min(share * p.device_mesh.get_local_rank(), len(p))
     return slice(first, min(first + share, len(p)))
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process holds of a tensor: its rows of a sharded one, or all of it."""
+    """Return this rank's rows of a sharded tensor, or the whole tensor if it is not sharded."""
     return x.to_local() if is_sharded(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """A sharded tensor gathered, by all processes; each has the result."""
+    """Gather a sharded tensor on every rank. A collective: all ranks must call it."""
     return x.full_tensor() if is_sharded(x) else x

@@ -1,10 +1,10 @@
 """Prepare a model for generation on a CPU.
 
-Decoding one token reads every weight once and computes little with it, so memory bandwidth bounds its speed. Torch's
-own product of a matrix and a vector reaches about half of it. A compiled multiply-and-sum over the matrix rows reaches
-most of it, and reads bfloat16 or int8 weights directly, in a half or a quarter of the bytes.
+Decoding one token reads every weight once and does little arithmetic, so memory bandwidth limits its speed. Torch's
+matrix-vector product uses about half of the bandwidth. A compiled multiply-and-sum over the matrix rows uses most of
+it. It also reads bfloat16 or int8 weights directly, which takes a half or a quarter of the bytes.
 
-Which way is fastest depends on the CPU, the libraries and the shapes, so `prepare_for_decoding` times the ways.
+The fastest kernel depends on the CPU, the libraries and the shapes, so `prepare_for_decoding` times the candidates.
 """
 
 import builtins
@@ -21,19 +21,19 @@ from torch.nn import functional as F
 from acorn.timing import fastest, seconds_per_call
 from model import GPT, Block, KVCache
 
-# The compiled product keeps one sum per row of the batch in a vector register. x86 with AVX2 has 16 of them, and the
-# weights and the inputs need the other half; with more sums they would move to memory and back for each weight.
+# The compiled product keeps one sum per batch row in a vector register. AVX2 has 16 registers, and the weights and
+# inputs need half of them. With more sums, registers would spill to memory for each weight.
 MOST_ROWS = 8
-PROMPT_ROWS = 64  # tokens of the prompt that the ways are timed with
-COMPILE_RATIO = 350  # torch.compile of a block and a head, over Python's compilation of model.py
+PROMPT_ROWS = 64  # prompt tokens with which the kernels for prompts are timed
+COMPILE_RATIO = 350  # time of torch.compile for a block and a head, divided by Python's compile time of model.py
 
 
 class DecodingLinear(nn.Module):
-    """A Linear layer whose weight is kept in float32, bfloat16 or int8.
+    """A Linear layer for inference, with its weight in float32, bfloat16 or int8.
 
-    int8: each output channel has its own scale, the largest of its weights / 127 (symmetric, weights only).
+    int8 is symmetric and weight-only: the scale of an output channel is its largest absolute weight / 127.
 
-    `way` names one of `ways` for up to `n_rows` rows, and `prompt_way` the one for more.
+    `way` is the kernel (one of `ways`) for up to `n_rows` rows, and `prompt_way` the kernel for more rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1):
@@ -64,51 +64,51 @@ class DecodingLinear(nn.Module):
 
 
 def ways(weight: Tensor) -> list[str]:
-    """The ways to multiply by this weight without a compiler, the default one first:
+    """Return the names of the eager kernels that can multiply by this weight, the default first.
 
-    linear: torch's own product, in the dtype of the weight
-    columns: float32 weights times columns, which MKL multiplies faster where there are few
+    linear: torch's F.linear, in the dtype of the weight
+    columns: a float32 product with the inputs as columns, which MKL computes faster for few of them
     int8pack: torch's product of bfloat16 activations and int8 weights
     """
     if weight.dtype == torch.float32:
         return ["columns", "linear"]
-    if weight.dtype == torch.int8:  # int8pack reads whole vectors: other widths crash it
+    if weight.dtype == torch.int8:  # int8pack reads whole vectors, and crashes on other widths
         return ["int8pack", "columns"] if weight.size(1) % 32 == 0 else ["columns"]
     return ["linear", "columns"]
 
 
 def product(weight: Tensor, x: Tensor, way: str) -> Tensor:
-    """x (B, columns) times weight (rows, columns) -> (B, rows)."""
+    """Multiply x (B, columns) by weight (rows, columns) with the kernel `way` -> (B, rows)."""
     if way == "int8pack":
         return torch._weight_int8pack_mm(x.bfloat16(), weight, torch.ones(len(weight), dtype=torch.bfloat16)).float()
     if way == "linear":
         return F.linear(x.to(weight.dtype), weight)
     if weight.dtype == torch.float32:
         return (weight @ x.float().T).T.contiguous()
-    parts = weight.split(max(1, 2**20 // weight.size(1)))  # each stays in the cache as float32
+    parts = weight.split(max(1, 2**20 // weight.size(1)))  # so that each part, in float32, stays in the CPU cache
     return torch.cat([part.float() @ x.float().T for part in parts]).T.contiguous()
 
 
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """x (B, columns) times weight (rows, columns) -> (B, rows), in float32, for the compiler.
+    """Multiply x (B, columns) by weight (rows, columns) -> (B, rows) in float32, written for torch.compile.
 
-    It reads each weight once: all sums over the columns become one loop. There two rows of the weight share what is
-    loaded of x, and add to different registers, so that neither waits for the other's addition.
+    Inductor fuses all sums over the columns into one loop, which reads each weight once. In this loop, two rows of the
+    weight share each load of x and add to different registers, so that neither waits for the other's addition.
 
-    int8 weights come as int32 words of four, (rows, columns / 4). Shifts take the words apart in whole vectors, on each
-    kind of CPU; inductor loads single int8 vectors through a buffer where it compiles for AVX2, 14 times slower.
+    int8 weights are packed into int32 words of four, (rows, columns / 4). Shifts unpack whole vectors on every CPU. For
+    AVX2, inductor would load plain int8 through a buffer, which is 14 times slower.
     """
     B, shared = len(x), 2 if len(x) > 1 or weight.dtype == torch.int32 else 1
     if weight.dtype == torch.int32:  # byte k of word j multiplies column 4 * j + k
         x = x.view(B, -1, 4).transpose(1, 2)
-    # as_strided needs x in memory; otherwise the compiler computes x again for each row of the weight
+    # as_strided forces x into memory; otherwise inductor recomputes x for each row of the weight
     x = x.contiguous().view(B, -1, weight.size(1))
     x = x.as_strided(x.shape, x.stride())
     return torch.cat([torch.stack([weighted_sum(part, row) for row in x]) for part in weight.chunk(shared)], -1)
 
 
 def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (rows, columns) or int32 words of it, x (1 or 4, columns of `weight`) -> (rows,)"""
+    """Return the dot product of each weight row with x: weight (rows, columns or words), x (1 or 4, same) -> (rows,)"""
     if weight.dtype != torch.int32:
         return (weight.float() * x[0]).sum(-1)
     a, b, c, d = (((weight << shift) >> 24).float() for shift in (24, 16, 8, 0))  # the right shift keeps the sign
@@ -116,10 +116,12 @@ def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
-    """x in memory pages of 2 MB, where the system has them and x is that large: reading a matrix then stops less often
-    for the address of the next page, of which there are usually 4 KB."""
+    """Copy x into 2 MB memory pages, which cause fewer TLB misses than 4 KB pages when a matrix is read.
+
+    Returns x itself if it is smaller than a page or the system has no huge pages.
+    """
     page = 2 << 20
-    if x.nbytes < page or not hasattr(mmap, "MADV_HUGEPAGE"):  # which Linux has
+    if x.nbytes < page or not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux only
         return x
     memory = mmap.mmap(-1, x.nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -129,8 +131,10 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 
 class OneTokenCompiled(nn.Module):
-    """A module with `compiled`, the compiled form of its class's forward, for one token in each of `n_rows` rows. What
-    has more tokens, a prompt, is bound by arithmetic, and takes the plain way."""
+    """Wrap a module: run `compiled` for one token in each of `n_rows` rows, and the module itself for longer inputs.
+
+    `compiled` is the compiled forward of the module's class. A prompt is compute-bound and gains nothing from it.
+    """
 
     def __init__(self, module: nn.Module, compiled, n_rows: int):
         super().__init__()
@@ -141,7 +145,7 @@ class OneTokenCompiled(nn.Module):
         if x.shape[:-1] != (self.n_rows, 1):
             return self.module(x, *rest)
         for tensor in cache:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # the size of a cache may change, and nothing else
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # only the size of the cache may change
         if mask is not None:
             torch._dynamo.maybe_mark_dynamic(mask, 3)
         return self.compiled(self.module, x, *rest)
@@ -151,15 +155,15 @@ class OneTokenCompiled(nn.Module):
 def prepare_for_decoding(
     model: GPT, quantize: str = "none", compile: bool | str = True, n_rows: int = 1, n_tokens: int = 0
 ) -> GPT:
-    """The model with its Linear layers, head included, replaced by DecodingLinear; it can generate, but not train.
+    """Replace the Linear layers of `model`, including its head, with DecodingLinear, and return it.
 
-    `quantize` is "none" (weights stay in the model's dtype) or "int8". `compile` builds the fast way for single tokens
-    of `n_rows` rows side by side, which takes some seconds. "auto" does so if that pays back over `n_tokens` tokens,
-    and uses the compiled way only if it is faster. Where compiling fails, a warning is printed, and the model is used
-    uncompiled. What was measured and chosen goes to standard error.
+    The model can then generate but not train. `quantize` is "none" (weights stay in the model's dtype) or "int8".
+    `compile` also compiles the step of one token in each of `n_rows` rows, which takes some seconds. With "auto" this
+    happens only if it saves time over `n_tokens` tokens, and the compiled model is used only if it is faster. If
+    compiling fails, a warning is printed and the model stays uncompiled. Measurements and choices go to stderr.
     """
     if quantize == "none":
-        for p in model.parameters():  # a tied one stays so
+        for p in model.parameters():  # tied parameters stay tied
             p.data = in_huge_pages(p.data)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -181,49 +185,51 @@ def prepare_for_decoding(
         return model(torch.zeros(n_rows, 1, dtype=torch.long), cache=cache)[0]
 
     cache = KVCache(model.config, n_rows, 16)
-    expected, found = one_token(*plain), one_token(*compiled)
-    if not (found - expected).abs().max() <= 0.05 * expected.abs().max() + 1e-6:  # also where there is a NaN
+    expected, actual = one_token(*plain), one_token(*compiled)
+    if not (actual - expected).abs().max() <= 0.05 * expected.abs().max() + 1e-6:  # "not ... <=" also catches NaN
         print(
-            "warning: the compiled model differs from the uncompiled one, perhaps because torch's cache of compiled "
-            "code is from another CPU; going on without. To compile again, set TORCHINDUCTOR_CACHE_DIR to a new folder",
+            "warning: the compiled model's logits differ from the uncompiled model's, so it runs uncompiled. Torch's "
+            "cache may hold code for another CPU. To compile again, set TORCHINDUCTOR_CACHE_DIR to a new folder.",
             file=sys.stderr,
         )
         one_token(*plain)
         return model
     candidates = {"compiled": lambda: one_token(*compiled), "uncompiled": lambda: one_token(*plain)}
-    # the first calls are slow, and compiling is paid for already: only a clear result counts
+    # the first calls are slow, and the compile time is already spent, so only a clear difference counts
     name, times = fastest(candidates, seconds=0.5, margin=1.2)
     name = name if auto else "compiled"
     one_token(*(compiled if name == "compiled" else plain))
     ratio = times["uncompiled"] / times["compiled"]
-    how = f"{name} ({'auto: ' if auto else ''}compiled is {ratio:.1f}x as fast as uncompiled on this CPU)"
-    print(f"{kind}: {1e3 * times[name]:.1f} ms per token, {how}", file=sys.stderr)
+    choice = f"{name} ({'auto: ' if auto else ''}compiled is {ratio:.1f}x as fast as uncompiled on this CPU)"
+    print(f"{kind}: {1e3 * times[name]:.1f} ms per token, {choice}", file=sys.stderr)
     return model
 
 
 def add_compiled(model: GPT, n_rows: int) -> bool:
-    """Wrap blocks and head in OneTokenCompiled, and compile them. Where that fails, print a warning, leave the model as
-    it is, and return False."""
+    """Wrap blocks and head in OneTokenCompiled, compile them, and return True.
+
+    If compiling fails, print a warning, leave the model unchanged, and return False.
+    """
     blocks, head = model.transformer.h, model.lm_head
-    # size_asserts: checks of each tensor's shape in each call, besides those of torch.compile
+    # size_asserts would check each tensor's shape in each call, although torch.compile's guards already do
     options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
     try:
         one_block, one_product = (torch.compile(kind.forward, options=options) for kind in (Block, DecodingLinear))
         model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, n_rows) for block in blocks)
         model.lm_head = OneTokenCompiled(head, one_product, n_rows)
-        model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))  # compiles now
+        model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))  # the call compiles
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
-        print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
+        print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); running uncompiled", file=sys.stderr)
         model.transformer.h, model.lm_head = blocks, head
         return False
     return True
 
 
 def choose_ways(model: GPT, n_rows: int) -> tuple[float, float]:
-    """Set `way` and `prompt_way` of each DecodingLinear to the fastest of its `ways`, timed per shape of the weight.
+    """Set `way` and `prompt_way` of each DecodingLinear to the fastest of its `ways`, timed once per weight shape.
 
-    Returns the seconds that all products of one token take, and those in which torch reads all weights once. Takes
+    Returns two times in seconds: of all matrix products of one token, and of reading all weights once with torch. Takes
     about 0.15 s.
     """
     dtype = model.transformer.wte.weight.dtype
@@ -248,16 +254,19 @@ def choose_ways(model: GPT, n_rows: int) -> tuple[float, float]:
 def time_ways(
     layers: list[DecodingLinear], n_rows: int, dtype: torch.dtype, seconds: float
 ) -> tuple[str, dict[str, float], float]:
-    """The fastest way to multiply `n_rows` rows by layers of one shape, and for all these layers together the time of
-    each way and the time in which torch reads the weights, both in seconds."""
-    pieces = [piece for layer in layers for piece in layer.weight.split(4096)]  # a whole head takes too long
+    """Return the fastest kernel for `n_rows` rows and layers of one shape, with times in seconds.
+
+    The times, summed over these layers, are a dict with one entry per kernel, and the time of reading the weights.
+    """
+    pieces = [piece for layer in layers for piece in layer.weight.split(4096)]  # timing a whole head takes too long
     pieces = [piece for piece in pieces if len(piece) == len(pieces[0])]
-    turn = itertools.cycle(pieces)  # as in decoding, the next weight is not in the CPU's cache
+    turn = itertools.cycle(pieces)  # as in decoding, the next weight is not in the CPU cache
     x = torch.ones(n_rows, layers[0].weight.size(1), dtype=dtype)
     candidates = {way: lambda way=way: product(next(turn), x, way) for way in ways(pieces[0])}
-    way, times = fastest(candidates, seconds, margin=1.3)  # ways differ in the last bits: noise must not choose
+    # kernels differ in the last bits, so noise must not decide
+    way, times = fastest(candidates, seconds, margin=1.3)
 
-    def read() -> Tensor:  # whatever the bits mean, a sum of float32 is bound by reading
+    def read() -> Tensor:  # the sum is memory-bound; the values, reinterpreted as float32, do not matter
         piece = next(turn).flatten()
         return piece[: len(piece) // 4 * 4].view(torch.float32).sum()
 
@@ -267,13 +276,13 @@ def time_ways(
 
 
 def pays_back(gain: float, n_tokens: int) -> bool:
-    """Whether compiling takes less time than it saves, with `gain` seconds a token saved at most.
+    """Return whether compiling saves more time than it takes, if it saves at most `gain` seconds per token.
 
-    Compiling is work of Python and of a C++ compiler on one core. Its time is estimated from that of a like work:
-    Python's own compilation of model.py, of which it takes COMPILE_RATIO times as long.
+    Python and a C++ compiler do the compiling on one core. Its time is estimated as COMPILE_RATIO times the time in
+    which Python compiles model.py, which is similar work.
     """
     if gain * n_tokens < 1:
         return False
     source = Path(inspect.getfile(GPT)).read_text(encoding="utf-8")
-    own = min(seconds_per_call(lambda: builtins.compile(source, "model.py", "exec")) for _ in range(3))
-    return gain * n_tokens > COMPILE_RATIO * own
+    reference = min(seconds_per_call(lambda: builtins.compile(source, "model.py", "exec")) for _ in range(3))
+    return gain * n_tokens > COMPILE_RATIO * reference

@@ -1,7 +1,7 @@
-"""How a run computes on this machine: threads, precision and attention, chosen by timing the candidates.
+"""Choose threads, precision and attention for a run by timing the candidates on this machine.
 
-A CPU that has an instruction is not always faster with it, and one that lacks it may emulate it thirty times slower.
-So each candidate is timed on the shapes of the run, for some hundredths of a second.
+A CPU that supports an instruction is not always faster with it, and a CPU without it may emulate it, thirty times
+slower. Each candidate is therefore timed on the run's own shapes, for a few tens of milliseconds.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from acorn.timing import fastest
 from acorn.training.optim import orthogonalize
 from model import GPT, GPTConfig, attend, attention_dropout
 
-TOKENS = 512  # in a timed update; with fewer, converting the weights would count more than it does in the run
-FLOP_PER_CALL = 1.5e9  # bounds a timed call to some hundredths of a second, on a slow laptop too
-SECONDS = 0.05  # for each choice, beyond the first call of each candidate
+TOKENS = 512  # per timed update; with fewer tokens, converting the weights would weigh more than in the run
+FLOP_PER_CALL = 1.5e9  # keeps a timed call within tens of milliseconds, even on a slow laptop
+SECONDS = 0.05  # timing budget per choice, not counting the first call of each candidate
 
 
 @dataclass
 class Arithmetic:
-    """What decides the last bits of a run's losses. A checkpoint keeps it, so that a resumed run is exact."""
+    """The choices that determine the last bits of a run's losses. Checkpoints store them, so that resuming is exact."""
 
-    dtype: str  # of matrix products, as a torch dtype's name
-    muon_dtype: str  # of Muon's orthogonalization
+    dtype: str  # name of the torch dtype of matrix products
+    muon_dtype: str  # name of the torch dtype of Muon's orthogonalization
     attention: str  # "fused": torch's kernel; "plain": model.plain_attention
-    threads: int  # of one operation on a CPU
-    machine: str  # what it was chosen on
+    threads: int  # CPU threads per operation
+    machine: str  # the machine on which this was chosen, from `machine_name`
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -42,7 +42,7 @@ class Arithmetic:
         return getattr(torch, self.muon_dtype)
 
     def apply(self, model: GPT) -> None:
-        """Make `model` and this process compute so."""
+        """Configure `model` and this process accordingly."""
         if self.machine.startswith("cpu") and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.threads)
         for block in model.transformer.h:
@@ -52,35 +52,39 @@ class Arithmetic:
 def choose(
     dtype: str, config: GPTConfig, batch_size: int, muon: bool, r: Runtime, before: dict | None = None
 ) -> tuple[Arithmetic, list[str]]:
-    """The arithmetic of a run, and notes on it: that of `before`, a checkpoint's, where this machine is like the one
-    that it was chosen on; measured on a CPU whose `dtype` is "auto"; otherwise fixed. Equal in all processes."""
+    """Return the arithmetic of a run and notes about it, equal on all ranks.
+
+    `before`, the arithmetic saved in a checkpoint, is kept if it was chosen on the same kind of machine. Otherwise it
+    is measured if `dtype` is "auto" on a CPU, and fixed in all other cases.
+    """
     machine = machine_name(r.device)
     kept = saved(before)
     if kept and kept.machine == machine and dtype in ("auto", kept.dtype):
-        return kept, [f"dtype {kept.dtype}, as before"] if dtype == "auto" else []
+        return kept, [f"dtype {kept.dtype} (from the checkpoint)"] if dtype == "auto" else []
     if dtype != "auto" or r.device.type != "cpu":
         return fixed(r.dtype, config, r.device), []
     chosen, notes = measured(config, batch_size, muon) if r.is_main else (None, [])
     if kept:
-        notes.append("chosen anew, since the run was on another machine: losses may differ in the last digits")
+        notes.append("measured again because the machine has changed: losses may differ in the last digits")
     if r.world_size > 1:
         chosen = r.broadcast(chosen)
     return chosen, notes
 
 
 def saved(values: object) -> Arithmetic | None:
-    """The Arithmetic that a checkpoint has, if it has one that makes sense."""
+    """Return the Arithmetic stored in a checkpoint, or None if it is missing or invalid."""
     try:
-        found = Arithmetic(**values)
-        valid = {found.dtype, found.muon_dtype} <= {"float32", "bfloat16", "float16"}
-        valid = valid and found.attention in ("fused", "plain") and 1 <= found.threads <= (os.cpu_count() or 1)
+        arithmetic = Arithmetic(**values)
+        valid = {arithmetic.dtype, arithmetic.muon_dtype} <= {"float32", "bfloat16", "float16"}
+        valid = valid and arithmetic.attention in ("fused", "plain")
+        valid = valid and 1 <= arithmetic.threads <= (os.cpu_count() or 1)
     except TypeError:
         return None
-    return found if valid else None
+    return arithmetic if valid else None
 
 
 def machine_name(device: torch.device) -> str:
-    """A name that is equal on machines whose arithmetic is."""
+    """Return a name shared by all machines with the same arithmetic."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
@@ -89,7 +93,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def fixed(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithmetic:
-    """The arithmetic of a run whose dtype is known, without any timing: the same in every run."""
+    """Return the arithmetic for a known dtype. Nothing is timed, so the result is the same in every run."""
     plain = device.type == "cpu" and (attention_dropout(config) > 0 or (dtype == torch.bfloat16 and plain_fits(config)))
     muon_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     threads = torch.get_num_threads()
@@ -97,10 +101,10 @@ def fixed(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithm
 
 
 def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic, list[str]]:
-    """The fastest arithmetic for training `config` on this CPU in micro-batches of `batch_size` sequences, and notes
-    that say what was measured. `muon`: whether Muon updates the matrices.
+    """Return the fastest arithmetic for training `config` on this CPU in micro-batches of `batch_size` sequences.
 
-    Takes about 0.3 s, and leaves the random state and the number of threads as they were.
+    Also returns notes that say what was measured. `muon` says whether Muon updates the matrices. Takes about 0.3 s. The
+    random state does not change, and the number of threads is set to the chosen one.
     """
     notes, threads = [], torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -109,9 +113,9 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
         if "OMP_NUM_THREADS" not in os.environ:
             threads, note = choose_threads(model, tokens)
             notes.append(note)
-        torch.set_num_threads(1)  # whose time the kernel counts apart from that of other programs
+        torch.set_num_threads(1)  # thread_time counts one thread, without the time of other programs
         slowdown = bfloat16_slowdown()
-        dtypes = ["float32", "bfloat16"] if slowdown < 2 else ["float32"]  # an emulated update would take seconds
+        dtypes = ["float32", "bfloat16"] if slowdown < 2 else ["float32"]  # emulated updates would take seconds
         attention = {dtype: choose_attention(config, dtype) for dtype in dtypes}
         updates = {dtype: update(model, tokens, dtype, attention[dtype]) for dtype in dtypes}
         dtype, times = fastest(updates, SECONDS, clock=time.thread_time)
@@ -125,17 +129,17 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
             matrix = torch.randn(2, config.n_hidden, config.n_embd)[:, :512, :512]
             products = {kind: orthogonalization(matrix.to(getattr(torch, kind))) for kind in dtypes}
             muon_dtype, times = fastest(products, SECONDS, clock=time.thread_time)
-            notes.append(f"Muon in {muon_dtype}")
+            notes.append(f"Muon dtype {muon_dtype} (auto)")
         torch.set_num_threads(threads)
     return Arithmetic(dtype, muon_dtype, attention[dtype], threads, machine_name(torch.device("cpu"))), notes
 
 
 def reduced(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[int, int]]:
-    """One layer of the model, narrowed, with a micro-batch (rows, tokens) that is small enough to be timed."""
+    """Return a one-layer, narrower model and a micro-batch shape (rows, tokens) that are small enough to time."""
     length = min(config.block_size, TOKENS)
     rows = max(1, min(batch_size, TOKENS // length))
-    widest = math.sqrt(FLOP_PER_CALL / (6 * 12 * rows * length))  # of a block, which has 12 C^2 parameters
-    n_head = max(1, min(config.n_head, int(widest / config.head_dim)))
+    max_width = math.sqrt(FLOP_PER_CALL / (6 * 12 * rows * length))  # a block has 12 C^2 parameters
+    n_head = max(1, min(config.n_head, int(max_width / config.head_dim)))
     narrow = dataclasses.replace(
         config,
         n_layer=1,
@@ -150,7 +154,7 @@ def reduced(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[int, i
 
 
 def bfloat16_slowdown() -> float:
-    """How many times as long as in float32 a matrix product takes in bfloat16."""
+    """Return the time of a bfloat16 matrix product divided by its time in float32."""
     operands = {kind: torch.ones(128, 256, dtype=getattr(torch, kind)) for kind in ("float32", "bfloat16")}
     products = {kind: lambda x=x: x @ x.T @ x for kind, x in operands.items()}
     _, times = fastest(products, SECONDS / 2, clock=time.thread_time)
@@ -158,8 +162,10 @@ def bfloat16_slowdown() -> float:
 
 
 def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
-    """How many threads an operation should have, and a note: as many as torch would use, or fewer where that is far
-    faster, as for a small model on many cores."""
+    """Return the number of threads per operation, and a note about the choice.
+
+    It is torch's own number, unless fewer threads are at least 1.5 times as fast, as for a small model on many cores.
+    """
     most = torch.get_num_threads()
     work = update(model, tokens, "float32", "fused")
 
@@ -174,8 +180,8 @@ def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
     cpu, wall = time.thread_time(), time.perf_counter()
     work()
     if time.thread_time() - cpu < 0.8 * (time.perf_counter() - wall):
-        torch.set_num_threads(most)  # they yield, and will be of use when the other programs have ended
-        return most, f"{most} threads (other programs are using the cores)"
+        torch.set_num_threads(most)  # LLVM's threads yield now, and help once the other programs have ended
+        return most, f"{most} threads (not measured: other programs are using the cores)"
     counts = [most, *(2**n for n in reversed(range(most.bit_length())) if 2**n < most)]
     best, times = fastest({str(n): with_threads(n) for n in counts}, SECONDS, margin=1.5)
     torch.set_num_threads(most)
@@ -185,7 +191,7 @@ def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
 
 
 def choose_attention(config: GPTConfig, dtype: str) -> str:
-    """The faster form of attention in training, "fused" or "plain", for whole sequences of config.block_size."""
+    """Return the faster attention in training, "fused" or "plain", for sequences of config.block_size tokens."""
     T, D, p = config.block_size, config.head_dim, attention_dropout(config)
     if p == 0 and not plain_fits(config):
         return "fused"
@@ -201,13 +207,16 @@ def choose_attention(config: GPTConfig, dtype: str) -> str:
 
 
 def plain_fits(config: GPTConfig) -> bool:
-    """Whether the T x T weights, which plain attention keeps for the backward pass, take no more memory than the other
-    activations of a block, which are some 16 numbers for each channel of each token."""
+    """Return whether plain attention's T x T weights need no more memory than a block's other activations.
+
+    Plain attention keeps these weights for the backward pass. The other activations are about 16 values per channel
+    and token.
+    """
     return config.block_size <= 16 * config.head_dim
 
 
 def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> Callable[[], None]:
-    """A forward and backward pass of `model` over (rows, tokens)."""
+    """Return a function that runs a forward and backward pass of `model` over a batch of shape (rows, tokens)."""
     idx = torch.randint(model.config.vocab_size, tokens)
 
     def work() -> None:
@@ -222,7 +231,7 @@ def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> C
 
 
 def orthogonalization(matrices: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """One step of Muon's iteration over matrices (N, rows, columns)."""
+    """Return a function that runs one step of Muon's iteration over matrices (N, rows, columns)."""
     return lambda: orthogonalize(matrices, steps=1)
 
 
