@@ -106,3 +106,16 @@ def test_links_between_pages_lead_somewhere():
                 heads = re.findall(r"^#+ (.*)", other.read_text(encoding="utf-8"), re.M)
                 slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
                 assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+
+def test_the_packages_of_pyproject_are_those_of_the_requirements():
+    """Without the dev tools, which requirements-dev.txt has."""
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+
+    def names(lines):
+        return {re.match(r"[\w-]+", line)[0] for line in lines if line.strip() and not line.startswith("#")}
+
+    required = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert names(project["dependencies"] + extras) == names(required)
