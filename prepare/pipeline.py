@@ -70,6 +70,12 @@ class Batch(NamedTuple):
     after: Place
 
 
+class EmptySplit(UserError):
+    """The hashes of the documents put too little text into a split."""
+
+    n_documents = 0
+
+
 def prepare(
     documents: Iterable[str | Iterable[str] | Document],
     out: Path,
@@ -110,8 +116,18 @@ def prepare(
             raise UserError(f"{option} is {count}; it must be 2 or more")
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
-    if not val_by:
-        val_by = "end" if operator.length_hint(documents, FEW) < FEW and not max_tokens else "document"
+    if not val_by and (max_tokens or operator.length_hint(documents, FEW) >= FEW):
+        options = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
+        options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
+        try:
+            return prepare(documents, out, name=name, tokenizer=tokenizer, val_by="document", **options)
+        except EmptySplit as error:  # of few documents, whose number was not known
+            if max_tokens:
+                raise
+            print(
+                f"note: {error.n_documents} documents leave a split empty; the end of the text is val", file=sys.stderr
+            )
+    val_by = val_by or "end"
     if val_by == "end" and max_tokens:
         raise UserError("--max_tokens leaves out the end of the corpus, which is val by --val_by end; leave out one")
 
@@ -366,7 +382,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     changed = progress["cut"] is not None and place.chars != progress["chars"]
     if changed or min(writer.tokens for writer in writers.values()) < 2:
         (folder / PROGRESS).unlink(missing_ok=True)  # to go on from here would end here again
-        raise UserError(_what_is_wrong(changed, writers, counts, command, place.chars))
+        raise _what_is_wrong(changed, writers, counts, command, place.chars)
     return {
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -454,18 +470,20 @@ def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
     return int(tokenizer.token_bytes()[ids].sum())
 
 
-def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, chars: int) -> str:
+def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, chars: int) -> UserError:
     if changed:
-        return "the corpus changed while it was being read; run this again when its files are at rest"
+        return UserError("the corpus changed while it was being read; run this again when its files are at rest")
     if not chars:
-        return "the corpus is empty: there is no text in it; check the files that you named"
+        return UserError("the corpus is empty: there is no text in it; check the files that you named")
     split, tokens = min(((split, writer.tokens) for split, writer in writers.items()), key=lambda pair: pair[1])
     if command["val_by"] == "document":
-        return (
+        error = EmptySplit(
             f"of {counts['documents']} documents too little text came to {split} by --val_by document and val_fraction "
             f"{command['val_fraction']}; give more text, or --val_by end"
         )
-    return (
+        error.n_documents = counts["documents"]
+        return error
+    return UserError(
         f"the corpus is too short to split: {chars} characters and val_fraction {command['val_fraction']} leave "
         f"{tokens} tokens for {split}, and 2 are the least; give more text"
     )

@@ -244,7 +244,7 @@ def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
 
 def test_a_split_that_gets_nothing_says_what_to_do():
     Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    fails("of 2 documents too little text came to val .* or --val_by end", "text", "few.jsonl")
+    fails("of 2 documents too little text came to val .* or --val_by end", "text", "few.jsonl", "--val_by=document")
     fails("val_tokens is 1", "text", "few.jsonl", "--val_tokens=1")
 
 
@@ -872,3 +872,13 @@ def test_stopped_under_way(stop, code):
     else:
         with pytest.raises(UserError, match="interrupted"):
             load_dataset("big")
+
+
+def test_few_records_are_split_at_the_end_of_their_text(capsys):
+    """Their number is not known before they are read, and their hashes may all fall into one split."""
+    lines = [json.dumps({"text": f"record {i} of few, with some text"}) for i in range(3)]
+    Path("few.jsonl").write_text("\n".join(lines))
+    meta = prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05")
+    assert meta["val_by"] == "end" and "3 documents" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--val_by document"):
+        prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05", "--val_by=document", "--name=other")

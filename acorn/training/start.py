@@ -201,6 +201,8 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
         where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         lines += [f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate"]
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
+        if dataset.train.conversations is None and s.block_size >= len(dataset.train):
+            lines += [f"note: block_size={s.block_size} exceeds {dataset.path}, so part of each sequence is masked"]
         epochs += [f"{windows * float(share) / samples_per_epoch(dataset.train, s.block_size):.3g}"]
     lines += [f"model: {model.num_params():,} parameters, vocabulary of {model.config.vocab_size:,}, from {source}"]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
