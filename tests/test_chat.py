@@ -692,7 +692,7 @@ def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypat
     assert load_dataset("bad").meta["chat"]["skipped"] == 5
     prepare_corpus("chat bad.jsonl --name learned --tokenizer bpe:300 --skip_bad".split())
     Path("none.jsonl").write_text("\n".join(bad))
-    with pytest.raises(UserError, match=r"no conversation in none.jsonl.*5 bad records: line 1 of"):
+    with pytest.raises(UserError, match=r"no conversation in none.jsonl.*All 5 records are bad; the first: line 1 of"):
         prepare_corpus("chat none.jsonl --tokenizer byte --skip_bad".split())
 
 
