@@ -244,8 +244,8 @@ def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
 
 def test_a_split_that_gets_nothing_says_what_to_do():
     Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    fails("of 2 documents too little text came to val .* or --val_by end", "text", "few.jsonl")
-    fails("val_tokens is 1", "text", "few.jsonl", "--val_tokens=1")
+    fails("too little text of 2 documents into val.* or --val_by end", "text", "few.jsonl")
+    fails("val_tokens=1", "text", "few.jsonl", "--val_tokens=1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_what_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, small_s
         if (out / "meta.json").exists():
             break
     assert files_of(out) == files_of(tmp_path / "whole")
-    assert capsys.readouterr().err.count("going on after") > 3
+    assert capsys.readouterr().err.count("resuming after") > 3
 
 
 def stop(*args):
@@ -352,12 +352,12 @@ def test_another_command_or_another_file_starts_anew(capsys, small_steps):
             with pytest.raises(Stopped):
                 cli.prepare_corpus(argv + change)
     said = capsys.readouterr().err
-    assert said.count("going on after") == 1 and said.count("starting anew") == 2
+    assert said.count("resuming after") == 1 and said.count("starting over") == 2
     with pytest.raises(UserError, match="interrupted"):
         load_dataset("r")
     os.utime("r.jsonl", (1, 1))
     assert len(prepare(*argv, "--errors=replace")["train"]["shards"]) > 5
-    assert "starting anew" in capsys.readouterr().err and not leftovers()
+    assert "starting over" in capsys.readouterr().err and not leftovers()
 
 
 def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkeypatch):
@@ -372,11 +372,11 @@ def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkey
         finish(writer)
 
     monkeypatch.setattr(ShardWriter, "_finish_shard", full)
-    fails("the disk that holds data/r is full: .* MB are free; make room and run the same command again", *argv)
+    fails(r"the disk of data/r is full: .* MB are free\. Free some space", *argv)
     said = capsys.readouterr().err
-    assert "the whole shards stay in data/r" in said
+    assert "complete shards are kept in data/r" in said
     prepare(*argv)
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     files = {path.name: path.read_bytes() for path in Path("data/r").iterdir()}
     prepare(*argv, "--overwrite")
     assert files == {path.name: path.read_bytes() for path in Path("data/r").iterdir()}
@@ -749,7 +749,7 @@ def test_a_full_disk(monkeypatch, step):
         monkeypatch.setattr("acorn.files.sync", full)
     else:
         monkeypatch.setattr(pipeline, "write_meta", full)
-    fails(r"the disk that holds data/mine is full: .* MB are needed .* MB are free", "text", "mine.txt")
+    fails(r"the disk of data/mine is full: .* MB are needed, .* MB are free", "text", "mine.txt")
     assert not Path("data/mine").exists()
 
 
