@@ -1,11 +1,11 @@
-"""conversations: .jsonl, .json, .parquet or .csv of {"messages"}, {"prompt", "response"}, ShareGPT's or Alpaca's form
+"""conversations: .jsonl, .json, .parquet or .csv with {"messages"}, {"prompt", "response"}, ShareGPT or Alpaca records
 
-A chat template makes text of them, and a mask beside the shards says that only the replies are to be learned, each with
-the token that ends it. The template is the tokenizer's own, ChatML where it has those tokens, or a plain one. An index
-says where each conversation begins, and how the template renders it without its oldest turns. Training packs whole
-conversations into rows of block_size tokens and shows the model what sampling will show: a conversation that is longer
-loses its oldest turns. Where the template rewrites earlier turns, a conversation of n replies becomes n examples. A
-hash of the conversation decides whether it is for validation.
+A chat template turns conversations into text, and a mask marks the replies, each with its end token, as the tokens to
+learn. The template is the tokenizer's own, else ChatML if the tokenizer has its tokens, else a plain one. An index
+stores where each conversation begins and how the template renders it without its oldest turns. Training packs whole
+conversations into rows of block_size tokens; a longer conversation loses its oldest turns, as in sampling. If the
+template rewrites earlier turns, a conversation of n replies becomes n examples. A hash of the conversation decides
+whether it is for validation.
 """
 
 import argparse
@@ -34,25 +34,28 @@ TOKENIZER = "gpt2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", metavar="FILES", help=".jsonl, .json, .parquet, .csv, also packed as .gz or .zst"
+        "files",
+        nargs="+",
+        metavar="FILES",
+        help=".jsonl, .json, .parquet or .csv files, also compressed (.gz, .zst)",
     )
     parser.add_argument(
-        "--skip_bad", action="store_true", help="pass over bad records and count them; default: the first is an error"
+        "--skip_bad", action="store_true", help="skip bad records and count them; default: stop at the first one"
     )
     parser.add_argument(
-        "--encoding", metavar="NAME", help="of all files, such as gb18030; default: detected for each file"
+        "--encoding", metavar="NAME", help="the encoding of all files, such as gb18030; default: detected per file"
     )
     parser.add_argument(
         "--template",
         metavar="TEMPLATE",
-        help="plain, chatml, or a file with a Jinja template; default: the tokenizer's own, else the one that suits it",
+        help="plain, chatml, or a file with a Jinja template; default: the tokenizer's own, else chatml or plain",
     )
     parser.add_argument(
         "--max_tokens",
         type=int,
         metavar="N",
-        help="the most tokens of a conversation: a longer one loses its oldest turns, or, where it has but one, the "
-        "end of the reply; default: no limit, since training fits each conversation to its block_size",
+        help="maximum tokens per conversation: a longer one loses its oldest turns or, if it has only one turn, the "
+        "end of its reply; default: no limit, because training fits each conversation to its block_size",
     )
 
 
@@ -60,20 +63,21 @@ default_name = text.default_name
 
 
 def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | Tokenizer, source: dict) -> dict:
-    """Write the dataset `out` with its masks and return its meta.json. An existing one is replaced once the new one is
-    whole."""
+    """Write the dataset `out` and return its meta.json. An existing dataset is replaced when the new one is complete.
+
+    Raises UserError for invalid options, files or records."""
     if not 0 < args.val_fraction < 1:
-        raise UserError(f"val_fraction is {args.val_fraction}; it must lie between 0 and 1, as 0.1 does")
+        raise UserError(f"val_fraction={args.val_fraction} must be between 0 and 1, such as 0.1")
     if args.val_by == "end":
-        raise UserError("conversations are split by their hash: leave out --val_by end")
+        raise UserError("conversations are split by their hash. Remove --val_by end.")
     if args.max_tokens is not None and args.max_tokens < 8:
-        raise UserError(f"max_tokens is {args.max_tokens}; it must be 8 or more")
+        raise UserError(f"max_tokens={args.max_tokens} must be 8 or more")
     for option in ("val_tokens", "shard_tokens"):
         if (count := getattr(args, option)) is not None and count < 2:
-            raise UserError(f"{option} is {count}; it must be 2 or more")
+            raise UserError(f"{option}={count} must be 2 or more")
     for path in args.files:
         if not os.path.isfile(path):
-            raise UserError(f"there is no file {path}; paths are relative to where you stand: {os.getcwd()}")
+            raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
     if isinstance(tokenizer, str):
         messages = (message for _, messages in conversations(args, skip_or_fail(args)) for message in messages)
         tokenizer = get_tokenizer(tokenizer, (str(message.get("content", "")) for message in messages))
@@ -84,7 +88,7 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
-        files.remove(partial)  # of a preparation that was killed
+        files.remove(partial)  # left by a preparation that was killed
         partial.mkdir()
         write_meta(partial, {"format": 1, "name": name} | write_conversations(args, partial, tokenizer, source))
         return pipeline.move_in(partial, out)
@@ -96,28 +100,29 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
             (out / ".lock").unlink(missing_ok=True)
             lock.close()
         if not existed:
-            with contextlib.suppress(OSError):  # it holds the dataset
+            with contextlib.suppress(OSError):  # not empty if the dataset is complete
                 out.rmdir()
 
 
 def template_of(name: str) -> str:
+    """Return the chat template for the value of --template."""
     if name in chat.TEMPLATES:
         return chat.TEMPLATES[name]
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         known = ", ".join(chat.TEMPLATES)
-        raise UserError(f"--template {name} is neither {known} nor a UTF-8 file with a Jinja template") from error
+        raise UserError(f"--template {name} is neither {known} nor a UTF-8 file with a Jinja template.") from error
 
 
 class Skipped:
-    """How many records were passed over, and why the first one was."""
+    """The number of skipped records, and the error of the first one."""
 
     count, first = 0, ""
 
 
 def skip_or_fail(args: argparse.Namespace, skipped: Skipped | None = None) -> Callable[[UserError], None]:
-    """A function that takes the error of a record: with --skip_bad it is counted in `skipped`, else raised."""
+    """Return a handler for the error of a record: with --skip_bad it counts the error in `skipped`, else it raises."""
 
     def skip(error: UserError) -> None:
         if skipped is not None:
@@ -128,7 +133,7 @@ def skip_or_fail(args: argparse.Namespace, skipped: Skipped | None = None) -> Ca
 
 
 def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) -> Iterator[tuple[str, Conversation]]:
-    """The messages of each record, with the words by which messages say where it stands; errors go to `bad`."""
+    """Yield the location of each record, for messages, and its conversation; errors go to `bad`."""
     for path in args.files:
         for where, record in reading.objects(path, encoding.counted(args.errors), bad, encoding_of(path, args)):
             try:
@@ -140,21 +145,21 @@ def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) ->
 
 
 def encoding_of(path: str, args: argparse.Namespace) -> str:
-    """The encoding of a file: the one that --encoding names, or the one that its beginning has."""
+    """Return the encoding of a file: that of --encoding, else the one detected from its first bytes."""
     if args.encoding or reading.suffix(path) == ".parquet":
         return encoding.check_name(args.encoding or "utf-8")
     detected = encoding.detect(reading.head(path, encoding.SEARCHED), path, args.errors)
     if detected.encoding != "utf-8":
-        sure = "" if detected.confidence is None else f" (confidence {detected.confidence:.2f})"
-        print(printable(f"{path} read as {detected}{sure}; --encoding NAME overrules it"), file=sys.stderr)
+        confidence = "" if detected.confidence is None else f" (confidence {detected.confidence:.2f})"
+        print(printable(f"{path} is read as {detected}{confidence}; --encoding NAME overrides it"), file=sys.stderr)
     return detected.encoding
 
 
 def write_conversations(
     args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict, val_from: int | None = None
 ) -> dict:
-    """Write the shards, masks and indices of both splits; what meta.json says of them. The conversations from number
-    `val_from` on are for validation; where it is None, a hash of each decides."""
+    """Write the shards, masks and indices of both splits. Returns their entries of meta.json. Conversations from number
+    `val_from` on are for validation; if it is None, the hash of each decides."""
     counts = {"train": Counter(), "val": Counter()}
     n, examples, cut, left_out, longest, unused, skipped = 0, 0, 0, 0, 0, Counter(), Skipped()
     bad, faults = skip_or_fail(args, skipped), encoding.Faults()
@@ -199,11 +204,14 @@ def write_conversations(
                 longest = max(longest, len(whole))
                 counts[split].update(bytes=int(sizes[whole].sum()), learned=int(targets[1:].sum()))
     if not n:
-        why = f"; the first of {skipped.count} bad records: {skipped.first}" if skipped.count else ""
-        raise UserError(f"there is no conversation in {', '.join(args.files)}; write one JSON object a line{why}")
+        reason = f" All {skipped.count} records are bad; the first: {skipped.first}" if skipped.count else ""
+        raise UserError(f"there is no conversation in {', '.join(args.files)}. Write one JSON object per line.{reason}")
     if val_from is None and n > 1 and not all(count["learned"] for count in counts.values()):
         n_val = min(n - 1, max(1, round(n * args.val_fraction)))
-        print(f"note: the hashes of {n} conversations left a split empty; the last {n_val} are val", file=sys.stderr)
+        print(
+            f"note: splitting {n} conversations by hash left one split empty; the last {n_val} are used as val",
+            file=sys.stderr,
+        )
         return write_conversations(args, folder, tokenizer, source, n - n_val)
     for note in faults.notes("--encoding NAME"):
         print(printable(note), file=sys.stderr)
@@ -211,12 +219,12 @@ def write_conversations(
         print(f"warning: skipped {skipped.count:,} bad records; the first: {skipped.first}", file=sys.stderr)
     if unused:
         fields = ", ".join(f"{name} ({count:,} conversations)" for name, count in unused.most_common(8))
-        print(f"note: the chat template does not use these fields of messages: {fields}", file=sys.stderr)
+        print(f"note: the chat template ignores these fields of messages: {fields}", file=sys.stderr)
     for split, count in counts.items():
         if not count["learned"]:
             raise UserError(
-                f"of {n} conversations, {left_out} of them left out as over-long, none came to {split} by val_fraction "
-                f"{args.val_fraction}; give more of them, or another --max_tokens or --val_fraction"
+                f"val_fraction={args.val_fraction} puts none of {n} conversations into {split} ({left_out} were left "
+                "out as too long). Use more conversations, or change --max_tokens or --val_fraction."
             )
     hashes = [files.sha256(path) for path in args.files]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -244,8 +252,8 @@ def write_conversations(
 
 
 def limited(forms: list[tuple], limit: int | None) -> list[tuple]:
-    """Those of a conversation's forms (see `chat.forms_to_learn`) that have at most `limit` tokens; where none has, the
-    last one without the end of its reply; none where that leaves no token to learn."""
+    """Return the forms of a conversation (see `chat.forms_to_learn`) with at most `limit` tokens. If there are none,
+    return the last form, truncated, or nothing if no learned token would remain."""
     forms = [form for form in forms if form[1][1:].any()]
     if limit is None or not forms:
         return forms
@@ -256,8 +264,8 @@ def limited(forms: list[tuple], limit: int | None) -> list[tuple]:
 
 
 def joined(forms: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens of a conversation's forms as a dataset has them, which of them are learned, and the form's rows of the
-    index. Of all but the first form only what the first one does not begin or end with is written."""
+    """Return the tokens of a conversation's forms as stored in a dataset, their learned mask, and their index rows. A
+    form after the first is stored without the tokens that it shares with the start and end of the first form."""
     codes = [2 * ids.astype(np.int64) + learned for ids, learned in forms]
     whole, written, index = codes[0], [], []
     for k, code in enumerate(codes):
@@ -273,10 +281,11 @@ def joined(forms: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> int:
-    """How many elements of two arrays of one length are equal, up to the first difference."""
+    """Return the length of the common prefix of two arrays of equal length."""
     return int(np.argmin(np.append(a == b, False)))
 
 
 def split_of(messages: list[dict], val_fraction: float) -> str:
+    """Return the split of a conversation, train or val, by its hash."""
     digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
     return "val" if int(digest[:16], 16) < val_fraction * 2**64 else "train"

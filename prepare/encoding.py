@@ -1,8 +1,9 @@
-"""Which encoding a text file has, by a sample of its bytes; and counts of what is wrong with text that was read.
+"""Detect the encoding of a text file from a sample of its bytes, and count problems in text that was read.
 
-UTF-8 needs no guess: other text is hardly ever valid UTF-8. Otherwise charset-normalizer decides, but only among
-encodings with several bytes a character: there most byte sequences are invalid, so decoding the whole file checks the
-guess. In Latin-1 or KOI8-R any bytes are text and a wrong guess would go unnoticed, so the user has to name them.
+UTF-8 needs no guessing, because text in other encodings is hardly ever valid UTF-8. Otherwise charset-normalizer
+decides, but only among multi-byte encodings: most byte sequences are invalid in them, so decoding the whole file
+verifies the guess. In Latin-1 or KOI8-R all bytes are valid and a wrong guess would go unnoticed, so the user has to
+name them.
 """
 
 import codecs
@@ -14,22 +15,22 @@ from typing import NamedTuple
 
 from acorn import UserError
 
-SAMPLE = 1 << 16  # bytes that are judged
-SEARCHED = 1 << 20  # bytes at the beginning of a file among which those that are not ASCII are looked for
-CONFIDENT = 0.9  # of charset-normalizer: 1 minus the share of its mess
-MARGIN = 0.1  # by which the next one is less sure
-NARROW = 0.2  # the share of half-width katakana among the characters beyond ASCII, at most
-EVIDENCE = 10  # characters beyond ASCII, at least
-NULS = 0.01  # the share of NUL bytes above which a file is not text
-MARKS = {  # the longer ones first
+SAMPLE = 1 << 16  # bytes that charset-normalizer examines
+SEARCHED = 1 << 20  # bytes at the start of a file that are searched for non-ASCII bytes
+CONFIDENT = 0.9  # minimum confidence of a guess: 1 minus charset-normalizer's `chaos`
+MARGIN = 0.1  # minimum lead in confidence over the next guess
+NARROW = 0.2  # maximum fraction of half-width katakana among non-ASCII characters
+EVIDENCE = 10  # minimum number of non-ASCII characters
+NULS = 0.01  # fraction of NUL bytes above which a file is not text
+MARKS = {  # byte order marks, longer ones before their prefixes
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-ESCAPES = (b"\x1b$B", b"\x1b$@")  # of ISO-2022-JP, whose bytes are all ASCII
-DETECTED = {  # by Python's name, each the superset of what charset-normalizer cannot tell apart: how people call it
+ESCAPES = (b"\x1b$B", b"\x1b$@")  # escape sequences of ISO-2022-JP, whose bytes are all ASCII
+DETECTED = {  # Python's name (of the superset of encodings that look alike) -> common name
     "gb18030": "GB18030",
     "big5hkscs": "Big5",
     "cp932": "Shift-JIS",
@@ -48,29 +49,29 @@ FAMILIES = {
     **dict.fromkeys(("euc_jis_2004", "euc_jisx0213"), "euc_jp"),
     "euc_kr": "cp949",
 }
-NOT_TEXT = {  # first bytes: what it is, and what to do
-    b"%PDF-": ("a PDF document", "extract its text first, for example with pdftotext"),
-    b"{\\rtf": ("an RTF document", "save its content as plain text"),
-    b"PK\x03\x04": ("a zip archive, as .docx, .xlsx and .epub are", "unpack it, or save its content as plain text"),
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an old Office document", "save its content as plain text"),
-    b"\x1f\x8b": ("gzip", "give it a name that ends in .gz"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "give it a name that ends in .zst"),
-    b"BZh": ("bzip2", "unpack it"),
-    b"\xfd7zXZ\0": ("xz", "unpack it"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
-    b"PAR1": ("parquet", "give it a name that ends in .parquet"),
-    b"SQLite format 3\0": ("an SQLite database", "export its text as .csv or .jsonl"),
-    b"\x89PNG\r\n": ("a picture", "leave it out"),
-    b"\xff\xd8\xff": ("a picture", "leave it out"),
-    b"GIF8": ("a picture", "leave it out"),
-    b"\x7fELF": ("a program", "leave it out"),
+NOT_TEXT = {  # first bytes: (type of the file, what to do)
+    b"%PDF-": ("a PDF document", "Extract its text first, for example with pdftotext"),
+    b"{\\rtf": ("an RTF document", "Save its content as plain text"),
+    b"PK\x03\x04": ("a zip archive, like .docx, .xlsx and .epub", "Unpack it, or save its content as plain text"),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an old Office document", "Save its content as plain text"),
+    b"\x1f\x8b": ("gzip", "Rename it so that its name ends in .gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "Rename it so that its name ends in .zst"),
+    b"BZh": ("bzip2", "Unpack it"),
+    b"\xfd7zXZ\0": ("xz", "Unpack it"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it"),
+    b"PAR1": ("parquet", "Rename it so that its name ends in .parquet"),
+    b"SQLite format 3\0": ("an SQLite database", "Export its text as .csv or .jsonl"),
+    b"\x89PNG\r\n": ("an image", "Leave it out"),
+    b"\xff\xd8\xff": ("an image", "Leave it out"),
+    b"GIF8": ("an image", "Leave it out"),
+    b"\x7fELF": ("a program", "Leave it out"),
 }
 HTML = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.IGNORECASE)
 
 
 class Detected(NamedTuple):
-    encoding: str  # as Python calls it
-    confidence: float | None = None  # None where it was no guess
+    encoding: str  # Python's name
+    confidence: float | None = None  # None if the encoding is certain
 
     def __str__(self) -> str:
         label = DETECTED.get(self.encoding, self.encoding)
@@ -78,24 +79,24 @@ class Detected(NamedTuple):
 
 
 def check_name(encoding: str) -> str:
-    """The encoding as Python calls it. One that Python does not have, or that is not one of text, is a UserError."""
+    """Return Python's name of an encoding. Raises UserError if Python has no text encoding of that name."""
     try:
         name = codecs.lookup(encoding).name
         codecs.getincrementaldecoder(name)()
-        "a".encode(name)  # others than those of text refuse
+        "a".encode(name)  # fails for codecs that are not text encodings
         return name
     except (LookupError, ValueError):
         pass
     names = {*encodings.aliases.aliases, *encodings.aliases.aliases.values(), "utf-8", "utf-16", "shift-jis", "big5"}
     near = difflib.get_close_matches(encoding.lower(), names, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"--encoding {encoding!r} is no text encoding; {hint}Give one such as utf-8, gb18030 or cp1252.")
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(f"--encoding {encoding!r} is not a text encoding. {hint}Use one such as utf-8, gb18030 or cp1252.")
 
 
 def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
-    """The encoding of a text file by its beginning, SEARCHED bytes or all of it. `name` is how messages call the file.
+    """Detect the encoding of a text file from its first SEARCHED bytes, or all of it. Messages call the file `name`.
 
-    Raises UserError where it is not clear; with other `errors` than strict it is then UTF-8.
+    If the encoding is unclear, raises UserError, or returns UTF-8 if `errors` is not "strict".
     """
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
@@ -107,17 +108,17 @@ def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
         return Detected("utf-8")
     sample = data[:SAMPLE]
     if not nuls and wrong >= SAMPLE:
-        start = data.rfind(b"\n", wrong - SAMPLE // 2, wrong) + 1 or wrong  # in the middle of no character
+        start = data.rfind(b"\n", wrong - SAMPLE // 2, wrong) + 1 or wrong  # not inside a character
         sample = data[start : start + SAMPLE]
     guesses = [] if wrong is not None and _is_damaged_utf8(sample) else _guesses(sample, bool(nuls))
     if guesses and _is_sure(guesses, sample):
         return Detected(*guesses[0])
     if wrong is None and nuls < NULS * len(data):
-        return Detected("utf-8")  # the few are counted
+        return Detected("utf-8")  # `Faults` counts the few NUL characters
     if nuls >= NULS * len(data):
         raise UserError(
-            f"{name} is not text: {nuls:,} of its first {len(data):,} bytes are NUL. Leave it out, or give --encoding "
-            "NAME if it is text, such as utf-16-le."
+            f"{name} is not text: {nuls:,} of its first {len(data):,} bytes are NUL. Leave it out. If it is text, use "
+            "--encoding NAME, such as utf-16-le."
         )
     if errors != "strict":
         return Detected("utf-8")
@@ -128,28 +129,29 @@ def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
 def not_in(
     encoding: str | None, where: str, byte: int, guesses: list[tuple[str, float]] = (), line: int | None = None
 ) -> str:
-    """The sentence for a byte that is not text in the encoding, and what to do. None is UTF-8 without an option."""
+    """Return the message for a byte that is invalid in the encoding. An `encoding` of None means UTF-8 in a command
+    without the option --encoding."""
     likely = ", ".join(f"{name} (confidence {confidence:.2f})" for name, confidence in guesses[:3])
-    unclear = f"Its encoding is not clear; the likeliest are {likely}. " if likely else ""
-    give = f"give {'--encoding NAME' if encoding == 'utf-8' else 'another --encoding'}, " if encoding else ""
-    advice = give + "convert the file, leave it out, or go on with --errors replace"
+    unclear = f"Its encoding is not clear; the most likely are {likely}. " if likely else ""
+    option = f"use {'--encoding NAME' if encoding == 'utf-8' else 'another --encoding'}, " if encoding else ""
+    advice = option + "convert the file, leave it out, or use --errors replace"
     in_line = f" (line {line})" if line else ""
     return f"{where} is 0x{byte:02x}{in_line}. {unclear}{advice[0].upper()}{advice[1:]}"
 
 
 def not_text(data: bytes) -> tuple[str, str] | None:
-    """What a file is that is not text, by its first bytes, and what to do; None where it may be text."""
-    return next((found for first, found in NOT_TEXT.items() if data.startswith(first)), None)
+    """Return the type of a file that is not text, by its first bytes, and what to do; None if it may be text."""
+    return next((description for first, description in NOT_TEXT.items() if data.startswith(first)), None)
 
 
 def is_html(text: str) -> bool:
-    """Whether a text begins as HTML does."""
+    """Whether a text begins like HTML."""
     return HTML.match(text) is not None
 
 
 def _first_not_utf8(data: bytes) -> int | None:
     try:
-        is_whole = len(data) < SEARCHED  # else its end may be in the middle of a character
+        is_whole = len(data) < SEARCHED  # otherwise the data may end inside a character
         codecs.getincrementaldecoder("utf-8")().decode(data, final=is_whole)
         return None
     except UnicodeDecodeError as error:
@@ -157,18 +159,18 @@ def _first_not_utf8(data: bytes) -> int | None:
 
 
 def _is_damaged_utf8(sample: bytes) -> bool:
-    """Whether most of what is not ASCII is UTF-8: then it is UTF-8 with faults, which also looks like GB18030."""
+    """Whether most non-ASCII characters are valid UTF-8. Damaged UTF-8 would otherwise be taken for GB18030."""
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
     wrong = text.count("\ufffd")
     return sum(not char.isascii() for char in text) - wrong > 4 * wrong
 
 
 def _guesses(sample: bytes, has_nuls: bool) -> list[tuple[str, float]]:
-    """Encodings that the sample may have and charset-normalizer's confidence in them, the likeliest first."""
+    """Return possible encodings of the sample with charset-normalizer's confidence, the most likely first."""
     import charset_normalizer
 
     guesses = {}
-    for cut in range(4):  # its end may be in the middle of a character
+    for cut in range(4):  # the sample may end inside a character
         matches = charset_normalizer.from_bytes(sample[: len(sample) - cut], steps=20)
         for match in matches:
             names = [match.encoding, *match.could_be_from_charset]
@@ -188,17 +190,17 @@ def _is_sure(guesses: list[tuple[str, float]], sample: bytes) -> bool:
         return False
     text = codecs.getincrementaldecoder(name)("replace").decode(sample)
     strange = sum(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f" for char in text)
-    narrow = sum("\uff61" <= char <= "\uff9f" for char in text)  # in Shift-JIS one byte each, as the letters of KOI8-R
+    narrow = sum("\uff61" <= char <= "\uff9f" for char in text)  # 1 byte in Shift-JIS, like KOI8-R
     evidence = len(text) if name.startswith("utf") else sum(not char.isascii() for char in text)
     return evidence >= EVIDENCE and strange + text.count("\ufffd") < 0.01 * len(text) and narrow < NARROW * evidence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is wrong with text that was read
+# Problems in text that was read
 
 
 class _Replace:
-    """As the error handler "replace" of codecs, and counts."""
+    """The error handler "replace" of codecs, with a counter."""
 
     count = 0
 
@@ -212,22 +214,22 @@ codecs.register_error("acorn.replace", _replace)
 
 
 def counted(errors: str) -> str:
-    """The name of the error handler that does as `errors` says, and whose replacements `Faults` counts."""
+    """Return the name of the error handler for `errors` whose replacements `Faults` counts."""
     return "acorn.replace" if errors == "replace" else errors
 
 
 class Faults:
-    """Counts, of the text that goes through `look`, what a model had better not learn."""
+    """Counts characters that a model should not learn in the text that passes through `look`."""
 
-    WARN = 0.001  # the share of the characters above which it is likely no accident
+    WARN = 0.001  # fraction of the characters above which the note becomes a warning
 
     def __init__(self):
         self.chars = self.marks = self.nuls = 0
-        self.first = {}  # fault: the name of the first text with it
+        self.first = {}  # fault -> the name of the first text with it
         self._before = _replace.count
 
     def look(self, text: str, name: str) -> str:
-        """The text itself; `name` is where it comes from."""
+        """Examine a text that comes from `name`, and return it unchanged."""
         self.chars += len(text)
         if "\0" in text:
             self.nuls += text.count("\0")
@@ -238,7 +240,7 @@ class Faults:
         return text
 
     def notes(self, option: str = "") -> list[str]:
-        """A sentence for each fault. `option` names another encoding, where the command has such an option."""
+        """Return a sentence per fault. `option` is the command's option for the encoding, "" if it has none."""
         notes, replaced = [], _replace.count - self._before
 
         def add(count: int, sentence: str) -> None:
@@ -247,22 +249,23 @@ class Faults:
             notes.append(f"{'warning' if share > self.WARN else 'note'}: {sentence}")
 
         if replaced:
-            hint = f"; if that is not damage, give {option}" if option else ""
+            hint = f"; if the file is not damaged, use {option}" if option else ""
             add(
                 replaced,
-                "replaced undecodable bytes by U+FFFD {count} times ({share}), first in "
+                "undecodable bytes were replaced by U+FFFD {count} times ({share}), first in "
                 f"{self.first.get('marks', 'a text')}{hint}",
             )
         if self.marks > replaced:
             add(
                 self.marks - replaced,
-                "the text has {count} U+FFFD of its own ({share}), left by an earlier conversion, first in "
+                "the text already contains {count} U+FFFD ({share}) from an earlier conversion, first in "
                 f"{self.first['marks']}; convert the original again",
             )
         if self.nuls:
-            hint = f", or give {option} if it has another encoding" if option else ""
+            hint = f", or use {option} if the file has another encoding" if option else ""
             add(
                 self.nuls,
-                f"the text has {{count}} NUL characters ({{share}}), first in {self.first['nuls']}; remove them{hint}",
+                f"the text contains {{count}} NUL characters ({{share}}), first in {self.first['nuls']}; remove "
+                f"them{hint}",
             )
         return notes

@@ -1,6 +1,6 @@
-"""any dataset of the Hugging Face hub, or a local folder of its kind, through the library datasets
+"""any dataset on the Hugging Face hub, or a local folder in the same format, read with the library datasets
 
-It streams by default: nothing is stored but the shards. `--max_tokens` takes the beginning of a large corpus.
+It streams by default, so only the shards are stored. `--max_tokens` uses only the beginning of a large corpus.
 """
 
 import argparse
@@ -16,52 +16,52 @@ from prepare.reading import cell, parquet_batches
 
 TOKENIZER = "gpt2"
 VAL_FRACTION = 0.0005
-ROWS = 1000  # read at once, at most
-FIRST_ROWS = 16  # whose length decides how many
-HELD = 1 << 24  # bytes of the rows read at once, if all are as long as the first
+ROWS = 1000  # maximum rows to read at once
+FIRST_ROWS = 16  # rows whose size determines how many rows to read at once
+HELD = 1 << 24  # target bytes of the rows to read at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="NAME", help="as the hub writes it: OWNER/NAME; or a folder")
+    parser.add_argument("dataset", metavar="NAME", help="a name on the hub, OWNER/NAME, or a folder")
     add_options(parser)
 
 
 def add_options(
     parser: argparse.ArgumentParser, config: str | None = None, split: str = "train", val_split: str | None = None
 ) -> None:
-    """The options of every corpus that comes from the hub, with its own defaults."""
+    """Add the options of every corpus on the hub, with these defaults."""
     add = parser.add_argument
-    add("--config", default=config, help="the part of the dataset, where it has several; default: %(default)s")
+    add("--config", default=config, help="the configuration (subset), if the dataset has several; default: %(default)s")
     add("--split", default=split, help="the split to read; default: %(default)s")
-    add("--val_split", default=val_split, help="a split that is all for validation; default: %(default)s")
-    add("--key", default="text", metavar="FIELD", help="the field that is the text; default: %(default)s")
+    add("--val_split", default=val_split, help="a split to use only for validation; default: %(default)s")
+    add("--key", default="text", metavar="FIELD", help="the field with the text; default: %(default)s")
     add("--revision", help="a branch, tag or commit of the dataset")
-    add("--max_tokens", type=int, metavar="N", help="stop after so many tokens")
+    add("--max_tokens", type=int, metavar="N", help="stop after N tokens")
     add(
         "--streaming",
         type=lambda word: {"true": True, "false": False}.get(word.lower(), word),
         default=True,
         choices=(True, False),
-        help="False downloads all of it first, into the cache of datasets; default: True",
+        help="False downloads the whole dataset first, into the cache of datasets; default: True",
     )
 
 
 def default_name(args: argparse.Namespace) -> str:
-    """The last part of the name: fineweb for HuggingFaceFW/fineweb."""
+    """Return the last part of the name: fineweb for HuggingFaceFW/fineweb."""
     return re.split(r"[/\\]", args.dataset.rstrip("/\\"))[-1]
 
 
 def documents(args: argparse.Namespace) -> "HubDocuments":
     if os.path.isfile(args.dataset) or not args.dataset.strip():
         raise UserError(
-            f"'{args.dataset}' is no dataset of the hub; for files use `python prepare text FILES --key FIELD`"
+            f"'{args.dataset}' is not a dataset on the hub. For files, use `python prepare text FILES --key FIELD`."
         )
     return HubDocuments(args.dataset, args)
 
 
 def _parquet_columns(files: list[str], name: str, key: str, state: dict | None) -> Iterator[tuple]:
-    """The field `key` of the files' rows from `state` on, as arrays, each with the state after it."""
-    from datasets.utils.file_utils import xopen  # logs in on the hub, and tries again
+    """Yield the field `key` of the files' rows from `state` on as pyarrow arrays, each with the state after it."""
+    from datasets.utils.file_utils import xopen  # authenticates at the hub, and retries
 
     try:
         first, skip = (int(state["file"]), int(state["rows"])) if state else (0, 0)
@@ -72,38 +72,38 @@ def _parquet_columns(files: list[str], name: str, key: str, state: dict | None) 
             for batch in parquet_batches(file, f"{name} ({os.path.basename(files[number])})", key, skip):
                 skip += len(batch)
                 yield batch.column(key), {"file": number, "rows": skip}
-                batch = None  # not beside the next one
+                batch = None  # free it before the next one is read
         skip = 0
 
 
 def _columns(rows, name: str, key: str, state: dict | None) -> Iterator[tuple]:
-    """The field `key` of an iterable dataset from `state` on, as arrays, each with the state after it."""
+    """Yield the field `key` of an iterable dataset from `state` on as arrays, each with the state after it."""
     if state:
         try:
-            at_once = min(ROWS, max(1, int(state["rows"])))
+            batch_size = min(ROWS, max(1, int(state["rows"])))
             rows.load_state_dict(state["datasets"])
-        except Exception as error:  # the library does not check what it takes
+        except Exception as error:  # the library does not validate the state
             raise _not_as_written(name, error) from error
     else:
         first = next(rows.iter(min(FIRST_ROWS, ROWS)), None)
-        at_once = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
-        at_once = min(ROWS, max(1, at_once))
-    for table in rows.iter(at_once):
-        # with another number of rows at once, datasets would lose some or give them twice
-        yield table[key], {"rows": at_once, "datasets": rows.state_dict()}
+        batch_size = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
+        batch_size = min(ROWS, max(1, batch_size))
+    for table in rows.iter(batch_size):
+        # the state holds batch_size, because datasets would lose or repeat rows with a different one
+        yield table[key], {"rows": batch_size, "datasets": rows.state_dict()}
 
 
 def _not_as_written(name: str, error: Exception) -> UserError:
     return UserError(
-        f"the place in {name} where reading stopped is not as it was written ({error!s:.80}); remove the folder "
-        ".acorn_partial of the dataset, and start again"
+        f"the saved position in {name} is damaged ({error!s:.80}). Remove the dataset's folder .acorn_partial, and "
+        "start again."
     )
 
 
 class HubDocuments:
-    """An iterable of the texts of a dataset, read anew each time; those of `--val_split` come first.
+    """A re-iterable of the texts of a dataset. The texts of `--val_split` come first.
 
-    A row is a document, unless `join` makes documents from an iterator of rows.
+    Each row is a document, unless `join` is given: it makes documents from an iterator of rows.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class HubDocuments:
         self.name, self.args, self.join = name, args, join
         self.parts = [("val", args.val_split), ("train", args.split)] if args.val_split else [(None, args.split)]
         self._bookmark = {"documents": 0, "part": 0, "state": None}
-        self._said = set()
+        self._printed = set()
 
     def fingerprint(self) -> list:
         args = self.args
@@ -134,14 +134,14 @@ class HubDocuments:
                     rows = self.join(row if isinstance(row, str) else "".join(row) for row in rows)
                 for text in rows:
                     yield Document(text, split) if split else text
-        finally:  # --max_tokens ends it early
+        finally:  # also if --max_tokens closes the iterator early
             for note in faults.notes():
-                if note not in self._said:
+                if note not in self._printed:
                     print(printable(note), file=sys.stderr)
-                self._said.add(note)
+                self._printed.add(note)
 
     def _rows(self, part: int, faults: Faults) -> Iterator[str | Iterator[str]]:
-        """The texts of a part from the bookmark on, which moves along; where rows are joined it stays at the start."""
+        """Yield the texts of a part from the bookmark on. The bookmark is updated, except if rows are joined."""
         source, key = self._open(self.parts[part][1]), self.args.key
         count, state = self._bookmark["documents"], self._bookmark["state"]
         errors = counted(getattr(self.args, "errors", "strict"))
@@ -159,21 +159,25 @@ class HubDocuments:
             for number, value in enumerate(column, count + 1):
                 text = cell(value, f"row {number} of {self.name}", key, errors)
                 if text is not None and not isinstance(text, str | Iterator):
-                    raise UserError(f"the field '{key}' of {self.name} is no text but {text!r:.40}")
+                    raise UserError(
+                        f"the field '{key}' of {self.name} is not text but {text!r:.40}. Choose another field with "
+                        "--key."
+                    )
                 if isinstance(text, Iterator):
                     yield (faults.look(block, self.name) for block in text)
                 else:
                     yield faults.look(text or "", self.name)
             count += len(column)
-            column = None  # not beside the next one
+            column = None  # free it before the next one is read
             if not self.join:
                 self._bookmark = {"documents": count, "part": part, "state": state}
         if not self.join:
             self._bookmark = {"documents": count, "part": part + 1, "state": None}
 
     def _open(self, split: str):
-        """The rows of a split: its parquet files, which reading.py reads in bounded memory where datasets holds whole
-        row groups; of another format an iterable dataset of Arrow tables with the one field."""
+        """Open the rows of a split. Returns its parquet files if it has only those, because reading.py reads them in
+        bounded memory, whereas datasets holds whole row groups. Otherwise returns an iterable dataset of Arrow tables
+        with the one field."""
         import datasets
 
         if not sys.stderr.isatty():
@@ -194,14 +198,14 @@ class HubDocuments:
             raise self._explained(error) from error
         if args.key not in fields:
             raise UserError(
-                f"{self.name} has no field '{args.key}'; choose one with --key (the fields are: {', '.join(fields)})"
+                f"{self.name} has no field '{args.key}'. Choose one with --key (the fields are: {', '.join(fields)})."
             )
         if files and all(file.endswith(".parquet") for file in files):
             return files
         return rows.select_columns([args.key]).with_format("arrow")
 
     def _explained(self, error: Exception) -> Exception:
-        """The error as a UserError that says what to do; itself where it is none of the known ones."""
+        """Return a UserError with advice for a known error; any other error unchanged."""
         import datasets.exceptions
         import httpx
 
@@ -211,28 +215,29 @@ class HubDocuments:
         page = f"https://huggingface.co/datasets/{self.name}"
         if "scripts are no longer supported" in text:
             return UserError(
-                f"{self.name} is a Python script, which datasets no longer runs; try --revision refs/convert/parquet, "
-                "the copy that the hub made of many of these, or download its files for `python prepare text`"
+                f"{self.name} is a Python script, which datasets no longer runs. Try --revision refs/convert/parquet, "
+                "the hub's parquet copy of many such datasets, or download its files for `python prepare text`."
             )
         if "gated dataset" in text or status in (401, 403):
             return UserError(
-                f"{self.name} is gated or private: ask for access on {page}, log in with `hf auth login` (or set "
-                "HF_TOKEN), and run this again"
+                f"{self.name} is gated or private. Request access on {page}, log in with `hf auth login` (or set "
+                "HF_TOKEN), and run this again."
             )
         if isinstance(error, datasets.exceptions.DatasetNotFoundError) or status == 404:
             return UserError(
-                f"there is no dataset {self.name} on the hub ({text:.200}); a name is as in the address {page}"
+                f"there is no dataset {self.name} on the hub ({text:.200}). Use the name in the address of its page, "
+                f"such as {page}."
             )
         if isinstance(error, datasets.exceptions.DataFilesNotFoundError | FileNotFoundError):
-            return UserError(f"{self.name} holds no data files that datasets knows ({text:.200})")
+            return UserError(f"{self.name} has no data files in a format that datasets supports ({text:.200})")
         if "BuilderConfig" in text or "Config name is missing" in text:
             return UserError(f"{self.name} needs another --config: {text:.600}")
         if "split" in text and isinstance(error, ValueError):
             return UserError(f"{self.name} needs another --split: {text:.300}")
         if isinstance(error, ConnectionError | TimeoutError | httpx.HTTPError):
             return UserError(
-                f"the Hugging Face hub cannot be reached ({text:.200}); run this again with a network, or use a corpus "
-                "that needs none: `python prepare text FILES` or `python prepare stdlib`"
+                f"the Hugging Face hub cannot be reached ({text:.200}). Run this again with a network, or use a corpus "
+                "that needs none: `python prepare text FILES` or `python prepare stdlib`."
             )
         if isinstance(error, datasets.exceptions.DatasetsError | OSError):
             return UserError(f"datasets cannot read {self.name}: {text:.300}")

@@ -1,9 +1,9 @@
-"""look at a dataset: counts, document lengths with their picture, samples token by token; --verify checks all of it
+"""inspect a dataset: counts, document lengths with a histogram, samples token by token; --verify checks all hashes
 
-It reads whatever training reads: what `python prepare` wrote, nanoGPT's folders, and those of llm.c and modded-nanogpt.
+It reads every kind of dataset that training reads: those of `python prepare`, nanoGPT, llm.c and modded-nanogpt.
 """
 
-# Not inspect.py: `python prepare` looks for modules in this folder first, and would find it for Python's own `inspect`.
+# not named inspect.py, because `python prepare` searches this folder first and would shadow Python's own `inspect`
 
 import argparse
 import importlib
@@ -20,8 +20,8 @@ from acorn.data.shards import KINDS, Dataset, Tokens, load_dataset
 from acorn.data.tokenizer import Tokenizer
 from prepare.pipeline import Reader
 
-PIECE = 1 << 22  # tokens that are read at once
-SHOWN = 3  # longest and shortest documents
+PIECE = 1 << 22  # tokens to read at once
+SHOWN = 3  # number of longest and shortest documents to show
 SAMPLE_TOKENS = 48
 
 
@@ -30,17 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="also check every shard, and the text that it was made from where that is here, against their hashes",
+        help="also verify the hashes of every shard, and of the source text if it still exists",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; default: 3")
     parser.add_argument(
-        "--picture", metavar="PNG", help="where the histogram of document lengths goes; default: DATASET/lengths.png"
+        "--picture", metavar="PNG", help="the file for the histogram of lengths; default: DATASET/lengths.png"
     )
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what the dataset holds. Raises UserError where it is damaged: what `load_dataset` refuses, an id outside
-    the vocabulary, and with --verify a file whose hash is not that of meta.json."""
+    """Print the content of a dataset. Raises UserError if it is damaged: if `load_dataset` rejects it, for an id
+    outside the vocabulary, and with --verify for a file whose hash differs from meta.json."""
     dataset = load_dataset(args.dataset)
     tokenizer = dataset.tokenizer
     splits = {name: tokens for name, tokens in (("train", dataset.train), ("val", dataset.val)) if tokens}
@@ -61,25 +61,23 @@ def inspect(args: argparse.Namespace) -> None:
     if any(tokens.mask for tokens in splits.values()):
         rows["masked"] = [f"{1 - each.learned / max(len(splits[name]), 1):.1%}" for name, each in found.items()]
     is_old_chat = any(tokens.mask and tokens.conversations is None for tokens in splits.values())
-    told_apart = not is_old_chat and (dataset.document_mark is not None or dataset.train.conversations is not None)
-    if told_apart:
+    has_documents = not is_old_chat and (dataset.document_mark is not None or dataset.train.conversations is not None)
+    if has_documents:
         rows["documents"] = [f"{each.lengths.total():,}" for each in found.values()]
-        for name, share in (("shortest", 0), ("a quarter up to", 0.25), ("half up to", 0.5), ("longest", 1)):
+        for name, share in (("shortest", 0), ("25% up to", 0.25), ("50% up to", 0.5), ("longest", 1)):
             rows[name] = [f"{each.length_at(share):,} tokens" for each in found.values()]
     for name, values in rows.items():
         print(f"{name:<18}" + "".join(f"{value:>20}" for value in values))
 
     if is_old_chat:
-        print(
-            "\nAn older version prepared these conversations, and nothing marks where each begins; prepare them again."
-        )
-    elif not told_apart:
-        print(f"\nThe {tokenizer.kind} tokenizer has no end-of-text token, so the tokens do not tell documents apart.")
+        print("\nAn older version prepared these conversations without marking where each begins. Prepare them again.")
+    elif not has_documents:
+        print(f"\nThe {tokenizer.kind} tokenizer has no end-of-text token, so document boundaries are unknown.")
     else:
-        for title, which in (("longest", "longest"), ("shortest", "shortest")):
+        for title in ("longest", "shortest"):
             print(f"\nthe {title} documents")
             for name, each in found.items():
-                for length, start in getattr(each, which):
+                for length, start in getattr(each, title):
                     begins = splits[name].read([start], min(length, SAMPLE_TOKENS))[0]
                     print(f"{length:>12,} tokens, {name:<6}{tokenizer.decode(begins)[:70]!r}")
         picture = Path(args.picture) if args.picture else dataset.path / "lengths.png"
@@ -90,7 +88,7 @@ def inspect(args: argparse.Namespace) -> None:
     for name, tokens in splits.items():
         for _ in range(args.samples if len(tokens) else 0):
             start = int(draw.integers(max(len(tokens) - SAMPLE_TOKENS, 0) + 1))
-            print(f"\na sample of {name}, from token {start:,} on, with a bar between tokens")
+            print(f"\na sample of {name} from token {start:,} on, with bars between tokens")
             print(visible(tokenizer, tokens.read([start], min(SAMPLE_TOKENS, len(tokens)))[0]))
     if args.verify:
         print()
@@ -99,11 +97,11 @@ def inspect(args: argparse.Namespace) -> None:
 
 @dataclass
 class Survey:
-    """What one pass over a split finds. The length of a document is in tokens, its end-of-text token left out."""
+    """The result of one pass over a split. Document lengths are in tokens, without the end-of-text token."""
 
     bytes: int = 0  # of text
-    learned: int = 0  # tokens that a mask lets count
-    lengths: Counter = field(default_factory=Counter)  # how many documents have it: at most sqrt(2 n) keys of n tokens
+    learned: int = 0  # tokens that the mask marks as learned
+    lengths: Counter = field(default_factory=Counter)  # length -> number of documents: at most sqrt(2 n) keys
     longest: list[tuple[int, int]] = field(default_factory=list)  # (length, first token)
     shortest: list[tuple[int, int]] = field(default_factory=list)
 
@@ -116,28 +114,28 @@ class Survey:
         self.longest = sorted(self.longest + by_length[-SHOWN:], reverse=True)[:SHOWN]
 
     def length_at(self, share: float) -> int:
-        """The length that this share of the documents does not exceed; 0 where there are none."""
+        """Return the length that this fraction of the documents does not exceed; 0 if there are no documents."""
         lengths = sorted(self.lengths)
         counts = np.cumsum([self.lengths[length] for length in lengths])
         return lengths[int(np.searchsorted(counts, share * counts[-1]))] if lengths else 0
 
 
 def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm, mark: int | None) -> Survey:
-    """Read the split once, a piece at a time, in memory that does not grow with it. `mark` tells documents apart."""
+    """Read the split once, piece by piece, in bounded memory. `mark` is the token between documents."""
     found, token_bytes = Survey(), tokenizer.token_bytes()
-    begin = 0  # where the document that is being read begins
+    begin = 0  # where the current document begins
     for start in range(0, len(tokens), PIECE):
         ids = tokens.read([start], min(PIECE, len(tokens) - start))[0]
         found.bytes += int(token_bytes[ids].sum(dtype=np.int64))
         if tokens.mask:
             found.learned += int(tokens.mask.read([start], len(ids)).sum())
         progress.update(len(ids))
-        if tokens.mask:  # conversations, whose turns may end with that token too
+        if tokens.mask:  # conversations, whose turns may end with the same token
             continue
         ends = start + np.flatnonzero(ids == mark) if mark is not None else ids[:0]
         if len(ends):
             starts = np.concatenate(([begin], ends[:-1] + 1))
-            whole = ends > 0  # an end-of-text token at the very beginning ends no document
+            whole = ends > 0  # an end-of-text token at the very start does not end a document
             found.add_documents(starts[whole], (ends - starts)[whole])
             begin = int(ends[-1]) + 1
     if tokens.conversations is not None:
@@ -148,7 +146,7 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm, mark: int | Non
 
 
 def visible(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """The text of the ids with a bar between tokens; what cannot be printed, parts of characters too, is escaped."""
+    """Return the text of the ids with a bar between tokens. Unprintable and partial characters are escaped."""
     texts = [tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace") for token in ids.tolist()]
     return "│".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in texts)
 
@@ -157,48 +155,49 @@ def draw_lengths(lengths: dict[str, Counter], title: str, picture: Path) -> None
     """Draw a histogram of the document lengths of each split into the PNG file `picture`."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws into files, needs no screen
+    matplotlib.use("Agg")  # draws to files, without a display
     from matplotlib import pyplot as plt
 
     longest = max((max(counted, default=1) for counted in lengths.values()), default=1)
     edges = np.unique(np.geomspace(1, longest + 1, 60).round())
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, counted in lengths.items():
-        at = [max(length, 1) for length in counted]  # the axis has no 0
-        axes.hist(at, edges, weights=list(counted.values()), alpha=0.6, label=f"{name}, {counted.total():,} documents")
+        positions = [max(length, 1) for length in counted]  # a logarithmic axis has no 0
+        axes.hist(
+            positions, edges, weights=list(counted.values()), alpha=0.6, label=f"{name}, {counted.total():,} documents"
+        )
     axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents", title=title)
     axes.legend()
-    beside = picture.with_name(f".{picture.stem}.writing.png")
-    with files.create(beside) as file:
+    tmp_path = picture.with_name(f".{picture.stem}.writing.png")
+    with files.create(tmp_path) as file:
         figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
-    os.replace(beside, picture)
+    os.replace(tmp_path, picture)
 
 
 def verify(dataset: Dataset) -> None:
-    """Hash every shard, and the text that they were made from where it is still there, and compare with meta.json. Says
-    what was checked; raises UserError where something differs. (That the ids are in the vocabulary, reading them has
-    shown.)"""
+    """Compare the hashes of every shard, and of the source text if it still exists, with meta.json. Prints what was
+    checked; raises UserError for a difference. The caller has already read all ids, which checks the vocabulary."""
     print(f"every token id is in the vocabulary of {dataset.vocab_size:,}")
     if not dataset.meta:
-        print(f"{dataset.path} has no meta.json, so there are no hashes to check")
+        print(f"{dataset.path} has no meta.json, so there are no hashes to verify")
         return
     splits = (dataset.meta["train"], dataset.meta["val"])
     listed = [entry for split in splits for entry in [*(file for key in KINDS for file in split.get(key, []))]]
-    differ = [entry["file"] for entry in listed if files.sha256(dataset.path / entry["file"]) != entry["sha256"]]
-    if differ:
+    changed = [entry["file"] for entry in listed if files.sha256(dataset.path / entry["file"]) != entry["sha256"]]
+    if changed:
         raise UserError(
-            f"{dataset.path} is damaged: {', '.join(differ)} {'differs' if len(differ) == 1 else 'differ'} from what "
-            "was written; prepare the dataset again with --overwrite"
+            f"{dataset.path} is damaged: the hash of {', '.join(changed)} does not match meta.json. Prepare it again "
+            "with --overwrite."
         )
-    print(f"{len(listed):,} shards are as they were written")
+    print(f"the hashes of {len(listed):,} shards match")
 
     source = _source(dataset)
     arguments = source.get("arguments")
     paths = arguments.get("files", []) if isinstance(arguments, dict) else None
     again = isinstance(paths, list) and "streaming" not in arguments and "-" not in paths
     if not again or source.get("corpus") == "chat":
-        print("the text that it was made from is not checked: that is done for files that are read as documents")
+        print("the source text was not checked: this is possible only for files that are read as documents")
         return
     try:
         if pipes := [
@@ -210,14 +209,14 @@ def verify(dataset: Dataset) -> None:
         for _ in tqdm(reader, desc="reading the source", unit=" pieces", disable=None):
             pass
     except (UserError, OSError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
-        print(printable(f"the text that it was made from is not checked: it is not here any more ({error})"))
+        print(printable(f"the source text was not checked: it can no longer be read ({error})"))
         return
     if reader.place.sha256 != source.get("sha256"):
         raise UserError(
-            f"the text that {dataset.path} was made from has changed since; prepare it again with --overwrite to have "
-            "what it is now"
+            f"the source text of {dataset.path} has changed since. Prepare the dataset again with --overwrite to use "
+            "the new text."
         )
-    print("the text that it was made from is here, and unchanged")
+    print("the source text is unchanged")
 
 
 def _source(dataset: Dataset) -> dict:

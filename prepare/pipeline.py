@@ -1,8 +1,8 @@
 """Documents -> pieces -> tokens -> shards, in bounded memory.
 
-The way of a document: `Reader` decides its split and cuts it into pieces; `_batches` packs pieces into batches of about
-a megabyte; `_encode_ahead` turns batches into ids, on all cores and in order; `_write` puts the ids into shards. After
-each finished shard `_write_shards` notes how far all this is, and from there the same command goes on after a kill.
+`Reader` decides a document's split and cuts it into pieces. `_batches` packs pieces into batches of about a megabyte.
+`_encode_ahead` encodes batches on all cores, in order. `_write` writes the ids into shards. After each finished shard
+`_write_shards` saves its progress, from which the same command resumes after an interruption.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from acorn import UserError, files
 from acorn.data.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.data.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
-SEPARATOR = "\n\n"  # between two documents, for a tokenizer without an end-of-text token
-FEW = 100  # documents; of fewer, whole ones would make a poor validation split
-PIECE = 1 << 17  # characters; what is encoded in one go is not much longer
-LONGEST_PIECE = 1 << 20  # characters; one long run of letters or the like is cut here, which may change a token or two
+SEPARATOR = "\n\n"  # between documents, for tokenizers without an end-of-text token
+FEW = 100  # with fewer documents, a validation split of whole documents would be poor
+PIECE = 1 << 17  # target characters of a piece
+LONGEST_PIECE = 1 << 20  # maximum characters of a piece; cutting a long run of letters may change a token or two
 BATCH = 1 << 20  # characters
 READ_AHEAD = 32  # batches
-LEARN_FROM = 1 << 30  # characters of the train part, at most, from which a tokenizer learns its vocabulary
-PROGRESS = "progress.json"  # among the new shards
+LEARN_FROM = 1 << 30  # maximum characters of the train split that a tokenizer is trained on
+PROGRESS = "progress.json"  # the file in PARTIAL that holds the progress
 
 
 class Document(NamedTuple):
-    """A document of a corpus that has a validation split of its own. Other corpora yield the text alone."""
+    """A document of a corpus with its own validation split. Other corpora yield only the text."""
 
     text: str | Iterable[str]  # whole, or in blocks
     split: str  # train | val
@@ -56,13 +56,13 @@ class Piece(NamedTuple):
 
 @dataclass
 class Place:
-    """How far a corpus has been read: up to a piece of a document."""
+    """A position in a corpus, between two pieces of a document."""
 
-    documents: int = 0  # whole ones before this place
-    pieces: int = 0  # of the next document
-    chars: int = 0  # before the next document
-    sha256: str = ""  # of the documents before: see `_chain`
-    bookmark: dict | None = None  # the corpus finds the place by it, without reading all again
+    documents: int = 0  # complete documents before this position
+    pieces: int = 0  # pieces of the current document before this position
+    chars: int = 0  # characters before the current document
+    sha256: str = ""  # hash of the documents before the current one: see `_chain`
+    bookmark: dict | None = None  # the corpus's own position, for resuming without reading everything again
 
 
 class Batch(NamedTuple):
@@ -92,30 +92,29 @@ def prepare(
 ) -> dict:
     """Write the dataset `out` and return its meta.json.
 
-    `documents` can be gone through more than once; empty ones are left out. It may have methods: `fingerprint()`, which
-    differs (JSON-able) when another text would come out; and the pair `bookmark()`, a JSON-able dict for a place at or
-    before the document that was yielded last, whose number stands in it as "documents", and `read_from(bookmark)`,
-    which yields the documents from that one on. `tokenizer` is a kind, or a tokenizer that is there already.
+    `documents` must be re-iterable; empty documents are left out. It may have these methods: `fingerprint()` returns a
+    JSON-serializable value that differs if the text differs. `bookmark()` returns a JSON-serializable dict for a
+    position at or before the last yielded document, with that document's number as "documents".
+    `read_from(bookmark)` yields the documents from there on. `tokenizer` is the name of a kind, or a tokenizer.
 
-    Each document is preceded by one end-of-text token where the tokenizer has one, or by the BOS that its
-    post-processor puts before a text; an EOS that it puts after a text follows each document. Validation is, by
-    `val_by`:
-      end       the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. A document that the
-                cut divides goes on in val without another end-of-text token. The default for few documents.
-      document  whole documents, about val_fraction of them. A hash of the text decides (of one that comes in blocks,
-                of the first), so a document's split does not depend on the rest of the corpus.
-    When val has `val_tokens` tokens, what would follow there goes to train. `max_tokens` ends the corpus.
+    Each document is preceded by one end-of-text token if the tokenizer has one, or by the BOS that its post-processor
+    puts before a text. An EOS that it puts after a text follows each document. `val_by` selects the validation split:
+      end       the end of the corpus: of n characters, those from int(n * (1 - val_fraction)) on. A document that spans
+                the cut continues in val without another end-of-text token. The default for few documents.
+      document  whole documents, about val_fraction of them. A hash of the text (of the first block, if it comes in
+                blocks) decides, so a document's split does not depend on the rest of the corpus.
+    When val has `val_tokens` tokens, further tokens for val go to train. `max_tokens` limits the whole dataset.
 
-    Stopped under way, by a kill or a full disk, the same call goes on where the last whole shard ended; the result is
-    the same to the byte. An existing dataset is replaced only with `overwrite`, and only once the new one is whole.
+    After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
+    result is identical to the byte. An existing dataset is replaced only with `overwrite`, once the new is complete.
     """
     if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, as 0.1 does")
+        raise UserError(f"val_fraction={val_fraction} must be between 0 and 1, such as 0.1")
     for option, count in (("val_tokens", val_tokens), ("max_tokens", max_tokens), ("shard_tokens", shard_tokens)):
         if count is not None and count < 2:
-            raise UserError(f"{option} is {count}; it must be 2 or more")
+            raise UserError(f"{option}={count} must be 2 or more")
     if (out / "meta.json").exists() and not overwrite:
-        raise UserError(f"{out} already holds a dataset; give --overwrite to replace it, or another --name")
+        raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
     if not val_by and (max_tokens or operator.length_hint(documents, FEW) >= FEW):
         options = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
         options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
@@ -129,7 +128,9 @@ def prepare(
             )
     val_by = val_by or "end"
     if val_by == "end" and max_tokens:
-        raise UserError("--max_tokens leaves out the end of the corpus, which is val by --val_by end; leave out one")
+        raise UserError(
+            "--max_tokens cuts off the end of the corpus, which --val_by end needs for validation. Remove one of them."
+        )
 
     options = {"val_by": val_by, "val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
     command = options | {
@@ -144,7 +145,7 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
         progress = _take_up(partial, command)
-        if not (partial / "meta.json").exists():  # else it was stopped after the last shard
+        if not (partial / "meta.json").exists():  # otherwise the interruption was after the last shard
             if not progress:
                 progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction)
             write_meta(partial, {"format": 1, "name": name} | _write_shards(documents, partial, progress))
@@ -157,11 +158,11 @@ def prepare(
             if not (partial / PROGRESS).exists():
                 files.remove(partial, ignore_errors=True)
             elif sys.exc_info()[0] is not None:
-                print(f"the whole shards stay in {partial}; the same command goes on from there", file=sys.stderr)
+                print(f"complete shards are kept in {partial}; run the same command to resume", file=sys.stderr)
             (out / ".lock").unlink(missing_ok=True)
             lock.close()
         if not existed:
-            with contextlib.suppress(OSError):  # it holds the dataset, or what is whole of it
+            with contextlib.suppress(OSError):  # not empty if it holds the dataset or complete shards
                 out.rmdir()
     return meta
 
@@ -170,9 +171,9 @@ def prepare(
 # Reading
 
 
-def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fraction: float) -> dict:
-    """What must be known before the first token is written, JSON-able: the tokenizer; and where it took reading the
-    whole corpus, its size in characters and bytes, and the character at which val begins by --val_by end."""
+def _survey(documents: Iterable, requested: str | Tokenizer, val_by: str, val_fraction: float) -> dict:
+    """Return what must be known before the first token is written, JSON-serializable: the tokenizer, and, if the whole
+    corpus had to be read, its size in characters and bytes and the character at which val begins with --val_by end."""
     count = chars = size = 0
 
     def texts() -> Iterator[str]:
@@ -189,11 +190,11 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
         if count > 1:
             yield SEPARATOR
 
-    tokenizer = get_tokenizer("char", texts()) if wanted == "char" else wanted
+    tokenizer = get_tokenizer("char", texts()) if requested == "char" else requested
     if val_by == "end":
         deque(texts() if not chars else (), maxlen=0)
         if not chars:
-            raise UserError("the corpus is empty: there is no text in it; check the files that you named")
+            raise UserError("the corpus is empty: there is no text in it. Check the names of the files.")
     if not isinstance(tokenizer, str) and not tokenizer.marks_documents:
         chars += len(SEPARATOR) * (count - 1)
         size += len(SEPARATOR) * (count - 1)
@@ -204,7 +205,7 @@ def _survey(documents: Iterable, wanted: str | Tokenizer, val_by: str, val_fract
 
 
 def _train_part(reader: "Reader") -> Iterator[str]:
-    """The text from which a tokenizer learns; one that needs no learning never asks for it."""
+    """Yield the text that a tokenizer is trained on. It is read only if the tokenizer needs training."""
     chars = 0
     for piece in reader:
         if piece.split == "train":
@@ -215,8 +216,8 @@ def _train_part(reader: "Reader") -> Iterator[str]:
 
 
 class Reader:
-    """Iterating gives the corpus in pieces, from `place` on; and `place` moves along: it lies after the piece that came
-    last. `cut` is the character at which val begins, None where documents are chosen by their hash."""
+    """Iterates over the corpus in pieces from `place` on, and updates `place` to the position after the last piece.
+    `cut` is the character at which val begins, None if documents are chosen by their hash."""
 
     def __init__(self, documents: Iterable, cut: int | None, val_fraction: float, separator="", place=None):
         self.documents, self.cut, self.val_fraction, self.separator = documents, cut, val_fraction, separator
@@ -238,13 +239,13 @@ class Reader:
             self.place.chars, self.place.sha256 = self._at_end
 
     def here(self) -> Place:
-        """A copy of the place, with the bookmark that belongs to it."""
+        """Return a copy of `place` with the corpus's bookmark for it."""
         if hasattr(self.documents, "bookmark"):
             self.place.bookmark = self.documents.bookmark()
         return Place(**asdict(self.place))
 
     def _pieces(self, document) -> Iterator[Piece]:
-        last = None  # held back until it is known whether another one follows
+        last = None  # held back until it is known whether it ends the document
         for split, parts in groupby(self._parts(document), key=lambda part: part[1]):
             for text in cut_pieces(text for text, _ in parts):
                 if last:
@@ -254,8 +255,8 @@ class Reader:
             yield last._replace(ends_document=True)
 
     def _parts(self, document) -> Iterator[tuple[str, str]]:
-        """The document's text with its splits, block by block. Its last piece comes after all blocks were read, so the
-        place moves past it only then: `_at_end` keeps what it will be."""
+        """Yield the document's text, block by block, with its split. All blocks are read before the last piece is
+        yielded, so `_at_end` keeps the characters and hash after this document until `place` moves past it."""
         split = document.split if isinstance(document, Document) else None
         digest, chars = hashlib.sha256(), self.place.chars
         for i, block in enumerate(_blocks(document)):
@@ -276,13 +277,13 @@ class Reader:
 
 
 def _blocks(document: str | Iterable[str] | Document) -> Iterator[str]:
-    """The blocks of a document that are not empty."""
+    """Return the non-empty blocks of a document."""
     text = document.text if isinstance(document, Document) else document
     return filter(None, [text] if isinstance(text, str) else text)
 
 
 def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # half a surrogate pair is no text; a tokenizer makes it U+FFFD
+    return text.encode("utf-8", "surrogatepass")  # tokenizers replace lone surrogates by U+FFFD
 
 
 def _size(text: str) -> int:
@@ -290,17 +291,18 @@ def _size(text: str) -> int:
 
 
 def _chain(sha256: str, document: str) -> str:
-    """The hash of a corpus: of one document its own, of several the hash of the hash so far and the next document's.
-    Unlike the hash of all the text it can be taken up again in the middle."""
+    """Return the hash of a corpus after another document: for the first document its own hash, else the hash of both
+    hashes. Unlike a hash of the whole text, it can be resumed in the middle."""
     return hashlib.sha256((sha256 + document).encode()).hexdigest() if sha256 else document
 
 
 def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The joined texts in pieces that can be encoded one by one, and are the same however the text came in parts."""
+    """Yield the joined texts in pieces that can be encoded separately. The pieces do not depend on how the text was
+    divided into `texts`."""
     rest = ""
     for text in texts:
         *whole, rest = split_text(rest + text, PIECE)
-        while whole and len(rest) <= PIECE:  # nearer to the end, what comes next may move a cut
+        while whole and len(rest) <= PIECE:  # near the end, the following text may move a cut
             rest = whole.pop() + rest
         *chopped, rest = _chop(rest)
         for piece in whole:
@@ -311,8 +313,8 @@ def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _chop(piece: str) -> Iterator[str]:
-    """A piece without whitespace in parts: cut between a digit or the like and a letter, where no token crosses, or,
-    where there is no such place either, anywhere."""
+    """Yield a piece without whitespace in parts of at most LONGEST_PIECE characters. It is cut between a digit or
+    punctuation and a letter, where tokens have a boundary, or anywhere if there is no such place."""
     start = 0
     while len(piece) - start > LONGEST_PIECE:
         end = start + LONGEST_PIECE
@@ -334,7 +336,7 @@ def _batches(reader: Reader) -> Iterator[Batch]:
         if chars >= BATCH:
             yield Batch(pieces, reader.here())
             pieces, chars = [], 0
-    yield Batch(pieces, reader.here())  # perhaps empty, but with the place at the end
+    yield Batch(pieces, reader.here())  # possibly empty, but with the final position
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,10 +344,10 @@ def _batches(reader: Reader) -> Iterator[Batch]:
 
 
 def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
-    """Encode the documents and write both splits, from where `progress` says; what meta.json says of them."""
+    """Encode the documents and write both splits, continuing from `progress`. Returns their entries of meta.json."""
     command, tokenizer = progress["command"], from_dict(progress["tokenizer"])
     place = Place(**progress["place"]) if "place" in progress else Place()
-    counts = progress.get("counts") or {"documents": 0, "train": 0, "val": 0}  # the splits' in bytes
+    counts = progress.get("counts") or {"documents": 0, "train": 0, "val": 0}  # train and val in bytes
     separator = "" if tokenizer.marks_documents else SEPARATOR
     reader = Reader(documents, progress["cut"], command["val_fraction"], separator, place)
     with contextlib.ExitStack() as stack:
@@ -356,7 +358,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             if "splits" in progress:
                 try:
                     writer.resume(progress["splits"][split])
-                except UserError:  # it would be raised each time
+                except UserError:  # would recur on every attempt
                     (folder / PROGRESS).unlink(missing_ok=True)
                     raise
         bar = stack.enter_context(
@@ -381,7 +383,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
                 files.replace(folder / PROGRESS, json.dumps(progress))
     changed = progress["cut"] is not None and place.chars != progress["chars"]
     if changed or min(writer.tokens for writer in writers.values()) < 2:
-        (folder / PROGRESS).unlink(missing_ok=True)  # to go on from here would end here again
+        (folder / PROGRESS).unlink(missing_ok=True)  # resuming would fail again
         raise _what_is_wrong(changed, writers, counts, command, place.chars)
     return {
         "tokenizer": tokenizer.to_dict(),
@@ -398,9 +400,9 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
 
 
 def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
-    """Read and encode on all cores, in order, a few batches ahead. Threads do: tokenizers, hashes and files work
-    outside the interpreter lock. Reading goes further ahead than encoding: at the start the vocabulary is loaded
-    meanwhile."""
+    """Read and encode on all cores, in order, a few batches ahead. Threads suffice, because tokenizers, hashes and file
+    access release the interpreter lock. Reading runs further ahead than encoding, because the vocabulary is loaded at
+    the start."""
     workers = os.cpu_count() or 1
     with contextlib.ExitStack() as stack:
         pools = [stack.enter_context(ThreadPoolExecutor(n)) for n in (workers, 1)]
@@ -410,7 +412,7 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
         loaded = encoder.submit(tokenizer.encode_batch, [])
 
         def encode(batch: Batch):
-            loaded.result()  # not in two threads at once
+            loaded.result()  # two threads must not load the vocabulary at once
             return _encode(batch, tokenizer)
 
         reading = deque(reader.submit(next, batches, None) for _ in range(READ_AHEAD))
@@ -426,7 +428,7 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A batch's ids by split: int32, with the marks before and after each document; and how many each piece has."""
+    """Return a batch's ids by split (int32, with the marks before and after each document) and each piece's length."""
     before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
     parts, lengths = {"train": [before[:0]], "val": [before[:0]]}, []
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
@@ -437,7 +439,7 @@ def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], 
 
 
 def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenizer: Tokenizer) -> tuple[Batch, dict]:
-    """The first `room` tokens of a batch, in the order of the corpus; the last piece that has some may be cut."""
+    """Return the first `room` tokens of a batch, in corpus order. The last piece may be truncated."""
     pieces, taken = [], {"train": 0, "val": 0}
     for piece, length in zip(batch.pieces, lengths.tolist(), strict=True):
         if room <= 0:
@@ -452,7 +454,7 @@ def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenize
 
 
 def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens: int | None) -> None:
-    """Write a batch's ids and count. What would follow in val when that has `val_tokens` goes to train."""
+    """Write a batch's ids and update the counts. Ids for val beyond `val_tokens` go to train."""
     train, val = ids["train"], ids["val"]
     for piece in batch.pieces:
         counts["documents"] += piece.starts_document
@@ -472,43 +474,43 @@ def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
 
 def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, chars: int) -> UserError:
     if changed:
-        return UserError("the corpus changed while it was being read; run this again when its files are at rest")
+        return UserError("the corpus changed while it was being read. Run this again once its files stop changing.")
     if not chars:
-        return UserError("the corpus is empty: there is no text in it; check the files that you named")
+        return UserError("the corpus is empty: there is no text in it. Check the names of the files.")
     split, tokens = min(((split, writer.tokens) for split, writer in writers.items()), key=lambda pair: pair[1])
     if command["val_by"] == "document":
         error = EmptySplit(
-            f"of {counts['documents']} documents too little text came to {split} by --val_by document and val_fraction "
-            f"{command['val_fraction']}; give more text, or --val_by end"
+            f"--val_by document with val_fraction={command['val_fraction']} puts too little text of "
+            f"{counts['documents']} documents into {split}. Use more text, or --val_by end."
         )
         error.n_documents = counts["documents"]
         return error
     return UserError(
-        f"the corpus is too short to split: {chars} characters and val_fraction {command['val_fraction']} leave "
-        f"{tokens} tokens for {split}, and 2 are the least; give more text"
+        f"the corpus is too short to split: {chars} characters with val_fraction={command['val_fraction']} leave "
+        f"{tokens} tokens for {split}, but 2 are needed. Use more text."
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stopping and going on
+# Interruption and resuming
 
 
 def _take_up(partial: Path, command: dict) -> dict:
-    """The progress of the same command, stopped under way; empty where there is none, and then `partial` is empty."""
+    """Return the progress of an interrupted run of the same command; without one, empty `partial` and return {}."""
     files.make_folder(partial)
     if os.path.lexists(partial / PROGRESS):
         if progress := _read_progress(partial, json.loads(json.dumps(command))):
             tokens = sum(split["tokens"] for split in progress["splits"].values())
-            print(f"going on after {tokens:,} tokens, which an earlier run wrote", file=sys.stderr)
+            print(f"resuming after {tokens:,} tokens of an earlier run", file=sys.stderr)
             return progress
-        print(f"starting anew: {partial} is of another command, or of files that have changed", file=sys.stderr)
+        print(f"starting over: {partial} belongs to another command, or its input files have changed", file=sys.stderr)
     files.remove(partial)
     partial.mkdir()
     return {}
 
 
 def _read_progress(partial: Path, command: dict) -> dict:
-    """The progress of `command` in `partial`; empty where it is of another one, or not as it was written."""
+    """Return the progress of `command` in `partial`; {} if it belongs to another command or is damaged."""
     try:
         progress = files.read_json(partial / PROGRESS)
         place, bookmark, splits = progress["place"], progress["place"]["bookmark"] or {}, progress["splits"]
@@ -520,7 +522,7 @@ def _read_progress(partial: Path, command: dict) -> dict:
         counts += [bookmark[name] for name in ("documents", "part") if bookmark]
         texts = [place["sha256"], *(shard[name] for shard in listed for name in ("file", "sha256"))]
         from_dict(progress["tokenizer"])
-        as_written = (
+        is_valid = (
             progress["command"] == command
             and splits.keys() == {"train", "val"}
             and place.keys() == asdict(Place()).keys()
@@ -531,27 +533,27 @@ def _read_progress(partial: Path, command: dict) -> dict:
         if (partial / "meta.json").exists():
             _new_shards(partial)
         else:
-            as_written = as_written and all((partial / shard["file"]).exists() for shard in listed)
+            is_valid = is_valid and all((partial / shard["file"]).exists() for shard in listed)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return progress if as_written else {}
+    return progress if is_valid else {}
 
 
 def _new_shards(partial: Path) -> set[str]:
-    """The names of the shards, masks and indices of a finished dataset that is to be moved. Raises ValueError where its
-    meta.json is not what was written."""
+    """Return the names of the shards, masks and indices of a finished dataset in `partial`. Raises ValueError if its
+    meta.json was changed."""
     meta = files.read_json(partial / "meta.json")
     names = {file["file"] for split in ("train", "val") for key in KINDS for file in meta[split].get(key, ())}
     if meta.pop("sha256") != meta_hash(meta) or not all(SHARD_NAME.fullmatch(name) for name in names):
-        raise ValueError("it says something else than when it was written")
+        raise ValueError("its SHA-256 does not match its content")
     return names
 
 
 def move_in(partial: Path, out: Path) -> dict:
-    """Put the finished dataset in place of the old one, and return its meta.json. Other files in `out` stay.
+    """Replace the old dataset in `out` by the finished one, and return its meta.json. Other files in `out` stay.
 
-    Without its meta.json the old dataset is incomplete, and so is the new one until its own has arrived: the two never
-    mix unnoticed. A move that was stopped can be done again.
+    The old meta.json is removed first and the new one is moved last, so a mix of both never looks complete. An
+    interrupted move can be repeated.
     """
     meta, new = files.read_json(partial / "meta.json"), _new_shards(partial)
     (out / "meta.json").unlink(missing_ok=True)
@@ -566,12 +568,13 @@ def move_in(partial: Path, out: Path) -> dict:
 
 
 def explain(error: OSError, out: Path, partial: Path, size: int | None) -> str:
+    """Return the message for an error of writing the dataset `out`; `size` is the size of the text in bytes."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         folder = next(folder for folder in (partial, out, *out.absolute().parents) if folder.exists())
         free = shutil.disk_usage(folder).free / 1e6
-        needed = f"about {2 * size / 1e6:.1f} MB are needed at most and " if size else ""
+        needed = f"at most about {2 * size / 1e6:.1f} MB are needed, " if size else ""
         return (
-            f"the disk that holds {out} is full: {needed}{free:.1f} MB are free; make room and run the same command "
-            "again, or choose another disk with --out"
+            f"the disk of {out} is full: {needed}{free:.1f} MB are free. Free some space and run the same command "
+            "again, or choose another disk with --out."
         )
-    return f"cannot write the dataset {out}: {error.strerror or error}; choose another place with --out"
+    return f"cannot write the dataset {out}: {error.strerror or error}. Choose another folder with --out."

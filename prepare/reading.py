@@ -1,6 +1,6 @@
-"""Files as documents, in bounded memory: plain text in blocks, and the records of jsonl, csv and parquet.
+"""Read documents from files in bounded memory: plain text in blocks, and records of jsonl, csv and parquet.
 
-A file whose name ends in .gz or .zst is unpacked on the way. Whatever is wrong with one is a UserError that names it.
+Files whose names end in .gz or .zst are decompressed. An invalid file raises a UserError that names it.
 """
 
 import codecs
@@ -17,17 +17,17 @@ from typing import BinaryIO
 from acorn import UserError
 from prepare.encoding import not_in
 
-BLOCK = 1 << 20  # bytes; a longer text comes in blocks
-LONGEST = 1 << 26  # bytes of a line of .jsonl, characters of a field of .csv, which are held whole
-LONG = 1 << 24  # bytes of a cell of .parquet; a longer one comes in blocks
-HELD = 1 << 25  # bytes of rows of .parquet that are decoded at once
-LARGEST_PAGE = 1 << 29  # bytes of a page of .parquet, unpacked
-MOST_UNPACKED = 1000  # times the packed size of a row group of .parquet, if that is more than LARGEST_PAGE
+BLOCK = 1 << 20  # bytes of text that are read at once
+LONGEST = 1 << 26  # maximum bytes of a .jsonl line or characters of a .csv field, which are held in memory as a whole
+LONG = 1 << 24  # bytes above which a .parquet cell is decoded in blocks
+HELD = 1 << 25  # bytes of .parquet rows that are decoded at once
+LARGEST_PAGE = 1 << 29  # maximum decompressed bytes of a .parquet page
+MOST_UNPACKED = 1000  # maximum compression ratio of a .parquet row group that decompresses to more than LARGEST_PAGE
 PACKED = (".gz", ".zst")
 
 
 def suffix(path: str) -> str:
-    """The suffix that says what is in the file: .jsonl for x.JSONL.zst."""
+    """Return the suffix of the file's format: .jsonl for x.JSONL.zst."""
     path = path.lower()
     for packed in PACKED:
         path = path.removesuffix(packed)
@@ -35,11 +35,11 @@ def suffix(path: str) -> str:
 
 
 def open_unpacked(path: str) -> BinaryIO:
-    """A file's bytes, those of .gz and .zst unpacked."""
+    """Open a file in binary mode; .gz and .zst files are decompressed."""
     if path.lower().endswith(".gz"):
         return gzip.open(path)
     if path.lower().endswith(".zst"):
-        import pyarrow  # unlike the package zstandard, it says when a file is cut short
+        import pyarrow  # unlike the package zstandard, it reports truncated files
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"), 1 << 20)
     return open(path, "rb")
@@ -47,27 +47,28 @@ def open_unpacked(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def naming(path: str):
-    """Errors of reading as UserErrors that name the file."""
+    """A context manager that turns read errors into UserErrors that name the file."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no whole gzip file ({error}); get it again or leave it out") from error
+        raise UserError(f"{path} is not a valid gzip file ({error}). Copy it again, or leave it out.") from error
     except OSError as error:
         if path.lower().endswith(".zst") and error.errno is None:
-            raise UserError(f"{path} is no whole zstd file ({error}); get it again or leave it out") from error
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UserError(f"{path} is not a valid zstd file ({error}). Copy it again, or leave it out.") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}. Correct it, or leave it out.") from error
 
 
 def head(path: str, size: int = 8192) -> bytes:
-    """The first bytes of a file, unpacked."""
+    """Return the first `size` bytes of a file, after decompression."""
     with naming(path), open_unpacked(path) as file:
         return file.read(size)
 
 
 def text_blocks(path: str, errors: str = "strict", name: str = "", encoding: str | None = None) -> Iterator[str]:
-    """The text of a file, block by block, with line breaks as Python's text mode has them. `errors`: strict | replace
-    (or another name of codecs), for bytes that are not text in the encoding. `name` is how messages call the file; they
-    offer --encoding where an `encoding` is given; without one it is UTF-8."""
+    """Yield the text of a file block by block, with line breaks normalized as in Python's text mode.
+
+    `errors` is strict, replace or another codecs error handler, for bytes that are invalid in the encoding. Messages
+    call the file `name`. `encoding` None means UTF-8 in a command without the option --encoding."""
     name = name or path
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")(errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -75,19 +76,20 @@ def text_blocks(path: str, errors: str = "strict", name: str = "", encoding: str
     with naming(name), open_unpacked(path) as file:
         while True:
             data = file.read(BLOCK)
-            pending = len(decoder.getstate()[0])  # the beginning of a character that the last block ended in
+            pending = len(decoder.getstate()[0])  # bytes of an incomplete character at the end of the last block
             try:
                 text = newlines.decode(decoder.decode(data, final=not data), final=not data)
             except UnicodeDecodeError as error:
-                at = done - pending + error.start
-                raise UserError(_not_in(encoding, f"{name} is not {{}}: byte {at}", error)) from error
-            yield text if done else text.removeprefix("\ufeff")  # the mark that some editors put in front
+                position = done - pending + error.start
+                raise UserError(_not_in(encoding, f"{name} is not {{}}: byte {position}", error)) from error
+            yield text if done else text.removeprefix("\ufeff")  # a byte order mark
             if not data:
                 return
             done += len(data)
 
 
 def _not_in(encoding: str | None, where: str, error: UnicodeDecodeError) -> str:
+    """Return the message for invalid bytes; `where` has a {} for the name of the encoding."""
     name = "UTF-8" if encoding in (None, "utf-8") else encoding
     return not_in(encoding, where.format(name), error.object[error.start])
 
@@ -95,11 +97,10 @@ def _not_in(encoding: str | None, where: str, error: UnicodeDecodeError) -> str:
 def records(
     path: str, key: str | None, errors: str = "strict", encoding: str | None = None
 ) -> Iterator[str | Iterator[str]]:
-    """The texts of a file of records: the field `key` of each line of .jsonl, or of each row of .csv or .parquet, where
-    one that is long comes in blocks. Strings of JSON and parquet keep their line breaks.
+    """Yield the texts of a file of records: the field `key` of each .jsonl line, .csv row or .parquet row.
 
-    Without a `key` the field is "text". A record whose field is null is empty text. `errors` and `encoding` are as in
-    `text_blocks`.
+    Long .parquet cells are iterators of blocks. Strings in JSON and parquet keep their line breaks. The default `key`
+    is "text". A null field is an empty text. `errors` and `encoding` are as in `text_blocks`.
     """
     reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _jsonl)
     field = key or "text"
@@ -107,13 +108,13 @@ def records(
         for where, value in reader(path, field, errors, encoding):
             if value is not None and not isinstance(value, str | Iterator):
                 raise UserError(
-                    f"{where} has {value!r:.40} in its field '{field}': that is no text; choose another --key"
+                    f"{where} has {value!r:.40} in its field '{field}', which is not text. Choose another --key."
                 )
             yield value or ""
 
 
 def has_field(path: str, field: str, encoding: str | None = None) -> bool:
-    """Whether the first record of the file has the field."""
+    """Whether the first record of the file has the field, and the field is text."""
     try:
         next(records(path, field, "replace", encoding), None)
         return True
@@ -122,8 +123,8 @@ def has_field(path: str, field: str, encoding: str | None = None) -> bool:
 
 
 def _missing(where: str, field: str, fields: list[str]) -> UserError:
-    there_are = ", ".join(map(str, fields)) or "none"
-    return UserError(f"{where} has no field '{field}'; choose one with --key (the fields are: {there_are})")
+    choices = ", ".join(map(str, fields)) or "none"
+    return UserError(f"{where} has no field '{field}'. Choose one with --key (the fields are: {choices}).")
 
 
 def _jsonl(path: str, field: str, errors: str, encoding: str | None) -> Iterator[tuple[str, object]]:
@@ -134,16 +135,16 @@ def _jsonl(path: str, field: str, errors: str, encoding: str | None) -> Iterator
 
 
 def fail(error: UserError) -> None:
-    """What is done about a bad record unless it is passed over."""
+    """Raise the error of a bad record: the default handler."""
     raise error
 
 
 def objects(
     path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail, encoding: str | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """The records of a file as objects, each with the words by which messages say where it stands: lines of .jsonl,
-    elements of a list in .json, rows of .csv and .parquet. `bad` gets the errors of single records. `errors` and
-    `encoding` are as in `text_blocks`."""
+    """Yield the location of each record, for messages, and the record as a dict: lines of .jsonl, elements of a list in
+    .json, rows of .csv and .parquet. `bad` is called with the errors of single records. `errors` and `encoding` are as
+    in `text_blocks`."""
     if suffix(path) == ".json" and head(path).decode(encoding or "utf-8", "replace").lstrip("\ufeff \t\r\n").startswith(
         "["
     ):
@@ -157,8 +158,7 @@ def objects(
 
 
 def _without_nulls(value):
-    """A value without the fields that are null, since a table has each field in each of its rows, and with a text that
-    comes in blocks as a whole."""
+    """Return a value without null fields, which tables have in rows that lack a field, and with text blocks joined."""
     if isinstance(value, Iterator):
         return "".join(value)
     if isinstance(value, dict):
@@ -174,29 +174,29 @@ def _json_list(
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is no JSON ({error}); mend it, or give a .jsonl file with one object a line"
+            f"{path} is not valid JSON ({error}). Correct it, or use a .jsonl file with one object per line."
         ) from error
     for number, record in enumerate(records, 1):
         where = f"record {number} of {path}"
         if isinstance(record, dict):
             yield where, record
         else:
-            bad(UserError(f"{where} is {json.dumps(record)[:40]}, not an object with fields"))
+            bad(UserError(f"{where} is {json.dumps(record)[:40]}, not an object. Correct it, or leave it out."))
 
 
 def json_lines(
     path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail, encoding: str | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """The objects of a .jsonl file, each with the words by which messages say where it stands. `bad` gets the errors of
-    single lines."""
+    """Yield the location of each object in a .jsonl file, for messages, and the object. `bad` is called with the errors
+    of single lines."""
     with naming(path), open_unpacked(path) as file:
         lines, line_encoding = iter(lambda: file.readline(LONGEST), b""), encoding or "utf-8"
-        if "\n".encode(line_encoding) != b"\n":  # a line break of UTF-16 is not one byte
+        if "\n".encode(line_encoding) != b"\n":  # e.g. UTF-16, where a line break is not one byte
             lines, line_encoding = _as_utf8(file, path, errors, encoding), "utf-8"
         for number, line in enumerate(lines, 1):
             where = f"line {number} of {path}"
             if len(line) == LONGEST:
-                raise UserError(f"{where} has more than {LONGEST:,} bytes; give so long a text as a file of its own")
+                raise UserError(f"{where} has more than {LONGEST:,} bytes. Put such a long text into its own file.")
             if line.isspace():
                 continue
             try:
@@ -206,18 +206,17 @@ def json_lines(
                 bad(UserError(_not_in(encoding, f"{where} is not {{}}: its byte {error.start}", error)))
                 continue
             except (ValueError, RecursionError) as error:
-                why = f"{where} is no JSON ({error}); a .jsonl file has one object a line: mend it or leave it out"
-                bad(UserError(why))
+                bad(UserError(f"{where} is not valid JSON ({error}). A .jsonl file has one object per line."))
                 continue
             if isinstance(record, dict):
                 yield where, record
                 continue
-            found = line.decode(errors="replace").strip()[:40]
-            bad(UserError(f"{where} is {found}, not an object with fields; a .jsonl file has one a line"))
+            content = line.decode(errors="replace").strip()[:40]
+            bad(UserError(f"{where} is {content}, not an object. A .jsonl file has one object per line."))
 
 
 def _as_utf8(file: BinaryIO, path: str, errors: str, encoding: str) -> Iterator[bytes]:
-    """The lines of a file in any encoding as UTF-8."""
+    """Yield the lines of a file in any encoding, converted to UTF-8."""
     text, number = io.TextIOWrapper(file, encoding, errors, newline="\n"), 0
     try:
         while line := text.readline(LONGEST):
@@ -228,40 +227,40 @@ def _as_utf8(file: BinaryIO, path: str, errors: str, encoding: str) -> Iterator[
 
 
 def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Iterator[tuple[str, object]]:
-    """The values of a field, or, where it is None, whole rows as dicts."""
+    """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None."""
     csv.field_size_limit(LONGEST)
     codec = "utf-8-sig" if encoding in (None, "utf-8") else encoding
     with open_unpacked(path) as file, io.TextIOWrapper(file, codec, errors) as text:
-        rows = csv.reader(text, strict=True)  # or a quote that is never closed takes all the rest in
-        number = line = 1  # of the row that is read next, and where it begins
+        rows = csv.reader(text, strict=True)  # otherwise an unclosed quote swallows the rest of the file
+        number = line = 1  # number of the next row, and the line where it begins
         try:
-            heads = next(rows, [])
-            if field is not None and field not in heads:
-                raise _missing(path, field, heads)
-            column = None if field is None else heads.index(field)
+            header = next(rows, [])
+            if field is not None and field not in header:
+                raise _missing(path, field, header)
+            column = None if field is None else header.index(field)
             number, line = 2, rows.line_num + 1
             for row in rows:
                 if row and column is None:
-                    yield f"row {number} of {path}", dict(zip(heads, row, strict=False))
+                    yield f"row {number} of {path}", dict(zip(header, row, strict=False))
                 elif row:
                     yield f"row {number} of {path}", row[column] if column < len(row) else None
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
             raise UserError(_not_in(encoding, f"{path} is not {{}} after row {number - 1}: a byte", error)) from error
         except csv.Error as error:
-            why = str(error)
-            if "end of data" in why:
-                why = "a quote there is never closed"
-            elif "field limit" in why:
-                why = f"a field there has more than {LONGEST:,} characters, as where a quote is never closed"
+            reason = str(error)
+            if "end of data" in reason:
+                reason = "a quote is never closed"
+            elif "field limit" in reason:
+                reason = f"a field has more than {LONGEST:,} characters, perhaps because a quote is never closed"
             raise UserError(
-                f"{path} is no table of comma-separated values in row {number}, which begins in line {line} ({why}); "
-                "mend it or leave it out"
+                f"{path} is not valid CSV in row {number}, which begins in line {line} ({reason}). Correct it, or "
+                "leave the file out."
             ) from error
 
 
 def _parquet(path: str, field: str | None, errors: str, encoding: str | None = None) -> Iterator[tuple[str, object]]:
-    """The values of a field, or, where it is None, whole rows as dicts."""
+    """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None."""
     number = 0
     with open(path, "rb") as file:
         for batch in parquet_batches(file, path, field):
@@ -273,16 +272,16 @@ def _parquet(path: str, field: str | None, errors: str, encoding: str | None = N
                     for name, column in zip(batch.schema.names, batch.columns, strict=True)
                 }
                 yield where, row if field is None else row[field]
-            batch = row = None  # not beside the next one
+            batch = row = None  # free them before the next batch is read
 
 
 def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 0) -> Iterator:
-    """The rows of a parquet file after the first `skip` ones, as pyarrow.RecordBatches of a field, or of all where it
-    is None. `path` is how messages call the file.
+    """Yield the rows of a parquet file after the first `skip` rows as pyarrow.RecordBatches of one field, or of all
+    fields if `field` is None. Messages call the file `path`.
 
-    pyarrow holds a page and a batch of rows decoded, the page packed and unpacked. A batch has HELD bytes at most where
-    texts are of like length. A file is refused before its texts are unpacked where its rows are longer than LONGEST on
-    average, where a page is larger than LARGEST_PAGE, or where it unpacks to more than MOST_UNPACKED times its size.
+    pyarrow holds one page, compressed and decompressed, and one batch in memory. A batch has at most HELD bytes if
+    texts have similar lengths. Raises UserError before decompressing texts if the average row is longer than LONGEST,
+    if a page is larger than LARGEST_PAGE, or if the compression ratio exceeds MOST_UNPACKED.
     """
     import pyarrow
     import pyarrow.parquet
@@ -303,14 +302,14 @@ def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 
                     if skip < batch.num_rows:
                         yield batch.slice(skip)
                     skip = max(0, skip - batch.num_rows)
-                    batch = None  # not beside the next one
+                    batch = None  # free it before the next one is read
                 pyarrow.default_memory_pool().release_unused()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no whole parquet file ({error}); get it again or leave it out") from error
+        raise UserError(f"{path} is not a valid parquet file ({error}). Copy it again, or leave it out.") from error
 
 
 def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:
-    """The rows of a row group (its metadata) that may be decoded at once."""
+    """Return the number of rows to decode at once; `group` is the metadata of a row group."""
     columns = [group.column(i) for i in range(group.num_columns)]
     columns = [c for c in columns if field is None or (c.path_in_schema + ".").startswith(field + ".")]
     size = sum(column.total_uncompressed_size for column in columns)
@@ -320,50 +319,51 @@ def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:
     page = max((size for _, size in pages), default=0)
     if mean > LONGEST:
         raise UserError(
-            f"{path} has rows of {mean / 1e6:,.0f} MB, and more than {LONGEST / 1e6:.0f} are not held in memory; give "
-            "so long a text as a file of its own"
+            f"{path} has rows of {mean / 1e6:,.0f} MB on average, more than the limit of {LONGEST / 1e6:.0f} MB. Put "
+            "such long texts into their own files."
         )
     if page > LARGEST_PAGE:
         raise UserError(
-            f"{path} has pages of {page / 1e6:,.0f} MB, and more than {LARGEST_PAGE / 1e6:.0f} are not held in memory; "
-            "write it again with fewer rows in a row group, such as row_group_size=100 of pyarrow"
+            f"{path} has a page of {page / 1e6:,.0f} MB, more than the limit of {LARGEST_PAGE / 1e6:.0f} MB. Write the "
+            "file again with fewer rows per row group, such as row_group_size=100 in pyarrow."
         )
     if size > LARGEST_PAGE and size > MOST_UNPACKED * packed:  # then any page may be as large
         raise UserError(
-            f"{path} has a row group of {packed / 1e6:,.1f} MB that unpacks to {size / 1e6:,.0f} MB, as in a file made "
-            "to fill the memory; leave it out, or write it again in smaller row groups"
+            f"{path} has a row group of {packed / 1e6:,.1f} MB that decompresses to {size / 1e6:,.0f} MB, like a "
+            "decompression bomb. Leave it out, or write it again with smaller row groups."
         )
-    # each value of a dictionary may be any row's, and is stored once however long it is
+    # a dictionary stores a long value once, but any number of rows may have it
     dictionaries = sum(size for column, size in pages if any("DICTIONARY" in name for name in column.encodings))
     longest = max(dictionaries, 16 * mean, 1)
     return int(min(256, max(1, HELD // longest)))
 
 
 def _first_page_size(source: BinaryIO, column) -> int:
-    """The unpacked size of the first page of a column (its metadata): the dictionary, where there is one.
+    """Return the decompressed size in bytes of a column's first page, which is the dictionary if there is one.
 
-    A page begins with a Thrift struct in the compact protocol, whose first fields are i32: its type and this size.
+    `column` is its metadata. A page begins with a Thrift struct in the compact protocol, whose first two fields are
+    i32: the page's type and this size.
     """
     offset = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
     source.seek(offset or 0)
-    head = source.read(16)
-    numbers, at = [], 0
+    header = source.read(16)
+    numbers, i = [], 0
     for _ in range(2):
-        if head[at : at + 1] != b"\x15":  # the next field, an i32
+        if header[i : i + 1] != b"\x15":  # the marker of an i32 field
             break
-        number, shift, at = 0, 0, at + 1
-        while at < len(head):
-            byte = head[at]
-            number, shift, at = number | (byte & 0x7F) << shift, shift + 7, at + 1
+        number, shift, i = 0, 0, i + 1
+        while i < len(header):
+            byte = header[i]
+            number, shift, i = number | (byte & 0x7F) << shift, shift + 7, i + 1
             if byte < 0x80:
                 break
-        numbers.append(number >> 1)  # zigzag
+        numbers.append(number >> 1)  # zigzag encoding
     return numbers[1] if len(numbers) == 2 else column.total_uncompressed_size
 
 
 def cell(scalar, where: str, field: str, errors: str = "strict", encoding: str | None = None):
-    """The Python value of a pyarrow scalar. Text comes in blocks where it is long; `where` and `field` name it in the
-    UserError if it cannot be decoded. `errors` and `encoding` are as in `text_blocks`."""
+    """Return the Python value of a pyarrow scalar; for long text, an iterator of blocks. `where` and `field` name it in
+    the UserError if it cannot be decoded. `errors` and `encoding` are as in `text_blocks`."""
     import pyarrow
 
     scalar = scalar.value if isinstance(scalar, pyarrow.DictionaryScalar) else scalar
@@ -377,8 +377,8 @@ def cell(scalar, where: str, field: str, errors: str = "strict", encoding: str |
             return _cell_blocks(data, where, field, errors, encoding)
         return str(data, encoding or "utf-8", errors)
     except UnicodeDecodeError as error:
-        at = f"{where} is not {{}} in its field '{field}': byte {error.start}"
-        raise UserError(_not_in(encoding, at, error)) from error
+        location = f"{where} is not {{}} in its field '{field}': byte {error.start}"
+        raise UserError(_not_in(encoding, location, error)) from error
 
 
 def _cell_blocks(data, where: str, field: str, errors: str, encoding: str | None) -> Iterator[str]:
@@ -389,5 +389,5 @@ def _cell_blocks(data, where: str, field: str, errors: str, encoding: str | None
         try:
             yield decoder.decode(block, final=start + BLOCK >= data.size)
         except UnicodeDecodeError as error:
-            at = f"{where} is not {{}} in its field '{field}': byte {start - pending + error.start}"
-            raise UserError(_not_in(encoding, at, error)) from error
+            location = f"{where} is not {{}} in its field '{field}': byte {start - pending + error.start}"
+            raise UserError(_not_in(encoding, location, error)) from error

@@ -1,12 +1,12 @@
-"""your own text: files, folders, globs, or - for standard input; .gz and .zst are unpacked
+"""your own text: files, folders, globs, or - for standard input; .gz and .zst are decompressed
 
-A file is a document. Of .jsonl, .parquet and .csv each record is one: its field --key. Of a folder it takes,
-recursively and sorted, what looks like text by its suffix (.txt, .md, source code, records), and leaves out hidden and
-binary files; a .jsonl or .csv there without the field is a document like any other file. A file that you name is taken
-whatever its suffix.
+Each file is a document. In .jsonl, .parquet and .csv files, each record is a document: its field --key. A folder is
+read recursively, in sorted order: files with a text suffix (.txt, .md, source code, records), without hidden and binary
+files. A .jsonl or .csv file in a folder that lacks the field is one document. A file that you name is read whatever its
+suffix.
 
-Text is UTF-8, UTF-16, GB18030, Big5, Shift-JIS, EUC-JP or EUC-KR where that can be told, or what --encoding says. Line
-breaks become \\n, as in Python's text mode; strings of JSON and parquet stay as they are.
+UTF-8, UTF-16, GB18030, Big5, Shift-JIS, EUC-JP and EUC-KR are detected if they are unambiguous; --encoding names
+another encoding. Line breaks become \\n, as in Python's text mode; strings in JSON and parquet are not changed.
 """
 
 import argparse
@@ -38,14 +38,16 @@ RECORDS = (".jsonl", ".ndjson", ".parquet", ".csv")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders, globs, or - for standard input")
-    parser.add_argument("--key", metavar="FIELD", help="the field of a record that is its text; default: text")
+    parser.add_argument("--key", metavar="FIELD", help="the field of a record with its text; default: text")
     parser.add_argument(
-        "--encoding", metavar="NAME", help="of all files, such as gb18030 or cp1252; default: detected for each file"
+        "--encoding",
+        metavar="NAME",
+        help="encoding of the files, such as gb18030 or cp1252; default: detected per file",
     )
 
 
 def default_name(args: argparse.Namespace) -> str:
-    """The stem of the first path: `mine` for ~/mine.txt.gz, for the folder mine/ and for mine/*.txt."""
+    """Return the stem of the first path: `mine` for ~/mine.txt.gz, for the folder mine/ and for mine/*.txt."""
     first = args.files[0]
     if first == "-":
         return "stdin"
@@ -54,60 +56,62 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def documents(args: argparse.Namespace) -> "TextFiles":
-    files = TextFiles(args.errors, args.key, getattr(args, "encoding", None))  # older datasets do not have it
+    files = TextFiles(args.errors, args.key, getattr(args, "encoding", None))  # absent in older meta.json
     for name in args.files:
         files.add(name)
     if args.key and not any(source.is_records for source in files.sources):
-        raise UserError(f"--key {args.key} is for records, but none of these is a .jsonl, .csv or .parquet file")
+        raise UserError(
+            f"--key {args.key} needs records, but none of the files is .jsonl, .csv or .parquet. Remove --key."
+        )
     if files.skipped:
-        print(f"left out {files.skipped} files that do not look like text", file=sys.stderr)
+        print(f"skipped {files.skipped} files that do not look like text", file=sys.stderr)
     for note in files.notes():
         print(printable(f"note: {note}"), file=sys.stderr)
     return files
 
 
 class Source(NamedTuple):
-    name: str  # how messages call it
+    name: str  # for messages
     path: str
     is_records: bool
-    version: list  # differs when the content does
+    version: list  # differs if the content differs
     encoding: str
 
 
 class TextFiles:
-    """An iterable of documents, read anew each time: a document is a file, in blocks, or the text of a record."""
+    """A re-iterable of documents. A document is a file, in blocks, or the text of a record."""
 
     def __init__(self, errors: str = "strict", key: str | None = None, encoding: str | None = None):
-        self.errors = errors  # strict | replace: what to do with bytes that are not text
+        self.errors = errors  # strict | replace: what to do with invalid bytes
         self.key = key
-        self.encoding = check_name(encoding) if encoding else None  # of all; None: detected for each
-        self._detected: dict[str, list[tuple[str, float | None]]] = {}  # encoding: its files and the confidences
+        self.encoding = check_name(encoding) if encoding else None  # of all files; None: detected per file
+        self._detected: dict[str, list[tuple[str, float | None]]] = {}  # encoding -> (file, confidence)
         self._html: list[str] = []
-        self._said = set()
+        self._printed = set()
         self.sources: list[Source] = []
         self.skipped = 0
-        self._spooled = []  # temporary files, which vanish with this object
+        self._spooled = []  # temporary files, deleted with this object
 
     def add(self, name: str) -> None:
-        """Add a file, a folder, a glob, or - for standard input. A UserError where there is no text to be found."""
+        """Add a file, a folder, a glob, or - for standard input. Raises UserError if there is no text."""
         if name == "-":
             self._spool("standard input", sys.stdin.buffer)
         elif os.path.isdir(name):
             found = self._in_folder(name)
             if not found:
-                raise UserError(f"the folder {name} holds no text files; name the files to read whatever their suffix")
+                raise UserError(f"the folder {name} holds no text files. To read files of any suffix, name them.")
             self._add_files(found, in_folder=True)
         elif os.path.isfile(name):
             if os.path.getsize(name) == 0:
-                raise UserError(f"{name} is empty; leave it out, or give a file with text in it")
+                raise UserError(f"{name} is empty. Leave it out, or name a file with text in it.")
             self._add_files([name])
-        elif os.path.exists(name):  # a pipe, as in `python prepare text <(zcat mine.gz)`
+        elif os.path.exists(name):  # a pipe, such as in `python prepare text <(zcat mine.gz)`
             with naming(name), open(name, "rb") as pipe:
                 self._spool(name, pipe)
         elif glob.has_magic(name):
             found = sorted(glob.glob(name, recursive=True))
             if not found:
-                raise UserError(f"no file matches {name}; paths are relative to where you stand: {os.getcwd()}")
+                raise UserError(f"no file matches {name}. Paths are relative to the working directory {os.getcwd()}.")
             before = len(self.sources)
             for path in found:
                 if os.path.isdir(path):
@@ -115,12 +119,14 @@ class TextFiles:
                 elif not os.path.exists(path) or os.path.isfile(path):
                     self._add_files([path])
                 else:
-                    raise UserError(f"{path} is neither a file nor a folder; leave it out, or name it by itself")
-            # ** finds a folder and what is in it; each file counts once, as it was found first
-            once = {os.path.normpath(source.path): source for source in reversed(self.sources[before:])}
-            self.sources[before:] = reversed(once.values())
+                    raise UserError(f"{path} is neither a file nor a folder. Leave it out, or name it without a glob.")
+            # ** matches a folder and its files; keep the first occurrence of each file
+            unique = {os.path.normpath(source.path): source for source in reversed(self.sources[before:])}
+            self.sources[before:] = reversed(unique.values())
         else:
-            raise UserError(f"there is no file or folder {name}; paths are relative to where you stand: {os.getcwd()}")
+            raise UserError(
+                f"there is no file or folder {name}. Paths are relative to the working directory {os.getcwd()}."
+            )
 
     def _add_files(self, paths: list[str], in_folder: bool = False) -> None:
         for path in paths:
@@ -133,7 +139,7 @@ class TextFiles:
         if suffix(path) != ".parquet":
             data = head(path, SEARCHED)
             if (found := not_text(data)) and not in_folder:
-                raise UserError(f"{name} is {found[0]}, not text; {found[1]}")
+                raise UserError(f"{name} is {found[0]}, not text. {found[1]}.")
             detected = Detected(encoding)
             try:
                 if not self.encoding and not found:
@@ -157,12 +163,12 @@ class TextFiles:
         found = []
 
         def refuse(error: OSError) -> None:
-            raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; leave it out") from error
+            raise UserError(f"cannot read the folder {error.filename}: {error.strerror}. Leave it out.") from error
 
         for parent, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
-                is_file = os.path.isfile(path)  # and not a FIFO, where reading would wait
+                is_file = os.path.isfile(path)  # not a FIFO, which would block
                 if is_file and (suffix(path) in SUFFIXES.split() or suffix(path) == ".parquet"):
                     found.append(path)
                 else:
@@ -170,7 +176,7 @@ class TextFiles:
         return found
 
     def _spool(self, name: str, stream: BinaryIO) -> None:
-        """Keep on the disk what can be read only once. It has no suffix; what packed it shows by its first bytes."""
+        """Copy a stream, which can be read only once, to a temporary file. Its first bytes tell its compression."""
         start = stream.read(4)
         packed = ".gz" if start[:2] == b"\x1f\x8b" else ".zst" if start == b"\x28\xb5\x2f\xfd" else ""
         file = tempfile.NamedTemporaryFile(suffix=packed)  # noqa: SIM115 (it stays open)
@@ -181,27 +187,27 @@ class TextFiles:
             start = stream.read(1 << 20)
         file.flush()
         self._spooled.append(file)
-        self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # records: jsonl
+        self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # with --key, it is jsonl
 
     def notes(self) -> list[str]:
-        """What a person should know of the files: encodings that were guessed, markup."""
+        """Return notes on the files for the user: detected encodings and HTML."""
         notes = []
         for encoding, files in self._detected.items():
             names = [name for name, _ in files]
-            guessed = [confidence for _, confidence in files if confidence is not None]
-            sure = f"detected with confidence {min(guessed):.2f}" if guessed else "by its mark"
-            notes.append(f"{_files(names)} read as {encoding}, {sure}; --encoding NAME overrules it")
+            confidences = [confidence for _, confidence in files if confidence is not None]
+            basis = f"detected with confidence {min(confidences):.2f}" if confidences else "from its byte order mark"
+            notes.append(f"{_files(names)} read as {encoding}, {basis}; --encoding NAME overrides it")
         if self._html:
-            notes.append(f"{_files(self._html)} HTML; its markup is learned as text, so extract the text first")
+            notes.append(f"{_files(self._html)} HTML; the model will learn its markup, so extract the text first")
         return notes
 
     def fingerprint(self) -> list:
-        """What differs when another text would come out (JSON-able)."""
+        """Return a JSON-serializable value that differs if the text differs."""
         sources = [[source.name, source.is_records, *source.version] for source in self.sources]
         return [self.errors, self.key, self.encoding, sources]
 
     def __length_hint__(self) -> int:
-        """The number of documents, where that is known before reading."""
+        """The number of documents if it is known before reading."""
         return NotImplemented if any(source.is_records for source in self.sources) else len(self.sources)
 
     def __iter__(self) -> Iterator[str | Iterator[str]]:
@@ -215,11 +221,12 @@ class TextFiles:
             for text in texts:
                 yield faults.look(text, name) if isinstance(text, str) else (faults.look(block, name) for block in text)
         for note in faults.notes("--encoding NAME"):
-            if note not in self._said:  # a corpus may be read twice
+            if note not in self._printed:  # a corpus may be read twice
                 print(printable(note), file=sys.stderr)
-            self._said.add(note)
+            self._printed.add(note)
 
 
 def _files(names: list[str]) -> str:
+    """Return the subject of a sentence about these files, with its verb."""
     others = {1: "", 2: " and another file"}.get(len(names), f" and {len(names) - 1:,} other files")
     return f"{names[0]}{others} {'is' if len(names) == 1 else 'are'}"

@@ -632,7 +632,7 @@ def test_a_learned_tokenizer_and_an_own_template(pairs):
     ("line", "options", "message"),
     [
         ('{"prompt": "a"}', "", "line 203 of bad.jsonl has the fields prompt"),
-        ("{", "", "line 203 of bad.jsonl is no JSON"),
+        ("{", "", "line 203 of bad.jsonl is not valid JSON"),
         ("", "--template nothing.txt", "neither plain, chatml nor"),
         ("", "--template chatml", "without a control token"),
         ("", "--tokenizer char", "char tokenizer has no end-of-text"),
@@ -683,17 +683,17 @@ def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypat
     bad = ["{", "[1]", '{"a": 1}', calling, '{"prompt": "a", "response": "b", "weight": 0.5}']
     Path("bad.jsonl").write_text("\n".join([*good[:20], *bad, *good[20:]]))
     Path("good.jsonl").write_text("\n".join(good))
-    with pytest.raises(UserError, match=r"line 21 of bad.jsonl is no JSON"):
+    with pytest.raises(UserError, match=r"line 21 of bad.jsonl is not valid JSON"):
         prepare_corpus("chat bad.jsonl --tokenizer byte".split())
     capsys.readouterr()
     prepare_corpus("chat bad.jsonl --tokenizer byte --skip_bad".split())
-    assert "skipped 5 bad records; the first: line 21 of bad.jsonl is no JSON" in capsys.readouterr().err
+    assert "skipped 5 bad records; the first: line 21 of bad.jsonl is not valid JSON" in capsys.readouterr().err
     prepare_corpus("chat good.jsonl --tokenizer byte".split())
     assert load_dataset("bad").identity() == load_dataset("good").identity()
     assert load_dataset("bad").meta["chat"]["skipped"] == 5
     prepare_corpus("chat bad.jsonl --name learned --tokenizer bpe:300 --skip_bad".split())
     Path("none.jsonl").write_text("\n".join(bad))
-    with pytest.raises(UserError, match=r"no conversation in none.jsonl.*5 bad records: line 1 of"):
+    with pytest.raises(UserError, match=r"no conversation in none.jsonl.*All 5 records are bad; the first: line 1 of"):
         prepare_corpus("chat none.jsonl --tokenizer byte --skip_bad".split())
 
 

@@ -234,7 +234,7 @@ def test_kills_at_random_instants_of_preparation_change_nothing(start, tmp_path,
                 continue
         else:
             assert process.end() == 0, process.said()
-        went_on += "going on after" in process.said()
+        went_on += "resuming after" in process.said()
         assert contents(tmp_path / "parts") == expected
         shutil.rmtree(tmp_path / "parts")
         ends += 1

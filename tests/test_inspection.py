@@ -63,7 +63,7 @@ def test_a_dataset_is_described(tmp_path, capsys, monkeypatch):
     assert "3                   1" in out  # documents
     assert "1 tokens, train 'short'" in out
     assert "│ longest│ text│.│" in out
-    assert "2 shards are as they were written" in out
+    assert "2 shards match" in out
     assert Path("data/texts/lengths.png").read_bytes().startswith(b"\x89PNG")
     inspect(capsys, "texts", "--picture=here.png")
     assert Path("here.png").exists()
@@ -85,14 +85,14 @@ def test_files_of_others(tmp_path, capsys):
         else:
             shard.rename(tmp_path / name / "fineweb_train_000001.bin")
         out = inspect(capsys, tmp_path / name, "--verify")
-        assert words in out and "3 tokens" in out and "no hashes to check" in out
+        assert words in out and "3 tokens" in out and "no hashes to verify" in out
         assert "val" not in out
 
 
 def test_without_end_of_text_there_are_no_documents(tmp_path, capsys):
     make_dataset(tmp_path / "a", train_char(["hello world"]))
     out = inspect(capsys, tmp_path / "a")
-    assert "do not tell documents apart" in out and "h│e│l│l│o" in out
+    assert "document boundaries are unknown" in out and "h│e│l│l│o" in out
     assert not (tmp_path / "a" / "lengths.png").exists()
 
 
@@ -103,7 +103,7 @@ def test_verify_finds_a_changed_shard(tmp_path):
     data = bytearray(shard.read_bytes())
     data[1030] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(UserError, match=r"val_000000\.bin differs from what was written"):
+    with pytest.raises(UserError, match=r"val_000000\.bin does not match"):
         inspection.verify(dataset)
 
 
@@ -111,11 +111,11 @@ def test_verify_reads_the_text_again_where_it_still_is(tmp_path):
     (tmp_path / "book.txt").write_text("A line of some length.\n" * 200)
     assert script("prepare", "text", "book.txt", "--name=book", "--tokenizer=byte", cwd=tmp_path).returncode == 0
     verify = ("prepare", "inspect", "book", "--verify", "--samples=0")
-    assert "made from is here, and unchanged" in script(*verify, cwd=tmp_path).stdout
+    assert "source text is unchanged" in script(*verify, cwd=tmp_path).stdout
     (tmp_path / "book.txt").write_text("A line of some lenght.\n" * 200)
     refused(script(*verify, cwd=tmp_path), "has changed since")
     (tmp_path / "book.txt").unlink()
-    assert "not here any more (there is no file" in script(*verify, cwd=tmp_path).stdout
+    assert "can no longer be read (there is no file" in script(*verify, cwd=tmp_path).stdout
 
 
 def test_masked_tokens_are_counted(tmp_path):
