@@ -25,9 +25,7 @@ def test_float16_on_a_cpu_becomes_float32_with_a_note():
     assert r.dtype == torch.float32 and "float16 needs" in r.notes[1]
 
 
-@pytest.mark.parametrize(
-    "device, word", [("cuda", "--device=auto"), ("cuda:7", "CUDA"), ("gpu", "unknown to torch")]
-)
+@pytest.mark.parametrize("device, word", [("cuda", "--device=auto"), ("cuda:7", "CUDA"), ("gpu", "unknown to torch")])
 def test_a_device_that_is_not_there_is_refused(device, word):
     if torch.cuda.is_available() and device == "cuda":
         pytest.skip("this machine has CUDA")
