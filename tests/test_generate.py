@@ -138,7 +138,7 @@ def test_extremes_still_draw_a_token_of_the_vocabulary():
         Sampling(min_p=1.0, top_p=1e-12, top_k=1),
     ):
         assert draw(logits, row, how, random) in (0, 1, 2)
-    with pytest.raises(UserError, match="not numbers"):
+    with pytest.raises(UserError, match="non-finite"):
         draw(torch.tensor([1.0, math.nan]), [], GREEDY, random)
 
 

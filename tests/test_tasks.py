@@ -232,9 +232,9 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
         (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is no JSON", "surrogates"),
-        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is no object", "has one a line"),
+        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object", "has one a line"),
         (["o", "--pairs=talk.jsonl", "--answers=nowhere/a.jsonl"], "nowhere/a.jsonl cannot be written"),
-        (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would replace what is measured on"),
+        (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would overwrite"),
         (["o", "--text=empty.txt"], "nothing in it to predict"),
         ([trained, "--dataset=d"], "another tokenizer"),
     ):

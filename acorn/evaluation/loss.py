@@ -1,4 +1,4 @@
-"""How well a model predicts a split: loss, perplexity and bits per byte."""
+"""Evaluate a model on a split: loss, perplexity and bits per byte."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from acorn.data.shards import Tokens
 from acorn.distributed.runtime import Runtime
 from model import GPT
 
-SAME_WINDOWS = 4242  # seeds the choice of windows, so that every evaluation of every run looks at the same ones
+SAME_WINDOWS = 4242  # fixed seed for choosing windows, so that all evaluations of all runs use the same ones
 
 
 @torch.no_grad()
@@ -28,12 +28,15 @@ def window_sums(
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Of each window that this process looks at: its tokens, their nats, and, given the bytes of each token (V,), the
-    nats of those that have bytes, and the bytes: (windows, 4), in float64.
+    """Return sums for each window that this rank evaluates: (windows, 4), float64.
 
-    Looks at the whole split, in windows of block_size tokens side by side or rows of conversations; or at `max_windows`
-    of them, the same ones every time, where that is fewer. The windows are shared out among the processes. Control
-    tokens have no bytes. Attention stays inside a document where the split numbers them.
+    The columns are the number of targets, their loss in nats, the loss of the targets that have bytes, and the number
+    of bytes. `token_bytes` (V,) gives the bytes of each token, 0 for control tokens; without it, the last two columns
+    are 0.
+
+    Evaluates the whole split, in adjacent windows of block_size tokens or in rows of conversations, or at most
+    `max_windows` of these, the same ones every time. The windows are divided among the ranks. Attention stays inside a
+    document if the split numbers its documents.
     """
     n = batches.samples_per_epoch(tokens, block_size)
     whole = not max_windows or max_windows >= n
@@ -47,17 +50,17 @@ def window_sums(
             n_rows = max(0, min(batch_size, count - first))
             if not n_rows and not runtime.fsdp:
                 break
-            # without rows it looks at a window that does not count, since the others need its shard of the model
+            # a rank without rows runs a dummy window, because FSDP needs every rank in each forward pass
             arrays = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
             yield make_batch(arrays, runtime.device), n_rows
 
     was_training = model.training
     model.eval()
-    sums = [[] for _ in range(4)]  # the columns of each batch; they stay on the device, so that it never waits
+    sums = [[] for _ in range(4)]  # one list of batches per column; on the device, so that the host does not wait
     for batch, n_rows in prefetch(read_batches(), runtime.device):
         x, y, documents = batch.to(runtime.device)
         with runtime.autocast():
-            _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 where masked
+            _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 at masked targets
         n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
         columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
         for column, values in zip(sums, columns, strict=True):
@@ -69,8 +72,10 @@ def window_sums(
 
 
 def evaluate(model: GPT, tokens: Tokens, *how) -> dict[str, float]:
-    """Loss in nats a token, perplexity, and, given the bytes of each token, bits a byte. Every token of every window
-    counts the same; `how` is what `window_sums` takes from `runtime` on."""
+    """Return "loss" (nats per token), "perplexity" and, if `token_bytes` is given, "bits_per_byte" of a split.
+
+    Every target has the same weight. `how` are the arguments of `window_sums` from `runtime` on.
+    """
     return _figures(_means(model, tokens, *how))
 
 
@@ -84,9 +89,10 @@ def evaluate_mixture(
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """`evaluate` on a split of all datasets, each counting by its share; beside it `loss/NAME` of each, if several.
+    """Evaluate a split of all datasets, weighted by their shares, and return the same keys as `evaluate`.
 
-    Of each dataset it looks at `max_windows` windows, or, where that is 0, at as many as its val split has.
+    With several datasets, the result also has "loss/NAME" for each. Each dataset contributes `max_windows` windows, or,
+    if that is 0, as many as its val split has.
     """
     means = []
     for dataset in data.datasets:
@@ -100,18 +106,18 @@ def evaluate_mixture(
 
 
 def _means(model: GPT, tokens: Tokens, runtime: Runtime, *how) -> np.ndarray:
-    """Means over the tokens that all processes look at: nats, nats of the tokens that have bytes, and bytes."""
+    """Return means over the targets of all ranks: loss in nats, loss of the targets that have bytes, and bytes."""
     n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *how).sum(0)).tolist()
     refuse_none(n_tokens, tokens)
     return np.array(sums) / n_tokens
 
 
 def refuse_none(n_tokens: float, tokens: Tokens) -> None:
-    """Raise UserError where an evaluation saw no token that counts, so that there is no loss."""
+    """Raise UserError if an evaluation had no unmasked targets, and therefore no loss."""
     if not n_tokens:
         raise UserError(
-            f"the {tokens.name} split has no token that counts where this evaluation looks, since its mask leaves all "
-            "of them out, so there is no loss; `python prepare inspect` shows how many count"
+            f"the {tokens.name} split has no loss, because its mask excludes every token in the evaluated windows. "
+            "Prepare data with learned replies; `python prepare inspect` shows how many tokens count."
         )
 
 

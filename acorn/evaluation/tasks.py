@@ -1,14 +1,14 @@
-"""Measure a checkpoint on text, on answers, and on choices; each figure comes with its standard error.
+"""Measure a checkpoint on text, answers and multiple choice. Each result comes with its standard error.
 
-    python -m acorn.evaluate out/x                        # the validation split that it was trained beside
+    python -m acorn.evaluate out/x                        # the validation split of its own dataset
     python -m acorn.evaluate out/x --dataset NAME --split val
     python -m acorn.evaluate out/x --text FILE            # perplexity and bits per byte of a text file
     python -m acorn.evaluate out/x --pairs FILE.jsonl     # {"prompt", "response"}: exact match, BLEU, chrF, ROUGE
     python -m acorn.evaluate out/x --choices FILE.jsonl   # {"prompt", "choices", "answer"}: accuracy by likelihood
 
-Where the checkpoint carries a chat template, a prompt is what a user says to it; otherwise it is text to be continued.
-A measure that cannot be computed is n/a (null with --json), with the reason. Records of --pairs and --choices that
-exceed the model's block size are skipped and counted.
+If the checkpoint has a chat template, a prompt is a user's message; otherwise it is text to be continued. A metric that
+cannot be computed is n/a (null with --json), with the reason. Records of --pairs and --choices that exceed the model's
+block size are skipped and counted.
 """
 
 import argparse
@@ -32,39 +32,39 @@ from acorn.evaluation.loss import refuse_none, window_sums
 from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT
 
-# Scripts that put no space between words, in the syntax of the `regex` package, by the name that is printed.
+# Scripts without spaces between words, as character classes of the `regex` package; the keys are printed.
 UNSPACED = {
     "Chinese": r"\p{Han}\p{Bopomofo}々〆",
     "Japanese": r"\p{Hiragana}\p{Katakana}ー",
-    "Korean": r"\p{Hangul}",  # has spaces, but its suffixes are written without
+    "Korean": r"\p{Hangul}",  # has spaces between words, but not before suffixes
     "Thai and other scripts without spaces": r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Javanese}"
     r"\p{Balinese}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}",
 }
-# sacrebleu's tokenizers for these, best first: MeCab is used where its package is installed
+# sacrebleu's tokenizers for these scripts, best first; MeCab is used if its package is installed
 BLEU_TOKENIZERS = {"Chinese": ["zh"], "Japanese": ["ja-mecab", "char"], "Korean": ["ko-mecab", "char"]}
 BLEU_TOKENIZERS["Thai and other scripts without spaces"] = ["char"]
 
 
 class Figure(NamedTuple):
-    """A measured value. One that cannot be computed is None, and `note` says why."""
+    """A measured value with its standard error. A value that cannot be computed is None, and `note` says why."""
 
     value: float | None
-    error: float | None  # standard error; None where one example does not tell
-    n: int  # tokens, bytes, or examples
-    method: str = ""  # what was compared, such as sacrebleu's signature
+    error: float | None  # standard error; None if a single example does not allow an estimate
+    n: int  # number of tokens, bytes or examples
+    method: str = ""  # how it was computed, such as sacrebleu's signature
     note: str = ""
 
 
 def figure(value: float, error: float, n: int, method: str = "", note: str = "") -> Figure:
-    """The `Figure` of a computed value: None where it is not finite."""
+    """Return the `Figure` of a computed value, with None for a non-finite value or error."""
     if not math.isfinite(value):
-        note = note or ("no example to measure on" if n == 0 else f"the result is {value}, not a finite number")
+        note = note or ("no examples to measure" if n == 0 else f"the result is non-finite ({value})")
         return Figure(None, None, n, method, note)
     return Figure(value, error if math.isfinite(error) else None, n, method, note)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of n values, and its standard error: their standard deviation / sqrt(n). NaN where they are too few."""
+    """Return the mean of n values and its standard error, std / sqrt(n). NaN if there are too few values."""
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         return math.nan, math.nan
@@ -73,8 +73,11 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
-    """The sum of numerators over that of denominators, and its standard error by linearization: tokens of one window
-    depend on each other, windows are taken as independent. Cochran, Sampling Techniques, 1977, section 6.4."""
+    """Return sum(numerators) / sum(denominators) and its standard error by linearization.
+
+    Tokens within a window depend on each other; windows are assumed to be independent. Cochran, Sampling Techniques,
+    1977, section 6.4.
+    """
     ratio, n = numerators.sum() / denominators.sum(), len(numerators)
     _, error = mean_and_error((numerators - ratio * denominators) * n / denominators.sum())
     return float(ratio), error
@@ -83,8 +86,7 @@ def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 def measure_tokens(
     model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
-    """Value, standard error and number of tokens or bytes of loss (nats), perplexity and bits per byte; windows of
-    `block_size` tokens stand side by side."""
+    """Measure loss (nats per token), perplexity and bits per byte over adjacent windows of `block_size` tokens."""
     sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
     refuse_none(n_tokens, tokens)
@@ -94,17 +96,17 @@ def measure_tokens(
     if n_bytes:
         result["bits per byte"] = figure(*ratio_and_error(sums[:, 2] / math.log(2), sums[:, 3]), n_bytes)
     else:
-        result["bits per byte"] = Figure(None, None, 0, note="the tokens are control tokens, which have no bytes")
+        result["bits per byte"] = Figure(None, None, 0, note="all tokens are control tokens, which have no bytes")
     return result
 
 
 def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, Figure]:
-    """`measure_tokens` of a UTF-8 text file, as one document of a dataset."""
+    """Apply `measure_tokens` to a UTF-8 text file, as one document of a dataset."""
     ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
     ids = np.array(ids, dtype=np.int32)
     if len(ids) < 2:
-        raise UserError(f"{path} has nothing in it to predict; give a file with more text")
-    with tempfile.TemporaryDirectory() as folder:  # the loop over windows reads shards
+        raise UserError(f"{path} has no token to predict. Use a file with more text.")
+    with tempfile.TemporaryDirectory() as folder:  # `window_sums` reads shards
         with ShardWriter(folder, "val", tokenizer.n_vocab) as writer:
             writer.write(ids)
         shards = [open_shard(shard) for shard in sorted(Path(folder).glob("*.bin"))]
@@ -112,18 +114,21 @@ def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str,
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """What the model sees before it answers: the conversation by its chat template; without one, the prompt as text."""
+    """Return the ids of the model's input: the messages in its chat template, or the plain prompt without one."""
     if tokenizer.chat_template:
         return chat.render(tokenizer, messages).tolist()
     if len(messages) > 1:
-        raise UserError("is a conversation of several messages, but this checkpoint has no chat template")
+        raise UserError(
+            "is a conversation of several messages, but this checkpoint has no chat template. Use records with a "
+            '"prompt" and a "response".'
+        )
     return encode_prompt(tokenizer, messages[0]["content"], control=False)
 
 
 def greedy_answers(
     model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], stop: list[str], max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """The likeliest continuation of each prompt, token by token, up to the end of a turn or text, or a stop string."""
+    """Decode an answer to each prompt greedily, up to the end of the turn or text, or a stop string."""
     ends = chat.stop_ids(tokenizer) if tokenizer.chat_template else set()
     streams = [TextStream(tokenizer, stop, ends) for _ in prompts]
     answers = [""] * len(prompts)
@@ -140,13 +145,15 @@ def greedy_answers(
 
 
 def after_thinking(answer: str, reference: str) -> str:
-    """The part of an answer that is compared: what follows its thinking, unless the reference thinks too."""
+    """Return the part of an answer after its `</think>`, or all of it if the reference contains thinking too."""
     return answer if "</think>" in reference else answer.rpartition("</think>")[2].strip()
 
 
 def bleu_of(references: list[str]):
-    """sacrebleu's BLEU with the tokenizer that suits the script of most letters of `references`, and the reason in
-    words. Its order is effective: n-grams longer than every answer do not count, so that short answers have a BLEU."""
+    """Return sacrebleu's BLEU with the tokenizer for the most common script in `references`, and the reason as text.
+
+    It uses the effective order: n-grams longer than every answer do not count, so that short answers have a BLEU.
+    """
     import regex
     from sacrebleu.metrics import BLEU
 
@@ -154,7 +161,7 @@ def bleu_of(references: list[str]):
     n_letters = len(regex.findall(r"\p{L}", text))
     counts = {name: len(regex.findall(f"(?=[{scripts}])\\p{{L}}", text)) for name, scripts in UNSPACED.items()}
     counts["scripts with spaces"] = n_letters - sum(counts.values())
-    if counts["Japanese"] > counts["Chinese"] / 9:  # kana are a tenth or more: then the Han letters are Japanese too
+    if counts["Japanese"] > counts["Chinese"] / 9:  # a tenth or more are kana, so the Han letters are Japanese too
         counts["Japanese"] += counts.pop("Chinese")
     most = max(counts, key=counts.get) if n_letters else "scripts with spaces"
     reason = f"letters of the references: {counts[most]} of {n_letters} {most}"
@@ -167,9 +174,11 @@ def bleu_of(references: list[str]):
 
 
 class RougeWords:
-    """The tokens that ROUGE compares: words of letters and digits in lowercase, those in ASCII without their English
-    suffix (Porter's stemmer), and single characters of scripts without spaces. Of ASCII text they are those of
-    rouge-score's own tokenizer, which drops all other letters."""
+    """Tokenizer for ROUGE: lowercase words of letters and digits, and single characters of scripts without spaces.
+
+    ASCII words are stemmed (Porter). For ASCII text, the tokens equal those of rouge-score's own tokenizer, which drops
+    all other letters.
+    """
 
     def __init__(self):
         import regex
@@ -185,14 +194,14 @@ class RougeWords:
 
 
 def corpus_figure(metric, answers: list[str], references: list[str], reason: str = "") -> Figure:
-    """A corpus-level metric of sacrebleu, its standard error from 1000 bootstrap samples of the examples."""
+    """Compute a corpus-level metric of sacrebleu, with its standard error from 1000 bootstrap samples."""
     if not answers:
         return figure(math.nan, math.nan, 0)
     value = metric.corpus_score(answers, [references]).score
     method = f"{metric.get_signature()}{f' ({reason})' if reason else ''}"
     statistics = np.array(metric._extract_corpus_statistics(answers, [references]))  # (n, counts)
     random, n = np.random.default_rng(0), len(answers)
-    if not statistics[:, 1].any():  # the length of each reference
+    if not statistics[:, 1].any():  # column 1 is the length of each reference
         return Figure(None, None, n, method, "all references are empty")
     sums = [statistics[random.integers(n, size=n)].sum(0).tolist() for _ in range(1000)]
     scores = [metric._compute_score_from_stats(each).score for each in sums if each[1]]
@@ -201,10 +210,12 @@ def corpus_figure(metric, answers: list[str], references: list[str], reason: str
 
 
 def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figure]:
-    """Exact match, BLEU (https://aclanthology.org/W18-6319), chrF (https://aclanthology.org/W15-3049) and ROUGE
-    F-measures (https://aclanthology.org/W04-1013) of answers against one reference each, all in percent.
+    """Compare answers with one reference each: exact match, BLEU, chrF and ROUGE F-measures, all in percent.
 
-    ROUGE is the mean over the examples whose reference has tokens (ROUGE-2: two or more); the others are counted."""
+    BLEU: https://aclanthology.org/W18-6319; chrF: https://aclanthology.org/W15-3049; ROUGE:
+    https://aclanthology.org/W04-1013. ROUGE is the mean over the examples whose reference has tokens (ROUGE-2: two or
+    more). A note counts the others.
+    """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import CHRF
 
@@ -234,7 +245,10 @@ def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figu
 def choice_logprobs(
     model: GPT, rows: list[tuple[list[int], list[int]]], r: runtime.Runtime, batch_size: int
 ) -> np.ndarray:
-    """The log-probability (nats) of each continuation after its prompt, both token ids: (len(rows),)."""
+    """Return the log-probability (nats) of each continuation given its prompt: (len(rows),).
+
+    Each row is a pair of id lists, the prompt and the continuation.
+    """
     model.eval()
     result = []
     for first in range(0, len(rows), batch_size):
@@ -252,8 +266,10 @@ def choice_logprobs(
 
 
 def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt and of a choice after it. In text to be continued both are encoded as one, so that the choice
-    has the tokens that it would have there."""
+    """Return the ids of a prompt and of a choice that follows it.
+
+    Without a chat template, prompt and choice are encoded together, so that the choice has the same tokens as in text.
+    """
     if tokenizer.chat_template:
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
         return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
@@ -265,23 +281,26 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
 def measure_choices(
     model: GPT, tokenizer: Tokenizer, records: list[tuple[str, dict]], r: runtime.Runtime, batch_size: int
 ) -> tuple[dict[str, Figure], list[int | None]]:
-    """Accuracy, in percent, of the choice that is likeliest, as it is and for each of its bytes; and the choices. A
-    record with a choice that exceeds the block size is skipped, and its choice is None."""
+    """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
+
+    "accuracy" compares log-probabilities, "accuracy by byte" log-probabilities per byte. A record with a choice that
+    exceeds the block size is skipped, and its chosen index is None.
+    """
     rows, lengths = [], []
     for _, record in records:
         own = [encode_choice(tokenizer, record["prompt"], choice) for choice in record["choices"]]
-        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in own) - 1)  # of the model's input
+        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in own) - 1)  # input length
         rows += own if lengths[-1] <= model.config.block_size else []
     logprobs = choice_logprobs(model, rows, r, batch_size)
-    right, right_by_bytes, chosen, at = [], [], [], 0
+    right, right_by_bytes, chosen, start = [], [], [], 0
     for (_, record), length in zip(records, lengths, strict=True):
         if length > model.config.block_size:
             chosen.append(None)
             continue
-        own = logprobs[at : at + len(record["choices"])]
-        at += len(own)
+        own = logprobs[start : start + len(record["choices"])]
+        start += len(own)
         by_bytes = own / [len(choice.encode()) for choice in record["choices"]]
-        finite = not np.isnan(own).any()  # NaN would win each comparison
+        finite = not np.isnan(own).any()  # argmax would return the index of a NaN
         chosen.append(int(own.argmax()) if finite else None)
         right.append(100.0 * (chosen[-1] == record["answer"]) if finite else math.nan)
         right_by_bytes.append(100.0 * (by_bytes.argmax() == record["answer"]) if finite else math.nan)
@@ -291,45 +310,49 @@ def measure_choices(
 
 
 def skipped_note(records: list[tuple[str, dict]], lengths: list[int], most: int) -> str:
-    """How many records have more than `most` tokens and are skipped, and the first of them; "" where none is."""
+    """Return a note on the records that are skipped because they exceed `most` tokens, or "" if there are none."""
     skipped = [(where, length) for (where, _), length in zip(records, lengths, strict=True) if length > most]
     if not skipped:
         return ""
     (where, length), n = skipped[0], len(skipped)
-    return f"skipped {n} of {len(records)} that exceed {most} tokens, the first: {where} with {length}"
+    return f"skipped {n} of {len(records)} records, which exceed {most} tokens; the first is {where} with {length}"
 
 
 def read_jsonl(path: str, limit: int) -> list[tuple[str, dict]]:
-    """The first `limit` objects (0: all) of a .jsonl file, each with the words that say where it stands."""
+    """Read the first `limit` objects (0: all) of a .jsonl file, each with its location ("line 3 of FILE")."""
     records = []
     for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if line.strip() and not (limit and len(records) == limit):
             try:
                 record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # fails where an escape is half a character
+                json.dumps(record, ensure_ascii=False).encode()  # fails on an unpaired surrogate
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"line {number} of {path} is no JSON ({error}); a .jsonl file has one object a line"
+                    f"line {number} of {path} is not valid JSON ({error}). Write one JSON object per line."
                 ) from error
             if not isinstance(record, dict):
-                raise UserError(f"line {number} of {path} is no object with fields; a .jsonl file has one a line")
+                raise UserError(f"line {number} of {path} is not a JSON object. Write one JSON object per line.")
             records.append((f"line {number} of {path}", record))
     if not records:
-        raise UserError(f"{path} is empty; write one JSON object a line")
+        raise UserError(f"{path} is empty. Write one JSON object per line.")
     return records
 
 
 def check_choices(where: str, record: dict) -> None:
+    """Raise UserError, which names the location `where`, if `record` is not a valid multiple-choice record."""
     choices, answer = record.get("choices"), record.get("answer")
     texts = [record.get("prompt"), *choices] if isinstance(choices, list) else [None]
     if not all(isinstance(text, str) for text in texts) or len(texts) < 3 or not all(texts[1:]):
-        raise UserError(f'{where} should have "prompt", a text, and "choices", a list of two or more texts')
+        raise UserError(f'{where} needs a "prompt" (a string) and "choices" (a list of two or more non-empty strings)')
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise UserError(f'{where}: "answer" should be the number of the right choice, from 0 to {len(choices) - 1}')
+        raise UserError(
+            f'{where} has "answer": {json.dumps(answer)[:50]}. Use the index of the right choice, from 0 to '
+            f"{len(choices) - 1}."
+        )
 
 
 def remarks(rows: list[dict]) -> dict[str, list[str]]:
-    """What is said below the table, with the names of the measures that it applies to: methods, and notes."""
+    """Return the methods and notes to print below the table, each with the names of its metrics."""
     result = {}
     for row in rows:
         notes = [f"{row['on']}: {note}" for note in (row["note"] or "").split("; ") if note]
@@ -340,18 +363,19 @@ def remarks(rows: list[dict]) -> dict[str, list[str]]:
 
 
 def check_target(path: Path, inputs: list[str | None]) -> None:
+    """Raise UserError if `path` cannot be written, or is one of the input files."""
     if not path.parent.is_dir() or path.is_dir():
-        raise UserError(f"--answers {path} cannot be written: give a file, in a folder that is there")
+        raise UserError(f"--answers {path} cannot be written. Give the path of a file in an existing folder.")
     if path.exists() and any(source and Path(source).exists() and path.samefile(source) for source in inputs):
-        raise UserError(f"--answers {path} would replace what is measured on; give another file")
+        raise UserError(f"--answers {path} would overwrite an input file. Give another file.")
 
 
 def trained_beside(source: str, which: str) -> tuple[str, bool]:
-    """The dataset that a run was trained on, and whether it kept documents apart."""
+    """Return the dataset that a run was trained on, and whether it used document_mask."""
     path = Path(source)
-    from_elsewhere = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
-    if (from_elsewhere or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
-        raise UserError(f"{source} does not say what it was trained on; give --dataset, --text, --pairs or --choices")
+    is_foreign = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
+    if (is_foreign or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
+        raise UserError(f"{source} does not record its dataset. Give --dataset, --text, --pairs or --choices.")
     settings = checkpoint.find(path, which)[1]["settings"]
     return str(settings.get("dataset")), settings.get("document_mask") is True
 
@@ -363,37 +387,43 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", help="an out_dir, a nanoGPT ckpt.pt, or whatever else init_from takes")
-    parser.add_argument("--checkpoint", default="best", help="of an out_dir: best (default), latest, or step_002000")
+    parser.add_argument("source", help="an out_dir, a nanoGPT ckpt.pt, or any other value of init_from")
+    parser.add_argument(
+        "--checkpoint", default="best", help="which one in an out_dir: best (default), latest, step_002000"
+    )
     parser.add_argument("--dataset", help="a prepared dataset: its path, or its name in data/")
-    parser.add_argument("--split", choices=("train", "val"), default="val", help="of it; default: %(default)s")
+    parser.add_argument(
+        "--split", choices=("train", "val"), default="val", help="split of --dataset; default: %(default)s"
+    )
     parser.add_argument("--text", metavar="FILE", help="a text file")
     parser.add_argument("--pairs", metavar="FILE", help="jsonl of prompts and responses, or of messages")
-    parser.add_argument("--choices", metavar="FILE", help="jsonl of prompts, choices, and the number of the right one")
-    parser.add_argument("--limit", type=int, default=0, help="look at so many lines of a jsonl file; 0: all")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="in an answer; default: %(default)s")
-    parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be given repeatedly")
-    parser.add_argument("--block_size", type=int, default=0, help="of windows; default: the model's, at most 1024")
-    parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--choices", metavar="FILE", help="jsonl of prompts, choices, and the index of the right choice"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="use the first LIMIT records of a jsonl file; 0: all")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens per answer; default: %(default)s")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    parser.add_argument("--block_size", type=int, default=0, help="window size; default: the model's, at most 1024")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows or prompts per batch; default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: float32 on a CPU")
-    parser.add_argument("--answers", metavar="FILE", help="write what the model answered and chose to this jsonl file")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--answers", metavar="FILE", help="write the model's answers and choices to this jsonl file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+            raise UserError(f"--{name} {getattr(args, name)} is out of range. It must be at least 1.")
     for name in ("limit", "block_size"):
         if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+            raise UserError(f"--{name} {getattr(args, name)} is out of range. It must not be negative.")
 
-    # ---- what is measured on, read before the model, which may take long
+    # ---- input, read before the model, because loading the model may take long
     if args.answers:
         check_target(Path(args.answers), [args.text, args.pairs, args.choices])
-    dataset, apart = args.dataset, False
+    dataset, document_mask = args.dataset, False
     if not (args.dataset or args.text or args.pairs or args.choices):
-        dataset, apart = trained_beside(args.source, args.checkpoint)
+        dataset, document_mask = trained_beside(args.source, args.checkpoint)
     pairs = read_jsonl(args.pairs, args.limit) if args.pairs else []
     choices = read_jsonl(args.choices, args.limit) if args.choices else []
     for where, record in choices:
@@ -403,42 +433,44 @@ def main() -> int:
     r = runtime.setup(args.device, args.dtype, False)
     model, tokenizer, source = checkpoint.load_model(args.source, args.checkpoint)
     if tokenizer is None:
-        raise UserError(f"{source} comes without a tokenizer that is known here")
+        raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
     model.to(r.device).eval()
     block_size = args.block_size or min(model.config.block_size, 1024)
     if block_size > model.config.block_size:
-        raise UserError(f"--block_size {block_size} is beyond the model's {model.config.block_size}")
-    on = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
-    print(printable(f"{source}: {on}"), file=sys.stderr)
-    figures, answered = {}, []  # by what they were measured on
+        most = model.config.block_size
+        raise UserError(f"--block_size {block_size} exceeds the model's {most}. Use --block_size {most} or less.")
+    summary = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    print(printable(f"{source}: {summary}"), file=sys.stderr)
+    figures, answered = {}, []  # figures: by input
     how = (r, args.batch_size, block_size)
 
     # ---- text
     if dataset:
-        mixture = load_mixture(dataset, document_mask=apart)
+        mixture = load_mixture(dataset, document_mask=document_mask)
         if tokenizer_hash(mixture.tokenizer) != tokenizer_hash(tokenizer):
             raise UserError(
-                f"{dataset} was prepared with another tokenizer ({mixture.tokenizer.kind}) than that of {source} "
-                f"({tokenizer.kind}); give the text itself by --text FILE"
+                f"{dataset} was prepared with a different tokenizer ({mixture.tokenizer.kind}) than {source} uses "
+                f"({tokenizer.kind}). Give the text itself with --text FILE."
             )
         for each in mixture.datasets:
             tokens = getattr(each, args.split)
             if tokens is None:
-                raise UserError(f"{each.path} has no validation shards; give --split train, or --text FILE")
+                raise UserError(f"{each.path} has no {args.split} shards. Use --split train or --text FILE.")
             figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how)
     if args.text:
         figures[args.text] = measure_text(model, tokenizer, args.text, *how)
 
     # ---- answers and choices
     if pairs:
-        prompts, references, most = [], [], model.config.block_size - 1  # the answer needs a place
+        prompts, references, most = [], [], model.config.block_size - 1  # leaves room for one token of the answer
         for where, record in pairs:
             try:
                 messages = records.read_messages(record)
                 last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
                 if "content" not in messages[last]:
                     raise UserError(
-                        "has a last reply without text, such as a call of a tool; answers are compared as text"
+                        "ends with a reply without text, such as a tool call. Answers are compared as text, so end it "
+                        "with a text reply."
                     )
                 prompts.append(prompt_ids(tokenizer, messages[:last]))
             except UserError as error:
@@ -461,7 +493,7 @@ def main() -> int:
         figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
-    # ---- what came out
+    # ---- output
     rows = [
         {"on": on, "measure": name, "value": each.value, "standard_error": each.error, "n": each.n}
         | {"method": each.method or None, "note": each.note or None}

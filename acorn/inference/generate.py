@@ -1,6 +1,6 @@
-"""Generation: filters on logits, the loop that draws token after token, and text that streams out and stops.
+"""Text generation: logit filters, the sampling loop, and streaming text with stop strings.
 
-The loop owns the key-value cache: `GPT.forward` writes into it, and only the loop advances it.
+The loop owns the KV cache: `GPT.forward` writes into it, and only the loop advances it.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,21 @@ from model import GPT, KVCache
 
 @dataclass
 class Sampling:
-    """How a token is drawn from logits. The filters apply in the order of the fields."""
+    """Parameters for sampling a token from logits. The filters are applied in the order of the fields."""
 
-    repetition_penalty: float = 1.0  # above 1: tokens that the row has already become less likely
-    no_repeat_ngram_size: int = 0  # n > 0: no n tokens in a row occur twice
-    temperature: float = 1.0  # below 1 sharper, above 1 flatter; 0: always the likeliest token
-    top_k: int = 0  # k > 0: only the k likeliest
-    top_p: float = 1.0  # below 1: only the likeliest that together have this probability
-    min_p: float = 0.0  # above 0: only those at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens that are already in the row become less likely
+    no_repeat_ngram_size: int = 0  # n > 0: no n-gram occurs twice
+    temperature: float = 1.0  # below 1: sharper; above 1: flatter; 0: greedy
+    top_k: int = 0  # k > 0: only the k most likely tokens
+    top_p: float = 1.0  # below 1: only the most likely tokens that together reach this probability
+    min_p: float = 0.0  # above 0: only tokens at least this fraction as likely as the most likely one
 
 
 def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits (V,) of the tokens in `row` by `penalty`, as in CTRL,
-    https://arxiv.org/abs/1909.05858. A logit of -inf stays."""
+    """Divide positive and multiply negative logits (V,) of the tokens in `row` by `penalty`; -inf stays.
+
+    CTRL, https://arxiv.org/abs/1909.05858.
+    """
     seen = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
     chosen, largest = logits[seen], torch.finfo(logits.dtype).max
     penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-largest, largest)
@@ -36,19 +38,21 @@ def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tenso
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
-    """Rule out each token that would complete an n-gram which `row` already has. Where that leaves no token whose logit
-    is above -inf, rule out none. logits: (V,)."""
+    """Set the logits (V,) of tokens that would repeat an n-gram of `row` to -inf.
+
+    If this would set all logits to -inf, return them unchanged.
+    """
     if len(row) < n:
         return logits
     prefix = row[len(row) - n + 1 :]
     banned = {row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == prefix}
     ids = torch.tensor(sorted(id for id in banned if id < len(logits)), dtype=torch.long, device=logits.device)
-    left = logits.index_fill(0, ids, -torch.inf)
-    return left if left.max() > -torch.inf else logits
+    allowed = logits.index_fill(0, ids, -torch.inf)
+    return allowed if allowed.max() > -torch.inf else logits
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Exactly the `k` highest logits of (V,), the rest -inf; of equal ones at the edge the lowest ids stay."""
+    """Keep exactly the `k` highest logits of (V,), and set the rest to -inf. Ties go to the lowest ids."""
     if k >= logits.numel():
         return logits
     threshold = logits.topk(k).values[-1]
@@ -58,28 +62,35 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest likeliest tokens of (V,) whose probabilities reach `p` together, at least one, the rest -inf; of
-    equal ones the lowest ids come first. Nucleus sampling, https://arxiv.org/abs/1904.09751."""
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least `p`; set the rest to -inf.
+
+    At least one token stays, and ties go to the lowest ids. Nucleus sampling, https://arxiv.org/abs/1904.09751.
+    """
     descending, order = logits.sort(descending=True, stable=True)
     probs = descending.softmax(0)
-    before = probs.cumsum(0) - probs  # the probability of all that are likelier
+    before = probs.cumsum(0) - probs  # total probability of the more likely tokens
     drop = before >= p
     drop[0] = False
     return logits.index_fill(0, order[drop], -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """The tokens of (V,) at least `p` times as likely as the likeliest, https://arxiv.org/abs/2407.01082."""
+    """Keep the tokens of (V,) that are at least `p` times as likely as the most likely one; set the rest to -inf.
+
+    https://arxiv.org/abs/2407.01082
+    """
     probs = logits.softmax(0)
     return logits.masked_fill(probs < p * probs.max(), -torch.inf)
 
 
 def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator) -> int:
-    """The next token for a `row` of ids, from its logits (V,). `random` is a generator on the CPU, so that the same
-    seed draws the same on every device. The token's probability after the filters is above 0. Raises UserError where a
-    logit is NaN or infinity, or all are -inf."""
-    if not logits.max().isfinite():  # the maximum of what has a NaN in it is one
-        raise UserError("the model's logits are not numbers: this checkpoint is broken; choose an earlier one")
+    """Sample the token that follows `row` (ids) from its logits (V,).
+
+    `random` is a generator on the CPU, so that a seed gives the same tokens on every device. The token's probability
+    after the filters is above 0. Raises UserError if a logit is NaN or +inf, or if all are -inf.
+    """
+    if not logits.max().isfinite():  # max propagates NaN
+        raise UserError("the model's logits are non-finite. This checkpoint is broken, so choose an earlier one.")
     logits = logits.double()
     if how.repetition_penalty != 1:
         logits = penalize_repetition(logits, row, how.repetition_penalty)
@@ -87,23 +98,25 @@ def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator)
         logits = ban_repeated_ngrams(logits, row, how.no_repeat_ngram_size)
     if how.temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / how.temperature  # the difference, so that no temperature makes an infinity
+    logits = (logits - logits.max()) / how.temperature  # subtracting the maximum first avoids +inf
     if how.top_k:
         logits = keep_top_k(logits, how.top_k)
     if how.top_p < 1:
         logits = keep_top_p(logits, how.top_p)
     if how.min_p > 0:
         logits = keep_min_p(logits, how.min_p)
-    # Where a uniform number falls among the summed probabilities. Drawn in float32 and multiplied in float64 it stays
-    # below the sum, and `right` steps over tokens of probability 0.
-    cumulative = logits.softmax(0).cpu().cumsum(0)  # a GPU sums in parts, which may fall where they meet
-    at = torch.rand((), generator=random).double() * cumulative[-1]
-    return int(torch.searchsorted(cumulative, at, right=True))
+    # Inverse transform sampling. A float32 uniform times the float64 sum stays below the sum, and right=True skips
+    # tokens of probability 0.
+    cumulative = logits.softmax(0).cpu().cumsum(0)  # on the CPU, since a parallel cumsum on a GPU may not be monotonic
+    uniform = torch.rand((), generator=random).double() * cumulative[-1]
+    return int(torch.searchsorted(cumulative, uniform, right=True))
 
 
 def context(row: list[int], block_size: int) -> list[int]:
-    """What the model sees of a row: all of it, or, where it has outgrown the block, its end. The window moves by half
-    a block at a time, so that the cache has to be filled anew only once in block_size / 2 tokens."""
+    """Return the part of a row that the model sees: all of it, or its end if it exceeds the block size.
+
+    The window slides by half a block at a time, so the cache is refilled only once every block_size / 2 tokens.
+    """
     if len(row) <= block_size:
         return row
     stride = max(1, block_size // 2)
@@ -121,20 +134,19 @@ def generate(
     n_vocab: int | None = None,
     compile: bool = False,
 ) -> list[list[int]]:
-    """Continue a batch of prompts (token ids, of any lengths) by up to `max_new_tokens` each; returns prompts and
-    continuations.
+    """Continue a batch of prompts (ids, of any lengths) by up to `max_new_tokens`; return prompts with continuations.
 
-    Each token goes to `on_token(row, id, logprob)`, logprob under the unfiltered model, in nats; the row ends where
-    this returns True. Row i draws from its own generator, seeded with seeds[i], so what runs beside it does not
-    matter. Ids from `n_vocab` on, the padding of a vocabulary, are never drawn. `compile` compiles the step of one
-    token, which pays where many follow.
+    `on_token(row, id, logprob)` is called for each token, with its log-probability in nats under the unfiltered model,
+    and ends the row by returning True. Row i samples from its own generator, seeded with seeds[i], so its tokens do not
+    depend on the other rows. Ids from `n_vocab` on (vocabulary padding) are never sampled. `compile` compiles the
+    one-token step, which is worthwhile for many tokens.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     if (largest := max(map(max, prompts))) >= model.config.vocab_size:
         raise UserError(
-            f"the prompt has the token {largest}, which is beyond the model's vocabulary of {model.config.vocab_size}: "
-            "its tokenizer has control tokens that it was not made for; leave them out"
+            f"the prompt contains token {largest}, but the model's vocabulary has {model.config.vocab_size} tokens. "
+            "The tokenizer has control tokens that the model does not know; leave them out."
         )
     was_training = model.training
     model.eval()
@@ -145,43 +157,45 @@ def generate(
 
 
 def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile) -> list[list[int]]:
-    # on CUDA as a graph of kernels, replayed by one call
+    # on CUDA this uses CUDA graphs, so one call replays all kernels
     one_token = torch.compile(model, mode="reduce-overhead") if compile else model
     block_size, embedding = model.config.block_size, model.transformer.wte.weight
-    # a CPU's attention over bfloat16 keys and values takes several times as long
-    kept_in = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
+    # on a CPU, attention over bfloat16 keys and values takes several times as long as over float32
+    cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
     rows = [list(prompt) for prompt in prompts]
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
-    going = [True] * len(rows)
+    active = [True] * len(rows)
     cache, windows_start = None, None
     for n in range(max_new_tokens):
         windows = [context(row, block_size) for row in rows]
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
-        if start != windows_start:  # at first, and whenever a window slides
+        if start != windows_start:  # initially, and whenever a window slides
             windows_start = start
             size = min(block_size, max(map(len, windows)) + max_new_tokens - n)
-            cache = KVCache(model.config, len(rows), size, embedding.device, kept_in)
-            if compile:  # a CUDA graph writes into the memory that it was recorded with
+            cache = KVCache(model.config, len(rows), size, embedding.device, cache_dtype)
+            if compile:  # a CUDA graph writes to the addresses with which it was captured
                 for tensor in (cache.idx, cache.length, *(t for layer in cache.layers for t in layer)):
                     torch._dynamo.mark_static_address(tensor)
             logits = prefill(model, cache, windows)
         else:
-            logits = decode(one_token, cache, [row[-1] for row in rows], going)
+            logits = decode(one_token, cache, [row[-1] for row in rows], active)
         logits = logits[:, :n_vocab].float()  # (B, V)
         logprobs = logits.log_softmax(-1)
         for i, row in enumerate(rows):
-            if going[i]:
+            if active[i]:
                 token = draw(logits[i], row, how, random[i])
                 row.append(token)
-                going[i] = not on_token(i, token, float(logprobs[i, token]))
-        if not any(going):
+                active[i] = not on_token(i, token, float(logprobs[i, token]))
+        if not any(active):
             break
     return rows
 
 
 def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:
-    """Read whole windows (B of any lengths) into an empty cache in one pass; returns the logits (B, V) behind each.
-    They are padded on the right, where the padding comes after everything that counts and so is never seen."""
+    """Run B windows of any lengths into an empty cache in one forward pass; return the last logits (B, V) of each.
+
+    Windows are padded on the right. Because attention is causal, no real token sees the padding.
+    """
     device = cache.length.device
     lengths = torch.tensor([len(window) for window in windows], device=device)
     idx = torch.zeros(len(windows), int(lengths.max()), dtype=torch.long)
@@ -192,49 +206,53 @@ def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:
     return logits[:, 0]
 
 
-def decode(model: GPT, cache: KVCache, tokens: list[int], going: list[bool]) -> Tensor:
-    """Read one more token in each row; returns the logits (B, V) behind it. A row that is not `going` stays."""
+def decode(model: GPT, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
+    """Run one more token of each row through the model; return its logits (B, V). Only `active` rows advance."""
     device = cache.length.device
     logits, _ = model(torch.tensor(tokens, device=device)[:, None], cache=cache)
-    cache.length += torch.tensor(going, device=device)
+    cache.length += torch.tensor(active, device=device)
     return logits[:, 0]
 
 
 class TextStream:
-    """The text of one row while its tokens arrive: whole characters only, and nothing of a stop string or after it.
-    Besides the tokens that end a text, the control tokens `ends` end it too, such as those that end a turn."""
+    """Decodes one row while its tokens arrive, in whole characters, and stops before a stop string.
+
+    End-of-text tokens end the text, and so do the control tokens `ends`, such as the end of a turn.
+    """
 
     def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
         self.decoder = StreamDecoder(tokenizer)
         self.ends, self.stop = ends, [s for s in stop if s]
-        self.text_ends = tokenizer.ends | set(tokenizer.before_document[:1])  # or the beginning of the next document
-        self.pending = ""  # decoded, but perhaps the beginning of a stop string
+        self.text_ends = tokenizer.ends | set(
+            tokenizer.before_document[:1]
+        )  # the start of another document ends it too
+        self.pending = ""  # decoded text that may be the start of a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
-        """The text that can be shown now that `token` is there; sets `stopped_by` at end-of-text or a stop string."""
+        """Add `token`, and return the text that can be shown now. Sets `stopped_by` at the end of the text."""
         if token in self.text_ends or token in self.ends:
             self.stopped_by = "end of turn" if token in self.ends else "end of text"
             return self.finish()
         self.pending += self.decoder.push(token)
         found = [(self.pending.find(s), s) for s in self.stop if s in self.pending]
         if found:
-            at, self.stopped_by = min(found)
-            shown, self.pending = self.pending[:at], ""
+            cut, self.stopped_by = min(found)
+            shown, self.pending = self.pending[:cut], ""
             return shown
-        held = max((n for s in self.stop for n in range(1, len(s)) if self.pending.endswith(s[:n])), default=0)
-        cut = len(self.pending) - held
+        n_held = max((n for s in self.stop for n in range(1, len(s)) if self.pending.endswith(s[:n])), default=0)
+        cut = len(self.pending) - n_held
         shown, self.pending = self.pending[:cut], self.pending[cut:]
         return shown
 
     def finish(self) -> str:
-        """The text still held back; an incomplete last character is dropped."""
+        """Return the text that was held back, without an incomplete last character."""
         shown, self.pending = self.pending + self.decoder.finish(), ""
         return shown
 
 
 def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Sampling | None = None) -> str:
-    """One text from the model alone, from the beginning of a document or, where no token marks it, from token 0."""
+    """Sample a text without a prompt: from the start-of-document tokens, or from token 0 if there are none."""
     text = TextStream(tokenizer)
     pieces = []
 
@@ -250,12 +268,15 @@ def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Samp
 
 
 def encode_prompt(tokenizer, text: str, control: bool = False) -> list[int]:
-    """The ids of a prompt, after those that the tokenizer puts before a text, such as a BOS. Names of control tokens,
-    such as `<|endoftext|>`, are text in it; with `control` they are those tokens. An empty prompt is the beginning of a
-    document. Raises UserError for an empty prompt where no token marks that, and for text that cannot be encoded."""
-    ids, before = tokenizer.encode_part(text, continues=False, control=control).tolist(), list(tokenizer.before_text)
-    if control and ids[: len(before)] == before:
-        before = []  # the prompt has them
-    if not ids and not before and tokenizer.eot is None:
-        raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from; give --start")
-    return before + ids or [tokenizer.eot]
+    """Return the ids of a prompt, with the ids that the tokenizer puts before a text, such as a BOS.
+
+    Names of control tokens, such as `<|endoftext|>`, are encoded as text, or with `control` as these tokens. An empty
+    prompt becomes an end-of-text token, which starts a document. Raises UserError for an empty prompt if the tokenizer
+    has no such token, and for text that cannot be encoded.
+    """
+    ids, prefix = tokenizer.encode_part(text, continues=False, control=control).tolist(), list(tokenizer.before_text)
+    if control and ids[: len(prefix)] == prefix:
+        prefix = []  # the prompt already contains it
+    if not ids and not prefix and tokenizer.eot is None:
+        raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from. Give --start.")
+    return prefix + ids or [tokenizer.eot]

@@ -1,4 +1,4 @@
-"""Optimizers, AdamW and Muon, and learning-rate schedules."""
+"""Optimizers (AdamW and Muon) and learning-rate schedules."""
 
 import math
 from collections import defaultdict
@@ -22,9 +22,11 @@ def make_optimizers(
     device_type: str,
     muon_dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that update the model together: AdamW for everything ("adamw"), or Muon for the matrices inside
-    the blocks and AdamW for embeddings, head and norms ("muon"). Each group's "peak_lr" is what a schedule scales.
-    Raises UserError for another name."""
+    """Return the optimizers that together update the model.
+
+    "adamw" is AdamW for everything. "muon" is Muon for the matrices in the blocks, and AdamW for embeddings, head and
+    norms. The schedule scales each parameter group's "peak_lr". Raises UserError for another name.
+    """
     if optimizer == "adamw":
         optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
     elif optimizer == "muon":
@@ -35,35 +37,38 @@ def make_optimizers(
         optimizers = []
         if others:
             optimizers.append(torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused))
-        if matrices:  # either may be frozen
+        if matrices:  # either list may be empty, because parameters can be frozen
             optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
-        raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/training/optim.py); add one")
+        raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/training/optim.py). Add one.")
     for each in optimizers:
-        moment_kinds(each)  # one that a checkpoint cannot hold is refused here, not at the first save
+        moment_kinds(each)  # refuses an optimizer that checkpoints cannot store now, not at the first save
     for group in (group for each in optimizers for group in each.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
 
 
 def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The names in the optimizer's state of each parameter. Raises UserError for an optimizer of another class."""
+    """Return the keys of a parameter's state in this optimizer. Raises UserError for an unknown optimizer class."""
     if isinstance(optimizer, torch.optim.AdamW):
         return ("step", "exp_avg", "exp_avg_sq")
     if isinstance(optimizer, Muon):
         return ("momentum",)
     raise UserError(
-        f"{type(optimizer).__name__} has no branch in moment_kinds (acorn/training/optim.py); add its state's names"
+        f"{type(optimizer).__name__} has no branch in moment_kinds (acorn/training/optim.py). Add its state keys."
     )
 
 
-# Where the host decides whether to step: on a CPU that is free, and the fused AdamW of MPS ignores found_inf.
+# Where the host decides whether to step: reading a CPU tensor is free, and MPS's fused AdamW ignores found_inf.
 HOST_DECIDES = ("cpu", "mps")
 
 
 def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
-    """Step the optimizers unless the norm of the gradient is non-finite. A GPU decides that itself, so that the host
-    does not wait for it. `skipped` (2,) counts the updates without a step: in a row up to now, and in all."""
+    """Step the optimizers unless the norm of the gradient is non-finite.
+
+    On a GPU, the decision is made on the device, so that the host does not wait. `skipped` (2,) counts the skipped
+    updates: consecutive ones up to now, and the total.
+    """
     bad = ~grad_norm.isfinite()
     skipped += bad
     skipped[0].mul_(bad)
@@ -71,25 +76,27 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
     if found_inf is None and bad:
         return
     for optimizer in optimizers:
-        optimizer.found_inf = found_inf  # as GradScaler tells fused optimizers; with 1 they change nothing
+        optimizer.found_inf = found_inf  # GradScaler's protocol for fused optimizers: with 1 the step is a no-op
         optimizer.step()
         del optimizer.found_inf
 
 
 def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What the optimizers remember, after the names of parameters: wte.weight.exp_avg, wte.weight.step and so on; only
-    numbers of steps are numbers, all else has the parameter's shape. Nothing before the first update."""
+    """Return the state of the optimizers by name: transformer.wte.weight.exp_avg, transformer.wte.weight.step, ...
+
+    Step counts have shape (), and all other values have their parameter's shape. Empty before the first update.
+    """
     names = {p: name for name, p in model.named_parameters()}
-    remembered = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
-    return {f"{names[p]}.{kind}": value for p, moments in remembered for kind, value in moments.items()}
+    states = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
+    return {f"{names[p]}.{kind}": value for p, moments in states for kind, value in moments.items()}
 
 
 def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
-    """Give the optimizers what `named_moments` had. The values of `saved` are tensors, or what has a `shape` and gives
-    its rows when indexed like one: of a sharded parameter only those of this process are asked for.
+    """Load the result of `named_moments` into the optimizers.
 
-    They may come from a stranger, and a fused kernel trusts their shapes: others than the parameters', and other names
-    than those of these optimizers, raise UserError.
+    The values of `saved` are tensors, or lazy tensors with a `shape`, which are read when indexed; of a sharded
+    parameter, only this rank's rows are read. Because a checkpoint may be untrusted and fused kernels do not check
+    shapes, a wrong name or shape raises UserError.
     """
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers if saved else ():
@@ -98,7 +105,7 @@ def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dic
             value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
             if value is None or value.shape != shape:
                 raise UserError(OTHER_OPTIMIZER)
-            if kind == "step":  # beside the parameter, as fused kernels want it
+            if kind == "step":  # fused kernels need it on the parameter's device
                 optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
             else:
                 optimizer.state[p][kind] = torch.zeros_like(p)
@@ -108,14 +115,16 @@ def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dic
 
 
 OTHER_OPTIMIZER = (
-    "the saved optimizer state is of another model or optimizer; start from the weights alone with "
-    "--init_from=OUT_DIR into a new --out_dir"
+    "the saved optimizer state belongs to another model or optimizer. Start from the weights alone: "
+    "--init_from=OUT_DIR with a new --out_dir."
 )
 
 
 def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, Tensor]:
-    """What `named_moments` would have given for the optimizers whose state_dicts `saved` are, as older checkpoints have
-    them: they number the parameters. Raises UserError where they do not belong to these optimizers."""
+    """Convert optimizer state_dicts of older checkpoints, which number the parameters, to the form of `named_moments`.
+
+    Raises UserError if they do not belong to these optimizers.
+    """
     names, named = {p: name for name, p in model.named_parameters()}, {}
     try:
         for optimizer, state in zip(optimizers, saved, strict=True):
@@ -124,7 +133,7 @@ def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: lis
             for i, moments in state["state"].items():
                 for kind, value in moments.items():
                     if not isinstance(value, Tensor) or value.layout != torch.strided:
-                        raise TypeError("no tensor")
+                        raise TypeError("not a dense tensor")
                     named[f"{names[params[order.index(i)]]}.{kind}"] = value
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(OTHER_OPTIMIZER) from error
@@ -132,14 +141,15 @@ def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: lis
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for matrices: https://kellerjordan.github.io/posts/muon/
+    """Momentum with orthogonalized updates, for matrices: https://kellerjordan.github.io/posts/muon/
 
-    Every direction of the weight then moves equally far, also those in which the gradient is small. Matrices of the
-    same shape are stacked and orthogonalized together, which is what makes it cheap for small models. Several processes
-    divide the matrices among them; of sharded ones each remembers the momentum of its own rows. `dtype` is that in
-    which they are orthogonalized: bfloat16 serves, but makes visible in the losses what float32 keeps in the last
-    digits, such as the order in which processes sum up a gradient. Where `found_inf` is 1, as for fused optimizers of
-    torch, `step` changes nothing.
+    The update moves all directions of a weight equally far, even those with a small gradient. Matrices of the same
+    shape are stacked and orthogonalized together, which keeps it cheap for small models. The ranks divide the matrices
+    among them. If a matrix is sharded, each rank stores the momentum of its own rows.
+
+    `dtype` is the dtype of the orthogonalization. bfloat16 is precise enough for training, but amplifies rounding
+    differences, such as those from the order in which ranks sum gradients. As with torch's fused optimizers, `step` is
+    a no-op if `found_inf` is 1.
     """
 
     def __init__(
@@ -169,7 +179,7 @@ class Muon(torch.optim.Optimizer):
                 own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
                 decay = 1 - group["lr"] * group["weight_decay"]
                 if skip is not None:
-                    grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # momentum stays
+                    grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # keeps momentum
                     decay = torch.where(skip, 1.0, decay)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
@@ -186,7 +196,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize_divided(x: Tensor) -> Tensor:
-    """`orthogonalize` of x (N, rows, columns), which all processes have: each takes its share of the N matrices."""
+    """Orthogonalize x (N, rows, columns), equal on all ranks. Each rank computes its share of the N matrices."""
     n, world_size = len(x), dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(x)
@@ -199,22 +209,24 @@ def orthogonalize_divided(x: Tensor) -> Tensor:
 
 
 def orthogonalize_sharded(x: Tensor, rows: int) -> Tensor:
-    """`orthogonalize` of N matrices of so many `rows`, of which this process has its own: x (N, own rows, columns),
-    and so the result. Each matrix is put together in one process only, which orthogonalizes it and hands the rows back,
-    so none holds more elements than before."""
+    """Orthogonalize N sharded matrices with `rows` rows: x (N, own rows, columns) -> the same shape.
+
+    Each matrix is gathered on one rank, orthogonalized there, and scattered back, so no rank holds more elements than
+    before (up to padding).
+    """
     n, own_rows, columns = x.shape
     world_size = dist.get_world_size()
-    share, chunk = math.ceil(n / world_size), math.ceil(rows / world_size)  # of matrices and of rows, at the most
+    share, chunk = math.ceil(n / world_size), math.ceil(rows / world_size)  # most matrices and most rows per rank
     x = pad(pad(x, 0, world_size * share), 1, chunk)
-    pieces = exchange(x.view(world_size, share, chunk, columns))  # my share of the matrices, the rows of each process
+    pieces = exchange(x.view(world_size, share, chunk, columns))  # this rank's matrices, the rows of each rank
     mine = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
     mine = pad(orthogonalize(mine), 1, world_size * chunk)
-    pieces = exchange(mine.view(share, world_size, chunk, columns).transpose(0, 1))  # my rows of all the matrices
+    pieces = exchange(mine.view(share, world_size, chunk, columns).transpose(0, 1))  # this rank's rows of all matrices
     return pieces.reshape(world_size * share, chunk, columns)[:n, :own_rows]
 
 
 def exchange(x: Tensor) -> Tensor:
-    """x (world_size, ...), of which x[i] goes to process i -> the same shape, of which [i] came from process i."""
+    """Send x[i] of x (world_size, ...) to rank i; return the same shape, where [i] came from rank i."""
     x = x.contiguous()
     received = torch.empty_like(x)
     dist.all_to_all_single(received, x)
@@ -222,18 +234,21 @@ def exchange(x: Tensor) -> Tensor:
 
 
 def pad(x: Tensor, dim: int, size: int) -> Tensor:
-    """x with zeros at its end, so that dimension `dim` has `size` elements."""
+    """Pad x with zeros at the end of dimension `dim`, to `size` elements."""
     shape = list(x.shape)
     shape[dim] = size - x.size(dim)
     return torch.cat((x, x.new_zeros(shape)), dim) if shape[dim] else x
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrix to each of x (N, rows, columns), roughly: singular values end up around 1, from
-    0.7 to 1.2. A quintic Newton-Schulz iteration, with the coefficients of Muon's authors."""
+    """Approximate the nearest orthogonal matrix to each matrix of x (N, rows, columns).
+
+    The singular values of the result are between about 0.7 and 1.2. A quintic Newton-Schulz iteration with the
+    coefficients of Muon's authors.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.size(1) > x.size(2)
-    if tall:  # so that x @ x.mT is the smaller product
+    if tall:  # makes x @ x.mT the smaller product
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -251,11 +266,12 @@ def learning_rate_at(
     lr_decay_iters: int,
     cooldown_frac: float = 0.4,
 ) -> float:
-    """The rate of update `step`, counted from 0: a linear rise over `warmup_iters` updates, none of them at 0, then by
-    `schedule` down to `min_lr` at `lr_decay_iters`, and min_lr from there on.
+    """Return the learning rate of update `step`, counted from 0.
 
-    cosine and linear fall all the way; wsd (warmup, stable, decay) holds `learning_rate` and falls linearly over the
-    last `cooldown_frac` of lr_decay_iters; constant does not fall. Raises UserError for another schedule.
+    The rate rises linearly over `warmup_iters` updates, starting above 0. It then follows `schedule` down to `min_lr`
+    at `lr_decay_iters`, and stays there. "cosine" and "linear" fall from the end of the warmup. "wsd" (warmup, stable,
+    decay) holds `learning_rate`, and falls linearly over the last `cooldown_frac` of lr_decay_iters. "constant" does
+    not fall. Raises UserError for another schedule.
     """
     start = max(warmup_iters, (1 - cooldown_frac) * lr_decay_iters) if schedule == "wsd" else warmup_iters
     if step >= lr_decay_iters:
@@ -263,23 +279,25 @@ def learning_rate_at(
     else:  # from 0 to 1
         progress = (step - start) / (lr_decay_iters - start) if step > start else 0.0
     if schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * progress))
+        fraction = 0.5 * (1 + math.cos(math.pi * progress))
     elif schedule in ("linear", "wsd"):
-        left = 1 - progress
+        fraction = 1 - progress
     elif schedule == "constant":
-        left = 1.0
+        fraction = 1.0
     else:
         raise UserError(
-            f"lr_schedule={schedule!r} has no branch in learning_rate_at (acorn/training/optim.py); add one"
+            f"lr_schedule={schedule!r} has no branch in learning_rate_at (acorn/training/optim.py). Add one."
         )
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    return learning_rate if left == 1 else min_lr + left * (learning_rate - min_lr)
+    return learning_rate if fraction == 1 else min_lr + fraction * (learning_rate - min_lr)
 
 
 def rate_change(before, after, step: int) -> str | None:
-    """A sentence on how the learning rate of update `step` differs between two TrainSettings, those of a run and those
-    that it is resumed with; None where it does not."""
+    """Describe how the learning rate of update `step` changes between a run's TrainSettings and those for resuming it.
+
+    Returns None if it does not change.
+    """
 
     def rate(s) -> float:
         if not s.decay_lr:
@@ -290,10 +308,10 @@ def rate_change(before, after, step: int) -> str | None:
     old, new = rate(before), rate(after)
     if math.isclose(old, new, rel_tol=1e-3):
         return None
-    jump = f"the learning rate at step {step} goes from {old:.2e} to {new:.2e}"
+    jump = f"the learning rate at step {step} changes from {old:.2e} to {new:.2e}"
     if before.lr_decay_iters or after.lr_decay_iters or before.max_iters == after.max_iters:
         return jump
     return (
-        f"max_iters={after.max_iters} instead of {before.max_iters} stretches the schedule (lr_decay_iters=0): {jump}; "
-        f"--lr_decay_iters={before.max_iters} keeps the schedule"
+        f"max_iters={after.max_iters} instead of {before.max_iters} stretches the schedule (lr_decay_iters=0): {jump}. "
+        f"Use --lr_decay_iters={before.max_iters} to keep the schedule."
     )
