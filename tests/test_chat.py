@@ -673,7 +673,7 @@ def test_conversations_that_are_all_equal_are_split_by_their_place(tmp_path, mon
     Path("same.jsonl").write_text('{"instruction": "Add", "input": "2 and 3", "output": "5"}\n' * 40)
     prepare_corpus("chat same.jsonl --tokenizer byte".split())
     dataset = load_dataset("same")
-    assert len(dataset.val) * 9 == len(dataset.train) and "last 4 are val" in capsys.readouterr().err
+    assert len(dataset.val) * 9 == len(dataset.train) and "last 4 are" in capsys.readouterr().err
 
 
 def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypatch, capsys):

@@ -231,7 +231,7 @@ def test_pipes_are_not_waited_for(tmp_path, capsys):
     for name in ("model.safetensors", "state.json"):
         (step / name).unlink()
         os.mkfifo(step / name)
-        with pytest.raises(UserError, match="whole"):
+        with pytest.raises(UserError, match="intact"):
             checkpoint.load_model(str(out))
         assert not checkpoint.launched_by(out, "x")
 

@@ -229,13 +229,13 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     monkeypatch.chdir(chatting)
     for words, *said in (
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has the fields prompt"),
-        (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
+        (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl needs"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
-        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is no JSON", "surrogates"),
-        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object", "has one a line"),
+        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl", "surrogates"),
+        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object"),
         (["o", "--pairs=talk.jsonl", "--answers=nowhere/a.jsonl"], "nowhere/a.jsonl cannot be written"),
         (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would overwrite"),
-        (["o", "--text=empty.txt"], "nothing in it to predict"),
+        (["o", "--text=empty.txt"], "empty.txt has no token"),
         ([trained, "--dataset=d"], "another tokenizer"),
     ):
         monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *map(str, words), "--device=cpu"])
