@@ -204,7 +204,7 @@ def test_padded_ids_are_never_drawn():
         model.transformer.wte.weight[30:] *= 50  # tied: the padding's logits are by far the most extreme
     rows = run_generate(model, [[1], [2]], 50, Sampling(temperature=2.0), seeds=[0, 1], n_vocab=30)
     assert max(map(max, rows)) < 30
-    with pytest.raises(UserError, match="token 40, which is beyond the model's vocabulary of 40"):
+    with pytest.raises(UserError, match="token 40, but the model's vocabulary has 40"):
         run_generate(model, [[1], [2, 40, 3]], 1)
 
 

@@ -59,7 +59,7 @@ def test_a_split_without_a_token_that_counts_is_refused(byte_tokens, tmp_path):
     with shards.MaskWriter(tmp_path, "val") as writer:
         writer.write(np.zeros(len(ids), dtype=np.int64))
     tokens.mask = shards.Tokens([shards.open_shard(tmp_path / "val_000000.mask")], 2, "mask")
-    with pytest.raises(UserError, match="the val split has no token that counts"):
+    with pytest.raises(UserError, match="the val split has no loss"):
         evaluate(random_model(), tokens, runtime.ALONE, 2, 16)
 
 

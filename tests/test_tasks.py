@@ -229,14 +229,14 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     monkeypatch.chdir(chatting)
     for words, *said in (
         (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
-        (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl should have"),
+        (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl needs"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
-        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is no JSON", "surrogates"),
-        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object", "has one a line"),
+        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is not valid JSON", "surrogates"),
+        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object", "object per line"),
         (["o", "--pairs=talk.jsonl", "--answers=nowhere/a.jsonl"], "nowhere/a.jsonl cannot be written"),
         (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would overwrite"),
-        (["o", "--text=empty.txt"], "nothing in it to predict"),
-        ([trained, "--dataset=d"], "another tokenizer"),
+        (["o", "--text=empty.txt"], "no token to predict"),
+        ([trained, "--dataset=d"], "different tokenizer"),
     ):
         monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *map(str, words), "--device=cpu"])
         with pytest.raises(UserError) as refusal:

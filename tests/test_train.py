@@ -432,7 +432,7 @@ def test_another_run_is_not_written_over(trained, dataset, tmp_path):
 
 def test_bad_input_is_one_sentence(trained, dataset, tmp_path):
     for words, said in (
-        (["--max_itres=3"], "did you mean 'max_iters'"),
+        (["--max_itres=3"], "Did you mean 'max_iters'"),
         (["--n_head=3"], "multiple of n_head"),
         (["--batch_size=0"], "at least 1"),
         (["--dataset=nowhere"], "python prepare"),
