@@ -205,5 +205,5 @@ def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(da
         hashed.clear()
         load_data(s, {}, SimpleNamespace(is_first_here=first, gather=lambda values: [values, values]))
         assert len(hashed) == n_files
-    with pytest.raises(UserError, match="not the same on all machines"):
+    with pytest.raises(UserError, match="differs between machines"):
         load_data(s, {}, SimpleNamespace(is_first_here=True, gather=lambda values: [values, [values[0] + 1]]))
