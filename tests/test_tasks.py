@@ -296,9 +296,9 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
         messages.append({"role": "assistant", "content": "green"})
     assert len(messages) < 12
     long = script(*words, cwd=chatting, input="a" * 99 + "\n")
-    assert long.returncode == 0 and "make it shorter" in long.stdout
+    assert long.returncode == 0 and "Shorten it" in long.stdout
 
 
 def test_a_conversation_needs_a_template(trained):
     refused(script("sample.py", f"--out_dir={trained}", "--chat", cwd="/", input=""), "no chat template")
-    refused(script("sample.py", "--chat", "--json=True", cwd="/"), "leave out interactive")
+    refused(script("sample.py", "--chat", "--json=True", cwd="/"), "Leave out interactive")
