@@ -1,12 +1,12 @@
-# make demo: from a fresh clone to a trained model, its loss curve and its samples, in a few minutes on a laptop
-# make test: the test suite        make slow: the long tests too        make lint: ruff
-# make gpu: on a CUDA machine, the tests marked gpu and the benchmarks at GPU sizes, under nine minutes
+# make demo: train a model on a fresh clone, plot its loss curve and sample from it, in a few minutes on a laptop
+# make test: the test suite        make slow: include the long tests        make lint: ruff
+# make gpu: on a CUDA machine, the tests marked gpu and the benchmarks at GPU sizes, in under nine minutes
 
-# an environment that is active is used; otherwise one is made in .venv
+# an active environment is used; otherwise one is created in .venv
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 PYTHON := $(if $(ACTIVE),python,.venv/bin/python)
 SYSTEM_PYTHON ?= python3
-# stamps inside the environment say which requirements are installed in it
+# stamp files inside the environment record which requirements are installed
 STAMPS := $(or $(ACTIVE),.venv)
 
 .PHONY: demo test slow lint gpu
@@ -16,7 +16,7 @@ demo: $(STAMPS)/.acorn-requirements
 	$(PYTHON) train.py config/quickstart.py --max_iters=2000 --eval_interval=250 --sample_interval=500 --overwrite=True
 	$(PYTHON) sample.py --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=300
 	@echo
-	@echo "The loss curve is in out/quickstart/loss.png. To try next:"
+	@echo "The loss curve is in out/quickstart/loss.png. What to try next:"
 	@echo "  $(PYTHON) sample.py --out_dir=out/quickstart --interactive=True"
 	@echo "  $(PYTHON) prepare text YOUR_FILES --name mine --tokenizer char"
 	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
@@ -32,7 +32,7 @@ lint: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# installs nothing: it runs with the torch that is there
+# installs nothing, and uses the torch that is already installed
 gpu:
 	$(or $(and $(ACTIVE),python),$(wildcard .venv/bin/python),$(SYSTEM_PYTHON)) benchmarks/gpu.py
 

@@ -1,8 +1,8 @@
-"""The whole model: a decoder-only Transformer (GPT), its configuration and its key-value cache.
+"""The whole model: a decoder-only Transformer (GPT), its configuration and its KV cache.
 
-The defaults of GPTConfig are GPT-2 exactly; the switches make it the Llama family or the recipe of the speedruns.
-Shapes in the comments: B rows (sequences), T tokens in each, C = n_embd channels, H heads of D channels, V words in
-the vocabulary, S slots in the cache.
+The defaults of GPTConfig are exactly GPT-2. Other settings give the Llama family, or the recipe of the speedruns.
+Shapes in comments: B sequences (rows) of T tokens, C = n_embd channels, H heads of D channels, V tokens in the
+vocabulary, S slots in the cache.
 
 References:
 - GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
@@ -30,25 +30,25 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    attn_dropout: float = -1.0  # of the attention weights; -1: as dropout. With 0 attention keeps its fast kernels
-    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them; without is a bit faster, and no worse
+    attn_dropout: float = -1.0  # dropout of attention weights; -1: same as dropout; 0 keeps the fast attention kernels
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; False is slightly faster, and no worse
     pos: str = "learned"  # learned | sinusoidal | rope
     norm: str = "layernorm"  # layernorm | rmsnorm
     mlp: str = "gelu_tanh"  # gelu_tanh (GPT-2's) | gelu (nanoGPT's) | relu2 | swiglu
-    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: as many as n_head
+    n_kv_head: int = 0  # key/value heads, each shared by a group of query heads; 0: n_head
     n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64
     qk_norm: bool = False  # normalize queries and keys, which keeps attention logits bounded
     tie_weights: bool = True  # the head shares its matrix with the token embedding
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
-    zero_init: bool = False  # start with every block, and an untied head, at zero output
-    ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too, added to the token's own
-    ngram_rows: int = 16384  # rows of each table of n-grams at most; where there are more n-grams, these share rows
-    ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
+    zero_init: bool = False  # every block, and an untied head, initially outputs zero
+    ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens to the token embedding
+    ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
+    ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
     def __post_init__(self):
-        """Fill in what 0 stands for. Raises ValueError, with one sentence, where no model has this shape."""
+        """Replace the default 0 of some settings. Raises ValueError if a setting is invalid."""
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.mlp == "swiglu":
             self.n_hidden = self.n_hidden or 64 * math.ceil(self.n_embd * 8 / 3 / 64)
@@ -68,16 +68,16 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
             if getattr(self, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):
-                raise ValueError(f"{name} = {getattr(self, name)} is beyond what any machine holds")
+                raise ValueError(f"{name} = {getattr(self, name)} is too large for any machine. Use a smaller value.")
         for name in ("dropout", "ngram_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
         if not (0 <= self.attn_dropout < 1 or self.attn_dropout == -1):
             raise ValueError(
-                f"attn_dropout = {self.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout"
+                f"attn_dropout = {self.attn_dropout} must be at least 0 and below 1, or -1 for the same as dropout"
             )
         if not 1 <= self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta = {self.rope_theta} must be a number of at least 1")
+            raise ValueError(f"rope_theta = {self.rope_theta} must be a finite number of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -92,17 +92,17 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # what may differ from one training of a model to the next
+DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # settings that may change when training continues
 
 
 class KVCache:
-    """Keys and values of every layer for B rows of at most `size` tokens each, preallocated.
+    """Preallocated keys and values of every layer, for B rows of at most `size` tokens.
 
-    The caller owns it: `GPT.forward` writes the new tokens' keys and values behind each row's `length` and leaves
-    `length` alone; advancing it is what makes them count, so rows of unequal length live side by side.
+    `GPT.forward` writes new keys and values after the first `length` ones of each row, but does not change `length`.
+    The caller advances it, per row, so rows may have different lengths.
 
-    layers: keys and values of each layer, both (B, n_kv_head, size, head_dim); idx: (B, size), the tokens themselves;
-    length: (B,), how many each row holds.
+    layers: keys and values of each layer, both (B, n_kv_head, size, head_dim); idx: (B, size), the tokens; length:
+    (B,), the number of tokens in each row.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, size: int, device=None, dtype=torch.float32):
@@ -131,24 +131,24 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel i of x (..., T, D) against channel i + D/2, the pairing that Llama's checkpoints have."""
+    """Rotate channels i and i + D/2 of x (..., T, D) as pairs, the pairing of Llama's checkpoints."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def document_positions(documents: Tensor) -> Tensor:
-    """How far each token stands from the first one of its document. documents, numbered in a row: (B, T) -> (B, T)."""
-    at = torch.arange(documents.size(1), device=documents.device)  # (T,)
+    """Return each token's position in its document. documents: document numbers (B, T) -> (B, T)."""
+    index = torch.arange(documents.size(1), device=documents.device)  # (T,)
     begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-    return at - torch.where(begins, at, 0).cummax(dim=1).values
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
-    """What each token attends to: those of its own document, from the first one to itself. documents: (B, T).
+    """Return a causal mask within documents: a token attends to its own document up to itself. documents: (B, T).
 
-    For scaled_dot_product_attention it is a boolean (B, 1, T, T); for flex attention, https://arxiv.org/abs/2412.05496,
-    which passes over blocks that are masked whole, a BlockMask.
+    It is a boolean (B, 1, T, T) for scaled_dot_product_attention, or with `flex` a BlockMask for flex attention, which
+    skips fully masked blocks: https://arxiv.org/abs/2412.05496
     """
     if not flex:
         return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
@@ -162,11 +162,13 @@ def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p: float, plain: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v. q (B, H, T, D), k and v (B, H_kv, S, D) -> the shape of q.
-    Without a mask it is causal. p is the dropout of the weights. With `plain`, training computes it by
-    `plain_attention` where that can."""
+
+    Causal if there is no mask. p is the dropout of the attention weights. With `plain`, training uses
+    `plain_attention` if it applies (no mask, no grouped heads).
+    """
     grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast, which would see to it, does not know flex attention
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast does not cover flex attention
         return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
     if plain and torch.is_grad_enabled() and mask is None and not grouped:
         return plain_attention(q, k, v, p)
@@ -174,8 +176,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention written out. q, k, v: (B, H, T, D) -> (B, H, T, D). On a CPU, in bfloat16 or with dropout, short
-    sequences often train faster when all T * T weights are kept than with the fused kernel that saves their memory."""
+    """Causal attention with explicit matrix products. q, k, v: (B, H, T, D) -> (B, H, T, D).
+
+    It keeps all T * T weights for the backward pass. On a CPU, in bfloat16 or with dropout, this is often faster for
+    short sequences than the fused kernel, which needs less memory.
+    """
     B, H, T, D = q.shape
     future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
     q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
@@ -184,18 +189,21 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, which draws a number for each element, one after the other on a CPU: there, one for four elements."""
+    """F.dropout, but faster on a CPU: one 64-bit random draw serves four elements."""
     if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
     return x * (keep.to(x.dtype) / (1 - p))
 
 
 def grown_rows(weight: Tensor, n_vocab: int, size: int) -> Tensor:
-    """An embedding, or a head, of n_vocab tokens with rows for the tokens n_vocab, ..., size - 1, which are new. Each
-    of these is the mean of those before, https://nlp.stanford.edu/~johnhew/vocab-expansion.html, so that none starts
-    out likelier than a token is on average. Rows that only pad the vocabulary, from n_vocab on, are used first."""
+    """Add rows for the new tokens n_vocab, ..., size - 1 to an embedding or head of n_vocab tokens.
+
+    A new row is the mean of the old ones, so that no new token starts out more likely than an average token:
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html. Rows from n_vocab on that only pad the vocabulary are used
+    first.
+    """
     old, padding = weight[:n_vocab], weight[size:]
     return torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding))
 
@@ -205,41 +213,46 @@ def attention_dropout(config: GPTConfig) -> float:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` compiled, without which flex attention is slow; in a model that is compiled as a whole, as it is."""
+    """Compile `function`, unless the whole model is being compiled. Flex attention is slow without compilation."""
     return function if torch.compiler.is_compiling() else _compiled(function)
 
 
 _compiled = functools.cache(torch.compile)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # what flex attention on a GPU is compiled with
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # flex attention on a GPU is compiled to Triton
 
 
 class NgramEmbedding(nn.Module):
-    """Embeddings of the last 2, 3, ..., n tokens together, one hashed table for each length: what a small model would
-    have to compose in its first layer is looked up. Over-encoding, https://arxiv.org/abs/2501.16975."""
+    """Embeddings of the last 2, 3, ..., n tokens, with one hashed table for each length.
+
+    A small model looks up what it would otherwise have to compute in its first layer. Over-encoding,
+    https://arxiv.org/abs/2501.16975.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         V = config.vocab_size
-        self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # n-grams, by how far they go back
+        self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # number of (back + 1)-grams
         self.tables = nn.ModuleList(nn.Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
 
     def forward(self, idx: Tensor, index: Tensor, at: Tensor) -> Tensor:
-        """The sum of the embeddings (B, T, C) of the n-grams that end at `index` (B, T) of idx (B, S), where the
-        document's tokens number `at` (B, T) stand; what would lie before the first of them is left out."""
+        """Return the sum of the embeddings (B, T, C) of the n-grams that end at `index` (B, T) in idx (B, S).
+
+        `at` (B, T) are the positions of these tokens in their documents. Tokens before a document do not count.
+        """
         key, embedded = idx.gather(1, index), 0
         for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
-            key = key * (self.config.vocab_size + 1) + before  # int64, which wraps around
-            # Fibonacci hashing, where there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
+            key = key * (self.config.vocab_size + 1) + before  # int64; overflow wraps around
+            # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
             row = key if table.num_embeddings == possible else (key * -7046029254386353131 >> 32) % table.num_embeddings
-            # of an n-gram all C channels are dropped, or none
+            # dropout1d drops all C channels of an n-gram or none
             embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
         return embedded
 
 
 class Norm(nn.Module):
-    """LayerNorm (its bias optional) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
+    """LayerNorm (with optional bias) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -257,7 +270,7 @@ class Norm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and those before it; query heads may share key-value heads in groups
+    """Causal multi-head self-attention. With n_kv_head < n_head, groups of query heads share a key/value head
     (grouped-query attention, https://arxiv.org/abs/2305.13245)."""
 
     def __init__(self, config: GPTConfig):
@@ -276,7 +289,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, cfg.n_head, cfg.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
-        if cfg.qk_norm:  # in the model's kind of norm, without weights
+        if cfg.qk_norm:  # the model's type of norm, without weights
             norm = F.rms_norm if cfg.norm == "rmsnorm" else F.layer_norm
             q, k = norm(q, (cfg.head_dim,)), norm(k, (cfg.head_dim,))
         if rotary is not None:
@@ -291,7 +304,7 @@ class CausalSelfAttention(nn.Module):
         y = attend(q, k, v, mask, p, self.plain)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         if cache is not None:
-            y = y.to(x.dtype)  # in which a sharded model computes, whatever the cache holds
+            y = y.to(x.dtype)  # the cache may have another dtype, and FSDP has no autocast
         return dropout(self.c_proj(y), cfg.dropout, self.training)
 
 
@@ -332,15 +345,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**25  # numbers, 128 MB in float32
+LOGITS_AT_ONCE = 2**25  # number of logits, 128 MB in float32
 
 
 class HeadLoss(torch.autograd.Function):
-    """The head and its cross-entropy in one, in nats, summed over the targets that are not masked (-1).
+    """The head fused with its cross-entropy, in nats, summed over the targets that are not masked (-1).
 
-    With a large vocabulary logits are the largest tensor of training, and the cross-entropy makes two more of their
-    size. Here they exist for some rows at a time, and gradients are taken at once, in the forward pass: those of the
-    head's input and weight are all that stays. As in Liger Kernel, https://arxiv.org/abs/2410.10989.
+    With a large vocabulary, logits are the largest tensor in training, and cross-entropy needs two more of their size.
+    Here, logits are computed for a chunk of rows at a time. The forward pass also computes the gradients, and keeps
+    only those of the head's input and weight. As in Liger Kernel, https://arxiv.org/abs/2410.10989.
     """
 
     @staticmethod
@@ -349,26 +362,26 @@ class HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         head, loss = weight.to(dtype), torch.zeros(())
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        n = math.ceil(LOGITS_AT_ONCE / len(weight))  # rows at a time
-        for some, d_some, wanted in zip(x.to(dtype).split(n), dx.split(n), targets.split(n), strict=True):
-            logits = (some @ head.T).float()  # (n, V)
+        n = math.ceil(LOGITS_AT_ONCE / len(weight))  # rows per chunk
+        for x_chunk, dx_chunk, y in zip(x.to(dtype).split(n), dx.split(n), targets.split(n), strict=True):
+            logits = (x_chunk @ head.T).float()  # (n, V)
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
             logp = logits.log_softmax(-1)
-            loss += F.nll_loss(logp, wanted, ignore_index=-1, reduction="sum")
+            loss += F.nll_loss(logp, y, ignore_index=-1, reduction="sum")
             dlogits = logp.exp_()  # softmax - one-hot
-            dlogits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
-            dlogits[wanted == -1] = 0
+            dlogits[torch.arange(len(y)), y.clamp(min=0)] -= 1
+            dlogits[y == -1] = 0
             if softcap:
                 dlogits *= 1 - (logits / softcap).square()
             dlogits = dlogits.to(dtype)
-            d_some.copy_(dlogits @ head)
-            if not ctx.needs_input_grad[1]:  # it may be frozen
+            dx_chunk.copy_(dlogits @ head)
+            if not ctx.needs_input_grad[1]:  # the head is frozen
                 continue
             if dtype == torch.float32:
-                dweight.addmm_(dlogits.T, some)
+                dweight.addmm_(dlogits.T, x_chunk)
             else:
-                dweight += dlogits.T @ some
+                dweight += dlogits.T @ x_chunk
         ctx.save_for_backward(dx, dweight.to(weight.dtype))
         return loss
 
@@ -379,14 +392,14 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """Parameter names are GPT-2's: `transformer.h.0.attn.c_attn.weight` and so on."""
+    """The model. Parameter names are GPT-2's, such as `transformer.h.0.attn.c_attn.weight`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute each block in the backward pass, for less memory
+        self.activation_checkpointing = False  # recompute each block in the backward pass, to save memory
         device = torch.get_default_device()
-        with torch.device("meta"):  # shapes alone, so that no number is drawn but by init_weights
+        with torch.device("meta"):  # shapes only, so that init_weights alone draws random numbers
             self.transformer = nn.ModuleDict()
             self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
             if config.pos == "learned":
@@ -407,18 +420,21 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_parameter(self, name: str, p: Tensor) -> None:
-        """All initialization. GPT-2's: normal with std 0.02, and the projections that write into the residual
-        stream smaller by sqrt(2 * n_layer), the number of them, so that its variance does not grow with depth."""
+        """Initialize one parameter as in GPT-2: normal with std 0.02.
+
+        The std of the projections into the residual stream is divided by sqrt(2 * n_layer), with 2 * n_layer the number
+        of these projections, so that the variance does not grow with depth.
+        """
         if name.endswith("bias"):
             p.zero_()
         elif p.dim() == 1:  # the scale of a norm
             p.fill_(1.0)
         elif name.endswith("c_proj.weight"):
             p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-        elif name == "lm_head.weight" and self.config.zero_init:  # untied: a tied one is named after wte
+        elif name == "lm_head.weight" and self.config.zero_init:  # an untied head; a tied one has the name of wte
             p.zero_()
         elif name.startswith("transformer.ngram."):
-            p.zero_()  # an n-gram that training never sees adds nothing
+            p.zero_()  # so that an n-gram unseen in training adds nothing
         else:
             p.normal_(std=0.02)
 
@@ -432,29 +448,32 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         last: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Predict the token after each of `idx` (B, T).
+        """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
-        With `targets` (B, T), where -1 is masked: logits (B, T, V) and the loss, in nats: its `reduction` over the
-        targets that are not masked ("mean", 0 where all are masked; "none": (B, T), 0 at masked ones; or, for training,
-        "sum", with None in place of logits that are too many to be made all at once).
-        Without: logits (B, 1, V) after position `last` (B,) of each row, by default the final one, and None.
-        With `documents` (B, T), which number the documents in each row, attention stays inside a document and positions
-        restart there. With a `cache`, idx continues its rows: row b stands at position cache.length[b]. Not both.
+        With `targets` (B, T), in which -1 is masked: logits (B, T, V) and the loss in nats over the unmasked targets.
+        `reduction` is "mean" (0 if all targets are masked), "none" for (B, T) with 0 at masked targets, or "sum". With
+        "sum", logits are None if they would be too large to compute at once in training.
+
+        Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None.
+
+        `documents` (B, T) numbers the documents in each row; attention stays within a document, and positions restart
+        in it. With a `cache`, idx continues the cached rows: row b starts at position cache.length[b]. These two cannot
+        be combined.
         """
         B, T = idx.shape
         cfg = self.config
         x, rotary, mask, positions = self.transformer.wte(idx), None, None, None  # (B, T, C)
         if cache is None:
             if T > cfg.block_size:
-                raise ValueError(f"a sequence of {T} tokens does not fit the block size of {cfg.block_size}")
+                raise ValueError(f"a sequence of {T} tokens exceeds the block size of {cfg.block_size}")
             at = torch.arange(T, device=idx.device)  # (T,)
             if documents is not None:
                 at = document_positions(documents)  # (B, T)
-                drops = self.training and attention_dropout(cfg) > 0  # which flex attention does not have
+                drops = self.training and attention_dropout(cfg) > 0  # flex attention has no dropout
                 mask = document_mask(documents, idx.is_cuda and HAS_TRITON and not drops and cfg.head_dim >= 16)
         else:
             if documents is not None:
-                raise ValueError("documents are told apart in whole sequences only, not with a cache")
+                raise ValueError("documents and cache cannot be combined")
             at = positions = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             mask = torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         if cfg.ngram > 1 and cache is None:
@@ -465,7 +484,7 @@ class GPT(nn.Module):
             x = x + self.transformer.ngram(cache.idx, positions, positions)
         if cfg.pos == "learned":
             x = x + self.transformer.wpe(at)
-        elif cfg.pos == "sinusoidal":  # the embedding scaled as in section 3.4 of the paper, to the size of the sines
+        elif cfg.pos == "sinusoidal":  # the embedding is scaled as in section 3.4 of the paper
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
         elif cfg.pos == "rope":
             cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
@@ -482,10 +501,10 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)  # (B, T, C)
 
         large = B * T * cfg.vocab_size > LOGITS_AT_ONCE
-        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # what it was measured on
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # measured to be faster only there
         if targets is not None and reduction == "sum" and large and eager_cpu and torch.is_grad_enabled():
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cfg.logit_softcap)
-        if targets is None:  # only the logits that the next token is drawn from
+        if targets is None:  # compute only the logits that predict the next token
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
         logits = self.lm_head(x)  # (B, T or 1, V)
         if cfg.logit_softcap:
@@ -502,7 +521,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, tied ones once; `non_embedding` leaves out those that are only looked up, not multiplied."""
+        """Count the parameters, tied ones once. `non_embedding` excludes those that are only looked up."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
             if self.config.pos == "learned":
@@ -514,9 +533,9 @@ class GPT(nn.Module):
         return n
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the longest sequence, for example of a GPT-2 checkpoint, to `block_size` tokens."""
+        """Reduce the block size, for example of a GPT-2 checkpoint, to `block_size` tokens."""
         if block_size > self.config.block_size:
-            raise ValueError(f"block_size = {block_size} is beyond the model's {self.config.block_size}")
+            raise ValueError(f"block_size = {block_size} exceeds the model's {self.config.block_size}")
         self.config.block_size = block_size
         if self.config.pos == "learned":
             wpe = self.transformer.wpe
@@ -525,8 +544,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow_vocab(self, n_vocab: int, size: int) -> None:
-        """Make room for the tokens n_vocab, ..., size - 1, which are new, in the embedding and in the head, as
-        `grown_rows` has it. The logits of the tokens before stay as they are."""
+        """Add the new tokens n_vocab, ..., size - 1 to the embedding and the head, as in `grown_rows`.
+
+        The logits of the old tokens do not change.
+        """
         wte, head = self.transformer.wte, self.lm_head
         for layer in (wte,) if self.config.tie_weights else (wte, head):
             layer.weight = nn.Parameter(grown_rows(layer.weight, n_vocab, size))
@@ -535,7 +556,7 @@ class GPT(nn.Module):
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
-        """AdamW with decay on matrices and embeddings only, not on biases and norms; fused where the device has it."""
+        """Create AdamW, fused if supported, with weight decay on matrices and embeddings, not on biases and norms."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -544,14 +565,19 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
 
     def flops_per_token(self) -> int:
-        """Floating point operations of one token's forward and backward pass, as counted in appendix B of PaLM,
-        https://arxiv.org/abs/2204.02311: 6 a parameter, and 12 * n_layer * n_embd * block_size for attention."""
+        """Return the FLOPs of one token's forward and backward pass.
+
+        6 per parameter, and 12 * n_layer * n_embd * block_size for attention: appendix B of PaLM,
+        https://arxiv.org/abs/2204.02311.
+        """
         cfg = self.config
         return 6 * self.num_params(non_embedding=True) + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None) -> float | None:
-        """Model flops utilization: the share of `peak_flops` (per second, of the devices together) that
-        `fwdbwd_per_iter` sequences of block_size tokens in `dt` seconds amount to; None where the peak is unknown."""
+        """Return the model FLOPs utilization of `fwdbwd_per_iter` sequences of block_size tokens in `dt` seconds.
+
+        It is the fraction of `peak_flops`, the FLOPs per second of all devices together, or None if that is unknown.
+        """
         if not peak_flops:
             return None
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops

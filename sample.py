@@ -1,9 +1,9 @@
 """Sample text from a trained GPT.
 
-From your own run:     python sample.py --out_dir=out/quickstart --start="ROMEO:"
+From a training run:    python sample.py --out_dir=out/quickstart --start="ROMEO:"
 From published weights: python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=1
-Prompt after prompt:   python sample.py --out_dir=out/quickstart --interactive=True
-A conversation:        python sample.py --out_dir=out/chat --chat=True
+Interactive prompts:    python sample.py --out_dir=out/quickstart --interactive=True
+A conversation:         python sample.py --out_dir=out/chat --chat=True
 """
 
 import dataclasses
@@ -30,35 +30,37 @@ class SampleSettings:
     """Sample from a GPT: python sample.py [CONFIG.py ...] [--key=value ...]"""
 
     init_from: str = "resume"  # resume: the run in out_dir | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-xl, ...
-    out_dir: str = "out"  # where the run lies
-    checkpoint: str = "best"  # of the run: best (the newest where none is) | latest | step_002000
-    start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> alone begins a document, as in nanoGPT
+    out_dir: str = "out"  # the run's folder
+    checkpoint: str = "best"  # of the run: best (or the newest if there is no best) | latest | step_002000
+    start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> alone starts a document, as in nanoGPT
     control_tokens: bool = False  # True: names such as <|im_end|> in start are control tokens; False: they are text
-    prompts: str = ""  # a file of prompts, one a line or jsonl with "prompt" in each object, continued as one batch
-    num_samples: int = 10  # samples to draw from each prompt (of a file of prompts: 1 unless set)
-    max_new_tokens: int = 500  # tokens in each sample
-    temperature: float = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
-    top_k: int = 200  # draw from the k likeliest tokens only; 0: from all
-    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1: from all
-    min_p: float = 0.0  # draw from tokens at least this fraction as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that occurred become less likely
-    no_repeat_ngram_size: int = 0  # n > 0: no n tokens in a row occur twice
-    stop: list[str] = field(default_factory=list)  # end before this text; may be given several times
-    seed: int = 1337  # sample k is drawn with seed + k, so the same seed draws the same samples
-    stream: Literal["auto", True, False] = "auto"  # show text as it comes; auto: on a terminal, for one sample
-    logprobs: bool = False  # also give each token's log-probability
-    json: bool = False  # one JSON object a sample instead of text
-    interactive: bool = False  # ask for prompts, one after the other
-    chat: bool = False  # hold a conversation, by the chat template that the checkpoint carries; --start opens it
-    system: str = ""  # what a conversation says to the model before it begins
+    prompts: str = ""  # a file of prompts to continue as one batch: one per line, or jsonl objects with "prompt"
+    num_samples: int = 10  # samples per prompt (default for a file of prompts: 1)
+    max_new_tokens: int = 500  # most tokens per sample
+    temperature: float = 0.8  # below 1: more predictable; above 1: more random; 0: greedy
+    top_k: int = 200  # sample from the k most likely tokens only; 0: from all
+    top_p: float = 1.0  # sample from the most likely tokens that together reach this probability; 1: from all
+    min_p: float = 0.0  # sample from tokens at least this fraction as likely as the most likely one
+    repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
+    no_repeat_ngram_size: int = 0  # n > 0: no n-gram occurs twice
+    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
+    seed: int = 1337  # sample k uses seed + k, so the same seed gives the same samples
+    stream: Literal["auto", True, False] = "auto"  # print text as it is generated; auto: for one sample on a terminal
+    logprobs: bool = False  # also print each token's log-probability
+    json: bool = False  # print one JSON object per sample instead of text
+    interactive: bool = False  # read prompts from the console
+    chat: bool = False  # chat on the console, with the checkpoint's chat template; --start is the first message
+    system: str = ""  # system message of the chat
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
-    quantize: Literal["none", "int8"] = "none"  # int8: weights of a byte each, on a CPU: faster, and nearly as good
-    compile: Literal["auto", True, False] = "auto"  # torch.compile what one token takes; auto: where it pays back
+    quantize: Literal["none", "int8"] = (
+        "none"  # int8: one byte per weight, on a CPU: faster, with slightly less accuracy
+    )
+    compile: Literal["auto", True, False] = "auto"  # torch.compile the one-token step; auto: if this saves time
 
 
 def check(s: SampleSettings) -> None:
-    """Raise UserError for a number that no sampling can have."""
+    """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "temperature"):
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")
@@ -73,25 +75,26 @@ def check(s: SampleSettings) -> None:
     if not 0 <= s.seed < 2**62:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
     if s.chat and (s.interactive or s.prompts or s.json or s.logprobs):
-        raise UserError("chat holds a conversation on the console: leave out interactive, prompts, json and logprobs")
+        raise UserError("chat works on the console only. Leave out interactive, prompts, json and logprobs.")
     if s.control_tokens and (s.chat or s.interactive or s.prompts):
-        raise UserError("control_tokens is for start; leave it out, or leave out chat, interactive and prompts")
+        raise UserError(
+            "control_tokens applies to start only. Leave it out, or leave out chat, interactive and prompts."
+        )
     if s.system and not s.chat:
-        raise UserError("system is for conversations; give --chat=True too")
+        raise UserError("system needs a chat. Add --chat=True.")
 
 
 def for_stdout(text: str) -> str:
-    """A model's text as it is printed: control characters are escaped on a terminal, which would obey them, and exact
-    in a pipe or a file."""
+    """Escape control characters in a model's text if stdout is a terminal; keep it unchanged for a pipe or file."""
     return printable(text) if sys.stdout.isatty() else text
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts in a file: a line each, or, of a .jsonl file, the "prompt" of each line's object."""
+    """Read the prompts from a file: one per line, or from a .jsonl file the "prompt" of each object."""
     numbered = enumerate(files.read_text(path).split("\n"), 1)
     lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
     if not lines:
-        raise UserError(f"the prompt file {path} is empty; write a prompt a line")
+        raise UserError(f"the prompt file {path} is empty. Write one prompt per line.")
     if not path.endswith(".jsonl"):
         return [line for _, line in lines]
     prompts = []
@@ -100,9 +103,11 @@ def read_prompts(path: str) -> list[str]:
             value = json.loads(line)
             prompts.append(value if isinstance(value, str) else value["prompt"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path}, line {number} is neither a JSON string nor an object with a "prompt"') from error
+            raise UserError(
+                f'{path}, line {number} is not valid. Write a JSON string, or an object with a "prompt".'
+            ) from error
         if not isinstance(prompts[-1], str):
-            raise UserError(f'{path}, line {number}: "prompt" should be a string')
+            raise UserError(f'{path}, line {number}: "prompt" is not a string. Write {{"prompt": "..."}}.')
     return prompts
 
 
@@ -116,9 +121,12 @@ def continue_prompts(
     compile: bool,
     show: Callable[[str], None],
 ) -> list[dict]:
-    """Draw one sample for each prompt, side by side; `control` says that names of control tokens in them are those
-    tokens. `show` gets the first one's text as it comes. Returns, for each, its prompt, text, seed, number of tokens,
-    why it ended, and the tokens with their log-probabilities."""
+    """Draw one sample for each prompt, as one batch.
+
+    `control`: names of control tokens in the prompts are these tokens. `show` is called with the first sample's text as
+    it is generated. Returns a dict for each sample: prompt, text, seed, number of tokens, why it stopped, and, if asked
+    for, the tokens with their log-probabilities.
+    """
     ids = [encode_prompt(tokenizer, prompt, control) for prompt in prompts]
     streams = [TextStream(tokenizer, s.stop) for _ in prompts]
     texts = [""] * len(prompts)
@@ -132,9 +140,9 @@ def continue_prompts(
             show(piece)
         return streams[row].stopped_by is not None
 
-    how = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
+    sampling = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
     seeds = [seed] * len(prompts)
-    generate(model, ids, s.max_new_tokens, how, seeds, on_token, tokenizer.n_vocab, compile)
+    generate(model, ids, s.max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile)
     samples = []
     for row, stream in enumerate(streams):
         rest = stream.finish()
@@ -151,9 +159,11 @@ def continue_prompts(
 
 
 def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int) -> list[int]:
-    """The ids of a conversation up to the next reply. Its oldest turns, each a message and its reply, are removed from
-    `messages` until `room` tokens are left in the block; what the system said stays. Raises UserError where the last
-    message alone does not fit the block."""
+    """Return the ids of a conversation up to the next reply.
+
+    The oldest turns (a message and its reply) are removed from `messages` until `room` tokens of the block are free.
+    The system message stays. Raises UserError if the last message alone does not fit into the block.
+    """
     first = int(messages[0]["role"] == "system")
     while True:
         ids = chat.render(tokenizer, messages).tolist()
@@ -162,19 +172,19 @@ def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int
         if len(messages) == first + 1:
             if len(ids) < block_size:
                 return ids
-            raise UserError(f"this message takes {len(ids)} tokens, and the model holds {block_size}; make it shorter")
+            raise UserError(f"this message has {len(ids)} tokens, but the block size is {block_size}. Shorten it.")
         del messages[first : first + 2]
 
 
 def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, compile: bool) -> None:
-    """Answer message after message from the console until its end. The model sees as many of the last turns as fit."""
+    """Answer messages from the console until its input ends. The model sees as many of the last turns as fit."""
     if not tokenizer.chat_template:
         raise UserError(
-            "this checkpoint carries no chat template, so it was not trained to converse; train it on conversations "
-            "(python prepare chat), or give it prompts by --interactive=True"
+            "this checkpoint has no chat template, so it was not trained to chat. Train it on conversations "
+            "(python prepare chat), or use --interactive=True."
         )
     block_size, ends = model.config.block_size, chat.stop_ids(tokenizer)
-    how = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
+    sampling = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
     messages = [{"role": "system", "content": s.system}] if s.system else []
     n_replies = 0
     while True:
@@ -188,7 +198,7 @@ def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, comp
         messages.append({"role": "user", "content": said})
         try:
             ids = fit_conversation(tokenizer, messages, block_size, min(s.max_new_tokens, block_size // 2))
-        except UserError as error:  # a slip of the pen should not end the conversation
+        except UserError as error:  # bad input must not end the conversation
             print(printable(str(error)))
             messages.pop()
             continue
@@ -200,24 +210,24 @@ def converse(model: GPT, tokenizer, s: SampleSettings, opening: str | None, comp
             return stream.stopped_by is not None
 
         n_tokens = min(s.max_new_tokens, block_size - len(ids))
-        generate(model, [ids], n_tokens, how, [s.seed + n_replies], on_token, tokenizer.n_vocab, compile)
+        generate(model, [ids], n_tokens, sampling, [s.seed + n_replies], on_token, tokenizer.n_vocab, compile)
         pieces.append(stream.finish())
         print(for_stdout(pieces[-1]), flush=True)
         if stream.stopped_by is None:
-            print(f"(cut off after {n_tokens} tokens)", file=sys.stderr)
+            print(f"(stopped after {n_tokens} tokens)", file=sys.stderr)
         messages.append({"role": "assistant", "content": chat.as_content(tokenizer, "".join(pieces))})
         n_replies += 1
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks should not end a sample
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot encode must not end a sample
     if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")  # nor should a byte that is no UTF-8 end a conversation
+        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 input must not end a conversation
     given = settings.parse(SampleSettings, sys.argv[1:])
     s = settings.build(SampleSettings, given)
     check(s)
 
-    # ---- machine; what is not a sample goes to standard error, so that samples can be piped on
+    # ---- machine; only samples go to stdout, so that they can be piped
     r = runtime.setup(s.device, s.dtype, s.compile)
     if s.dtype == "auto" and r.device.type == "cpu":
         r.dtype = torch.float32
@@ -225,32 +235,32 @@ def main() -> int:
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
     model, tokenizer, source = checkpoint.load_model(load_from, s.checkpoint)
     if tokenizer is None:
-        raise UserError(f"{source} comes without a tokenizer that this script knows")
+        raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
     model.to(r.device, r.dtype)
     if s.quantize != "none" and r.device.type != "cpu":
-        raise UserError(f"quantize = {s.quantize} is for CPUs; on {r.device} leave it out")
-    on = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
-    print(printable(f"{source}: {on}"), file=sys.stderr)
+        raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {r.device}.")
+    summary = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    print(printable(f"{source}: {summary}"), file=sys.stderr)
 
     # ---- prompts
     start = files.read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
     if "start" not in given and tokenizer.kind == "char" and "\n" not in tokenizer.to_dict()["vocab"]:
-        start = tokenizer.decode([0])  # this vocabulary has no line break to begin with
+        start = tokenizer.decode([0])  # the vocabulary has no line break, the default prompt
     prompts = read_prompts(s.prompts) if s.prompts else [start]
     control = s.control_tokens or (prompts == [END_OF_TEXT] and not s.prompts)
     num_samples = 1 if s.prompts and "num_samples" not in given else s.num_samples
     longest = max(len(encode_prompt(tokenizer, prompt, control)) for prompt in prompts) + s.max_new_tokens
     if longest > model.config.block_size and not s.chat:
         print(
-            f"note: {longest} tokens are beyond the block size of {model.config.block_size}; "
-            "the model sees a window that slides along",
+            f"note: {longest} tokens exceed the block size of {model.config.block_size}; "
+            "the model sees a sliding window of the text",
             file=sys.stderr,
         )
     compile = s.compile is True
     if r.device.type == "cpu" and (s.compile or s.quantize != "none"):
         n_rows = 1 if s.interactive or s.chat else len(prompts)
         model = prepare_for_decoding(model, s.quantize, s.compile, n_rows, num_samples * s.max_new_tokens)
-        compile = False  # on a CPU, that has compiled what is worth it
+        compile = False  # prepare_for_decoding has already compiled the model if it is worthwhile
     stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
     stream = stream and not s.json and len(prompts) == 1
 
@@ -284,7 +294,7 @@ def main() -> int:
             answer([input("> ")], num_samples if "num_samples" in given else 1, False)
         except EOFError:
             return 0
-        except UserError as error:  # a slip of the pen should not end the conversation
+        except UserError as error:  # bad input must not end the session
             print(printable(str(error)))
 
 

@@ -2,7 +2,7 @@
 
 On one device:       python train.py config/quickstart.py --batch_size=32
 On four GPUs:        torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
-From where it ended: python train.py --init_from=resume --out_dir=out/quickstart
+To resume a run:     python train.py --init_from=resume --out_dir=out/quickstart
 
 This file reads from top to bottom: settings, machine, data, model, optimizer, loop.
 """
@@ -44,80 +44,80 @@ class TrainSettings:
 
     # input and output
     out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go
-    overwrite: bool = False  # start anew in an out_dir that holds a run, removing that run
+    overwrite: bool = False  # if out_dir already contains a run, delete that run and start a new one
     eval_interval: int = 2000  # updates between evaluations
     log_interval: int = 1  # updates between lines on the console and in metrics.jsonl
-    eval_iters: int = 200  # batches of each split that an evaluation looks at; 0: the whole val split
+    eval_iters: int = 200  # batches of each split per evaluation; 0: the whole val split
     eval_only: bool = False  # evaluate once and exit
-    always_save_checkpoint: bool = True  # save after each evaluation; if False, only where the val loss is the best yet
-    keep_checkpoints: int = 2  # how many of the newest checkpoints stay; the best stays as well
-    sample_interval: int = 0  # updates between samples shown on the console; 0: none
+    always_save_checkpoint: bool = True  # save after each evaluation; if False, only if the val loss is the best so far
+    keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best
+    sample_interval: int = 0  # updates between samples on the console; 0: none
     init_from: str = "scratch"  # scratch | resume | an out_dir | a nanoGPT ckpt.pt | gpt2, OWNER/NAME (hub), a folder
-    dry_run: bool = False  # say what the run would take, after a few timed updates, and write nothing
+    dry_run: bool = False  # time a few updates, print the memory and time that the run would need, and write nothing
     # wandb logging
     wandb_log: bool = False  # also log to Weights & Biases
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # its run
+    wandb_project: str = "owt"  # W&B project
+    wandb_run_name: str = "gpt2"  # W&B run
     # data
-    dataset: str = "openwebtext"  # a folder that `python prepare` made: its path, or its name in data/; or a:0.8,b:0.2
-    document_mask: bool = False  # attention and positions stay inside a document; inside a conversation they always do
-    gradient_accumulation_steps: int = 40  # micro-batches in an update, over all processes together
-    batch_size: int = 12  # sequences in a micro-batch
-    auto_batch: bool = False  # where memory does not suffice, smaller micro-batches and more of them: the same updates
-    block_size: int = 1024  # tokens in a sequence
-    seed: int = 1337  # of initialization, the order of the data, and dropout
+    dataset: str = "openwebtext"  # output of `python prepare`: a path, or a name in data/; a mixture: a:0.8,b:0.2
+    document_mask: bool = False  # attention and positions stay within documents (within conversations, they always do)
+    gradient_accumulation_steps: int = 40  # micro-batches per update, on all processes together
+    batch_size: int = 12  # sequences per micro-batch
+    auto_batch: bool = False  # when memory runs out, use more and smaller micro-batches for the same updates
+    block_size: int = 1024  # tokens per sequence
+    seed: int = 1337  # for initialization, data order and dropout
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
-    dropout: float = 0.0  # 0 is good for pretraining; for fine-tuning and small data try 0.1 to 0.2
-    attn_dropout: float = -1.0  # of attention weights; -1: as dropout; with 0 attention keeps its fast kernels
+    dropout: float = 0.0  # 0 for pretraining; for fine-tuning and small datasets try 0.1 to 0.2
+    attn_dropout: float = -1.0  # dropout of attention weights; -1: same as dropout; 0 keeps the fast attention kernels
     bias: bool = False  # biases in Linear and LayerNorm
-    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
+    n_kv_head: int = 0  # key/value heads, each shared by a group of query heads; 0: n_head
     n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu: 8/3)
-    pos: Literal["learned", "sinusoidal", "rope"] = "learned"  # positions
+    pos: Literal["learned", "sinusoidal", "rope"] = "learned"  # position encoding
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
-    mlp: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # activation; nanoGPT's is gelu
+    mlp: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # activation; nanoGPT uses gelu
     qk_norm: bool = False  # normalize queries and keys
     tie_weights: bool = True  # head and token embedding share a matrix
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
-    zero_init: bool = False  # blocks, and an untied head, start at zero output
-    ngram: int = 1  # n > 1: the last 2, 3, ..., n tokens together have embeddings too; for small models
-    ngram_rows: int = 16384  # rows of each table of n-grams at most; where there are more n-grams, these share rows
-    ngram_dropout: float = 0.0  # of n-grams as a whole: keeps the tables from learning a small text by heart
-    # training a part of a model
-    lora_rank: int = 0  # r > 0: the weights stay, and adapters of this rank are learned beside them (LoRA)
-    lora_alpha: float = 16.0  # what the adapters add is multiplied by lora_alpha / lora_rank
-    lora_targets: str = "c_attn|c_proj|c_fc"  # regular expression: layers with this in their names get adapters
-    freeze: str = ""  # regular expression: parameters with this in their names stay as they are
+    zero_init: bool = False  # blocks, and an untied head, initially output zero
+    ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens; for small models
+    ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
+    ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
+    # training part of a model
+    lora_rank: int = 0  # r > 0: freeze the weights, and train LoRA adapters of this rank
+    lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
+    lora_targets: str = "c_attn|c_proj|c_fc"  # regular expression: layers whose names match get adapters
+    freeze: str = ""  # regular expression: parameters whose names match are not trained
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices in the blocks, beside AdamW for the rest
-    muon_lr: float = 0.02  # the highest rate of Muon, scheduled as learning_rate is
-    learning_rate: float = 6e-4  # the highest
-    max_iters: int = 600000  # updates made in all
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices in the blocks, AdamW for the rest
+    muon_lr: float = 0.02  # peak learning rate of Muon, scheduled like learning_rate
+    learning_rate: float = 6e-4  # peak learning rate
+    max_iters: int = 600000  # total number of updates
     weight_decay: float = 1e-1  # on matrices and embeddings
-    beta1: float = 0.9  # decay of AdamW's mean of gradients
-    beta2: float = 0.95  # decay of AdamW's mean of squared gradients
-    grad_clip: float = 1.0  # clip the norm of the gradient at this; 0: do not
-    max_bad_steps: int = 20  # give up after so many updates in a row without a finite gradient
+    beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
+    beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    max_bad_steps: int = 20  # stop after this many consecutive updates with a non-finite gradient
     # learning rate
-    decay_lr: bool = True  # warm up and decay; if False, learning_rate throughout
+    decay_lr: bool = True  # warm up and decay; if False, the rate is constant
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
     warmup_iters: int = 2000  # updates of linear warmup
-    lr_decay_iters: int = 0  # the update at which min_lr is reached; 0: max_iters
+    lr_decay_iters: int = 0  # the update at which the rate reaches min_lr; 0: max_iters
     min_lr: float = 6e-5  # usually learning_rate / 10
-    cooldown_frac: float = 0.4  # wsd: the last part of lr_decay_iters, over which the rate falls
+    cooldown_frac: float = 0.4  # wsd: the last fraction of lr_decay_iters, over which the rate falls
     # machine
-    backend: Literal["auto", "nccl", "gloo", "mpi"] = "auto"  # between several processes
+    backend: Literal["auto", "nccl", "gloo", "mpi"] = "auto"  # communication between processes
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile the model
-    fsdp: bool = False  # several processes hold a shard of the model each (FSDP); for models larger than one device
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    fsdp: bool = False  # shard the model over the processes (FSDP), for models larger than one device
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more compute
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks does not end a run
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot encode must not end a run
     # ---- settings
     s, given = read_settings(TrainSettings, sys.argv[1:])
     out_dir, resumed, writes = Path(s.out_dir), s.init_from == "resume", not (s.eval_only or s.dry_run)
@@ -127,11 +127,11 @@ def main() -> int:
     dist = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.fsdp)
     if s.activation_checkpointing:
         runtime.set_malloc(lean=True)
-    signals = []  # that asked this process to stop
+    signals = []  # received requests to stop
     log = functools.partial(say, dist.is_main, signals)
     micro_batch = micro_batch_size(s, dist.world_size)
     if micro_batch < s.batch_size:
-        dist.notes.append(f"micro-batches of {micro_batch} sequences, so that each process has as many")
+        dist.notes.append(f"micro-batches of {micro_batch} sequences, so that all processes have equally many")
     log("; ".join(dist.notes))
 
     # ---- data and model
@@ -158,13 +158,13 @@ def main() -> int:
     if resumed:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 
-    # ---- the state of the run, and how its gradients are computed
+    # ---- the state of the run, and the gradient accumulator
     state = RunState.from_saved(saved)
     if state.is_finished(s.max_iters) and not s.eval_only:
-        log(f"{out_dir} has its {state.step} updates already; a larger --max_iters goes on")
+        log(f"{out_dir} has already made its {state.step} updates. Use a larger --max_iters to continue.")
         return 0
     state.data = data.identity()
-    n_sequences = s.gradient_accumulation_steps * s.batch_size  # in an update
+    n_sequences = s.gradient_accumulation_steps * s.batch_size  # per update
     accumulator = Accumulator(model, data, dist, micro_batch, n_sequences, s.block_size, s.seed, s.auto_batch, log)
     if accumulator.scaler.is_enabled() and saved.get("scaler"):
         accumulator.scaler.load_state_dict(saved["scaler"])
@@ -174,7 +174,7 @@ def main() -> int:
         log(dry_run(s, accumulator, optimizers, state, token_bytes))
         return 0
 
-    # ---- from here on the run writes
+    # ---- output; nothing was written up to here
     metrics = lock = None  # the lock is held until this function returns
     if writes and dist.is_main:
         metrics, lock = start_writing(s, folders_before, adapters, state)  # noqa: RUF059
@@ -185,7 +185,7 @@ def main() -> int:
             log(f"step {state.step - 1}: non-finite gradient, {n_new} updates skipped ({state.skipped} so far)")
 
     def contents() -> dict:
-        """What state.json holds besides the model's configuration and the hashes of the files."""
+        """Return the content of state.json, except for the model's configuration and the hashes of the files."""
         read_skipped()
         state.tick()
         run_of = {"settings": dataclasses.asdict(s), "tokenizer": data.tokenizer.to_dict(), "lora": adapters}
@@ -201,7 +201,7 @@ def main() -> int:
     # ---- the loop
     first_step, stop = state.step, False
     state.start_clock()
-    clock, clock_step = time.perf_counter(), state.step  # since when the console line measures
+    clock, clock_step = time.perf_counter(), state.step  # start of the interval that the next console line covers
     time_left = report.TimeLeft(s.max_iters, s.eval_interval)
     model.train()
     while True:
@@ -222,12 +222,12 @@ def main() -> int:
             if metrics is not None:
                 metrics.write_evaluation(step, train, val, state.tick())
         samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes and not stop
-        if samples and (dist.is_main or dist.fsdp):  # a sharded model runs in all processes or in none
+        if samples and (dist.is_main or dist.fsdp):  # FSDP needs every rank in each forward pass
             try:
                 text = sample_text(model, data.tokenizer, 200, s.seed)
-            except UserError as error:  # non-finite logits: a sample never ends a run
+            except UserError as error:  # non-finite logits must not end a run here
                 text = f"none: {error}"
-            log(f"--- a sample at step {step}\n{text}\n---")
+            log(f"--- sample at step {step}\n{text}\n---")
         if evaluates:
             clock, clock_step = time.perf_counter(), step
             time_left.evaluated(clock - began)
@@ -238,26 +238,26 @@ def main() -> int:
             if failure is not None:
                 if dist.is_main:
                     print(
-                        f"error: the last updates are not saved ({failure}); mend that, and go on with: {resume}",
+                        f"error: the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}",
                         file=sys.stderr,
                     )
                 return 2
             if stop:
-                log(f"stopped at step {step}, saved; go on with: {resume}")
+                log(f"stopped at step {step}, saved. Resume with: {resume}")
                 return 128 + (signals[0] if signals else signal.SIGTERM)
             best_loss = "none" if state.best_loss is None else f"{state.best_loss:.4f}"
             chat = "--chat=True" if data.has_conversations else ""
-            log(f"done, best val loss {best_loss}; sample from it with: {command('sample.py', chat, s.out_dir)}")
+            log(f"done, best val loss {best_loss}. Sample with: {command('sample.py', chat, s.out_dir)}")
             return 0
 
-        # update. From here to the log line the host does not wait for a GPU, whose queue of work would run empty
+        # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
         asked_to_stop = dist.ask(bool(signals))
         loss_sum, n_targets = accumulator.backward(step, state.position)
         lr = set_learning_rates(s, optimizers, step)
         grad_norm = accumulator.step(optimizers, s.grad_clip, skipped.counts)
         state.step, state.position = step + 1, state.position + n_sequences
         stop = asked_to_stop()  # all processes stop at the same step
-        if stop and dist.world_size > 1:  # not before: the signal may have come because another process is gone
+        if stop and dist.world_size > 1:  # only now, because torchrun also sends a signal when another rank has died
             log("stopping after this update, with a checkpoint")
         logs = step % s.log_interval == 0
         if logs or state.step >= skipped.read_at:
@@ -266,8 +266,8 @@ def main() -> int:
             writer.wait()
             if dist.is_main:
                 print(
-                    f"error: {s.max_bad_steps} updates in a row had no finite gradient, so the run stops at step "
-                    f"{step}; lower the learning rate, or look at the data",
+                    f"error: {s.max_bad_steps} consecutive updates had a non-finite gradient, so the run stops at step "
+                    f"{step}. Lower the learning rate, or check the data.",
                     file=sys.stderr,
                 )
             return 1
@@ -284,7 +284,7 @@ def main() -> int:
             mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
             log(report.update_line(step, s.max_iters, loss, lr, norm, rate, mfu, time_left.estimate(state.step)))
             own = [runtime.peak_memory(dist.device), accumulator.waited.take()]
-            memory, waited = zip(*dist.gather(own), strict=True)  # of each process
+            memory, waited = zip(*dist.gather(own), strict=True)  # per rank
             if metrics is not None:
                 metrics.write(
                     step=step,
@@ -301,17 +301,16 @@ def main() -> int:
 
 
 def main_or_advice() -> int:
-    """main, with advice where memory runs out. What several processes meet alike, one of them says."""
+    """Run `main`, with advice when memory runs out. Errors common to all ranks are printed once."""
     try:
         return runtime.leave(main())
     except Exception as error:
         heartbeat.explain(error)
         heartbeat.fail()
-        if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch's is a RuntimeError
+        if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch raises RuntimeError
             error = UserError(
-                "the device's memory does not hold this run; halve --batch_size and double "
-                "--gradient_accumulation_steps, which keeps the updates the same, or make --block_size or the model "
-                "smaller"
+                "out of memory. Halve --batch_size and double --gradient_accumulation_steps for the same updates, or "
+                "reduce --block_size or the model."
             )
         if isinstance(error, (UserError, OSError)) and not heartbeat.is_news(str(error)):
             return 2

@@ -1,4 +1,4 @@
-"""The parts that train.py, sample.py and prepare share; each module can be read alone."""
+"""Code shared by train.py, sample.py and prepare. Each module can be read on its own."""
 
 import re
 import sys
@@ -7,26 +7,29 @@ from pathlib import Path
 
 from acorn import openmp
 
-openmp.load()  # takes effect only before torch is imported, so scripts import acorn first
+openmp.load()  # works only before torch is imported, so scripts import acorn first
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # C0, C1, and bidi overrides
-REPO = Path(__file__).resolve().parent.parent  # whose config/ and data/ are found from anywhere
+REPO = Path(__file__).resolve().parent.parent  # its config/ and data/ are found from any working directory
 
 
 def printable(text: str) -> str:
-    """The text with control characters and bidirectional overrides escaped as in JSON (\\u001b), except line breaks and
-    tabs. Text from a stranger's file could otherwise control the terminal or display other words than it contains."""
+    """Escape control characters and bidirectional overrides as in JSON (\\u001b), except line breaks and tabs.
+
+    Otherwise, text from an untrusted file could control the terminal or look different from what it contains.
+    """
     return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class UserError(Exception):
-    """Bad input. The message is one clear sentence: what was wrong, where, and what to do next."""
+    """Bad input. The message says what is wrong (with the value), where, and what to do."""
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0, or the code it returns; after bad input, one sentence and exit code 2.
+    """Run a script's `main`, and exit with 0 or the code that it returns.
 
-    Any other exception is a programming error and keeps its traceback.
+    Bad input, a failed read or write, and lack of memory print one line and exit with code 2. Other exceptions are
+    programming errors and keep their traceback.
     """
     try:
         code = main()
@@ -34,14 +37,14 @@ def run(main: Callable[[], int | None]) -> None:
         print(printable("error: " + " ".join(str(error).split("\n"))), file=sys.stderr)
         code = 2
     except MemoryError:
-        print("error: out of memory; close other programs, or use a smaller model or file", file=sys.stderr)
+        print("error: out of memory. Close other programs, or use a smaller model or file.", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        code = 130  # what a shell reports for a program that Ctrl-C ended
-    except BrokenPipeError:  # the reader of our output went away, as in `python sample.py | head`
+        code = 130  # the shell convention for a program stopped by Ctrl-C
+    except BrokenPipeError:  # the reader of the output exited, as in `python sample.py | head`
         sys.stderr.close()
         code = 0
-    except OSError as error:  # no permission, a full disk, a name that is too long
+    except OSError as error:  # no permission, a full disk, a file name that is too long
         print(printable(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"), file=sys.stderr)
         code = 2
     sys.exit(code or 0)

@@ -1,7 +1,7 @@
-"""Settings: a dataclass with the defaults, then config files, then `--key=value` on the command line.
+"""Settings: defaults from a dataclass, overridden by config files, overridden by `--key=value` on the command line.
 
-A config file is Python code, which is run: each public name in it that is not a module, function or class is a
-setting. Names that start with an underscore are the file's own.
+A config file is Python code that is executed. Each public name in it that is not a module, function or class is a
+setting. Names that start with an underscore are helpers.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ from acorn import REPO, UserError
 
 
 def parse(cls: type, argv: list[str]) -> dict:
-    """The settings given in `argv`, by name. A `--key=value` word wins over config files, wherever it stands. Among
-    several words, and among several files, the later one wins; the words of a list add up.
+    """Return the settings given in `argv`, by name.
 
-    `--help` prints the fields of the dataclass `cls`, each with the comment behind it, and exits. An unknown name, a
-    value of the wrong type or a config file that does not run raise UserError.
+    `--key=value` overrides config files, in any order. Among several of the same kind, the last one wins. Options of
+    list type accumulate. `--help` prints the fields of the dataclass `cls` with their comments, and exits.
+
+    Raises UserError for an unknown name, a value of the wrong type, and a config file that fails.
     """
     if "--help" in argv or "-h" in argv:
         print_help(cls)
@@ -37,7 +38,7 @@ def parse(cls: type, argv: list[str]) -> dict:
         key, equals, value = word.lstrip("-").partition("=")  # the value may hold further equals signs
         key = key.replace("-", "_")
         if not word.startswith("--") or not key:
-            raise UserError(f"{word!r} is neither a config file nor of the form --key=value")
+            raise UserError(f"{word!r} is neither a config file nor an option. Write --key=value.")
         check_name(key, types_of, "on the command line")
         if not equals:
             is_flag = types_of[key] is bool or True in typing.get_args(types_of[key])
@@ -46,7 +47,7 @@ def parse(cls: type, argv: list[str]) -> dict:
             elif is_flag:
                 value = "True"
             else:
-                raise UserError(f"--{key} has no value; write --{key}=VALUE")
+                raise UserError(f"--{key} has no value. Write --{key}=VALUE.")
         if typing.get_origin(types_of[key]) is list:
             from_words[key] = [*from_words.get(key, []), value]
         else:
@@ -55,29 +56,29 @@ def parse(cls: type, argv: list[str]) -> dict:
 
 
 def read_config(path: str, types_of: dict) -> dict:
-    """Run a config file, looked for from here and then in the repo; returns its settings."""
+    """Run a config file and return its settings. A relative path is tried from the working directory, then the repo."""
     file = next((f for f in (Path(path), REPO / path) if f.is_file()), None)
     if file is None:
         near = difflib.get_close_matches(Path(path).name, [f.name for f in (REPO / "config").glob("*.py")], n=1)
-        hint = f"did you mean config/{near[0]}?" if near else "give the path of one, such as config/quickstart.py"
-        raise UserError(f"there is no config file {path}; {hint}")
+        hint = f"Did you mean config/{near[0]}?" if near else "Give its path, such as config/quickstart.py."
+        raise UserError(f"there is no config file {path}. {hint}")
     try:
         names = runpy.run_path(str(file))
     except Exception as error:
         line = line_of(error, file)
         where = f"{path}, line {line}" if line else path
-        raise UserError(f"the config file does not run: {where}: {type(error).__name__}: {error}") from error
+        raise UserError(f"the config file fails at {where}: {type(error).__name__}: {error}") from error
     settings = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
-        check_name(name, types_of, f"in {path}; the name of a helper variable starts with an underscore")
+        check_name(name, types_of, f"in {path}; start the name of a helper variable with an underscore")
         settings[name] = convert(value, types_of[name], f"{name} in {path}")
     return settings
 
 
 def line_of(error: BaseException, file: Path) -> int | None:
-    """The line of a Python file at which running it raised `error`; None where that is not known."""
+    """Return the line of a Python file at which running it raised `error`, or None if unknown."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
@@ -87,12 +88,15 @@ def line_of(error: BaseException, file: Path) -> int | None:
 def check_name(name: str, types_of: dict, where: str) -> None:
     if name not in types_of:
         near = difflib.get_close_matches(name, types_of, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists them all"
-        raise UserError(f"there is no setting {name!r} ({where}); {hint}")
+        hint = f"Did you mean {near[0]!r}?" if near else "Use --help for a list."
+        raise UserError(f"there is no setting {name!r} ({where}). {hint}")
 
 
 def convert(value, kind, name: str):
-    """`value`, a string from the command line or a value from a config file, as the type `kind`."""
+    """Convert `value`, a string from the command line or a value from a config file, to the type `kind`.
+
+    Raises UserError, which starts with `name`, if that is not possible.
+    """
     text = value.strip() if isinstance(value, str) else None
     if kind is str and isinstance(value, str):
         return value
@@ -106,10 +110,10 @@ def convert(value, kind, name: str):
             number = kind(text) if text is not None else value
         except ValueError:
             try:
-                number = float(text)  # 1e3 is a fine way to write an int
+                number = float(text)  # an int may be written as 1e3
             except ValueError:
                 number = math.nan
-        with contextlib.suppress(OverflowError):  # an int that is too large for a float
+        with contextlib.suppress(OverflowError):  # an int too large for a float
             if isinstance(number, (int, float)) and math.isfinite(number) and kind(number) == number:
                 return kind(number)
     elif typing.get_origin(kind) is typing.Literal:
@@ -118,12 +122,12 @@ def convert(value, kind, name: str):
                 text is not None and text.lower() == str(choice).lower()
             ):
                 return choice
-        raise UserError(f"{name} = {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
+        raise UserError(f"{name} = {value!r} is unknown. Use one of {', '.join(map(str, typing.get_args(kind)))}.")
     elif typing.get_origin(kind) is list and isinstance(value, (str, list, tuple)):
         items = [value] if isinstance(value, str) else value
         return [convert(item, typing.get_args(kind)[0], name) for item in items]
-    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}.get(kind, "a list")
-    raise UserError(f"{name} = {value!r} should be {expected}")
+    expected = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}.get(kind, "a list")
+    raise UserError(f"{name} = {value!r} has the wrong type. It should be {expected}.")
 
 
 def print_help(cls: type) -> None:
@@ -134,13 +138,15 @@ def print_help(cls: type) -> None:
 
 
 def checked(cls: type, values: dict) -> dict:
-    """The values that `cls` has a field for, as the types of its fields. Raises UserError for one that is not."""
+    """Return the values for which `cls` has a field, converted to its type. Raises UserError if one cannot be."""
     types_of = typing.get_type_hints(cls)
     return {name: convert(value, types_of[name], name) for name, value in values.items() if name in types_of}
 
 
 def build(cls: type, *layers: dict):
-    """An instance of the dataclass `cls` from its defaults and these layers, the later over the earlier. Names that
-    `cls` does not have, as in a checkpoint of another version, are left out."""
+    """Build the dataclass `cls` from its defaults and from layers of values, in which later layers override earlier.
+
+    Unknown names, as in a checkpoint of another version, are ignored.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for layer in layers for name, value in layer.items() if name in names})

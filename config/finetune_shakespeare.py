@@ -1,4 +1,4 @@
-# GPT-2 XL taught to write like Shakespeare.
+# Fine-tune GPT-2 XL to write like Shakespeare.
 # $ python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare
 
 import time
@@ -13,15 +13,15 @@ wandb_run_name = "ft-" + str(time.time())
 dataset = "shakespeare"
 init_from = "gpt2-xl"  # the largest; gpt2, gpt2-medium and gpt2-large need less memory
 
-# save only where the val loss improves (and at the end)
+# save only if the val loss improves (and at the end)
 always_save_checkpoint = False
 
-# 1 sequence * 32 micro-batches * 1024 tokens = 32,768 tokens an update;
-# the play has 301,967 tokens to train on, so an epoch is 9.2 updates
+# 1 sequence * 32 micro-batches * 1024 tokens = 32,768 tokens per update;
+# the dataset has 301,967 training tokens, so an epoch is 9.2 updates
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20
 
-# at a constant learning rate
+# a constant learning rate
 learning_rate = 3e-5
 decay_lr = False

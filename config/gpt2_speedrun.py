@@ -1,19 +1,19 @@
-# GPT-2's size with the recipe of the speedruns: rotary positions, RMSNorm, squared ReLU, normalized queries and keys,
-# blocks that start at zero, Muon for the matrices, and a constant rate with a long linear cooldown.
-# One GPU:   $ python train.py config/gpt2_speedrun.py
-# Eight:     $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_speedrun.py
+# A model of GPT-2's size with the recipe of the speedruns: rotary positions, RMSNorm, squared ReLU, normalized queries
+# and keys, zero-initialized blocks, Muon for the matrices, and a constant learning rate with a long linear cooldown.
+# One GPU:    $ python train.py config/gpt2_speedrun.py
+# Eight GPUs: $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_speedrun.py
 
 out_dir = "out/gpt2-speedrun"
 dataset = "openwebtext"
 
-# 32 sequences * 1024 tokens * 16 micro-batches (2 on each of 8 GPUs) = 524,288 tokens an update
+# 32 sequences * 1024 tokens * 16 micro-batches (2 on each of 8 GPUs) = 524,288 tokens per update
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 16
 
-# 124M parameters as GPT-2's matrices have them, and a head of its own: 12 * 12 * 768^2 + 2 * 50304 * 768 = 162M
+# GPT-2's matrices (124M parameters with a tied head) and an untied head: 12 * 12 * 768^2 + 2 * 50304 * 768 = 162M
 n_layer = 12
-n_head = 6  # fewer, longer heads (128 channels)
+n_head = 6  # fewer and larger heads (128 channels)
 n_embd = 768
 pos = "rope"
 norm = "rmsnorm"

@@ -5,13 +5,13 @@
 out_dir = "out/quickstart"
 dataset = "plays"
 
-# 12 sequences * 64 characters = 768 characters an update: small batches, so that there are many updates
+# 12 sequences * 64 characters = 768 characters per update; small batches allow many updates
 batch_size = 12
 block_size = 64
 gradient_accumulation_steps = 1
 
-# the modern form: rotary positions, squared ReLU, normalized queries and keys, blocks and head that start at zero;
-# few layers and long heads suit so short a run, and LayerNorm is the faster norm on a CPU
+# a modern architecture: rotary positions, squared ReLU, normalized queries and keys, zero-initialized blocks and head;
+# few layers and large heads suit such a short run, and LayerNorm is faster than RMSNorm on a CPU
 n_layer = 2
 n_head = 2
 n_embd = 128
@@ -21,10 +21,10 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 
-# the last two, three and four characters together have embeddings too: most of what so short a run can learn
+# add embeddings of the last two, three and four characters, which is most of what such a short run can learn
 ngram = 4
 
-# Muon for the matrices in the blocks, AdamW with a high rate for the rest; after a short hold, a straight line to zero
+# Muon for the matrices in the blocks, AdamW with a high learning rate for the rest; the rate falls linearly to zero
 max_iters = 100
 optimizer = "muon"
 muon_lr = 0.02

@@ -5,7 +5,7 @@ wandb_log = True
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
-# 12 sequences * 1024 tokens * 40 micro-batches (5 on each of 8 GPUs) = 491,520 tokens an update
+# 12 sequences * 1024 tokens * 40 micro-batches (5 on each of 8 GPUs) = 491,520 tokens per update
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -110,7 +110,7 @@ def adapted(trained, dataset, tmp_path_factory):
     result = script("train.py", *words, "--max_iters=10", "--out_dir=out", cwd=folder)
     assert result.returncode == 0, result.stderr
     # 2 blocks with c_attn (96 x 32), c_proj (32 x 32), c_fc (128 x 32) and c_proj (32 x 128)
-    assert f"{2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128):,} of them, adapters" in result.stdout
+    assert f"{2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128):,} parameters (adapters)" in result.stdout
     return folder, words
 
 
@@ -131,9 +131,9 @@ def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
     assert losses(folder / "b") == losses(folder / "out")
     refused(script("train.py", "--init_from=resume", "--out_dir=b", "--lora_rank=2", cwd=folder), "lora_rank = 2")
     anew = ["train.py", *words, "--overwrite=True"]
-    refused(script(*anew, "--out_dir=base_run", cwd=folder), "on which adapters stand", "file pinned in it")
+    refused(script(*anew, "--out_dir=base_run", cwd=folder), "which LoRA adapters need", "its file pinned")
     shutil.copytree(folder / "base_run", folder / "fresh", ignore=shutil.ignore_patterns("pinned"))
-    refused(script(*anew, "--init_from=fresh", "--out_dir=fresh", cwd=folder), "the adapters stand on")
+    refused(script(*anew, "--init_from=fresh", "--out_dir=fresh", cwd=folder), "the base of the adapters")
 
 
 def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
@@ -177,5 +177,5 @@ def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path,
     again = script("train.py", *words, "--init_from=out", "--out_dir=c", "--max_iters=1", cwd=folder)
     refused(again, "is a LoRA run", "acorn.hub export out FOLDER")
     refused(script("train.py", *words, "--init_from=scratch", "--out_dir=c", cwd=folder), "needs weights to start from")
-    refused(script("train.py", *words, "--freeze=wte", "--out_dir=c", cwd=folder), "leave one of the two out")
-    refused(script("train.py", *words, "--lora_rank=33", "--out_dir=c", cwd=folder), "beyond the 32 channels")
+    refused(script("train.py", *words, "--freeze=wte", "--out_dir=c", cwd=folder), "either lora_rank or freeze")
+    refused(script("train.py", *words, "--lora_rank=33", "--out_dir=c", cwd=folder), "the 32 channels")

@@ -122,12 +122,12 @@ def test_runs_compared(tmp_path, monkeypatch, capsys):
     assert image.imread("x.png").shape[1] > 1000
     assert compare(monkeypatch, "out/a", "out/c") == 0
     table = capsys.readouterr().out
-    assert "c has no whole checkpoint" in table and "n_layer" not in table and "report.png" in table
+    assert "c has no complete checkpoint" in table and "n_layer" not in table and "report.png" in table
     before = set(tmp_path.iterdir())
     for words, said in (
-        (["out/a", "out/nowhere"], "out/nowhere holds no metrics.jsonl"),
+        (["out/a", "out/nowhere"], "out/nowhere has no metrics.jsonl"),
         (["out/a", "out/a"], "given twice"),
-        (["out/a", "--out=x.txt"], "should end in"),
+        (["out/a", "--out=x.txt"], ".png"),
         (["out/a", "--out=nowhere/x.png"], "no folder nowhere"),
     ):
         with pytest.raises(UserError, match=said):

@@ -49,7 +49,7 @@ def test_text_comes_with_its_prompt_and_streamed_text_is_the_same(sample):
     whole = sample("--num_samples=1", "--max_new_tokens=40", "--start=BORIS:")
     assert whole.stdout.startswith("BORIS:") and whole.stdout.endswith("\n---------------\n")
     assert sample("--num_samples=1", "--max_new_tokens=40", "--start=BORIS:", "--stream=True").stdout == whole.stdout
-    assert "slides along" in whole.stderr  # 46 tokens in a block of 32
+    assert "sliding window" in whole.stderr  # 46 tokens in a block of 32
 
 
 def test_a_file_of_prompts_is_one_batch_equal_to_one_by_one(sample, tmp_path):

@@ -91,14 +91,14 @@ def test_a_repeated_list_grows_and_replaces_the_files(tmp_path):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("--max_itres=3", "did you mean 'max_iters'"),
-        ("--max_iters=3.5", "a whole number"),
-        ("--max_iters=many", "a whole number"),
-        ("--max_iters=True", "a whole number"),
+        ("--max_itres=3", "Did you mean 'max_iters'"),
+        ("--max_iters=3.5", "an integer"),
+        ("--max_iters=many", "an integer"),
+        ("--max_iters=True", "an integer"),
         ("--learning_rate=nan", "a number"),
         ("--learning_rate=fast", "a number"),
         ("--bias=maybe", "True or False"),
-        ("--compile=perhaps", "not one of auto, True, False"),
+        ("--compile=perhaps", "one of auto, True, False"),
         ("--max_iters", "has no value"),
         ("-x", "neither a config file"),
         ("config/quickstrat.py", "config/quickstart.py"),
@@ -113,8 +113,8 @@ def test_a_wrong_word_is_refused_with_what_is_right(word, said):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("max_itres = 3", "did you mean 'max_iters'"),
-        ("max_iters = '3x'", "a whole number"),
+        ("max_itres = 3", "Did you mean 'max_iters'"),
+        ("max_iters = '3x'", "an integer"),
         ("bias = 1.5", "True or False"),
         ("out_dir = 3", "a string"),
         ("max_iters = 3\nout_dir = undefined\n", "line 2: NameError"),

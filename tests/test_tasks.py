@@ -228,15 +228,15 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     (chatting / "empty.txt").write_text("")
     monkeypatch.chdir(chatting)
     for words, *said in (
-        (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has the fields prompt"),
+        (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl needs"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
-        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl", "surrogates"),
-        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object"),
+        (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is not valid JSON", "surrogates"),
+        (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object", "object per line"),
         (["o", "--pairs=talk.jsonl", "--answers=nowhere/a.jsonl"], "nowhere/a.jsonl cannot be written"),
         (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would overwrite"),
-        (["o", "--text=empty.txt"], "empty.txt has no token"),
-        ([trained, "--dataset=d"], "another tokenizer"),
+        (["o", "--text=empty.txt"], "no token to predict"),
+        ([trained, "--dataset=d"], "different tokenizer"),
     ):
         monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *map(str, words), "--device=cpu"])
         with pytest.raises(UserError) as refusal:
@@ -296,9 +296,9 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
         messages.append({"role": "assistant", "content": "green"})
     assert len(messages) < 12
     long = script(*words, cwd=chatting, input="a" * 99 + "\n")
-    assert long.returncode == 0 and "make it shorter" in long.stdout
+    assert long.returncode == 0 and "Shorten it" in long.stdout
 
 
 def test_a_conversation_needs_a_template(trained):
     refused(script("sample.py", f"--out_dir={trained}", "--chat", cwd="/", input=""), "no chat template")
-    refused(script("sample.py", "--chat", "--json=True", cwd="/"), "leave out interactive")
+    refused(script("sample.py", "--chat", "--json=True", cwd="/"), "Leave out interactive")

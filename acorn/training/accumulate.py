@@ -1,4 +1,4 @@
-"""The gradient of an update, summed over micro-batches and processes."""
+"""Compute the gradient of an update, summed over micro-batches and ranks."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from model import GPT
 
 
 class Accumulator:
-    """Turns sequences into a gradient. It owns the loader, the compiled and distributed form of the model, the size of
-    the micro-batches, which `auto_batch` reduces when memory runs out, and the scaler of float16 gradients.
+    """Computes gradients from sequences.
 
-    The gradient is that of the sum of the losses, divided by the number of targets of all micro-batches and processes.
-    So an update is the same however its sequences are split.
+    It owns the loader, the compiled and distributed model, the micro-batch size (which `auto_batch` reduces when memory
+    runs out), and the scaler of float16 gradients. The loss is summed and divided by the number of targets in all
+    micro-batches and on all ranks, so an update does not depend on how its sequences are split.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Accumulator:
         self.data, self.dist, self.say = data, dist, say
         self.micro_batch, self.n_sequences, self.block_size = micro_batch, n_sequences, block_size
         self.seed, self.auto_batch = seed, auto_batch
-        # without scaling, small gradients of float16 become 0
+        # without scaling, small float16 gradients underflow to 0
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-        self.waited = runtime.Stopwatch(dist.device)  # for processes that came later to their updates
-        self.stream = None  # of updates, from the next one on
+        self.waited = runtime.Stopwatch(dist.device)  # time spent waiting for slower ranks
+        self.stream = None  # iterator over updates, starting at the next one
 
     def prepare(self, compile: bool) -> None:
-        """Find micro-batches that fit in memory if `auto_batch` is on, compile the model, and distribute it."""
+        """Find a micro-batch size that fits in memory (with `auto_batch`), compile the model, and distribute it."""
         while self.auto_batch and not self.dist.fits(self._trial, self.raw_model):
             self.raw_model.zero_grad(set_to_none=True)
             self._shrink()
@@ -54,34 +54,34 @@ class Accumulator:
             self.model = runtime.compile_or_eager(self.model, self._trial, self.dist)
         if self.dist.world_size > 1 and not self.dist.fsdp:
             device_ids = [self.dist.device.index] if self.dist.device.type == "cuda" else None
-            # gradients alias DDP's buckets, which saves one copy of them
+            # gradients alias DDP's buckets, which saves one copy
             self.model = DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
 
     def backward(self, step: int, position: int) -> tuple[Tensor, Tensor]:
-        """Compute the gradient of update `step` from the sequences from `position` on. On a GPU the host does not wait.
+        """Compute the gradient of update `step` from the sequences at `position`. The host does not wait for a GPU.
 
-        Returns the sum of this process's losses in nats, and the number of targets of all processes; both of shape ().
+        Returns the sum of this rank's losses in nats and the number of targets on all ranks, both of shape ().
         """
         dist = self.dist
         while True:
             if self.stream is None:
-                following = updates(
+                stream = updates(
                     self.data, dist, self.block_size, self.seed, self.n_sequences, self.micro_batch, position
                 )
-                self.stream = prefetch(following, dist.device)
+                self.stream = prefetch(stream, dist.device)
             batches, n_targets = next(self.stream)
             heartbeat.note(step)
             self.waited.start()
             n_targets = dist.sum(torch.full((), n_targets, device=dist.device))  # torch.tensor would wait for the GPU
             self.waited.stop()
             scale = dist.world_size / n_targets.clamp(min=1)
-            torch.manual_seed(hash((self.seed, step, dist.rank)))  # dropout depends on the step alone: exact to resume
+            torch.manual_seed(hash((self.seed, step, dist.rank)))  # dropout depends only on these, so resuming is exact
             loss_sum = torch.zeros((), device=dist.device)
             if not self.auto_batch:
                 with advice_on_memory(self.micro_batch, self.n_sequences):
                     self._passes(batches, scale, loss_sum)
                 return loss_sum, n_targets
-            if dist.fits(self._passes, batches, scale, loss_sum):  # in which no process waits for another
+            if dist.fits(self._passes, batches, scale, loss_sum):  # contains no collectives
                 dist.average_gradients(self.raw_model)
                 return loss_sum, n_targets
             self.raw_model.zero_grad(set_to_none=True)
@@ -89,8 +89,10 @@ class Accumulator:
             self.stream = None
 
     def step(self, optimizers: list[torch.optim.Optimizer], grad_clip: float, skipped: Tensor) -> Tensor:
-        """Clip the gradient and update the parameters, unless the gradient is non-finite: then `skipped` counts it (see
-        `step_if_finite`). Returns the norm of the gradient before clipping, ()."""
+        """Clip the gradient and update the parameters. Returns the gradient norm before clipping, of shape ().
+
+        If the gradient is non-finite, the update is skipped and counted in `skipped` (see `step_if_finite`).
+        """
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         parameters = self.raw_model.parameters()
@@ -101,10 +103,13 @@ class Accumulator:
         return grad_norm
 
     def _passes(self, batches: list[Batch], scale: Tensor, loss_sum: Tensor) -> None:
-        """Forward and backward through each micro-batch. DistributedDataParallel averages the gradients in the last
-        backward pass, or, with auto_batch, not at all, since another process may be out of memory."""
+        """Run forward and backward passes over all micro-batches.
+
+        DDP averages the gradients in the last backward pass. With auto_batch it does not, because another rank may be
+        out of memory; `backward` averages them afterwards.
+        """
         for i, batch in enumerate(batches):
-            # FSDP averages in each pass: otherwise the gradients of the whole model would stay in every process
+            # FSDP averages in every pass; otherwise each rank would keep the gradients of the whole model
             if isinstance(self.model, DistributedDataParallel):
                 self.model.require_backward_grad_sync = i == len(batches) - 1 and not self.auto_batch
             x, y, documents = batch.to(self.dist.device)
@@ -114,7 +119,7 @@ class Accumulator:
             loss_sum += loss.detach()
 
     def _trial(self, model: torch.nn.Module) -> None:
-        """A forward and backward pass of `model` over a micro-batch of zeros."""
+        """Run a forward and backward pass of `model` over a micro-batch of zeros."""
         x = torch.zeros(self.micro_batch, self.block_size, dtype=torch.long, device=self.dist.device)
         documents = x.clone() if self.data.has_documents else None
         with self.dist.autocast():
@@ -122,32 +127,34 @@ class Accumulator:
         self.raw_model.zero_grad(set_to_none=True)
 
     def _shrink(self) -> None:
-        """Use smaller micro-batches, and more of them."""
+        """Use smaller micro-batches, and more of them. Raises UserError at size 1."""
         if self.micro_batch == 1:
-            raise UserError("out of memory at batch size 1; reduce --block_size or the model")
+            raise UserError("out of memory at batch size 1. Reduce --block_size or the model.")
         self.micro_batch = smaller(self.micro_batch)
-        self.say(f"out of memory; using {batch_words(self.micro_batch, self.n_sequences)}, which changes no update")
+        self.say(
+            f"out of memory; using {batch_words(self.micro_batch, self.n_sequences)}, which does not change the updates"
+        )
 
 
 def smaller(micro_batch: int) -> int:
-    """Half of it; or, of an odd number above 1, the largest part that it can be divided into."""
+    """Return the largest proper divisor of `micro_batch` (above 1): half of an even number."""
     return micro_batch // next(n for n in range(2, micro_batch + 1) if micro_batch % n == 0)
 
 
 def batch_words(micro_batch: int, n_sequences: int) -> str:
-    """The settings of an update of so many sequences, for a person to copy."""
+    """Return the settings of an update of `n_sequences` in micro-batches of this size, for the user to copy."""
     return f"--batch_size={micro_batch} --gradient_accumulation_steps={n_sequences // micro_batch}"
 
 
 @contextlib.contextmanager
 def advice_on_memory(micro_batch: int, n_sequences: int):
-    """Raise UserError with the settings that need less memory where it runs out inside."""
+    """Context manager that turns an out-of-memory error into a UserError with settings that need less memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not runtime.out_of_memory(error) or micro_batch == 1:
             raise
         raise UserError(
-            f"out of memory with micro-batches of {micro_batch}; {batch_words(smaller(micro_batch), n_sequences)} "
-            "makes the same updates in smaller ones, and --auto_batch=True finds a size that fits"
+            f"out of memory at batch_size={micro_batch}. Use {batch_words(smaller(micro_batch), n_sequences)} for the "
+            "same updates in less memory, or --auto_batch=True to find a size that fits."
         ) from error

@@ -1,4 +1,4 @@
-"""A run: where it stands, how it stops, and what it writes into its out_dir."""
+"""The state of a run, how it stops, and what it writes into its out_dir."""
 
 import dataclasses
 import functools
@@ -30,30 +30,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunState:
-    """Where a run stands. state.json holds all of it, so a resumed run continues exactly."""
+    """The progress of a run. It is stored in state.json, so that a resumed run continues exactly."""
 
     step: int = 0  # updates made
     position: int = 0  # sequences drawn from the data
-    seconds: float = 0.0  # of training, in all of its parts
-    bad_steps: int = 0  # updates in a row up to now that were skipped, since their gradient was non-finite
-    skipped: int = 0  # such updates in all
+    seconds: float = 0.0  # training time, including earlier parts of the run
+    bad_steps: int = 0  # consecutive updates, up to now, that were skipped because of a non-finite gradient
+    skipped: int = 0  # total number of skipped updates
     best_loss: float | None = None  # the lowest validation loss that was saved
     val_loss: float | None = None  # the validation loss at step `evaluated_at`
     evaluated_at: int | None = None
     wandb_id: str | None = None
-    data: str | None = None  # the identity of the data, which `position` belongs to
+    data: str | None = None  # identity of the data that `position` refers to
 
     @classmethod
     def from_saved(cls, saved: dict) -> "RunState":
-        """The state in the content of a state.json; the first state of a run where that is empty."""
+        """Build the state from the content of a state.json; an empty dict gives the initial state."""
         return cls(**{f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved})
 
     def start_clock(self) -> None:
-        """Count `seconds` from now on."""
+        """Start counting `seconds`."""
         self.began = time.perf_counter() - self.seconds
 
     def tick(self) -> float:
-        """Bring `seconds` up to date and return it."""
+        """Update `seconds`, and return it."""
         self.seconds = time.perf_counter() - self.began
         return self.seconds
 
@@ -62,15 +62,17 @@ class RunState:
 
 
 class SkippedUpdates:
-    """Counts the updates that were skipped, on the device, so that the host waits for it only to read the counts."""
+    """Counts skipped updates on the device, so that the host waits for the device only when it reads the counts."""
 
     def __init__(self, state: RunState, max_bad_steps: int, device: torch.device):
         self.state, self.max_bad_steps = state, max_bad_steps
-        self.counts = torch.tensor([state.bad_steps, state.skipped], device=device)  # in a row, and in all
-        self.read_at = state.step + max_bad_steps - state.bad_steps  # the first step that can have too many in a row
+        self.counts = torch.tensor([state.bad_steps, state.skipped], device=device)  # consecutive, total
+        self.read_at = (
+            state.step + max_bad_steps - state.bad_steps
+        )  # the first step at which max_bad_steps can be reached
 
     def read(self) -> int:
-        """Copy the counts into the state and return how many updates were skipped since the last call."""
+        """Copy the counts into the state, and return the number of updates skipped since the last call."""
         before = self.state.skipped
         self.state.bad_steps, self.state.skipped = self.counts.tolist()
         self.read_at = self.state.step + self.max_bad_steps - self.state.bad_steps
@@ -78,8 +80,11 @@ class SkippedUpdates:
 
 
 def say(is_main: bool, signals: list[int], text: str) -> None:
-    """Print a line on the main process. If its reader went away, as in `python train.py | head`, the run stops as at
-    SIGTERM; a log file on a full disk ends no run."""
+    """Print a line on rank 0.
+
+    If the reader has exited, as in `python train.py | head`, the run stops as after SIGTERM. Other errors, such as a
+    full disk under a log file, are ignored.
+    """
     if not is_main:
         return
     try:
@@ -92,51 +97,56 @@ def say(is_main: bool, signals: list[int], text: str) -> None:
 
 
 def stop_at_signals(signals: list[int]) -> None:
-    """Append SIGINT, SIGTERM and SIGHUP to `signals` when they arrive; the loop then saves and stops."""
+    """Append SIGINT, SIGTERM and SIGHUP to `signals` when they arrive. The loop then saves and stops."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), functools.partial(request_stop, signals))
 
 
 def request_stop(signals: list[int], number: int, frame) -> None:
-    """Ask for a checkpoint and an end after this update. A second signal ends the process at once, except under
-    torchrun, which passes on signals that its processes may have received already, and kills them after 30 seconds.
-    Several processes first have to agree, so the loop prints what follows."""
+    """Signal handler: request a checkpoint and a stop after this update.
+
+    A second signal ends the process at once, but not under torchrun, which may deliver a signal twice and kills the
+    ranks after 30 seconds. With several ranks, the loop prints the message after they have agreed.
+    """
     signals.append(number)
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     signal.signal(signal.SIGINT, signal.SIG_IGN if launched else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if launched else signal.SIG_DFL)
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        words = "stopping after this update, with a checkpoint" + ("" if launched else "; once more to stop at once")
-        os.write(2, f"\n{words}\n".encode())  # not print, which may itself be what was interrupted
+        text = "stopping after this update, with a checkpoint" + ("" if launched else "; a second signal stops at once")
+        os.write(2, f"\n{text}\n".encode())  # not print, because the signal may have interrupted a print
 
 
 def command(script: str, words: str, out_dir: str) -> str:
-    """The command that goes on with `out_dir`, for a person to copy."""
+    """Return the command that runs `script` with `words` and `out_dir`, for the user to copy."""
     python, remark = "python", ""
-    if script == "train.py" and "WORLD_SIZE" in os.environ:  # by torchrun, which calls a node a group
+    if script == "train.py" and "WORLD_SIZE" in os.environ:  # started by torchrun, which calls a node a group
         processes, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
         python = f"torchrun --standalone --nproc_per_node={processes}"
         if nodes > 1:
-            meet = f"--rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:29500"
-            python = f"torchrun --nnodes={nodes} --nproc_per_node={processes} {meet}"
+            rendezvous = f"--rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:29500"
+            python = f"torchrun --nnodes={nodes} --nproc_per_node={processes} {rendezvous}"
             remark = " # on every node"
-    where = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
-    return " ".join(filter(None, [python, where, words, f"--out_dir={shlex.quote(out_dir)}"])) + remark
+    path = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
+    return " ".join(filter(None, [python, path, words, f"--out_dir={shlex.quote(out_dir)}"])) + remark
 
 
 def start_writing(
     s: "TrainSettings", folders_before: list[Path], adapters: dict | None, state: RunState
 ) -> tuple[report.Metrics, TextIO]:
-    """Take possession of the out_dir, and open metrics.jsonl and wandb. Returns them with the lock, which is held until
-    its file is closed. Raises UserError where another run came first."""
+    """Lock the out_dir, and open metrics.jsonl and wandb.
+
+    Returns the metrics and the lock file; closing the file releases the lock. Raises UserError if another run has
+    locked the out_dir or has written into it in the meantime.
+    """
     out_dir = Path(s.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock = files.lock(out_dir, "training into")
     if checkpoint.step_folders(out_dir) != folders_before:
-        raise UserError(f"another run wrote into {out_dir} while this one started; look at it, and start again")
+        raise UserError(f"another run wrote into {out_dir} while this run was starting. Check it, and start again.")
     if s.init_from != "resume":
-        checkpoint.remove_run(out_dir)  # only with overwrite does this find more than a run without a checkpoint
+        checkpoint.remove_run(out_dir)  # without overwrite, there can only be a run without a checkpoint
         if adapters:
             checkpoint.pin(Path(adapters["base"]), out_dir)
     wandb_run = None
@@ -149,7 +159,7 @@ def start_writing(
 
 
 def set_learning_rates(s: "TrainSettings", optimizers: list[torch.optim.Optimizer], step: int) -> float:
-    """Set the learning rates of update `step`, and return that of `learning_rate`; the others scale with it."""
+    """Set the learning rates of update `step`. Returns the scheduled `learning_rate`; all groups scale with it."""
     lr = s.learning_rate
     if s.decay_lr:
         horizon = s.lr_decay_iters or s.max_iters
@@ -166,8 +176,10 @@ def dry_run(
     state: RunState,
     token_bytes: np.ndarray,
 ) -> str:
-    """Make five updates, the first one to warm up, and an evaluation of one micro-batch in each process. Returns what
-    the whole run would take, for a person to read."""
+    """Time four updates after one for warm-up, and an evaluation of one micro-batch per rank.
+
+    Returns a description of the memory and time that the whole run would take.
+    """
     dist, data, skipped = accumulator.dist, accumulator.data, SkippedUpdates(state, 5, accumulator.dist.device)
     accumulator.raw_model.train()
     for i in range(5):
@@ -182,14 +194,16 @@ def dry_run(
     clock, n = time.perf_counter(), accumulator.micro_batch * dist.world_size
     evaluate_mixture(accumulator.raw_model, data, "val", dist, accumulator.micro_batch, s.block_size, n, token_bytes)
     per_sequence = (time.perf_counter() - clock) / n
-    return foresee(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence)
+    return estimate(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence)
 
 
-def foresee(s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: float, per_sequence: float) -> str:
-    """What so many updates of `dt` seconds each, and their evaluations, at `per_sequence` seconds, would take, for a
-    person to read."""
+def estimate(s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: float, per_sequence: float) -> str:
+    """Describe the memory and time of `n_updates` updates and their evaluations.
+
+    An update takes `dt` seconds, and the evaluation of a sequence `per_sequence` seconds.
+    """
     whole = max(samples_per_epoch(dataset.val, s.block_size) for dataset in data.datasets)
-    n_sequences = 2 * (s.eval_iters * s.batch_size or whole)  # of each dataset, in both splits
+    n_sequences = 2 * (s.eval_iters * s.batch_size or whole)  # per evaluation: two splits
     evaluating = per_sequence * n_sequences * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
     fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
@@ -197,10 +211,10 @@ def foresee(s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: f
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     peak_memory = runtime.peak_memory(next(model.parameters()).device)
     return (
-        f"memory: {report.size(fixed)} at most for parameters, gradients and optimizer moments; "
-        f"at its peak the process used {report.size(peak_memory)}; each checkpoint is copied into up to "
-        f"{report.size(copied)} more of main memory\n"
-        f"time: {1000 * dt:.0f} ms an update, {tokens / dt:,.0f} tokens/s; about "
+        f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments; "
+        f"the process used {report.size(peak_memory)} at its peak; saving a checkpoint needs up to "
+        f"{report.size(copied)} more host memory\n"
+        f"time: {1000 * dt:.0f} ms per update, {tokens / dt:,.0f} tokens/s; about "
         f"{report.duration(n_updates * dt)} for the updates and {report.duration(evaluating)} for the evaluations\n"
         "this was a dry run: nothing was written"
     )

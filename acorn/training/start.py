@@ -1,4 +1,4 @@
-"""What a run starts from: its settings, its data, its model."""
+"""Set up a run: its settings, its data and its model."""
 
 import dataclasses
 import math
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def shape_settings(s: "TrainSettings") -> set[str]:
-    """The names of the settings that are fields of GPTConfig too."""
+    """Return the names of the settings that are also fields of GPTConfig."""
     return {f.name for f in dataclasses.fields(s)} & {f.name for f in dataclasses.fields(GPTConfig)}
 
 
 def check(s: "TrainSettings") -> None:
-    """Raise UserError for a number that no run can have."""
+    """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     at_least_1 = "gradient_accumulation_steps batch_size block_size eval_interval log_interval keep_checkpoints"
     for name in [*at_least_1.split(), "max_bad_steps"]:
         if getattr(s, name) < 1:
@@ -47,26 +47,30 @@ def check(s: "TrainSettings") -> None:
     if not 0 <= s.seed < 2**62:
         raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
-        raise UserError("gradient_accumulation_steps x batch_size x block_size tokens are too many for any machine")
+        raise UserError(
+            "gradient_accumulation_steps x batch_size x block_size exceeds 2^32 tokens per update. Reduce one of them."
+        )
     if s.lora_rank >= 2**20:
-        raise UserError(f"lora_rank = {s.lora_rank} is beyond the size of any matrix; 8 or 16 is usual")
+        raise UserError(f"lora_rank = {s.lora_rank} exceeds the size of any matrix. 8 or 16 is usual.")
     if s.lora_rank and s.lora_alpha <= 0:
         raise UserError(f"lora_alpha = {s.lora_alpha} must be above 0, or the adapters learn nothing")
     if s.lora_rank and s.init_from == "scratch":
-        raise UserError("lora_rank needs weights to start from; name them by --init_from, or leave lora_rank out")
+        raise UserError("lora_rank needs weights to start from. Give --init_from, or leave lora_rank out.")
     if s.lora_rank and s.freeze:
-        raise UserError("lora_rank freezes all weights, so freeze has nothing to add; leave one of the two out")
-    learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises where it has no branch
+        raise UserError("lora_rank already freezes all weights. Leave out either lora_rank or freeze.")
+    learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises for a schedule without a branch
     if s.auto_batch and s.fsdp:
-        raise UserError("auto_batch cannot go with fsdp, whose processes need one another in the middle of a pass")
+        raise UserError("auto_batch does not work with fsdp, whose passes need all ranks. Leave one of them out.")
     if not s.out_dir or "\0" in s.out_dir:
-        raise UserError(f"out_dir = {s.out_dir!r:.100} is no folder's name; give one, such as out/mine")
+        raise UserError(f"out_dir = {s.out_dir!r:.100} is not a valid folder name. Use one such as out/mine.")
 
 
 def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainSettings", dict]:
-    """The settings: the defaults, then those of the run that goes on, then the config file, then the command line. With
-    them those that the person gave. Raises UserError for what no run can have, and for an out_dir that holds another
-    run."""
+    """Return the settings, and those among them that the user gave.
+
+    Defaults are overridden by the settings of a resumed run, then by config files, then by the command line. Raises
+    UserError for invalid settings, and for an out_dir that already contains a run.
+    """
     given = settings.parse(kind, argv)
     s = settings.build(kind, given)
     out_dir, launch = Path(s.out_dir), heartbeat.launch_id()
@@ -75,51 +79,57 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
         s = settings.build(kind, given)
     if s.init_from == "resume":
         before = settings.checked(kind, checkpoint.last_settings(out_dir))
-        for_this_time = {"overwrite": False, "dry_run": False, "eval_only": False}
-        s = settings.build(kind, before, for_this_time, given)
+        not_inherited = {"overwrite": False, "dry_run": False, "eval_only": False}
+        s = settings.build(kind, before, not_inherited, given)
         if (out_dir / "state.json").exists():
-            raise UserError(f"{out_dir} is one checkpoint of a run; resume with --out_dir={out_dir.parent}")
+            raise UserError(f"{out_dir} is a single checkpoint of a run. Resume with --out_dir={out_dir.parent}.")
     check(s)
     if s.decay_lr and s.min_lr > s.learning_rate:
         if "min_lr" in given:
             raise UserError(
-                f"min_lr = {s.min_lr} is above learning_rate = {s.learning_rate}; it should be a tenth of it"
+                f"min_lr = {s.min_lr} is above learning_rate = {s.learning_rate}. "
+                f"Use --min_lr={s.learning_rate / 10:g}."
             )
         s.min_lr = s.learning_rate / 10
     starts = s.init_from != "resume" and not (s.eval_only or s.dry_run)
     if starts and not s.overwrite and checkpoint.holds_run(out_dir):
         raise UserError(
-            f"{out_dir} holds a run already; go on with it by --init_from=resume, replace it by --overwrite=True, "
-            "or give another --out_dir"
+            f"{out_dir} already contains a run. Continue it with --init_from=resume, replace it with "
+            "--overwrite=True, or give another --out_dir."
         )
     if starts and (pinned := [folder for folder in checkpoint.step_folders(out_dir) if checkpoint.is_pinned(folder)]):
         raise UserError(
-            f"overwrite would remove {pinned[0]}, on which adapters stand, as the file {checkpoint.PINNED} in it says; "
-            "give another --out_dir, or remove that file"
+            f"overwrite would remove {pinned[0]}, which LoRA adapters need (see its file {checkpoint.PINNED}). "
+            "Give another --out_dir, or delete that file."
         )
     return s, given
 
 
 def load_data(s: "TrainSettings", state: dict, dist: Runtime) -> Mixture:
-    """The data. Raises UserError where it lacks what the run needs, where the run of `state` was on other data, and
-    where the machines do not have the same."""
+    """Load the data of a run.
+
+    Raises UserError if it has no validation split, differs between machines, or is not the data that the resumed run
+    with this `state` was trained on.
+    """
     data = load_mixture(s.dataset, dist.is_first_here, s.document_mask)
-    if len(set(map(tuple, dist.gather([int(data.identity()[:12], 16)])))) > 1:  # as a number that a float64 holds
-        raise UserError(f"{data.path} is not the same on all machines; copy it from one of them to the others")
+    if len(set(map(tuple, dist.gather([int(data.identity()[:12], 16)])))) > 1:  # 48 bits, exact in float64
+        raise UserError(f"{data.path} differs between machines. Copy it from one machine to the others.")
     for dataset in data.datasets:
         if dataset.val is None:
-            raise UserError(f"{dataset.path} has no validation shards; put a val_000000.bin beside its training shards")
+            raise UserError(
+                f"{dataset.path} has no validation shards. Add a val_000000.bin next to its training shards."
+            )
     if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
         raise UserError(
-            f"{data.path} is not the data that {s.out_dir} was trained on, so its position means nothing there; "
-            f"start from its weights with --init_from={s.out_dir} into a new --out_dir"
+            f"{data.path} is not the data that {s.out_dir} was trained on, so the run cannot resume at its position. "
+            f"Start from its weights: --init_from={s.out_dir} with a new --out_dir."
         )
     return data
 
 
 def new_model(s: "TrainSettings", n_vocab: int, meta: bool) -> GPT:
-    """An initialized model for so many token ids; with `meta` on the meta device, where it takes no memory."""
-    # rows that no token uses, up to a multiple of 64, make the head's product faster where the vocabulary is large
+    """Return a new, initialized model for `n_vocab` token ids; with `meta`, on the meta device without memory."""
+    # padding a large vocabulary to a multiple of 64 makes the head's matrix product faster
     vocab_size = n_vocab if n_vocab < 1024 else 64 * math.ceil(n_vocab / 64)
     try:
         config = GPTConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in shape_settings(s)})
@@ -132,27 +142,35 @@ def new_model(s: "TrainSettings", n_vocab: int, meta: bool) -> GPT:
 def load_initial(
     s: "TrainSettings", given: dict, folder: Path | None, state: dict, data: Mixture, dist: Runtime
 ) -> tuple[GPT, dict, str, dict | None]:
-    """The model that a run starts from when not from scratch, on the meta device, its parameters, unread (see
-    `checkpoint.Opened`), a word on where it comes from, and what a checkpoint says of its adapters where it has any.
+    """Open the checkpoint or weights from which a run starts.
 
-    The settings of its shape in `s` follow it; one that the person gave and that differs raises UserError, as does a
-    dataset whose tokens mean something else to it. Only dropouts are free, block_size may be smaller, and for control
-    tokens that the dataset adds to the tokenizer the model grows."""
+    Returns the model on the meta device, its parameters (lazy, not yet read), a description of the source, and the
+    description of its LoRA adapters, or None.
+
+    The shape settings in `s` are set to those of the model. A different value that the user gave raises UserError, and
+    so does a dataset with an incompatible tokenizer. Exceptions: dropouts may differ, block_size may be smaller, and
+    the vocabulary grows by control tokens that the dataset adds to the tokenizer.
+    """
     adapters = None
     if s.init_from == "resume":
         model, values = checkpoint.build_model(folder, state, dist)
         tokenizer, source, adapters = from_dict(state["tokenizer"]), str(folder), state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
             if getattr(s, name) != state["settings"].get(name, getattr(type(s), name)):
-                raise UserError(f"{name} = {getattr(s, name)!r} differs from the run's own; leave it out to resume")
+                raise UserError(
+                    f"{name} = {getattr(s, name)!r} differs from the run's setting. Leave it out to resume."
+                )
     else:
         model, values, tokenizer, source, base = checkpoint.open_model(s.init_from, plain=s.lora_rank > 0, r=dist)
         if s.lora_rank:
             if s.lora_rank > model.config.n_embd:
-                raise UserError(f"lora_rank = {s.lora_rank} is beyond the {model.config.n_embd} channels of {source}")
+                raise UserError(
+                    f"lora_rank = {s.lora_rank} exceeds the {model.config.n_embd} channels of {source}. "
+                    "8 or 16 is usual."
+                )
             if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
-                raise UserError(f"overwrite would remove {base}, which the adapters stand on; give another --out_dir")
-            sha256 = lora.fingerprint(model, values) if dist.is_main else None  # which reads all, and rank 0 writes it
+                raise UserError(f"overwrite would remove {base}, the base of the adapters. Give another --out_dir.")
+            sha256 = lora.fingerprint(model, values) if dist.is_main else None  # reads everything; only rank 0 needs it
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
             values |= lora.initial(model, s.seed)
@@ -163,8 +181,8 @@ def load_initial(
         if s.lora_rank or {"transformer.wte.weight", "lm_head.weight"} & set(frozen):
             setting = "lora_rank" if s.lora_rank else "this freeze"
             raise UserError(
-                f"{data.path} has {n_new} tokens that are new to {source}, and with {setting} their embeddings would "
-                f"stay unlearned; leave {setting} out, or first train a base without it and give that to --init_from"
+                f"{data.path} has {n_new} tokens that are new to {source}, but with {setting} their embeddings would "
+                f"not be trained. Leave {setting} out, or first train a base without it for --init_from."
             )
         n_before = min(tokenizer.n_vocab, model.config.vocab_size)
         model.grow_vocab(n_before, data.vocab_size)
@@ -174,19 +192,22 @@ def load_initial(
     elif not same:
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
-            f"{source} was trained with another tokenizer ({tokenizer.kind}, {tokenizer.n_vocab} tokens) than the one "
-            f"of {data.path} ({data.tokenizer.kind}, {data.tokenizer.n_vocab}); prepare the data with the same one: "
+            f"{data.path} uses another tokenizer ({data.tokenizer.kind}, {data.tokenizer.n_vocab} tokens) than "
+            f"{source} ({tokenizer.kind}, {tokenizer.n_vocab} tokens). Prepare the data with the model's tokenizer: "
             f"python prepare text FILES --tokenizer {shlex.quote(name)}"
         )
     if data.vocab_size > model.config.vocab_size:
-        raise UserError(f"{data.path} has {data.vocab_size} token ids, but {source} only {model.config.vocab_size}")
+        raise UserError(
+            f"{data.path} has {data.vocab_size} token ids, but {source} has only {model.config.vocab_size}. "
+            "Prepare the data with the model's tokenizer."
+        )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
-        has, wanted = getattr(model.config, name), given.get(name)
-        free = wanted is None or wanted == has or (name in ("n_kv_head", "n_hidden") and wanted == 0)
-        if name == "block_size" and wanted is not None and wanted < has:
-            model.crop_block_size(wanted)
-        elif not free:
-            raise UserError(f"{name} = {wanted}, but {source} has {has}, and a checkpoint keeps its shape")
+        actual, setting = getattr(model.config, name), given.get(name)
+        matches = setting is None or setting == actual or (name in ("n_kv_head", "n_hidden") and setting == 0)
+        if name == "block_size" and setting is not None and setting < actual:
+            model.crop_block_size(setting)
+        elif not matches:
+            raise UserError(f"{name} = {setting}, but {source} has {actual}. Leave {name} out, or train from scratch.")
         setattr(s, name, getattr(model.config, name))
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
@@ -194,12 +215,12 @@ def load_initial(
 
 
 def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
-    """What a run consists of, for a person to read: its data, its model, its updates."""
+    """Describe the data, the model and the updates of a run for the console."""
     lines, epochs = [], []
     windows = s.max_iters * s.gradient_accumulation_steps * s.batch_size
     for dataset, share in zip(data.datasets, data.shares, strict=True):
-        where = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
-        lines += [f"data: {where}, {len(dataset.train):,} tokens to train on and {len(dataset.val):,} to validate"]
+        name = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
+        lines += [f"data: {name}, {len(dataset.train):,} training tokens and {len(dataset.val):,} validation tokens"]
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
         if dataset.train.conversations is None and s.block_size >= len(dataset.train):
             lines += [f"note: block_size={s.block_size} exceeds {dataset.path}, so part of each sequence is masked"]
@@ -207,7 +228,7 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     lines += [f"model: {model.num_params():,} parameters, vocabulary of {model.config.vocab_size:,}, from {source}"]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if n_trained < model.num_params():
-        lines += [f"trained: {n_trained:,} of them, {'adapters' if s.lora_rank else 'the others are frozen'}"]
+        lines += [f"trained: {n_trained:,} parameters ({'adapters' if s.lora_rank else 'the others are frozen'})"]
     if not s.eval_only:
         update = f"{s.gradient_accumulation_steps * s.batch_size * s.block_size:,} tokens"
         lines += [f"run: {s.max_iters:,} updates of {update}, {' and '.join(epochs)} epochs, into {s.out_dir}"]
@@ -215,15 +236,17 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
 
 
 def micro_batch_size(s: "TrainSettings", world_size: int) -> int:
-    """Sequences in the micro-batches of each process: batch_size, or, where the micro-batches of an update cannot be
-    dealt out evenly, the largest number below it that makes them. Raises UserError where there is none."""
+    """Return the number of sequences per micro-batch and rank: at most batch_size, so that all ranks get equal work.
+
+    Raises UserError if the ranks cannot share an update's sequences evenly.
+    """
     windows = s.gradient_accumulation_steps * s.batch_size
     if windows % world_size:
         unit = world_size // math.gcd(world_size, s.gradient_accumulation_steps)
         nearest = unit * max(1, round(s.batch_size / unit))
         raise UserError(
             f"an update has gradient_accumulation_steps x batch_size = {s.gradient_accumulation_steps} x "
-            f"{s.batch_size} sequences, which {world_size} processes cannot share evenly; --batch_size={nearest} can be"
+            f"{s.batch_size} sequences, which {world_size} processes cannot share evenly. Use --batch_size={nearest}."
         )
     return max(n for n in range(1, s.batch_size + 1) if windows // world_size % n == 0)
 
@@ -231,8 +254,10 @@ def micro_batch_size(s: "TrainSettings", world_size: int) -> int:
 def start_model(
     s: "TrainSettings", given: dict, folder: Path | None, saved: dict, data: Mixture, dist: Runtime
 ) -> tuple[GPT, dict | None, str, dict | None]:
-    """The model of a run before it takes memory, and its parameters, unread, as in `load_initial`; None from scratch,
-    where the model is initialized already, or, with FSDP, on the meta device."""
+    """Create or open the model of a run. Returns the same as `load_initial`.
+
+    From scratch, the parameters are None: the model is already initialized, or, with FSDP, is on the meta device.
+    """
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         model, values, source, adapters = new_model(s, data.vocab_size, meta=dist.fsdp), None, "scratch", None
@@ -245,7 +270,7 @@ def start_model(
 
 
 def materialize(model: GPT, values: dict | None, dist: Runtime) -> GPT:
-    """The model in memory on its device, with its parameters; of a sharded one the rows of this process."""
+    """Load the parameters into memory, and return the model on its device; with FSDP, only this rank's rows."""
     if dist.fsdp:
         return sharding.shard(model, dist, values)
     return (checkpoint.fill(model, values) if values else model).to(dist.device)
