@@ -556,7 +556,7 @@ class GPT(nn.Module):
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
-        """Create AdamW (fused if supported), with weight decay on matrices and embeddings, not on biases and norms."""
+        """Create AdamW, fused if supported, with weight decay on matrices and embeddings, not on biases and norms."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
