@@ -1,9 +1,9 @@
-"""What each ingredient of config/quickstart.py gains: the same run with one of them changed, several seeds each.
+"""Ablation of config/quickstart.py: the same run with one ingredient changed, for several seeds.
 
 $ python prepare tinyshakespeare --name shakespeare_char
 $ python benchmarks/ablation.py --seeds 3
 
-Judged on the whole val split in windows of 64 tokens. Seconds are those of the loop, without imports.
+The loss is that of the whole val split in windows of 64 tokens. The seconds are training time, without imports.
 """
 
 import argparse
@@ -24,19 +24,19 @@ VARIANTS = {
     "config/quickstart.py": [],
     "without n-gram embeddings": ["ngram=1"],
     "bigrams only": ["ngram=2"],
-    "AdamW (rate 5e-3) in place of Muon": ["optimizer=adamw", "learning_rate=5e-3"],
+    "AdamW (learning rate 5e-3) instead of Muon": ["optimizer=adamw", "learning_rate=5e-3"],
     "learned positions": ["pos=learned"],
-    "GELU in place of squared ReLU": ["mlp=gelu_tanh"],
+    "GELU instead of squared ReLU": ["mlp=gelu_tanh"],
     "without normalized queries and keys": ["qk_norm=False"],
-    "RMSNorm in place of LayerNorm": ["norm=rmsnorm"],
+    "RMSNorm instead of LayerNorm": ["norm=rmsnorm"],
     "tied head": ["tie_weights=True"],
     "GPT-2's initialization": ["zero_init=False"],
-    "cosine in place of hold and line": ["lr_schedule=cosine"],
-    "logits capped at 15": ["logit_softcap=15"],
+    "cosine instead of wsd schedule": ["lr_schedule=cosine"],
+    "logit softcap 15": ["logit_softcap=15"],
     "no gradient clipping": ["grad_clip=0"],
     "weight decay 0.1": ["weight_decay=0.1"],
     "4 layers": ["n_layer=4"],
-    "all of GPT-2's form, AdamW 1e-3, cosine": (
+    "GPT-2's architecture, AdamW 1e-3, cosine": (
         "ngram=1 optimizer=adamw learning_rate=1e-3 pos=learned mlp=gelu_tanh qk_norm=False tie_weights=True "
         "zero_init=False lr_schedule=cosine n_layer=4 n_head=4 weight_decay=0.1"
     ).split(),
@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--dataset", default="shakespeare_char")
     parser.add_argument("--config", default="config/quickstart.py")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="only variants whose name has this in it, beside the first")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds of each run; one beyond is stopped")
-    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--only", default="", help="only the first variant, and those whose name contains this")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is stopped")
+    parser.add_argument("--json", default="", help="also write the result to this file")
     args = bench.parse_args(parser)
 
     dataset = str(load_dataset(args.dataset).path.resolve())

@@ -1,11 +1,11 @@
-"""What `--dtype=auto` gains on a CPU: an update of each config in config/ against the same run with `--dtype=float32`.
+"""Compare `--dtype=auto` with `--dtype=float32` on a CPU: time per update for each config in config/.
 
 $ python benchmarks/auto.py
 $ python benchmarks/auto.py --isa avx2 --only quickstart
 
-`auto` should be at least 1.0x. Each figure comes from a few updates of a whole process of train.py on a small dataset;
-auto and float32 take turns. Large models run at a small batch. Fine-tuning starts from random weights in the shape of
-its base; finetune_shakespeare.py from GPT-2 124M, since its own base, GPT-2 XL, is too large for most CPUs.
+`auto` should be at least 1.0x. Each figure comes from a few updates of train.py on a small dataset, in a new process;
+auto and float32 take turns. Large models run with a small batch. Fine-tuning starts from random weights with the shape
+of its base, and finetune_shakespeare.py from GPT-2 124M, because its own base, GPT-2 XL, is too large for most CPUs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from bench import REPO, median
 
 ONE_SEQUENCE = ["--batch_size=1", "--gradient_accumulation_steps=1", "--dry_run=True"]  # four updates, timed
-RUNS = {  # config: its tokenizer, or the shape of its base, and settings that make it short
+RUNS = {  # config: its tokenizer or the shape of its base, and settings for a short run
     "quickstart": ("char", ["--max_iters=60"]),
     "shakespeare_best": ("char", ["--max_iters=12"]),
     "train_shakespeare_char": ("char", ["--batch_size=16", "--dry_run=True"]),
@@ -35,7 +35,7 @@ RUNS = {  # config: its tokenizer, or the shape of its base, and settings that m
 
 
 def make_base(folder: Path, shape: str) -> Path:
-    """Write random weights in the shape of a published model, as transformers does, with GPT-2's tokenizer."""
+    """Write random weights with the shape of a published model in Hugging Face format, with GPT-2's tokenizer."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -57,14 +57,14 @@ def make_base(folder: Path, shape: str) -> Path:
 
 
 def run(words: list, out: Path, limit: float) -> tuple[float | None, str]:
-    """Milliseconds of an update, or None past the limit; and what the run chose."""
+    """Return the milliseconds per update, or None if the run exceeded the limit, and what the run chose."""
     command = [sys.executable, REPO / "train.py", *words, f"--out_dir={out}", "--overwrite=True", "--device=cpu"]
     seconds, lines = bench.timed(command, limit=limit)
     if seconds is None:
         return None, ""
     if "--dry_run=True" in words:
-        foreseen = next(line for _, line in lines if line.startswith("time: "))
-        return float(re.match(r"time: ([\d.]+) ms", foreseen)[1]), bench.choices(lines)
+        estimate = next(line for _, line in lines if line.startswith("time: "))
+        return float(re.match(r"time: ([\d.]+) ms", estimate)[1]), bench.choices(lines)
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ends = [line["seconds"] for line in logged if "tokens_per_second" in line]  # of each update
     return 1e3 * median([b - a for a, b in itertools.pairwise(ends)]), bench.choices(lines)
@@ -73,9 +73,9 @@ def run(words: list, out: Path, limit: float) -> tuple[float | None, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="only configs whose name has this in it")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds of each run; one beyond is stopped")
-    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--only", default="", help="only configs whose name contains this")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds after which a run is stopped")
+    parser.add_argument("--json", default="", help="also write the result to this file")
     args = bench.parse_args(parser)
 
     print(bench.machine(torch.device("cpu")))
@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in bench.chosen(RUNS, args.only):
             kind, settings = RUNS[name]
-            if kind not in sources:  # the dataset, and what to start from
+            if kind not in sources:  # dataset and initial weights
                 base = make_base(Path(scratch) / f"base {kind}", kind) if " " in kind or "-" in kind else "scratch"
                 data = bench.tiny_dataset(Path(scratch) / f"data {kind}", kind if base == "scratch" else str(base))
                 sources[kind] = [f"--dataset={data}", f"--init_from={base}"]
@@ -99,9 +99,9 @@ def main() -> None:
             results[name] = found | {"chose": chose}
             row = {"config": name, "auto chose": chose, "settings": " ".join(settings)}
             for dtype, ms in found.items():
-                row[f"{dtype}, ms an update"] = f"over {args.limit:g} s" if None in ms else f"{median(ms):,.1f}"
+                row[f"{dtype}, ms per update"] = f"over {args.limit:g} s" if None in ms else f"{median(ms):,.1f}"
             both = None not in (*found["auto"], *found["float32"])
-            row["auto against float32"] = f"{median(found['float32']) / median(found['auto']):.2f}x" if both else ""
+            row["speedup of auto"] = f"{median(found['float32']) / median(found['auto']):.2f}x" if both else ""
             rows.append(row)
             bench.print_row(rows)
     bench.write(args.json, machine=bench.machine(torch.device("cpu")), results=results)

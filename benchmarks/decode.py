@@ -1,12 +1,12 @@
-"""Tokens a second of generation: acorn, nanoGPT, Hugging Face, CTranslate2 and llama.cpp on the same shapes.
+"""Tokens per second of generation: acorn, nanoGPT, Hugging Face, CTranslate2 and llama.cpp on the same shapes.
 
 $ python benchmarks/decode.py --nanogpt PATH_OF_A_CHECKOUT
 
-GPT-2 124M shapes with random weights, greedy, so that only speed is compared. A run reads a prompt and writes
-`new` tokens; tokens/s counts the written ones over the whole time, prompt included; the first token's time stands
-beside it. Each contender has a process of its own, and they take turns. One that takes longer than --limit is stopped
-and keeps the rounds that it finished. Peers that are not installed are named and left out (requirements-bench.txt). The
-wheel of llama.cpp is built for AVX2 and can do no better where a processor has more.
+The model has the shape of GPT-2 124M and random weights, and decodes greedily, so only speed is compared. A run reads
+the prompts and generates --new tokens for each. tokens/s divides the generated tokens by the whole time, including the
+prefill; the time to the first token is listed separately. Contenders run in separate processes and take turns. A
+contender that exceeds --limit is stopped, and its finished rounds count. Packages that are not installed are reported
+and left out (see requirements-bench.txt). llama.cpp's wheel is built for AVX2 and does not use AVX-512.
 """
 
 import argparse
@@ -126,15 +126,15 @@ def ctranslate2_run(compute_type):
 
 
 def llama_cpp_run(dtype, batch):
-    """`dtype` by gguf's names; Q8_0 is int8 with a scale for every 32 weights."""
+    """`dtype` is a gguf name; Q8_0 is int8 with a scale for every 32 weights."""
     import gguf
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.n_parallel, params.n_ctx = batch, batch * SHAPES["block_size"]
-    params.cache_ram_mib = 0  # nothing of one round is kept for the next
-    params.verbosity = 1  # errors
+    params.cache_ram_mib = 0  # keep no prompt cache between rounds
+    params.verbosity = 1  # errors only
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, SHAPES["n_layer"])
     with tempfile.TemporaryDirectory() as scratch:
         params.model.path = str(Path(scratch) / "gpt2.gguf")
@@ -147,10 +147,10 @@ def llama_cpp_run(dtype, batch):
         writer.add_layer_norm_eps(1e-5)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list([f"t{i}" for i in range(SHAPES["vocab_size"])])  # pieces of letters would be held back
-        writer.add_token_merges(["t 0"])  # not used, but due
+        writer.add_token_list([f"t{i}" for i in range(SHAPES["vocab_size"])])  # partial characters would be held back
+        writer.add_token_merges(["t 0"])  # unused, but required
         for name, weight in GPT(GPTConfig(**SHAPES)).named_parameters():
-            as_is = weight.dim() == 1 or "wpe" in name  # what its own converter leaves in float32
+            as_is = weight.dim() == 1 or "wpe" in name  # llama.cpp's converter keeps these in float32
             kind = gguf.GGMLQuantizationType["F32" if as_is else dtype]
             theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
             writer.add_tensor(theirs, gguf.quantize(weight.detach().numpy(), kind), raw_dtype=kind)
@@ -162,14 +162,14 @@ def llama_cpp_run(dtype, batch):
 
     def run(prompts, new):
         request = dict(prompt=prompts if batch > 1 else prompts[0], max_tokens=new, ignore_eos=True, stream=True)
-        request |= dict(samplers=["top_k"], top_k=1, cache_prompt=False)  # each round reads the prompt anew
+        request |= dict(samplers=["top_k"], top_k=1, cache_prompt=False)  # prefill in each round
         chunks = []
         start = time.perf_counter()
         server.handle_completions(request, lambda chunk: chunks.append((time.perf_counter() - start, chunk)))
         whole = time.perf_counter() - start
         if "error" in chunks[-1][1]:
             raise RuntimeError(chunks[-1][1]["error"]["message"])
-        first = next(seconds for seconds, chunk in chunks if chunk)  # with several prompts, empty ones come before
+        first = next(seconds for seconds, chunk in chunks if chunk)  # with several prompts, empty chunks come first
         return {"first": first, "whole": whole}
 
     return run
@@ -177,19 +177,19 @@ def llama_cpp_run(dtype, batch):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
-    parser.add_argument("--prompt", type=int, default=16, help="tokens in the prompt")
-    parser.add_argument("--batch", type=int, default=1, help="prompts side by side")
-    parser.add_argument("--new", type=int, default=100, help="tokens to write")
+    parser.add_argument("--nanogpt", help="folder of a nanoGPT checkout")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens in each prompt")
+    parser.add_argument("--batch", type=int, default=1, help="number of prompts in the batch")
+    parser.add_argument("--new", type=int, default=100, help="tokens to generate for each prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="only contenders whose name has this in it")
-    parser.add_argument("--json", default="", help="also write the result here")
-    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds of each contender, over all its rounds")
+    parser.add_argument("--only", default="", help="only contenders whose name contains this")
+    parser.add_argument("--json", default="", help="also write the result to this file")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the contender that this process runs
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds per contender, over all its rounds")
     args = bench.parse_args(parser)
 
-    # for the processes of all contenders: transformers, which CTranslate2 converts with too, says only what went wrong
+    # for all contenders' processes: transformers (also used by CTranslate2's converter) prints errors only
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     device = torch.device(args.device)
     contenders = {

@@ -1,9 +1,9 @@
-"""Everything that only a GPU can show, in one command: the tests marked gpu, then the benchmarks at GPU sizes.
+"""Run everything that needs a GPU: the tests marked gpu, then the benchmarks at GPU sizes.
 
 $ make gpu                                # or: python benchmarks/gpu.py --nanogpt PATH_OF_A_CHECKOUT
 
-Needs a CUDA device, torch 2.11 or later and no network; what is not installed is named and left out. Ends within
---minutes, with one table and one JSON file.
+Needs a CUDA device and torch 2.11 or later, but no network. Packages that are not installed are reported and left out.
+Ends within --minutes, with one table and one JSON file.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from bench import REPO
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", default="", help="the folder of a nanoGPT checkout")
-    parser.add_argument("--minutes", type=float, default=8.5, help="a part that would begin or last beyond is left out")
-    parser.add_argument("--device", default="cuda", help="cpu tries the command itself, at a toy size")
-    parser.add_argument("--json", default="out/gpu.json", help="where the results go")
+    parser.add_argument("--nanogpt", default="", help="folder of a nanoGPT checkout")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit; parts beyond it are left out")
+    parser.add_argument("--device", default="cuda", help="cpu: test this script with toy sizes")
+    parser.add_argument("--json", default="out/gpu.json", help="file for the results")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA device here; --device=cpu tries the command at a toy size")
+        sys.exit("error: torch sees no CUDA device. Use --device=cpu to test this script with toy sizes.")
 
     toy = args.device == "cpu"
     small, large = ("2,64,2,2,64",) * 2 if toy else ("6,384,6,64,256", "12,768,12,12,1024")  # train_step.py's --shape
     common = [f"--device={args.device}", *([f"--nanogpt={args.nanogpt}"] if args.nanogpt else [])]
     step = [sys.executable, "benchmarks/train_step.py", *common, "--rounds=10", "--dtypes=bf16"]
     decode = [sys.executable, "benchmarks/decode.py", *common, "--rounds=2", f"--new={8 if toy else 200}"]
-    parts = {  # in the order of their worth, since the time may run out
+    parts = {  # the most important first, because time may run out
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"],
         "step, 124M": [*step, f"--shape={large}", f"--vocab={512 if toy else 50304}"],
         "decode, 1 prompt of 16": [*decode, "--prompt=16"],

@@ -1,13 +1,12 @@
-"""Peak memory of a process, and milliseconds of an update, by how training is spread: on one process or several, data
-parallel (each holds the whole model) or sharded (FSDP), blocks kept or recomputed in the backward pass.
+"""Peak memory per process and time per update: one or several processes, DDP or FSDP, blocks kept or recomputed.
 
 $ python benchmarks/memory.py --optimizers adamw,muon --blocks kept
 $ python benchmarks/memory.py --shape 12,256,4,512,256 --batch 8 --processes 1,2
 
-In the first, parameters and what belongs to them dominate; in the second, activations. The global batch is the same
-throughout. Each row is a run of its own of the parts of train.py on random tokens: the model, its initialization, the
-optimizer, a few updates; one that takes longer than --limit is stopped. On a CPU the peak is that of resident memory
-(VmHWM); a column says how much of it is beyond the interpreter and its libraries.
+In the first example, parameters, gradients and moments dominate; in the second, activations. The global batch is the
+same in all rows. Each row is a separate run of the parts of train.py on random tokens: model, initialization,
+optimizer, and a few updates. A run that exceeds --limit is stopped. On a CPU, the peak is that of resident memory
+(VmHWM), and a column gives the part beyond the interpreter and its libraries.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from model import GPT, GPTConfig
 
 
 def worker(args: argparse.Namespace) -> None:
-    """One process of a row: some updates, then rank 0 prints the figures of all as JSON."""
+    """Run one rank of a row: a few updates, after which rank 0 prints the figures of all ranks as JSON."""
     r = runtime.setup(args.device, args.dtype, False, fsdp=args.form == "fsdp")
     if args.recompute:  # as in train.py
         runtime.set_malloc(lean=True)
@@ -75,24 +74,24 @@ def worker(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="1,2,4", help="how many, one row after the other")
+    parser.add_argument("--processes", default="1,2,4", help="numbers of processes, a row for each")
     parser.add_argument("--shape", default="12,512,8,128,8192", help="layers, width, heads, block, vocabulary")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in an update, over all processes")
-    parser.add_argument("--optimizers", default="adamw", help="adamw, muon or both")
-    parser.add_argument("--blocks", default="kept,recomputed", help="whether in the backward pass; or one of the two")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per update, on all processes together")
+    parser.add_argument("--optimizers", default="adamw", help="adamw, muon, or adamw,muon")
+    parser.add_argument("--blocks", default="kept,recomputed", help="activations in the backward pass; one or both")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--updates", type=int, default=4, help="of which the first does not count")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds of each row; one beyond is left out")
-    parser.add_argument("--json", default="", help="also write the result here")
-    parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # this and the next of a row's own processes
+    parser.add_argument("--updates", type=int, default=4, help="updates per run; the first one does not count")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a row is left out")
+    parser.add_argument("--json", default="", help="also write the result to this file")
+    parser.add_argument("--form", default="", help=argparse.SUPPRESS)  # this and the next two are for worker processes
     parser.add_argument("--optimizer", default="adamw", help=argparse.SUPPRESS)
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     args = bench.parse_args(parser)
     if args.form:
         return worker(args)
 
-    cases = [("nothing but the libraries", 1, ["--form", "nothing"])]
+    cases = [("libraries only", 1, ["--form", "nothing"])]
     for optimizer, n in itertools.product(args.optimizers.split(","), map(int, args.processes.split(","))):
         for form in ("one",) if n == 1 else ("ddp", "fsdp"):
             for blocks in args.blocks.split(","):
@@ -119,12 +118,12 @@ def main() -> None:
             continue
         result = json.loads(next(line for _, line in lines if line.startswith('{"peak_bytes"')))
         peaks, seconds = result["peak_bytes"], result["seconds"]
-        libraries = libraries or max(peaks)  # the first row is nothing but these
-        row = {"processes": n, "training": name, "peak a process, MB": f"{max(peaks) / 1e6:,.0f}"}
+        libraries = libraries or max(peaks)  # the first row has only the libraries
+        row = {"processes": n, "training": name, "peak per process, MB": f"{max(peaks) / 1e6:,.0f}"}
         row["beyond the libraries"] = f"{(max(peaks) - libraries) / 1e6:,.0f}"
-        row["ms an update"] = "" if seconds is None else f"{1e3 * seconds:,.0f}"
+        row["ms per update"] = "" if seconds is None else f"{1e3 * seconds:,.0f}"
         rows.append(row)
-        print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)  # since each takes a while
+        print(", ".join(f"{head} {value}" for head, value in row.items()), flush=True)
         results[f"{n}: {name}"] = result
     print("\n" + table(rows))
     bench.write(args.json, machine=machine(torch.device(args.device)), parameters=n_params, results=results)

@@ -1,15 +1,15 @@
-"""MB/s and peak memory of preparing a corpus in GPT-2's tokens: acorn, nanoGPT's way, tiktoken, tokenizers.
+"""Throughput and peak memory of preparing a corpus with GPT-2's tokenizer: acorn, nanoGPT's way, tiktoken, tokenizers.
 
 $ python benchmarks/prepare.py --megabytes 200
 
-The corpus is text of this machine, the running Python's standard library and installed packages: a file of JSON lines,
-each file a document. Each contender is a process of its own that reads it and writes tokens to the disk, start to end.
-MB/s counts UTF-8 bytes of text. Memory is the greatest sum over the contender's processes (proportional set size,
-sampled; Linux only).
+The corpus is the source text of Python's standard library and the installed packages: a file of JSON lines with a
+document per source file. Each contender is a separate process that reads the corpus and writes tokens to disk; the
+whole process is timed. MB/s counts UTF-8 bytes of text. Memory is the peak of the sum over the contender's processes
+(proportional set size, sampled; Linux only).
 
-nanoGPT's way is that of its data/openwebtext/prepare.py: datasets.map with tiktoken, a document at a time, in a process
-for each core, then one memmap filled in 1024 parts. tiktoken and (Hugging Face) tokenizers encode batches of a thousand
-documents on all cores, straight into a file. acorn writes shards, hashes, a validation split, and can be resumed.
+nanoGPT's way follows its data/openwebtext/prepare.py: datasets.map with tiktoken, one document at a time, in one
+process per core, and then one memmap, filled in 1024 parts. tiktoken and (Hugging Face) tokenizers encode batches of
+1000 documents on all cores and write one file. acorn writes shards, hashes and a validation split, and can resume.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[0] = str(REPO)  # this folder has a prepare.py of its own
+sys.path[0] = str(REPO)  # not this folder, because its prepare.py would shadow the package
 
 from acorn.data.shards import load_dataset  # noqa: E402
 from acorn.data.tokenizer import _gpt2_encoding, gpt2_config  # noqa: E402
@@ -38,7 +38,7 @@ EOT = 50256
 
 
 def make_corpus(path: Path, megabytes: float) -> tuple[int, int]:
-    """Write the corpus; its documents and bytes of text."""
+    """Write the corpus. Returns the number of documents and of bytes of text."""
     seen, documents, size = set(), 0, 0
     folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     files = (file for folder in folders for file in sorted(folder.rglob("*")))
@@ -114,19 +114,19 @@ PEERS = {"nanoGPT's way": nanogpt, "tiktoken": tiktoken, "tokenizers": tokenizer
 
 
 def measure(name: str, corpus: Path, limit: float) -> tuple[float, float, int] | None:
-    """Seconds, peak MB, and tokens of one contender in a process of its own; None past `limit` seconds."""
+    """Run one contender in a separate process. Returns seconds, peak MB and tokens, or None beyond `limit` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--peer", name, "--corpus", corpus, "--folder", folder]
         if name == "acorn":
             command = [sys.executable, REPO / "prepare", "text", corpus, "--out", f"{folder}/dataset"]
-        # compiled modules are kept, as those of the packages are
+        # let Python cache acorn's bytecode, as it does for installed packages
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         start, peak = time.perf_counter(), 0.0
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
         ended = threading.Event()
         threading.Thread(target=lambda: (process.wait(), ended.set()), daemon=True).start()
-        while not ended.wait(0.1):  # it returns at once when the process ends
+        while not ended.wait(0.1):  # returns at once when the process ends
             peak = max(peak, memory(process.pid))
             if time.perf_counter() - start > limit:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -142,25 +142,25 @@ def measure(name: str, corpus: Path, limit: float) -> tuple[float, float, int] |
 
 
 def memory(session: int) -> float:
-    """MB of all processes of a session; a page that several share counts once."""
+    """Return the MB used by all processes of a session; shared pages count once."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if int((process / "stat").read_text().rsplit(")", 1)[1].split()[3]) == session:
                 total += int((process / "smaps_rollup").read_text().split("Pss:")[1].split()[0])
-        except (OSError, IndexError):  # it ended in between
+        except (OSError, IndexError):  # the process has ended
             continue
     return total * 1024 / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=200, help="text in the corpus")
+    parser.add_argument("--megabytes", type=float, default=200, help="size of the corpus")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=600, help="seconds for one contender's run; then it is stopped")
-    parser.add_argument("--only", default="", help="only contenders whose name has this in it")
-    parser.add_argument("--json", default="", help="also write the result here")
-    parser.add_argument("--peer", help=argparse.SUPPRESS)  # what a process of its own is told
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a contender's run is stopped")
+    parser.add_argument("--only", default="", help="only contenders whose name contains this")
+    parser.add_argument("--json", default="", help="also write the result to this file")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)  # this and the next two are for the contenders' processes
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -168,7 +168,7 @@ def main() -> None:
         PEERS[args.peer](args.corpus, args.folder)
         return
     sys.path.append(str(Path(__file__).parent))
-    import bench  # and with it torch, which the peers do not need
+    import bench  # imports torch, which the contenders' processes do not need
     import torch
     from bench import machine, median, table
 
@@ -180,7 +180,7 @@ def main() -> None:
         runs = {name: [] for name in ("acorn", *PEERS) if args.only in name}
         for turn in range(args.rounds):
             for name, results in runs.items():
-                if len(results) < turn:  # it was stopped
+                if len(results) < turn:  # the contender was stopped
                     continue
                 run = measure(name, corpus, args.limit)
                 results += [run] if run else []

@@ -1,8 +1,8 @@
-"""For how long a checkpoint stops training, and how long its writing takes beside it.
+"""How long saving a checkpoint pauses training, and how long writing it in the background takes.
 
 $ python benchmarks/saving.py --shape 12,768,12 --rounds 5
 
-The model has GPT-2's shapes and AdamW's moments; an update in between is one of a batch of 1 x 64 tokens.
+The model has GPT-2's shape and AdamW's moments. An update uses a batch of 1 x 64 tokens.
 """
 
 import argparse
@@ -24,9 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="12,768,12", help="layers, width, heads")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default="", help="on the disk to measure; else where temporary files go")
+    parser.add_argument("--folder", default="", help="a folder on the disk to measure; default: the temporary folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--json", default="", help="also write the result to this file")
     args = bench.parse_args(parser)
 
     device = torch.device(args.device)
@@ -36,7 +36,7 @@ def main() -> None:
     idx = torch.randint(50257, (1, 64), device=device)
 
     def update() -> float:
-        """Seconds that an update takes."""
+        """Make an update, and return its time in seconds."""
         start = time.perf_counter()
         model(idx, idx)[1].backward()
         optimizers[0].step()
@@ -45,7 +45,7 @@ def main() -> None:
         return time.perf_counter() - start
 
     update()
-    alone, beside, pauses, writes = [update() for _ in range(3)], [], [], []
+    alone, during_save, pauses, writes = [update() for _ in range(3)], [], [], []
     n_bytes = sum(p.nbytes * 3 for p in model.parameters())  # parameters and two moments
     state = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict()}
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
@@ -55,21 +55,21 @@ def main() -> None:
             writer.save(model, optimizers, {**state, "step": step}, best=False)
             pauses.append(time.perf_counter() - start)
             while not writer.writing.done():
-                beside.append(update())
+                during_save.append(update())
             assert writer.wait()
             writes.append(time.perf_counter() - start)
 
     rows = [
-        {"": "training stops, the first time", "seconds": f"{pauses[0]:.2f}"},
-        {"": "training stops, after that", "seconds": f"{median(pauses[1:] or pauses):.2f}"},
-        {"": "until the checkpoint is on the disk", "seconds": f"{median(writes):.2f}"},
-        {"": "an update, alone", "seconds": f"{median(alone):.2f}"},
-        {"": "an update, while a checkpoint is written", "seconds": f"{median(beside):.2f}"},
+        {"": "pause of training, first save", "seconds": f"{pauses[0]:.2f}"},
+        {"": "pause of training, later saves", "seconds": f"{median(pauses[1:] or pauses):.2f}"},
+        {"": "until the checkpoint is on disk", "seconds": f"{median(writes):.2f}"},
+        {"": "an update, normally", "seconds": f"{median(alone):.2f}"},
+        {"": "an update, while a checkpoint is written", "seconds": f"{median(during_save):.2f}"},
     ]
     print(machine(device))
-    print(f"{model.num_params():,} parameters, {n_bytes / 1e9:.2f} GB with their moments\n")
+    print(f"{model.num_params():,} parameters, {n_bytes / 1e9:.2f} GB with AdamW's moments\n")
     print(table(rows))
-    bench.write(args.json, machine=machine(device), pauses=pauses, writes=writes, alone=alone, beside=beside)
+    bench.write(args.json, machine=machine(device), pauses=pauses, writes=writes, alone=alone, during_save=during_save)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Seconds to start: the help of train.py and sample.py against `import torch`, and the quickstart's first update.
+"""Startup time: --help of train.py and sample.py compared with `import torch`, and the quickstart's first update.
 
 $ python benchmarks/start.py --rounds 5
 
-The first update counts from the start of the process to the line that reports it. It includes reading a small dataset,
-building the model, choosing precision and threads, and the first evaluation. The commands take turns.
+The first update is timed from the start of the process to the line that reports it. This includes reading a small
+dataset, building the model, choosing precision and threads, and the first evaluation. The commands take turns.
 """
 
 import argparse
@@ -20,10 +20,10 @@ IMPORT, FIRST = 'python -c "import torch"', "first update"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config/quickstart.py", help="whose first update is timed")
+    parser.add_argument("--config", default="config/quickstart.py", help="config whose first update is timed")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of each command; one beyond is stopped")
-    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a command is stopped")
+    parser.add_argument("--json", default="", help="also write the result to this file")
     args = bench.parse_args(parser)
 
     print(bench.machine(torch.device("cpu")))

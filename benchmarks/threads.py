@@ -1,11 +1,11 @@
-"""Milliseconds of an update when other programs use the same cores: the quickstart alone, and two of them at once.
+"""Time per update when programs share the cores: one quickstart run alone, and two at the same time.
 
 $ python benchmarks/threads.py
 $ python benchmarks/threads.py --updates 300 --isa avx2
 
-A run is a whole process of train.py on a small dataset. acorn's own choice of threads and of how they wait is compared
-with others that environment variables force on it. A setting is good if it is near the best one alone, and collapses
-in no case beside another run of the same setting.
+A run is a whole process of train.py on a small dataset. acorn's choice of the number of threads and of how they wait is
+compared with settings forced by environment variables. A good setting is close to the best one when run alone, and does
+not collapse when two runs share the cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 SETTINGS = {
     OWN: {},
     "1 thread": {"OMP_NUM_THREADS": "1"},
-    # a wait setting leaves torch's own runtime, libgomp, in use; 300,000 is what it does where none is given
+    # a wait setting keeps torch's own runtime, libgomp; 300,000 is its default
     f"{CORES} threads, libgomp's default": {"OMP_NUM_THREADS": f"{CORES}", "GOMP_SPINCOUNT": "300000"},
     f"{CORES} threads, GOMP_SPINCOUNT=1000": {"OMP_NUM_THREADS": f"{CORES}", "GOMP_SPINCOUNT": "1000"},
     f"{CORES} threads, OMP_WAIT_POLICY=PASSIVE": {"OMP_NUM_THREADS": f"{CORES}", "OMP_WAIT_POLICY": "PASSIVE"},
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def run(out: Path, words: list[str], forced: dict[str, str], limit: float) -> dict:
-    """Seconds of a whole run, the median milliseconds of an update, and what the run chose; {} past the limit."""
+    """Return the seconds of a whole run, its median ms per update, and what it chose; {} if it exceeded the limit."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     command = [sys.executable, REPO / "train.py", *words, f"--out_dir={out}", "--overwrite=True"]
     seconds, lines = bench.timed(command, limit=limit, env=env | forced)
@@ -51,11 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config/quickstart.py")
     parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--dtype", default="auto", help="given, acorn chooses no number of threads either")
+    parser.add_argument("--dtype", default="auto", help="if not auto, acorn does not choose threads either")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of each run; one beyond is stopped")
-    parser.add_argument("--only", default="", help="only settings whose name has this in it")
-    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run is stopped")
+    parser.add_argument("--only", default="", help="only settings whose name contains this")
+    parser.add_argument("--json", default="", help="also write the result to this file")
     args = bench.parse_args(parser)
 
     print(bench.machine(torch.device("cpu")))
@@ -74,7 +74,7 @@ def main() -> None:
                     for each in runs:
                         said = f"over {args.limit:g} s"
                         if each:
-                            said = f"{each['seconds']:.1f} s, {each['ms']:.1f} ms an update; {each['chose']}"
+                            said = f"{each['seconds']:.1f} s, {each['ms']:.1f} ms per update; {each['chose']}"
                         print(f"round {turn + 1}, {name}, {case}: {said}", flush=True)
 
     rows, ms = [], {}
@@ -84,13 +84,13 @@ def main() -> None:
             seconds = median([each.get("seconds", math.inf) for each in found[case]])  # inf: the run was stopped
             ms[name, case] = median([each.get("ms", math.inf) for each in found[case]])
             row[f"{head}, s"] = f"{seconds:.1f}" if seconds < math.inf else f"over {args.limit:g}"
-            row[f"{head}, ms an update"] = f"{ms[name, case]:.1f}" if seconds < math.inf else ""
+            row[f"{head}, ms per update"] = f"{ms[name, case]:.1f}" if seconds < math.inf else ""
         rows.append(row)
     print(f"\n{bench.table(rows)}")
     if OWN in results:
         best = min(ms[name, "alone"] for name in results)
         alone, two = ms[OWN, "alone"] / best, ms[OWN, "two"] / best
-        print(f"\n{OWN}, ms an update against the best setting alone: alone {alone:.2f}x, two at once {two:.2f}x")
+        print(f"\n{OWN}, ms per update relative to the best setting alone: alone {alone:.2f}x, two at once {two:.2f}x")
     bench.write(args.json, machine=bench.machine(torch.device("cpu")), updates=args.updates, results=results)
 
 

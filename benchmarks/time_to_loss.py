@@ -1,11 +1,11 @@
-"""Seconds to a loss: whole processes of acorn and of nanoGPT, from start to end, judged alike on the whole val split.
+"""Time to reach a loss: whole processes of acorn and nanoGPT, both evaluated on the whole val split.
 
 $ python prepare tinyshakespeare --name shakespeare_char
 $ python benchmarks/time_to_loss.py --nanogpt PATH_OF_A_CHECKOUT --seeds 3
 
-nanoGPT makes its README's CPU run. The loss at which that ends, measured here over the whole val split in windows of
-64 tokens, is the target. acorn then runs config/quickstart.py on the same text, once for each seed; import,
-compilation, evaluation and saving all count. Without --nanogpt, --target says what to compare with.
+nanoGPT does the CPU run of its README. The target is the final loss of that run, measured here over the whole val split
+in windows of 64 tokens. acorn then runs config/quickstart.py on the same text, once per seed. Import, compilation,
+evaluation and saving all count. Without --nanogpt, the target is --target.
 """
 
 import argparse
@@ -31,14 +31,14 @@ README_RUN = (
 
 
 def whole_val_loss(out_dir: Path, dataset: str, block_size: int) -> float:
-    """The loss of the last checkpoint in `out_dir` over the whole val split, in float32."""
+    """Return the loss of the last checkpoint in `out_dir` over the whole val split, in float32."""
     model, _, _ = checkpoint.load_model(str(out_dir), "latest")
     r = runtime.setup("cpu", "float32", False)
     return evaluate(model, load_dataset(dataset).val, r, 64, block_size)["loss"]
 
 
 def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
-    """(second, val loss) of each evaluation that a run printed; both projects print them alike."""
+    """Return (second, val loss) of each evaluation that a run printed. Both projects use the same format."""
     return [
         (second, float(line.split("val loss ")[1].split(",")[0]))
         for second, line in lines
@@ -47,23 +47,23 @@ def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
 
 
 def row_of(name: str, seconds: float | None, loss: float | None, limit: float) -> dict:
-    """A row of the table. A run that was stopped at `limit` has neither seconds nor loss."""
+    """Return a row of the table. `seconds` and `loss` are None if the run was stopped at `limit`."""
     figures = {"seconds": f"{seconds:.1f}", "val loss": f"{loss:.4f}"} if seconds else {"seconds": f"over {limit:g}"}
     return {"run": name, "seconds": "", "val loss": "", "reached": "", "of nanoGPT's time": ""} | figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout whose data is prepared")
-    parser.add_argument("--target", type=float, default=0.0, help="a loss to reach, where there is no --nanogpt")
+    parser.add_argument("--nanogpt", help="folder of a nanoGPT checkout with prepared data")
+    parser.add_argument("--target", type=float, default=0.0, help="loss to reach if there is no --nanogpt")
     parser.add_argument("--config", default="config/quickstart.py")
     parser.add_argument("--dataset", default="shakespeare_char")
-    parser.add_argument("--block_size", type=int, default=64, help="of the windows in which the val split is judged")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--block_size", type=int, default=64, help="window size for evaluating the val split")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first_seed", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=1800.0, help="seconds of each run; one beyond is stopped")
-    parser.add_argument("--picture", default="", help="draw loss against time into this PNG file")
-    parser.add_argument("--json", default="", help="also write the result here")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a run is stopped")
+    parser.add_argument("--picture", default="", help="plot loss over time into this PNG file")
+    parser.add_argument("--json", default="", help="also write the result to this file")
     parser.add_argument("settings", nargs="*", help="more settings for acorn's run, such as max_iters=500")
     args = bench.parse_args(parser)
 
@@ -73,7 +73,7 @@ def main() -> None:
     target, peer_seconds = args.target, None
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
-            if args.nanogpt and seed == args.first_seed:  # in turn with acorn's runs, so that both see the same machine
+            if args.nanogpt and seed == args.first_seed:  # here, so that both see the same machine
                 out = Path(scratch) / "nanogpt"
                 command = [sys.executable, "train.py", *README_RUN, f"--out_dir={out}"]
                 peer_seconds, lines = timed(command, Path(args.nanogpt), args.limit)
@@ -94,7 +94,7 @@ def main() -> None:
                 rows[-1]["of nanoGPT's time"] = f"1/{peer_seconds / seconds:.1f}"
             bench.print_row(rows)
             runs.append({"seed": seed, "seconds": seconds, "loss": loss})
-            shutil.rmtree(out, ignore_errors=True)  # a run that was stopped early wrote none
+            shutil.rmtree(out, ignore_errors=True)  # a run that was stopped early has none
     if args.picture:
         import matplotlib
 
@@ -106,7 +106,7 @@ def main() -> None:
             axes.plot(*zip(*points, strict=True), marker=".", label=name)
         if target:
             axes.axhline(target, color="0.6", ls="--", lw=1)
-        axes.set(xlabel="seconds since the process started", ylabel="val loss, as the run itself printed it")
+        axes.set(xlabel="seconds since the process started", ylabel="val loss, as printed by the run")
         axes.legend()
         figure.savefig(args.picture, dpi=120)
     result = {"machine": bench.machine(torch.device("cpu")), "target": target, "nanogpt_seconds": peer_seconds}

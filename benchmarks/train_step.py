@@ -1,12 +1,12 @@
-"""Milliseconds and tokens/s of one training step: acorn, Hugging Face GPT-2 and nanoGPT on the same shapes.
+"""Time and tokens/s of a training step: acorn, Hugging Face GPT-2 and nanoGPT on the same shapes.
 
 $ python benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT --shape 6,384,6,8,256
 
-A step is forward, backward, gradient clipping and AdamW (Muon beside it for acorn's modern form) on one batch; GELU is
-exact, as nanoGPT has it, but in the modern form. Each contender has a process of its own, whose peak memory is shown,
-and they take turns. One that takes longer than --limit is stopped and keeps the rounds that it finished, or its warm-up
-as one round. With --documents 4, acorn is also timed with four documents in each row kept apart, as document_mask =
-True does; with --lora 8, also with adapters of that rank beside all matrices in the blocks, as lora_rank = 8 does.
+A step is forward, backward, gradient clipping and AdamW on one batch. acorn's "modern" architecture uses Muon for the
+matrices. The others use exact GELU, as nanoGPT does. Contenders run in separate processes, whose peak memory is shown,
+and take turns. A contender that exceeds --limit is stopped; its finished rounds count, or its warm-up as one round.
+With --documents 4, acorn is also timed with document_mask=True and four documents per row; with --lora 8, also with
+lora_rank=8.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MODERN = dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, tie_weights
 
 
 def step_of(model, forward, optimizers, dtype, device):
-    """One training step as a function of nothing, which gives its figures. `forward` gives the loss."""
+    """Return a function that makes one training step and returns its measurements. `forward` returns the loss."""
 
     def update() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -43,14 +43,14 @@ def step_of(model, forward, optimizers, dtype, device):
 
     def step() -> dict:
         if device.type == "cuda":
-            update()  # asks for the memory that was given back below
+            update()  # allocates the memory again that was freed below
         synchronize(device)
         start = time.perf_counter()
         update()
         synchronize(device)
         seconds = time.perf_counter() - start
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # so that the GPU has room for the activations of each contender in turn
+            torch.cuda.empty_cache()  # leave room on the GPU for the next contender
         return {"seconds": seconds, "peak_bytes": runtime.peak_memory(device)}
 
     return step
@@ -65,7 +65,7 @@ def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     if rank:
         lora.add_adapters(model, lora.linear_layers(model), rank, 2.0 * rank)
         model.load_state_dict(lora.initial(model, seed=0), strict=False)
-    arithmetic = autotune.fixed(dtype, model.config, x.device)  # what train.py uses where dtype is given
+    arithmetic = autotune.fixed(dtype, model.config, x.device)  # as in train.py with an explicit dtype
     arithmetic.apply(model)
     optimizer, rates = "muon" if modern else "adamw", (6e-4, 0.02, 0.1, (0.9, 0.95))
     optimizers = make_optimizers(model, optimizer, *rates, x.device.type, arithmetic.torch_muon_dtype)
@@ -105,18 +105,18 @@ def nanogpt_step(path, shape, dtype, compile, x, y):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", help="the folder of a nanoGPT checkout")
+    parser.add_argument("--nanogpt", help="folder of a nanoGPT checkout")
     parser.add_argument("--shape", default="6,384,6,8,256", help="layers, width, heads, batch, block")
     parser.add_argument("--vocab", type=int, default=65)
-    parser.add_argument("--documents", type=int, default=0, help="of equal length, in a row; 0: without")
-    parser.add_argument("--lora", type=int, default=0, help="the rank of adapters; 0: without")
+    parser.add_argument("--documents", type=int, default=0, help="also time this many documents per row; 0: do not")
+    parser.add_argument("--lora", type=int, default=0, help="also time LoRA adapters of this rank; 0: do not")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", default="fp32,bf16")
-    parser.add_argument("--only", default="", help="only contenders whose name has this in it")
-    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the one contender of a process of its own
-    parser.add_argument("--json", default="", help="also write the result here")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of each contender, over all its rounds")
+    parser.add_argument("--only", default="", help="only contenders whose name contains this")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # the contender that this process runs
+    parser.add_argument("--json", default="", help="also write the result to this file")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds per contender, over all its rounds")
     args = bench.parse_args(parser)
 
     device = torch.device(args.device)
@@ -130,20 +130,20 @@ def main() -> None:
     dtypes = {name: {"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in args.dtypes.split(",")}
     contenders = {}
     for name, dtype in dtypes.items():
-        for how, compile in (("eager", False), ("compiled", True)):
+        for mode, compile in (("eager", False), ("compiled", True)):
             for form, modern in (("GPT-2", False), ("modern", True)):
                 make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y)  # noqa: E731
-                contenders[f"acorn {form}, {name} {how}"] = make
+                contenders[f"acorn {form}, {name} {mode}"] = make
                 if args.documents:
                     make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y, documents)  # noqa: E731
-                    contenders[f"acorn {form}, {name} {how}, documents apart"] = make
+                    contenders[f"acorn {form}, {name} {mode}, document mask"] = make
                 if args.lora:
                     make = lambda d=dtype, c=compile, m=modern: acorn_step(shape, m, d, c, x, y, None, args.lora)  # noqa: E731
-                    contenders[f"acorn {form}, {name} {how}, LoRA {args.lora}"] = make
-            # nanoGPT runs in float32 on a CPU, whatever its dtype says
+                    contenders[f"acorn {form}, {name} {mode}, LoRA {args.lora}"] = make
+            # on a CPU, nanoGPT ignores its dtype and runs in float32
             if args.nanogpt and (dtype == torch.float32 or device.type == "cuda"):
                 make = lambda d=dtype, c=compile: nanogpt_step(args.nanogpt, shape, d, c, x, y)  # noqa: E731
-                contenders[f"nanoGPT, {name} {how}"] = make
+                contenders[f"nanoGPT, {name} {mode}"] = make
         contenders[f"Hugging Face, {name} eager"] = lambda d=dtype: hugging_face_step(shape, d, x, y)
     if args.alone:
         return bench.serve(contenders[args.alone])
@@ -151,7 +151,7 @@ def main() -> None:
     print(machine(device))
     print(f"{L} layers, {C} wide, {H} heads, {B} x {T} tokens, vocabulary {V}; medians of {args.rounds} rounds\n")
     names = bench.chosen(contenders, args.only)
-    rounds = in_turn(names, args.rounds, args.limit, lambda figures: f"{1e3 * figures['seconds']:,.1f} ms a step")
+    rounds = in_turn(names, args.rounds, args.limit, lambda figures: f"{1e3 * figures['seconds']:,.1f} ms per step")
     seconds = {name: median([each["seconds"] for each in figures]) for name, figures in rounds.items()}
     peers = [s for name, s in seconds.items() if name.startswith("nanoGPT")]
     with torch.device("meta"):
@@ -159,14 +159,14 @@ def main() -> None:
     peak = {name: matmul_rate(device, dtype) for name, dtype in dtypes.items()}
     rows = []
     for name, s in sorted(seconds.items(), key=lambda item: item[1]):
-        row = {"contender": name, "ms a step": f"{1e3 * s:.1f}", "tokens/s": f"{B * T / s:,.0f}"}
+        row = {"contender": name, "ms per step": f"{1e3 * s:.1f}", "tokens/s": f"{B * T / s:,.0f}"}
         if peers:
             row["x nanoGPT's best"] = f"{min(peers) / s:.2f}"
         row["peak memory, MB"] = f"{max(each['peak_bytes'] for each in rounds[name]) / 1e6:,.0f}"
         row["of the matmul rate"] = f"{flops / s / peak['bf16' if 'bf16' in name else 'fp32']:.0%}"
         row["rounds"] = len(rounds[name])
         rows.append(row)
-    missing = [{"contender": name, "ms a step": "left out, see above"} for name in names if name not in rounds]
+    missing = [{"contender": name, "ms per step": "left out, see above"} for name in names if name not in rounds]
     print("\n" + table(rows + missing))
     print("\nmatmul rate: " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in peak.items()))
     results = {

@@ -71,12 +71,12 @@ def window_sums(
     return torch.stack([torch.cat(column).cpu().double() for column in sums], dim=1)
 
 
-def evaluate(model: GPT, tokens: Tokens, *how) -> dict[str, float]:
+def evaluate(model: GPT, tokens: Tokens, *options) -> dict[str, float]:
     """Return "loss" (nats per token), "perplexity" and, if `token_bytes` is given, "bits_per_byte" of a split.
 
-    Every target has the same weight. `how` are the arguments of `window_sums` from `runtime` on.
+    Every target has the same weight. `options` are the arguments of `window_sums` from `runtime` on.
     """
-    return _figures(_means(model, tokens, *how))
+    return _figures(_means(model, tokens, *options))
 
 
 def evaluate_mixture(
@@ -105,9 +105,9 @@ def evaluate_mixture(
     return result
 
 
-def _means(model: GPT, tokens: Tokens, runtime: Runtime, *how) -> np.ndarray:
+def _means(model: GPT, tokens: Tokens, runtime: Runtime, *options) -> np.ndarray:
     """Return means over the targets of all ranks: loss in nats, loss of the targets that have bytes, and bytes."""
-    n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *how).sum(0)).tolist()
+    n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *options).sum(0)).tolist()
     refuse_none(n_tokens, tokens)
     return np.array(sums) / n_tokens
 

@@ -83,7 +83,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probs < p * probs.max(), -torch.inf)
 
 
-def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator) -> int:
+def draw(logits: Tensor, row: list[int], sampling: Sampling, random: torch.Generator) -> int:
     """Sample the token that follows `row` (ids) from its logits (V,).
 
     `random` is a generator on the CPU, so that a seed gives the same tokens on every device. The token's probability
@@ -92,19 +92,19 @@ def draw(logits: Tensor, row: list[int], how: Sampling, random: torch.Generator)
     if not logits.max().isfinite():  # max propagates NaN
         raise UserError("the model's logits are non-finite. This checkpoint is broken, so choose an earlier one.")
     logits = logits.double()
-    if how.repetition_penalty != 1:
-        logits = penalize_repetition(logits, row, how.repetition_penalty)
-    if how.no_repeat_ngram_size:
-        logits = ban_repeated_ngrams(logits, row, how.no_repeat_ngram_size)
-    if how.temperature == 0:
+    if sampling.repetition_penalty != 1:
+        logits = penalize_repetition(logits, row, sampling.repetition_penalty)
+    if sampling.no_repeat_ngram_size:
+        logits = ban_repeated_ngrams(logits, row, sampling.no_repeat_ngram_size)
+    if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / how.temperature  # subtracting the maximum first avoids +inf
-    if how.top_k:
-        logits = keep_top_k(logits, how.top_k)
-    if how.top_p < 1:
-        logits = keep_top_p(logits, how.top_p)
-    if how.min_p > 0:
-        logits = keep_min_p(logits, how.min_p)
+    logits = (logits - logits.max()) / sampling.temperature  # subtracting the maximum first avoids +inf
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
     # Inverse transform sampling. A float32 uniform times the float64 sum stays below the sum, and right=True skips
     # tokens of probability 0.
     cumulative = logits.softmax(0).cpu().cumsum(0)  # on the CPU, since a parallel cumsum on a GPU may not be monotonic
@@ -128,7 +128,7 @@ def generate(
     model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
-    how: Sampling,
+    sampling: Sampling,
     seeds: list[int],
     on_token: Callable[[int, int, float], bool],
     n_vocab: int | None = None,
@@ -151,12 +151,12 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        return _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile)
+        return _generate(model, prompts, max_new_tokens, sampling, seeds, on_token, n_vocab, compile)
     finally:
         model.train(was_training)
 
 
-def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, compile) -> list[list[int]]:
+def _generate(model, prompts, max_new_tokens, sampling, seeds, on_token, n_vocab, compile) -> list[list[int]]:
     # on CUDA this uses CUDA graphs, so one call replays all kernels
     one_token = torch.compile(model, mode="reduce-overhead") if compile else model
     block_size, embedding = model.config.block_size, model.transformer.wte.weight
@@ -183,7 +183,7 @@ def _generate(model, prompts, max_new_tokens, how, seeds, on_token, n_vocab, com
         logprobs = logits.log_softmax(-1)
         for i, row in enumerate(rows):
             if active[i]:
-                token = draw(logits[i], row, how, random[i])
+                token = draw(logits[i], row, sampling, random[i])
                 row.append(token)
                 active[i] = not on_token(i, token, float(logprobs[i, token]))
         if not any(active):
@@ -251,7 +251,7 @@ class TextStream:
         return shown
 
 
-def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Sampling | None = None) -> str:
+def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, sampling: Sampling | None = None) -> str:
     """Sample a text without a prompt: from the start-of-document tokens, or from token 0 if there are none."""
     text = TextStream(tokenizer)
     pieces = []
@@ -262,7 +262,13 @@ def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, how: Samp
 
     start = list(tokenizer.before_document) or [0 if tokenizer.eot is None else tokenizer.eot]
     generate(
-        model, [start], max_new_tokens, how or Sampling(temperature=0.8, top_k=200), [seed], on_token, tokenizer.n_vocab
+        model,
+        [start],
+        max_new_tokens,
+        sampling or Sampling(temperature=0.8, top_k=200),
+        [seed],
+        on_token,
+        tokenizer.n_vocab,
     )
     return "".join([*pieces, text.finish()])
 
