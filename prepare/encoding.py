@@ -80,17 +80,23 @@ class Detected(NamedTuple):
 
 def check_name(encoding: str) -> str:
     """Return Python's name of an encoding. Raises UserError if Python has no text encoding of that name."""
+    if name := _text_encoding(encoding):
+        return name
+    names = {*encodings.aliases.aliases, *encodings.aliases.aliases.values(), "utf-8", "utf-16", "shift-jis", "big5"}
+    near = [name for name in difflib.get_close_matches(encoding.lower(), names) if _text_encoding(name)]
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(f"--encoding {encoding!r} is not a text encoding. {hint}Use one such as utf-8, gb18030 or cp1252.")
+
+
+def _text_encoding(encoding: str) -> str | None:
+    """Python's name of an encoding, or None if it has no text encoding of that name."""
     try:
         name = codecs.lookup(encoding).name
         codecs.getincrementaldecoder(name)()
         "a".encode(name)  # fails for codecs that are not text encodings
         return name
     except (LookupError, ValueError):
-        pass
-    names = {*encodings.aliases.aliases, *encodings.aliases.aliases.values(), "utf-8", "utf-16", "shift-jis", "big5"}
-    near = difflib.get_close_matches(encoding.lower(), names, 1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise UserError(f"--encoding {encoding!r} is not a text encoding. {hint}Use one such as utf-8, gb18030 or cp1252.")
+        return None
 
 
 def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
