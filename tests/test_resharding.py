@@ -32,7 +32,7 @@ LONG = [(1, False), (2, True), (4, True), (2, False), (3, True), (1, False)]
 @pytest.mark.parametrize(
     "optimizer, chain",
     [
-        ("muon", SHORT),
+        pytest.param("muon", SHORT, marks=pytest.mark.slow),
         pytest.param("adamw", LONG, marks=pytest.mark.slow),
         pytest.param("muon", LONG, marks=pytest.mark.slow),
     ],

@@ -491,7 +491,7 @@ def test_bad_metrics_neither_end_a_run_nor_keep_it_from_saving(dataset, tmp_path
     capsys.readouterr()
     assert train_here(monkeypatch, *words, "--max_iters=4", "--init_from=resume") == 0
     said = capsys.readouterr().err
-    assert said.count("warning:") == 1 and f"{len(BAD_LINES)} lines" in said and "\x1b" not in said
+    assert said.count("warning:") == 1 and f"{len(BAD_LINES)} " in said and "\x1b" not in said
     assert checkpoint.find(out)[1]["step"] == 4
     lines = report.read_metrics(out / "metrics.jsonl")
     assert lines[: len(good)] == good and lines[len(good)] == {"step": 1, "loss": None, "val_loss": None}

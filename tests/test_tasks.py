@@ -228,7 +228,7 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     (chatting / "empty.txt").write_text("")
     monkeypatch.chdir(chatting)
     for words, *said in (
-        (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has prompt; it should have"),
+        (["o", "--pairs=bad.jsonl"], "line 1 of bad.jsonl has the fields prompt"),
         (["o", "--choices=bad.jsonl"], "line 1 of bad.jsonl needs"),
         (["o", "--pairs=nowhere"], "nowhere cannot be read"),
         (["o", "--pairs=half.jsonl"], "line 1 of half.jsonl is not valid JSON", "surrogates"),
