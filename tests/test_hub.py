@@ -629,7 +629,7 @@ def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypat
     words = "--batch_size=2 --gradient_accumulation_steps=1 --eval_interval=1 --eval_iters=1 --warmup_iters=0".split()
     words += "--device=cpu --dtype=float32 --compile=False --dataset=talk --init_from=base --out_dir=out".split()
     refused(script("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "lora_rank")
-    refused(script("train.py", *words, "--freeze=wte", cwd=tmp_path), "2 tokens that are new", "leave this freeze out")
+    refused(script("train.py", *words, "--freeze=wte", cwd=tmp_path), "2 tokens that are new", "this freeze")
     result = script("train.py", *words, "--block_size=64", "--max_iters=0", cwd=tmp_path)
     assert result.returncode == 0 and "vocabulary of 261" in result.stdout, result.stderr
     idx = tokens(259)
