@@ -78,8 +78,11 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     for path in args.files:
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
+    encodings = encodings_of(args)
     if isinstance(tokenizer, str):
-        messages = (message for _, messages in conversations(args, skip_or_fail(args)) for message in messages)
+        messages = (
+            message for _, messages in conversations(args, encodings, skip_or_fail(args)) for message in messages
+        )
         tokenizer = get_tokenizer(tokenizer, (str(message.get("content", "")) for message in messages))
     tokenizer.chat_template = template_of(args.template) if args.template else chat.choose_template(tokenizer)
     chat.check_learnable(tokenizer)
@@ -90,7 +93,9 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
         lock = files.lock(out, "preparing")
         files.remove(partial)  # left by a preparation that was killed
         partial.mkdir()
-        write_meta(partial, {"format": 1, "name": name} | write_conversations(args, partial, tokenizer, source))
+        write_meta(
+            partial, {"format": 1, "name": name} | write_conversations(args, encodings, partial, tokenizer, source)
+        )
         return pipeline.move_in(partial, out)
     except OSError as error:
         raise UserError(pipeline.explain(error, out, partial, None)) from error
@@ -132,10 +137,12 @@ def skip_or_fail(args: argparse.Namespace, skipped: Skipped | None = None) -> Ca
     return skip if args.skip_bad else reading.fail
 
 
-def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) -> Iterator[tuple[str, Conversation]]:
+def conversations(
+    args: argparse.Namespace, encodings: dict[str, str], bad: Callable[[UserError], None]
+) -> Iterator[tuple[str, Conversation]]:
     """Yield the location of each record, for messages, and its conversation; errors go to `bad`."""
     for path in args.files:
-        for where, record in reading.objects(path, encoding.counted(args.errors), bad, encoding_of(path, args)):
+        for where, record in reading.objects(path, encoding.counted(args.errors), bad, encodings[path]):
             try:
                 messages = read_messages(record)
             except UserError as error:
@@ -144,19 +151,26 @@ def conversations(args: argparse.Namespace, bad: Callable[[UserError], None]) ->
             yield where, messages
 
 
-def encoding_of(path: str, args: argparse.Namespace) -> str:
-    """Return the encoding of a file: that of --encoding, else the one detected from its first bytes."""
-    if args.encoding or reading.suffix(path) == ".parquet":
-        return encoding.check_name(args.encoding or "utf-8")
-    detected = encoding.detect(reading.head(path, encoding.SEARCHED), path, args.errors)
-    if detected.encoding != "utf-8":
-        confidence = "" if detected.confidence is None else f" (confidence {detected.confidence:.2f})"
-        print(printable(f"{path} is read as {detected}{confidence}; --encoding NAME overrides it"), file=sys.stderr)
-    return detected.encoding
+def encodings_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the encoding of each file: that of --encoding, else the one detected from its first bytes. Prints which
+    were detected. Raises UserError for a file that is not text."""
+    given = encoding.check_name(args.encoding) if args.encoding else None
+    found = {path: encoding.Detected(given or "utf-8") for path in args.files}
+    for path in args.files:
+        if reading.suffix(path) != ".parquet":
+            found[path] = encoding.encoding_of(reading.head(path, encoding.SEARCHED), path, given, args.errors)
+    for note in [] if given else encoding.detection_notes(found):
+        print(printable(note), file=sys.stderr)
+    return {path: detected.encoding for path, detected in found.items()}
 
 
 def write_conversations(
-    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, source: dict, val_from: int | None = None
+    args: argparse.Namespace,
+    encodings: dict[str, str],
+    folder: Path,
+    tokenizer: Tokenizer,
+    source: dict,
+    val_from: int | None = None,
 ) -> dict:
     """Write the shards, masks and indices of both splits. Returns their entries of meta.json. Conversations from number
     `val_from` on are for validation; if it is None, the hash of each decides."""
@@ -171,7 +185,9 @@ def write_conversations(
             writers[split] = stack.enter_context(writer)
             mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
             index_writers[split] = stack.enter_context(IndexWriter(folder, split))
-        for where, messages in tqdm(conversations(args, bad), desc="encoding", unit=" conversations", disable=None):
+        for where, messages in tqdm(
+            conversations(args, encodings, bad), desc="encoding", unit=" conversations", disable=None
+        ):
             try:
                 conversation = chat.forms_to_learn(tokenizer, messages)
             except UserError as error:
@@ -212,7 +228,7 @@ def write_conversations(
             f"note: splitting {n} conversations by hash left one split empty; the last {n_val} are used as val",
             file=sys.stderr,
         )
-        return write_conversations(args, folder, tokenizer, source, n - n_val)
+        return write_conversations(args, encodings, folder, tokenizer, source, n - n_val)
     for note in faults.notes("--encoding NAME"):
         print(printable(note), file=sys.stderr)
     if skipped.count:

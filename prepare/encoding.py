@@ -132,6 +132,34 @@ def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
     raise UserError(not_in("utf-8", f"{name} is not UTF-8: byte {wrong}", data[wrong], guesses, line))
 
 
+def encoding_of(data: bytes, name: str, encoding: str | None = None, errors: str = "strict") -> Detected:
+    """Return `encoding` if it is given, else what `detect` returns for these arguments. Raises UserError for a type of
+    file that is not text."""
+    if found := not_text(data):
+        raise UserError(f"{name} is {found[0]}, not text. {found[1]}.")
+    return Detected(encoding) if encoding else detect(data, name, errors)
+
+
+def detection_notes(detected: dict[str, Detected]) -> list[str]:
+    """Return a note per detected encoding other than UTF-8, for the user to check. `detected` has the files by name."""
+    files = {}
+    for name, found in detected.items():
+        if found.encoding != "utf-8":
+            files.setdefault(str(found), []).append(name)
+    notes = []
+    for encoding, names in files.items():
+        confidences = [detected[name].confidence for name in names if detected[name].confidence is not None]
+        basis = f"detected with confidence {min(confidences):.2f}" if confidences else "from its byte order mark"
+        notes.append(f"note: {subject(names)} read as {encoding}, {basis}; --encoding NAME overrides it")
+    return notes
+
+
+def subject(names: list[str]) -> str:
+    """Return the subject of a sentence about these files, with its verb."""
+    others = {1: "", 2: " and another file"}.get(len(names), f" and {len(names) - 1:,} other files")
+    return f"{names[0]}{others} {'is' if len(names) == 1 else 'are'}"
+
+
 def not_in(
     encoding: str | None, where: str, byte: int, guesses: list[tuple[str, float]] = (), line: int | None = None
 ) -> str:

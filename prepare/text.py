@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from acorn import UserError, printable
-from prepare.encoding import SEARCHED, Detected, Faults, check_name, counted, detect, is_html, not_text
+from prepare.encoding import (
+    SEARCHED,
+    Detected,
+    Faults,
+    check_name,
+    counted,
+    detection_notes,
+    encoding_of,
+    is_html,
+    not_text,
+    subject,
+)
 from prepare.reading import has_field, head, naming, records, suffix, text_blocks
 
 TOKENIZER = "gpt2"
@@ -66,7 +77,7 @@ def documents(args: argparse.Namespace) -> "TextFiles":
     if files.skipped:
         print(f"skipped {files.skipped} files that do not look like text", file=sys.stderr)
     for note in files.notes():
-        print(printable(f"note: {note}"), file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     return files
 
 
@@ -85,7 +96,7 @@ class TextFiles:
         self.errors = errors  # strict | replace: what to do with invalid bytes
         self.key = key
         self.encoding = check_name(encoding) if encoding else None  # of all files; None: detected per file
-        self._detected: dict[str, list[tuple[str, float | None]]] = {}  # encoding -> (file, confidence)
+        self._detected: dict[str, Detected] = {}  # by the file's name
         self._html: list[str] = []
         self._printed = set()
         self.sources: list[Source] = []
@@ -138,23 +149,21 @@ class TextFiles:
         encoding = self.encoding or "utf-8"
         if suffix(path) != ".parquet":
             data = head(path, SEARCHED)
-            if (found := not_text(data)) and not in_folder:
-                raise UserError(f"{name} is {found[0]}, not text. {found[1]}.")
-            detected = Detected(encoding)
             try:
-                if not self.encoding and not found:
-                    detected = detect(data, name, self.errors)
+                detected = encoding_of(data, name, self.encoding, self.errors)
             except UserError:
-                if not in_folder or b"\0" not in data:
-                    raise
+                if in_folder and (not_text(data) or b"\0" in data):
+                    self.skipped += 1
+                    return
+                raise
             encoding = detected.encoding
-            if in_folder and (found or (b"\0" in data and encoding == "utf-8")):
+            if in_folder and b"\0" in data and encoding == "utf-8":
                 self.skipped += 1
                 return
             if in_folder:
                 is_records = is_records and has_field(path, self.key or "text", encoding)
-            if not self.encoding and encoding != "utf-8":
-                self._detected.setdefault(str(detected), []).append((name, detected.confidence))
+            if not self.encoding:
+                self._detected[name] = detected
             if not is_records and is_html(data[:1000].decode(encoding, "replace")):
                 self._html.append(name)
         self.sources.append(Source(name, path, is_records, version, encoding))
@@ -191,14 +200,11 @@ class TextFiles:
 
     def notes(self) -> list[str]:
         """Return notes on the files for the user: detected encodings and HTML."""
-        notes = []
-        for encoding, files in self._detected.items():
-            names = [name for name, _ in files]
-            confidences = [confidence for _, confidence in files if confidence is not None]
-            basis = f"detected with confidence {min(confidences):.2f}" if confidences else "from its byte order mark"
-            notes.append(f"{_files(names)} read as {encoding}, {basis}; --encoding NAME overrides it")
+        notes = detection_notes(self._detected)
         if self._html:
-            notes.append(f"{_files(self._html)} HTML; the model will learn its markup, so extract the text first")
+            notes.append(
+                f"note: {subject(self._html)} HTML; the model will learn its markup, so extract the text first"
+            )
         return notes
 
     def fingerprint(self) -> list:
@@ -224,9 +230,3 @@ class TextFiles:
             if note not in self._printed:  # a corpus may be read twice
                 print(printable(note), file=sys.stderr)
             self._printed.add(note)
-
-
-def _files(names: list[str]) -> str:
-    """Return the subject of a sentence about these files, with its verb."""
-    others = {1: "", 2: " and another file"}.get(len(names), f" and {len(names) - 1:,} other files")
-    return f"{names[0]}{others} {'is' if len(names) == 1 else 'are'}"

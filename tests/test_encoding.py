@@ -195,6 +195,29 @@ def test_replaced_bytes_of_conversations_are_counted(capsys):
     assert "replaced" not in capsys.readouterr().err
 
 
+def test_conversations_have_an_encoding_too(capsys):
+    record = {"prompt": CHINESE, "response": CHINESE}
+    for name, data in (
+        ("a.jsonl", (json.dumps(record, ensure_ascii=False) + "\n") * 20),
+        ("a.json", json.dumps([record] * 20, ensure_ascii=False)),
+        ("a.csv", "prompt,response\n" + f'"{CHINESE}","{CHINESE}"\n' * 20),
+    ):
+        Path(name).write_bytes(data.encode("gb18030"))
+        cli.prepare_corpus(["chat", name, "--tokenizer=bpe:300", "--name=x", "--overwrite"])
+        dataset = load_dataset("x")
+        text = dataset.tokenizer.decode(dataset.train.read([0], len(dataset.train))[0])
+        assert text.count(CHINESE) == 36
+        assert capsys.readouterr().err.count(f"{name} is read as GB18030") == 1  # although it is read more than once
+
+
+def test_conversations_in_a_file_that_is_not_text_are_named():
+    for name in ("a.jsonl", "a.csv", "a.json"):
+        Path(name).write_bytes(b"%PDF-1.7\n%\xe2\xe3")
+        for option in ([], ["--encoding=cp1252"], ["--errors=replace"], ["--skip_bad"]):
+            with pytest.raises(UserError, match=rf"{name} is a PDF document, not text.*pdftotext"):
+                cli.prepare_corpus(["chat", name, "--tokenizer=byte", *option])
+
+
 def test_text_that_a_conversion_damaged_before(capsys):
     Path("a.txt").write_text(ENGLISH * 50 + "caf\ufffd\n", encoding="utf-8")
     prepare("a.txt")
