@@ -21,6 +21,12 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def visible(text: str) -> str:
+    """Return `text` as one line in which every character is visible: others, such as line breaks, controls and bytes
+    that are not UTF-8, are escaped as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """Bad input. The message says what is wrong (with the value), where, and what to do."""
 

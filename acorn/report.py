@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError, files, printable
+from acorn import UserError, files, printable, visible
 
 MOST = 1 << 31  # bytes; a larger metrics.jsonl is not read
 FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
@@ -278,11 +278,6 @@ def characters(font: str) -> frozenset[int]:
         return frozenset()
 
 
-def visible(text: str) -> str:
-    """Return `text` with control characters and bytes that are not UTF-8 replaced by escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def import_pyplot():
     import matplotlib
 
@@ -292,12 +287,12 @@ def import_pyplot():
     return pyplot
 
 
-def save_picture(figure, picture: Path) -> None:
-    """Write a matplotlib figure atomically, and close it."""
+def save_picture(figure, picture: Path, format: str | None = None) -> None:
+    """Write a matplotlib figure atomically, and close it. `format` is that of the file's suffix if it is None."""
     temporary = picture.with_name(f".{picture.stem}.writing{picture.suffix}")
     try:
         with files.create(temporary) as file:
-            figure.savefig(file, dpi=120, format=picture.suffix[1:])
+            figure.savefig(file, dpi=120, format=format or picture.suffix[1:])
         os.replace(temporary, picture)
     finally:
         temporary.unlink(missing_ok=True)

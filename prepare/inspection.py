@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files, printable
+from acorn import UserError, files, printable, report, visible
 from acorn.data.shards import KINDS, Dataset, Tokens, load_dataset
 from acorn.data.tokenizer import Tokenizer
 from prepare.pipeline import Reader
@@ -89,7 +89,7 @@ def inspect(args: argparse.Namespace) -> None:
         for _ in range(args.samples if len(tokens) else 0):
             start = int(draw.integers(max(len(tokens) - SAMPLE_TOKENS, 0) + 1))
             print(f"\na sample of {name} from token {start:,} on, with bars between tokens")
-            print(visible(tokenizer, tokens.read([start], min(SAMPLE_TOKENS, len(tokens)))[0]))
+            print(with_bars(tokenizer, tokens.read([start], min(SAMPLE_TOKENS, len(tokens)))[0]))
     if args.verify:
         print()
         verify(dataset)
@@ -145,34 +145,28 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm, mark: int | Non
     return found
 
 
-def visible(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+def with_bars(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     """Return the text of the ids with a bar between tokens. Unprintable and partial characters are escaped."""
     texts = [tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace") for token in ids.tolist()]
-    return "│".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in texts)
+    return "│".join(map(visible, texts))
 
 
 def draw_lengths(lengths: dict[str, Counter], title: str, picture: Path) -> None:
     """Draw a histogram of the document lengths of each split into the PNG file `picture`."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to files, without a display
-    from matplotlib import pyplot as plt
-
     longest = max((max(counted, default=1) for counted in lengths.values()), default=1)
     edges = np.unique(np.geomspace(1, longest + 1, 60).round())
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, counted in lengths.items():
-        positions = [max(length, 1) for length in counted]  # a logarithmic axis has no 0
-        axes.hist(
-            positions, edges, weights=list(counted.values()), alpha=0.6, label=f"{name}, {counted.total():,} documents"
-        )
-    axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents", title=title)
-    axes.legend()
-    tmp_path = picture.with_name(f".{picture.stem}.writing.png")
-    with files.create(tmp_path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(tmp_path, picture)
+    plt = report.import_pyplot()
+    (title,), fonts, note = report.drawable([visible(title)])
+    with plt.rc_context({"font.family": fonts}):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for name, counted in lengths.items():
+            positions = [max(length, 1) for length in counted]  # a logarithmic axis has no 0
+            label = f"{name}, {counted.total():,} documents"
+            axes.hist(positions, edges, weights=list(counted.values()), alpha=0.6, label=label)
+        axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents")
+        axes.set_title("" if note else title, parse_math=False)
+        axes.legend()
+        report.save_picture(figure, picture, "png")
 
 
 def verify(dataset: Dataset) -> None:

@@ -71,8 +71,16 @@ def test_a_dataset_is_described(tmp_path, capsys, monkeypatch):
 
 def test_tokens_are_shown_one_by_one():
     ids = np.array([GPT2Tokenizer.eot, *GPT2Tokenizer().encode("to be\n\x1b")])
-    assert inspection.visible(GPT2Tokenizer(), ids) == r"<|endoftext|>│to│ be│\n│\x1b"
-    assert inspection.visible(BYTE, BYTE.encode("né")) == r"n│\xc3│\xa9"
+    assert inspection.with_bars(GPT2Tokenizer(), ids) == r"<|endoftext|>│to│ be│\n│\x1b"
+    assert inspection.with_bars(BYTE, BYTE.encode("né")) == r"n│\xc3│\xa9"
+
+
+def test_a_name_that_is_no_formula_can_be_drawn(tmp_path):
+    for title in ("data/a$b_^$", "data/a\nb\x1b", "data/\udcff"):
+        inspection.draw_lengths({"train": Counter({3: 2})}, title, tmp_path / "lengths.png")
+    inspection.draw_lengths({}, "x", tmp_path / "here")  # a PNG file, whatever its name
+    assert {path.name for path in tmp_path.iterdir()} == {"lengths.png", "here"}
+    assert (tmp_path / "here").read_bytes().startswith(b"\x89PNG")
 
 
 def test_files_of_others(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from acorn import UserError, report
+from acorn import UserError, report, visible
 
 
 def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path):
@@ -172,7 +172,7 @@ def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_
         assert report.drawable(["a", f"x{rare}"]) == (["a", f"x{rare}"], ["DejaVu Sans", "STIXGeneral"], None)
         names, _, note = report.drawable(["a", f"x\U0010fffd{rare}"])
     assert names == ["a", "run 2"] and f"run 2 is x\U0010fffd{rare}" in note
-    assert report.visible("a\nb\x1b[31m\udcff中") == "a\\nb\\x1b[31m\\udcff中"
+    assert visible("a\nb\x1b[31m\udcff中") == "a\\nb\\x1b[31m\\udcff中"
 
 
 def test_the_axis_shows_the_losses_after_the_fall(figures, tmp_path):

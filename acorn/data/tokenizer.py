@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acorn import UserError, files
+from acorn import UserError, files, visible
 from acorn.data import sandbox
 
 KINDS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base")  # besides bpe:SIZE and the path of a tokenizer.json
@@ -161,10 +161,9 @@ class CharTokenizer(Tokenizer):
         if ids.size and ids.min() < 0:
             position = int(np.argmin(ids))
             char = text[position]
-            shown = char if char.isprintable() else ascii(char)[1:-1]
             raise UserError(
-                f"the character '{shown}' (U+{ord(char):04X}) at position {position} is not among the {self.n_vocab} "
-                "characters of this tokenizer. Remove it, or prepare the data with --tokenizer gpt2."
+                f"the character '{visible(char)}' (U+{ord(char):04X}) at position {position} is not among the "
+                f"{self.n_vocab} characters of this tokenizer. Remove it, or prepare the data with --tokenizer gpt2."
             )
         return ids
 
