@@ -317,6 +317,19 @@ def test_a_reply_may_end_with_two_tokens(tmp_path):
         assert chat.stop_ids(ours) >= {ours.control["<|END_RESPONSE|>"], ours.control["<|END_OF_TURN_TOKEN|>"]}
 
 
+@pytest.mark.parametrize("name", ["llama-3", "phi-3"])  # a reply of phi-3 is followed by two control tokens
+def test_a_conversation_is_rendered_only_as_often_as_needed(tmp_path, monkeypatch, name):
+    tokenizer = load_hf(with_control(tmp_path, *TEMPLATES[name]))
+    chat.forms_to_learn(tokenizer, PAIR)
+    rendered, render = [], chat._render_template
+    monkeypatch.setattr(chat, "_render_template", lambda **arguments: rendered.append(arguments) or render(**arguments))
+    chat.forms_to_learn(tokenizer, PAIR)
+    assert len(rendered) == 2  # the prompt, and the whole
+    chat.check_learnable(tokenizer)
+    tokenizer.chat_template = chat.PLAIN.replace("eos_token", "'<|endoftext|>'")
+    assert chat.stop_ids(tokenizer) >= {tokenizer.control["<|endoftext|>"]}  # not that of the last template
+
+
 def test_templates_that_take_lists_of_parts(tmp_path):
     """Templates of models for images lose a content that is a text, and say nothing."""
     transformers = pytest.importorskip("transformers")

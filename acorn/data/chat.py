@@ -169,10 +169,11 @@ def _render_last_reply(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.n
     return np.concatenate([prompt, ids]), np.arange(len(prompt) + len(ids)) >= len(prompt)
 
 
-def _last_reply(tokenizer: Tokenizer, messages: list[dict]) -> str:
-    """Return the text of the last message after the generation prompt. Raises UserError if the rendered conversation
-    does not begin with that prompt."""
-    prompt, whole = _fill_in(tokenizer, messages[:-1], True), _fill_in(tokenizer, messages, False)
+def _last_reply(tokenizer: Tokenizer, messages: list[dict], prompt: str | None = None, whole: str | None = None) -> str:
+    """Return the text of the last message after the generation prompt. The rendered prompt and conversation are reused
+    if they are given. Raises UserError if the conversation does not begin with the prompt."""
+    prompt = _fill_in(tokenizer, messages[:-1], True) if prompt is None else prompt
+    whole = _fill_in(tokenizer, messages, False) if whole is None else whole
     if not whole.startswith(prompt):
         reply = _reply_without_system(tokenizer, messages)
         if reply and whole.endswith(reply):
@@ -203,7 +204,7 @@ def _reply_length(tokenizer: Tokenizer, reply: str) -> int:
             "the chat template ends a reply without a control token of this tokenizer. Choose another --template."
         )
     if len(ends) > 1:  # others may be inside the reply, such as around a tool call, or after it, such as end of text
-        stop = "".join(_stop_names(tokenizer))
+        stop = "".join(_stop_names(tokenizer, tokenizer.chat_template))
         if stop and stop in reply:
             return reply.rindex(stop) + len(stop)
         ends = [end for end in ends if tokenizer.control[end[0]] in tokenizer.ends] or ends
@@ -228,13 +229,14 @@ def _around_content(tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _stop_name(tokenizer: Tokenizer) -> str | None:
     """Return the name of the control token that ends a reply; None if the template ends it with text."""
-    return next(iter(_stop_names(tokenizer)), None)
+    return next(iter(_stop_names(tokenizer, tokenizer.chat_template)), None)
 
 
-def _stop_names(tokenizer: Tokenizer) -> list[str]:
+@functools.lru_cache(1)  # preparation needs it for each conversation
+def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     """Return the names of the control tokens that end a reply: the first one after it, and any end tokens that follow
     immediately, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". A token that appears only at the end of a conversation
-    does not count."""
+    does not count. `template` is the tokenizer's, as a key of the cache."""
     talk = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
     _, found, after = _fill_in(tokenizer, talk, True).rpartition(PROBE)
     if not found or not _any_of(tokenizer.control).search(after):
@@ -244,7 +246,7 @@ def _stop_names(tokenizer: Tokenizer) -> list[str]:
         if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
             break
         names, end = [*names, found[0]], found.end()
-    return names
+    return tuple(names)
 
 
 def as_content(tokenizer: Tokenizer, reply: str) -> str:
@@ -312,7 +314,8 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
             prompt = _fill_in(tokenizer, messages[:i], True)
             if not whole.startswith(prompt) and i + 1 < len(messages):
                 raise RewrittenHistory(REWRITTEN)
-            reply = _last_reply(tokenizer, messages[: i + 1])
+            is_last = i + 1 == len(messages) and not add_generation_prompt
+            reply = _last_reply(tokenizer, messages[: i + 1], prompt, whole if is_last else None)
             reply = reply[: _reply_length(tokenizer, reply)]
             if not whole.startswith(prompt + reply) or len(prompt) < done:
                 raise RewrittenHistory(REWRITTEN)
