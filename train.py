@@ -24,14 +24,13 @@ from acorn.evaluation.loss import evaluate_mixture
 from acorn.inference.generate import sample_text
 from acorn.training import autotune
 from acorn.training.accumulate import Accumulator
-from acorn.training.optim import make_optimizers, rate_change
+from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
 from acorn.training.run import (
     RunState,
     SkippedUpdates,
     command,
     dry_run,
     say,
-    set_learning_rates,
     start_writing,
     stop_at_signals,
 )
@@ -153,8 +152,16 @@ def main() -> int:
             log(f"note: {change}")
 
     # ---- optimizer
-    rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
-    optimizers = make_optimizers(model, s.optimizer, *rates, dist.device.type, arithmetic.torch_muon_dtype)
+    optimizers = make_optimizers(
+        model,
+        s.optimizer,
+        s.learning_rate,
+        s.muon_lr,
+        s.weight_decay,
+        (s.beta1, s.beta2),
+        dist.device.type,
+        arithmetic.torch_muon_dtype,
+    )
     if resumed:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 
@@ -211,8 +218,11 @@ def main() -> int:
         evaluates = due and not stop and (state.evaluated_at != step or s.eval_only)
         if evaluates:
             began = time.perf_counter()
-            how = (dist, accumulator.micro_batch, s.block_size, s.eval_iters * s.batch_size, token_bytes)
-            train, val = (evaluate_mixture(model, data, split, *how) for split in ("train", "val"))
+            size, n_sequences_evaluated = accumulator.micro_batch, s.eval_iters * s.batch_size
+            train, val = (
+                evaluate_mixture(model, data, split, dist, size, s.block_size, n_sequences_evaluated, token_bytes)
+                for split in ("train", "val")
+            )
             best, failed = checkpoints.evaluated(val["loss"])
             log(report.evaluation_line(step, train, val))
             if s.eval_only:

@@ -513,7 +513,7 @@ def main() -> int:
     def cell(value, places: int = 99) -> str:
         if value is None:
             return "-"
-        value = round(value, places) if isinstance(value, float) else value
+        value = round(value, 0 if abs(value) >= 1000 else places) if isinstance(value, float) else value
         return f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) and abs(value) >= 1 else f"{value}"
 
     rows = [["", *names]]

@@ -215,7 +215,6 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
             words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
             block_size = _block_size(tokenizer)
             words += f" --block_size={block_size}" if block_size < 256 else ""  # 256 is the config's block_size
-            words += " --document_mask=False" if kind == "char" else ""  # char has no end-of-text token
         else:
             words = f"config/quickstart.py {words}"
         command = f"python train.py {words}"

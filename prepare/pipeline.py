@@ -106,7 +106,7 @@ def prepare(
     When val has `val_tokens` tokens, further tokens for val go to train. `max_tokens` limits the whole dataset.
 
     After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
-    result is identical to the byte. An existing dataset is replaced only with `overwrite`, once the new is complete.
+    result is byte-identical. An existing dataset is replaced only with `overwrite`, once the new one is complete.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be between 0 and 1, such as 0.1")

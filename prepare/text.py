@@ -1,9 +1,9 @@
 """your own text: files, folders, globs, or - for standard input; .gz and .zst are decompressed
 
 Each file is a document. In .jsonl, .parquet and .csv files, each record is a document: its field --key. A folder is
-read recursively, in sorted order: files with a text suffix (.txt, .md, source code, records), without hidden and binary
-files. A .jsonl or .csv file in a folder that lacks the field is one document. A file that you name is read whatever its
-suffix.
+read recursively, in sorted order: only files with a text suffix (.txt, .md, source code, records), but no hidden or
+binary files. A .jsonl or .csv file in a folder that lacks the field is one document. A file that you name is read
+regardless of its suffix.
 
 UTF-8, UTF-16, GB18030, Big5, Shift-JIS, EUC-JP and EUC-KR are detected if they are unambiguous; --encoding names
 another encoding. Line breaks become \\n, as in Python's text mode; strings in JSON and parquet are not changed.

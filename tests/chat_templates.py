@@ -1,8 +1,8 @@
 """Chat templates that tests/test_chat.py renders with acorn and with transformers.
 
-TEMPLATES: short templates of our own for published formats: name -> the control tokens, and the template.
-PUBLISHED: templates as models ship them, from the package trl: name of the file -> the control tokens.
-BOS and EOS are the first two control tokens of each list.
+TEMPLATES: short templates in published formats: name -> control tokens and template.
+PUBLISHED: templates that models ship, from the package trl: file name -> control tokens.
+The first two control tokens of each list are BOS and EOS.
 """
 
 S = ["<s>", "</s>"]
@@ -15,7 +15,7 @@ CHATML = (
 
 
 def system_in_first_turn(open_turn: str, close_turn: str, reply: str) -> str:
-    """A system message stands inside the first user turn."""
+    """Return a template that writes the system message into the first user turn."""
     return (
         "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
         "{% if m.role == 'system' %}{% set ns.system = m.content %}"
@@ -218,7 +218,7 @@ TEMPLATES = {
     ),
 }
 
-# cannot be learned, and chats all the same
+# unsuitable for training, but works for sampling
 DEEPSEEK_R1 = (
     ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
@@ -268,8 +268,9 @@ PUBLISHED = {
     "qwen3_5_nothink": IM,
     "qwen3_8": IM,
 }
-NEED_THOUGHTS = {"nemotron_3_nano", "nemotron_3_ultra"}  # they open a reply with <think> and cannot learn one without
-CHAT_ONLY = {  # they cannot be learned, and chat all the same: name -> the control tokens, and the reason
+# they open a reply with <think>, so replies without reasoning cannot be learned
+NEED_THOUGHTS = {"nemotron_3_nano", "nemotron_3_ultra"}
+CHAT_ONLY = {  # unsuitable for training, but work for sampling: name -> control tokens and reason
     "deepseek_r1_distill": (DEEPSEEK_R1[0], "<think>"),
     "deepseekv3": (DEEPSEEK_R1[0], "<think>"),
     "glm4moe": (["<|endoftext|>", "<|endoftext|>", "<|user|>", "<|assistant|>"], "ends a reply"),

@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)  # two test processes side by side on two cores
 REPO = Path(__file__).resolve().parent.parent
-# makes the libraries of a newer CPU compute as on one that has AVX2 and no more
+# restricts the libraries to AVX2 on a newer CPU
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 # a tiny run: some 30 thousand parameters, 40 updates of 256 tokens, a few seconds

@@ -1,6 +1,6 @@
-"""A Llama model from a GGUF file as a Hugging Face folder: python tests/gguf_llama.py FILE.gguf FOLDER
+"""Convert a Llama model in GGUF format to a Hugging Face folder: python tests/gguf_llama.py FILE.gguf FOLDER
 
-`write_gpt2` goes the other way with GPT-2's form.
+`write_gpt2` converts a GPT-2 folder to GGUF.
 """
 
 import json
@@ -83,8 +83,8 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def write_gpt2(folder: Path, target: Path) -> None:
-    """Write a GPT-2 folder as GGUF, by the entries of config.json that llama.cpp's own converter reads. Token i has the
-    text `ti;`, so that the ids can be read off."""
+    """Write a GPT-2 folder as GGUF. Token i has the text `ti;`, so that generated text shows the ids.
+    Only the entries of config.json that llama.cpp's converter reads are used."""
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
     writer = gguf.GGUFWriter(target, "gpt2")
@@ -97,7 +97,7 @@ def write_gpt2(folder: Path, target: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"t{i};" for i in range(config["vocab_size"])])
-    writer.add_token_merges(["t 0"])  # not used, but due
+    writer.add_token_merges(["t 0"])  # unused, but required
     for name, weight in tensors.items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.t().contiguous()

@@ -1,4 +1,4 @@
-"""autotune.py: the arithmetic of a run is chosen by measuring, and kept."""
+"""acorn/training/autotune.py: a run chooses its arithmetic by measuring, and keeps it when it resumes."""
 
 import dataclasses
 import json
@@ -30,11 +30,11 @@ def test_emulated_bfloat16_is_never_chosen():
     assert done.returncode == 0, done.stderr
     chosen, notes = json.loads(done.stdout)
     assert chosen["dtype"] == chosen["muon_dtype"] == "float32"
-    assert "float32" in notes[-1] and "bfloat16" in notes[-1]  # it says what was compared
+    assert "float32" in notes[-1] and "bfloat16" in notes[-1]  # the candidates
 
 
 def test_the_choice_is_the_fastest_and_leaves_no_trace(monkeypatch):
-    """With a CPU on which bfloat16 takes half the time, and then one on which it takes twice as long."""
+    """Simulate a CPU on which bfloat16 takes half the time, and one on which it takes twice as long."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     monkeypatch.setattr(autotune, "bfloat16_slowdown", lambda: 1.0)
     for speed, winner in ((0.5, "bfloat16"), (2.0, "float32")):

@@ -1,4 +1,4 @@
-"""Batches of conversations: what a row shows is what transformers renders, whole, apart, and each once an epoch."""
+"""Batches of conversations: rows hold what transformers renders, whole and separate, each once per epoch."""
 
 import itertools
 import json
@@ -23,11 +23,11 @@ from prepare.__main__ import prepare_corpus
 from sample import fit_conversation
 from tests.conftest import TEXT, script
 
-ZEPHYR = (  # eos ends the user's turns too
+ZEPHYR = (  # eos also ends the user's turns
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-LLAMA_2 = (  # the system message inside the first question, a BOS before each
+LLAMA_2 = (  # the system message is inside the first question; a BOS precedes each question
     "{% set system = messages[0].content if messages[0].role == 'system' else none %}"
     "{% for m in (messages if system is none else messages[1:]) %}{% if m.role == 'user' %}"
     "{{ bos_token + '[INST] ' + ('<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system is not none else '')"
@@ -38,13 +38,13 @@ VICUNA = (
     "{% else %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-MISTRAL = (  # the system message goes with the last question, so history is rewritten
+MISTRAL = (  # the system message is inside the last question, so each turn rewrites history
     "{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
     "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
     "{{ '[INST] ' + (system if loop.revindex <= (1 if add_generation_prompt else 2) else '') + m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
-LAST_THINKS = (  # an empty thought before the last reply only, as hybrid thinkers render history
+LAST_THINKS = (  # only the last reply has an empty thought, as in hybrid reasoning models
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' and loop.last %}"
     "{{ '(thought)' }}{% endif %}{{ m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -61,7 +61,7 @@ TEMPLATES = {
 
 
 def write_tokenizer(folder: Path, template: str) -> Path:
-    """A Hugging Face tokenizer without <|endoftext|>, whose eos is also what marks the end of a text."""
+    """Write a Hugging Face tokenizer without <|endoftext|>, whose eos also marks the end of a text."""
     folder.mkdir()
     config = train_bpe([TEXT], 300).config
     added = config["added_tokens"][0]
@@ -81,7 +81,7 @@ def turns(*texts: str, system: str | None = None) -> list[dict]:
 
 
 def talks(n: int) -> list[list[dict]]:
-    """Conversations of one to four turns, each with words of its own; some with a system message."""
+    """Return conversations of one to four turns with different words; some have a system message."""
     chance, words, made = random.Random(0), TEXT.split(), []
     for i in range(n):
         says = [" ".join(chance.sample(words, chance.randint(2, 25))) + f" {i}.{k}" for k in range(2 * (i % 4 + 1))]
@@ -98,7 +98,7 @@ def whole_split(tokens, block_size: int) -> tuple:
 
 
 def documents_of(x, y, documents) -> list[tuple]:
-    """Each document of the rows, as its inputs and targets; padding left out."""
+    """Return the inputs and targets of each document in the rows, without padding."""
     found = []
     for row in range(len(x)):
         for n in range(documents[row].max() + 1):
@@ -109,11 +109,11 @@ def documents_of(x, y, documents) -> list[tuple]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Against transformers
+# Comparison with transformers
 
 
 def expected_documents(theirs, messages: list[dict], block_size: int, rewrites: bool, ends: set[int]) -> list[tuple]:
-    """What rows should hold of a conversation, by transformers' ids."""
+    """Return the documents that rows should hold for a conversation, computed with transformers."""
 
     def ids_of(messages: list[dict], prompt: bool) -> list[int]:
         return theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
@@ -131,7 +131,7 @@ def expected_documents(theirs, messages: list[dict], block_size: int, rewrites: 
     found = []
     at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for last in at if rewrites else at[-1:]:
-        for kept in range((last + 1) // 2, 0, -1):  # turns
+        for kept in range((last + 1) // 2, 0, -1):  # number of turns to keep
             system = [message for message in messages[:1] if message["role"] == "system"]
             shown = system + messages[last + 1 - 2 * kept : last + 1]
             replies = [i for i, message in enumerate(shown) if message["role"] == "assistant"]
@@ -162,7 +162,7 @@ def test_rows_show_what_transformers_renders(tmp_path, monkeypatch, name):
         expected = [expected_documents(theirs, each, block_size, rewrites(each), ends) for each in conversations]
         assert sorted(found) == sorted(itertools.chain(*expected))
 
-    # each learned reply stands behind the ids that sample.py shows before it
+    # the ids before each learned reply are those that sample.py gives the model
     for messages in conversations[:8]:
         for end in range(2, len(messages) + 1):
             if messages[end - 1]["role"] == "assistant":
@@ -178,7 +178,7 @@ def test_a_sampled_reply_reads_in_the_next_turn_as_it_was_learned(tmp_path, name
     tokenizer = load_hf(write_tokenizer(tmp_path / "hf", TEMPLATES[name]))
     messages = turns("Who goes there", "take the key", "Why")
     [[(ids, learned)]] = chat.forms_to_learn(tokenizer, messages[:2])
-    reply = tokenizer.decode(ids[learned][:-1])  # what sampling shows, without the token that ends it
+    reply = tokenizer.decode(ids[learned][:-1])  # what sampling shows: the reply without its end token
     content = chat.as_content(tokenizer, reply)
     again = [messages[0], {"role": "assistant", "content": content}, messages[2]]
     assert content.strip() == "take the key"
@@ -202,7 +202,7 @@ def test_long_conversations_take_few_renderings(tmp_path, monkeypatch, name, mos
 
 @pytest.fixture
 def zephyr(tmp_path, monkeypatch):
-    """A dataset of conversations whose template ends every turn with eos."""
+    """Prepare a dataset of conversations whose template ends every turn with eos."""
     monkeypatch.chdir(tmp_path)
     folder = write_tokenizer(tmp_path / "hf", ZEPHYR)
     write_talks(tmp_path / "talks.jsonl", talks(120))
@@ -213,7 +213,7 @@ def zephyr(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_packing_is_best_fit_with_each_item_once(size):
     needs = np.random.default_rng(size).integers(1, size + 1, 300)
-    rows = []  # the definition, without any index
+    rows = []  # computed from the definition, without an index
     for item in sorted(range(300), key=lambda item: -needs[item]):
         room = [size - sum(needs[other] for other in row) for row in rows]
         fitting = [(left, k) for k, left in enumerate(room) if left >= needs[item]]
@@ -233,18 +233,18 @@ def test_every_conversation_once_an_epoch_from_one_integer(zephyr):
         assert all(documents_of(*epoch) == whole for epoch in epochs)
         assert len({epoch[0].tobytes() for epoch in epochs}) == 3
         stream = [np.concatenate(parts) for parts in zip(*epochs, strict=True)]
-        for first, count in ((0, 1), (n - 2, 5), (2 * n + 1, 3)):  # any split gives the same rows, across epochs too
+        for first, count in ((0, 1), (n - 2, 5), (2 * n + 1, 3)):  # any split gives the same rows, also across epochs
             for part, all_ in zip(batches.sample(zephyr.train, block_size, first, count, 3), stream, strict=True):
                 assert (part == all_[first : first + count]).all()
         other = batches.sample(zephyr.train, block_size, 0, n, seed=4)[0]
         assert (other != epochs[0][0]).any()
-    x, y, documents = batches.in_order(zephyr.train, 64, n + 10**6, 2)  # beyond the end
+    x, y, documents = batches.in_order(zephyr.train, 64, n + 10**6, 2)  # after the last row
     assert (y == -1).all() and not x.any() and not documents.any()
 
 
 @pytest.mark.parametrize("block_size", [64, 128, 256, 512, 1024])
 def test_no_reply_is_learned_without_its_question(zephyr, block_size):
-    """Each conversation here has words of its own, so a question is found by its number."""
+    """Questions and replies are numbered, so the question of each reply can be identified."""
     tokenizer = zephyr.tokenizer
     n_replies = 0
     for x, y in documents_of(*whole_split(zephyr.train, block_size)):
@@ -253,7 +253,7 @@ def test_no_reply_is_learned_without_its_question(zephyr, block_size):
         for run in np.split(learned, np.flatnonzero(np.diff(learned) > 1) + 1):
             before = tokenizer.decode(x[: run[0] + 1])
             question = before.rsplit("<|user|>\n", 1)[1]
-            number = question.split("</s>")[0].rsplit(" ", 1)[1]  # such as 17.2, which 17.3 answers
+            number = question.split("</s>")[0].rsplit(" ", 1)[1]  # such as 17.2, whose reply is 17.3
             reply = tokenizer.decode([token for token in y[run[0] : run[-1] + 1]])
             conversation, k = number.split(".")
             assert question.endswith("</s>\n<|assistant|>\n")
@@ -306,7 +306,7 @@ def test_a_mixture_of_conversations_and_text(zephyr, tmp_path):
         rows = documents_of(x[~is_text], y[~is_text], documents[~is_text])
         assert set(rows) <= set(documents_of(*whole_split(zephyr.train, 64)))
         begins = np.diff(documents[is_text], prepend=0) > 0
-        if mixture is masked:  # and a seam, where the epoch's windows come to the end of the stream
+        if mixture is masked:  # one more document may begin where a window wraps around the end of the stream
             assert (begins >= (x[is_text] == eos))[:, 1:].all() and begins.sum() <= (x[is_text] == eos).sum() + 2
         else:
             assert not documents[is_text].any()
@@ -342,7 +342,7 @@ def test_an_index_that_does_not_belong_is_refused(zephyr):
 def test_a_reply_whose_question_a_limit_cut_is_not_learned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_talks(tmp_path / "cut.jsonl", [turns("u" * 26, "A" * 20, "vvv", "B" * 10)] * 30 + [turns("w", "C")] * 30)
-    write_talks(tmp_path / "one.jsonl", [turns(f"{i}", "C") for i in range(60)])  # something for either split
+    write_talks(tmp_path / "one.jsonl", [turns(f"{i}", "C") for i in range(60)])  # so that neither split is empty
     prepare_corpus("chat cut.jsonl one.jsonl --tokenizer byte --max_tokens 60".split())
     dataset = load_dataset("cut")
     learned = Counter()
@@ -354,7 +354,7 @@ def test_a_reply_whose_question_a_limit_cut_is_not_learned(tmp_path, monkeypatch
 
 
 def letters(n: int, alphabet: str = string.ascii_lowercase) -> list[dict]:
-    """The reply is the letter in the question: who does not see the question cannot know it."""
+    """The reply is the letter in the question, so it can be predicted only from the question."""
     chance = random.Random(1)
     said = [(chance.randrange(100_000), chance.choice(alphabet)) for _ in range(n)]
     return [{"prompt": f"{number} {letter}", "response": letter} for number, letter in said]
@@ -375,7 +375,7 @@ def test_a_model_sees_the_question_where_eos_ends_it(tmp_path, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     found = evaluate(model, data.datasets[0].val, runtime.setup("cpu", "float32", False), 8, 64)
-    assert found["loss"] < 0.4  # ln 4 / 2 = 0.693 where it is blind
+    assert found["loss"] < 0.4  # ln 4 / 2 = 0.693 without the question
 
 
 def letters_loss(folder: Path, n: int, updates: int) -> float:
@@ -396,4 +396,4 @@ def letters_loss(folder: Path, n: int, updates: int) -> float:
 
 @pytest.mark.slow
 def test_a_model_learns_what_only_the_question_tells(tmp_path):
-    assert letters_loss(tmp_path, 2000, 500) < 0.3  # ln 26 / 2 = 1.629 where it is blind
+    assert letters_loss(tmp_path, 2000, 500) < 0.3  # ln 26 / 2 = 1.629 without the question

@@ -135,7 +135,7 @@ def bpe_config() -> str:
 
 
 def with_control(folder: Path, control: list[str], template: str, **files) -> Path:
-    """A folder with a byte-level tokenizer that has these control tokens, BOS and EOS first, and the template."""
+    """Write a byte-level tokenizer with these control tokens (BOS and EOS first) and this template."""
     config = json.loads(bpe_config())
     first = config["added_tokens"].pop()
     for i, name in enumerate(dict.fromkeys(control), first["id"]):
@@ -168,8 +168,8 @@ def conversation(n_turns: int, system: bool = False) -> list[dict]:
 
 
 def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -> None:
-    """The ids are transformers', and the learned mask is on the replies and their ends: it begins where transformers'
-    prompt for a reply ends, and ends behind the content and the control tokens that close it."""
+    """The ids equal those of transformers. The learned mask covers each reply: it begins where transformers' prompt for
+    the reply ends, and ends after the content and the control tokens that close the reply."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
     for messages, extras in talks:
@@ -182,7 +182,7 @@ def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -
         prompts = {i: expected(messages[:i], add_generation_prompt=True) for i in replies}
         assert chat.render(ours, messages[:-1]).tolist() == prompts[replies[-1]]
         examples = [forms[0] for forms in chat.forms_to_learn(ours, messages)]
-        if len(examples) == 1:  # all replies in one
+        if len(examples) == 1:  # one example holds all replies
             learns = [replies]
             assert chat.render_to_learn(ours, messages)[0].tolist() == expected(messages)
         else:  # the template rewrites history
@@ -203,7 +203,7 @@ def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -
 
 
 def talks_of(template: str, **fields) -> list[tuple[list[dict], dict]]:
-    """Conversations of one to four turns, with a system message and with tools where the template takes them."""
+    """Return conversations of one to four turns, with a system message and tools if the template supports them."""
     has_system = "no system" not in template and "System role not supported" not in template
     talks = [(conversation(n, system), {}) for n in (1, 2, 3, 4) for system in {False, has_system}]
     if "tools" in template and "tool_calls" in template:
@@ -218,7 +218,7 @@ def test_published_formats_give_transformers_ids_and_learn_the_replies(tmp_path,
 
 
 def published(name: str) -> str:
-    """A chat template that models ship. It is read without importing trl, which takes seconds."""
+    """Return a chat template that models ship. It is read without importing trl, which takes seconds."""
     trl = importlib.util.find_spec("trl")
     if trl is None:
         pytest.skip("pip install trl")
@@ -244,7 +244,7 @@ def test_published_templates_that_cannot_be_learned_can_chat(tmp_path, name):
 
 
 def assert_can_only_chat(folder: Path, reason: str) -> None:
-    """Prompts for a reply have transformers' ids, and learning is refused with the reason."""
+    """Prompts have the ids of transformers. Training is refused, and the message gives the reason."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
     for n in (1, 2, 3, 4):
@@ -283,7 +283,7 @@ def test_thinking_is_learned_as_transformers_renders_it(tmp_path):
 
 
 def test_a_system_message_in_the_last_user_turn_is_seen_by_each_reply(tmp_path):
-    """As Mistral's templates have it: a finished conversation has no system message any more."""
+    """As in Mistral's templates, the system message is absent once the last user turn has a reply."""
     template = (
         "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
         "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
@@ -299,7 +299,7 @@ def test_a_system_message_in_the_last_user_turn_is_seen_by_each_reply(tmp_path):
         prompt = theirs.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
         assert ids[~learned].tolist() == prompt == chat.render(ours, messages[:i]).tolist()
         assert ours.decode(ids[learned]) == messages[i]["content"] + "</s>" and learned[len(prompt) :].all()
-    assert len(chat.forms_to_learn(ours, messages[1:])) == 1  # without one, all replies are learned at once
+    assert len(chat.forms_to_learn(ours, messages[1:])) == 1  # without a system message, one example holds all replies
 
 
 def test_a_reply_may_end_with_two_tokens(tmp_path):
@@ -308,7 +308,7 @@ def test_a_reply_may_end_with_two_tokens(tmp_path):
         "{% for m in messages %}<|START|>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<|END_RESPONSE|>"
         "{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START|>assistant:"
     )
-    for at_the_end in ("", "<bos>"):  # what no reply inside a conversation has is not learned
+    for at_the_end in ("", "<bos>"):  # a token that appears only at the end is not learned
         closed = template + "{% else %}" + at_the_end + "{% endif %}"
         ours = load_hf(with_control(tmp_path / f"t{at_the_end}", control, closed))
         ids, learned = chat.render_to_learn(ours, conversation(2))
@@ -331,7 +331,7 @@ def test_a_conversation_is_rendered_only_as_often_as_needed(tmp_path, monkeypatc
 
 
 def test_templates_that_take_lists_of_parts(tmp_path):
-    """Templates of models for images lose a content that is a text, and say nothing."""
+    """Templates of multimodal models silently drop content that is a string."""
     transformers = pytest.importorskip("transformers")
     loop = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
     for content in (loop, "{{ m.content[0].text }}"):
@@ -372,13 +372,13 @@ def test_fields_the_template_lacks_are_refused_or_named(tmp_path):
     ):
         with pytest.raises(UserError, match="does not render tool"):
             chat.render_to_learn(tokenizer, read_messages(record))
-    tokenizer.chat_template = tokenizer.chat_template + "{# tool_calls #}"  # it looks as if it had a place for them
+    tokenizer.chat_template = tokenizer.chat_template + "{# tool_calls #}"  # mentions them, but does not render them
     with pytest.raises(UserError, match="does not render the call of 'weather'"):
         chat.render_to_learn(tokenizer, read_messages({"messages": CALLING}))
     named = [PAIR[0] | {"name": "Ann"}, PAIR[1] | {"thinking": "hm"}]
     assert chat.unused_fields(tokenizer, named) == {"name", "thinking"}
     tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["qwen3"]))
-    assert chat.unused_fields(tokenizer, named) == set()  # there `name` is that of a function
+    assert chat.unused_fields(tokenizer, named) == set()  # this template uses `name` for functions
 
 
 def test_arguments_as_json_text_are_not_made_json_twice(tmp_path):
@@ -388,7 +388,7 @@ def test_arguments_as_json_text_are_not_made_json_twice(tmp_path):
         tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES[name]))
         expected = chat.render_to_learn(tokenizer, CALLING)
         assert chat.render_to_learn(tokenizer, messages)[0].tolist() == expected[0].tolist()
-    tokenizer.chat_template = (  # a template that takes the text
+    tokenizer.chat_template = (  # a template that needs the arguments as text
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
         "{{ c.function.name + c.function.arguments }}{% endfor %}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -520,8 +520,8 @@ def test_a_limit_takes_the_oldest_turns_then_the_end_of_a_reply():
 
     assert lengths(None) == lengths(10) == [10, 8, 5]
     assert lengths(9) == lengths(8) == [8, 5] and lengths(7) == [5]
-    assert lengths(4) == [4] and lengths(3) == []  # of 0 1 2 | 3 4 the reply's 3 stays, then nothing
-    assert limited([(np.arange(2), np.array([True, False]))], None) == []  # the first token is no target
+    assert lengths(4) == [4] and lengths(3) == []  # of 0 1 2 | 3 4, limit 3 leaves no reply
+    assert limited([(np.arange(2), np.array([True, False]))], None) == []  # the first token is never a target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +538,7 @@ def pairs(tmp_path, monkeypatch) -> Path:
 
 
 def targets(tokens, block_size) -> list[int]:
-    """The learned tokens of a split, sorted."""
+    """Return the learned tokens of a split, sorted."""
     y = batches.in_order(tokens, block_size, 0, batches.samples_per_epoch(tokens, block_size))[1]
     return sorted(y[y >= 0].tolist())
 
@@ -692,7 +692,7 @@ def test_conversations_that_are_all_equal_are_split_by_their_place(tmp_path, mon
 def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = [json.dumps({"prompt": f"{i}?", "response": "yes", "weight": 1}) for i in range(40)]
-    calling = json.dumps({"messages": CALLING})  # the plain template has no place for calls
+    calling = json.dumps({"messages": CALLING})  # the plain template does not render calls
     bad = ["{", "[1]", '{"a": 1}', calling, '{"prompt": "a", "response": "b", "weight": 0.5}']
     Path("bad.jsonl").write_text("\n".join([*good[:20], *bad, *good[20:]]))
     Path("good.jsonl").write_text("\n".join(good))

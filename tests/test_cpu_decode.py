@@ -95,7 +95,7 @@ def test_each_way_of_multiplying_has_the_same_result(quantize, B):
         error = (product(linear.weight, x, way).double() - exact).abs().max()
         assert error <= (1e-6 if linear.weight.dtype == torch.float32 or way == "columns" else 0.02) * unit
     for stored in (linear.weight, linear.words):
-        if stored is not None and B <= 3:  # as the compiler gets it
+        if stored is not None and B <= 3:  # the form that is compiled
             assert (multiply_and_sum(stored, x).double() - exact).abs().max() <= 1e-6 * unit
 
 
@@ -154,7 +154,7 @@ def test_compiled_decoding_is_the_same(quantize, n_rows):
     def logprobs(model) -> list[float]:  # of greedy tokens, past the end of the block, where the window slides
         for layer in model.modules():
             if isinstance(layer, DecodingLinear):
-                layer.way = layer.prompt_way = "columns"  # in float32, whatever is fastest here
+                layer.way = layer.prompt_way = "columns"  # in float32 on every machine
         seen = []
         how, seeds = Sampling(temperature=0), [0] * n_rows
         generate(model, prompts, 40, how, seeds, lambda *token: bool(seen.append(token[2])))

@@ -36,8 +36,8 @@ OPTIMIZERS = [("adamw", ADAMW), ("muon", MUON)]
 
 
 def train(cwd, n_processes, *runs, before=""):
-    """Run train.py with each list of words, on so many processes, which first execute the code `before`; returns what
-    they print."""
+    """Run train.py with each list of words on `n_processes` processes, and return their output. Each process first
+    executes the code `before`."""
     (cwd / "runs.py").write_text(RUNS.replace("for words in", f"{before}\nfor words in"))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     runs = json.dumps([[*TINY, "--overwrite=True", *map(str, words)] for words in runs])
@@ -86,8 +86,8 @@ def test_several_processes_have_the_losses_of_one(alone, n):
     del runs[f"recomputed-adamw-{n}"]
     auto = [*SHAPE, data, "--dtype=auto", "--max_iters=2", "--eval_interval=2", f"--out_dir=auto-{n}"]
     out = train(alone, n, *([*words, data, f"--out_dir={name}"] for name, words in runs.items()), auto)
-    assert out.count("step 10: train loss") == len(runs)  # one process speaks, and no other
-    assert out.count("(auto: ") == 1  # one process measures, and the others compute as it found
+    assert out.count("step 10: train loss") == len(runs)  # only one process prints
+    assert out.count("(auto: ") == 1  # one process measures, and all use its choice
     assert f"{n} processes over gloo" in out and "sharded over them" in out
     assert f"micro-batches of {8 // n} sequences" in out
     for name, _ in OPTIMIZERS:
@@ -110,7 +110,7 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
     assert one == pytest.approx(other, rel=1e-5)
 
 
-# in each run, the third update and the sixth have a gradient that is not finite, of which each process has a part
+# in each run, updates 3 and 6 have a non-finite gradient; with FSDP, each process holds a part of it
 POISON = """
 from acorn.training import optim
 optim.HOST_DECIDES = ()  # as on a GPU

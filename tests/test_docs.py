@@ -1,4 +1,4 @@
-"""docs/: what the pages quote is in the code."""
+"""docs/: the code and commands that the pages quote exist."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ from prepare import __main__ as prepare
 
 
 def code_lines(page: str) -> list[str]:
-    """The lines in a page's blocks of Python."""
+    """Return the lines of a page's Python blocks."""
     text = (REPO / "docs" / page).read_text(encoding="utf-8")
     return [line.strip() for block in re.findall(r"```python\n(.*?)```", text, re.S) for line in block.splitlines()]
 
@@ -41,10 +41,10 @@ PAGES = sorted([*REPO.glob("README*.md"), *(REPO / "docs").glob("*.md")])
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The commands in a page's blocks of shell, as words; comments are left out."""
+    """Return the commands in a page's shell blocks as lists of words, without comments."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
-    text = re.sub(r"\$'([^']*)'", lambda quoted: f"'{quoted[1]}'", text)  # which only the shell's $ turns into lines
+    text = re.sub(r"\$'([^']*)'", lambda quoted: f"'{quoted[1]}'", text)  # shlex does not know $'...'
     parsed = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [words for words in parsed if words]
 
@@ -54,13 +54,13 @@ class Parsed(Exception):
 
 
 def parse(words: list[str], monkeypatch) -> None:
-    """Parse a command as it would be run. Raises an exception for words that it does not know."""
+    """Parse a command as the script would. Raises an exception for unknown words."""
     known = argparse.ArgumentParser.parse_known_args
 
     def parse_known_args(self, *args, **kwargs):
         _, unknown = known(self, *args, **kwargs)
         assert not unknown
-        raise Parsed  # of a subcommand first, which has all of the words
+        raise Parsed  # a subcommand's parser gets here first, with all words
 
     script, *rest = words
     if script == "train.py":
@@ -81,7 +81,7 @@ def test_the_commands_of_a_page_are_right(page, monkeypatch):
     monkeypatch.chdir(REPO)
     n_parsed = 0
     for words in commands(page):
-        while words and words[0] != "python":  # torchrun has options of its own
+        while words and words[0] != "python":  # skip torchrun and its options
             words = words[1:]
         words = [word for word in words[1:] if word != "-m"]
         if not words or "--help" in words or words[0].startswith("llama.cpp") or "config/x.py" in words:
@@ -109,7 +109,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_the_packages_of_pyproject_are_those_of_the_requirements():
-    """Without the dev tools, which requirements-dev.txt has."""
+    """Compare all packages except the dev tools, which are in requirements-dev.txt."""
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]

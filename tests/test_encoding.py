@@ -1,4 +1,4 @@
-"""Which encoding a text has: right, or not guessed; and what `prepare text` makes of it."""
+"""prepare/encoding.py: encodings are detected correctly or not at all, and `prepare text` uses them."""
 
 import codecs
 import json
@@ -33,7 +33,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def prepare(*argv) -> str:
-    """The text of the dataset that the command writes."""
+    """Run the command, and return the text of the dataset."""
     cli.prepare_corpus(["text", *map(str, argv), "--tokenizer=byte", "--val_by=end", "--name=x", "--overwrite"])
     dataset = load_dataset("x")
     ids = [i for part in (dataset.train, dataset.val) for i in part.read([0], len(part))[0].tolist()]
@@ -91,7 +91,7 @@ def test_detected(text, name, times):
 @pytest.mark.parametrize("times", [1, 100])
 def test_not_guessed_where_it_is_unsure(text, name, times):
     if times > 1 and name in ("gb18030", "big5"):
-        text = text[:2]  # a long text of these is clear
+        text = text[:2]  # a longer text in these encodings is unambiguous
     data = (text * (times if name not in ("gb18030", "big5") else 1)).encode(name)
     with pytest.raises(UserError, match="--encoding NAME"):
         detect(data, "f")
@@ -102,7 +102,7 @@ def test_what_is_refused_names_likely_encodings_and_the_place():
     data = ("ok\n" + FRENCH * 5).encode("cp1252")
     with pytest.raises(UserError, match=r"mine\.txt is not UTF-8: byte 13 is 0xe8 \(line 2\).*cp1252 \(confidence"):
         detect(data, "mine.txt")
-    with pytest.raises(UserError, match=r"byte 5 is 0xe4"):  # a character that is cut off at the end
+    with pytest.raises(UserError, match=r"byte 5 is 0xe4"):  # an incomplete character at the end
         detect(b"hello\xe4\xbb", "f")
 
 
@@ -166,7 +166,7 @@ def test_line_breaks_are_those_of_text_mode(monkeypatch, capsys):
     Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n" * 400)
     want = Path("a.txt").read_text()
     assert "\r" not in want and prepare("a.txt") == want
-    monkeypatch.setattr(reading, "BLOCK", 4)  # between \r and \n
+    monkeypatch.setattr(reading, "BLOCK", 4)  # a block ends between \r and \n
     assert prepare("a.txt") == want
 
 
@@ -244,7 +244,7 @@ def test_what_is_not_text_is_named(data, match):
     Path("folder").mkdir()
     Path("folder/mine.txt").write_bytes(data)
     Path("folder/fine.txt").write_text(ENGLISH)
-    assert prepare("folder") == ENGLISH  # of a folder the text is taken
+    assert prepare("folder") == ENGLISH  # other files in a folder are skipped
 
 
 def test_markup_is_named_in_a_note(capsys):
@@ -279,7 +279,7 @@ def test_a_large_file_is_not_read_whole_to_detect(monkeypatch):
 
 
 def strings(values: list[bytes], type_=None) -> pyarrow.Array:
-    """A column of strings of any bytes, as other programs write it."""
+    """Return a string column with arbitrary bytes, as other programs may write it."""
     return pyarrow.Array.from_buffers(type_ or pyarrow.string(), len(values), pyarrow.array(values).buffers())
 
 
@@ -323,7 +323,7 @@ def test_long_cells_come_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_rows_of_parquet_are_decoded_in_bounded_memory(dictionary):
-    """Memory follows what the file stores, not the length of all rows of a batch."""
+    """Memory depends on the stored size, not on the total length of the rows in a batch."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(97, 123, 1 << 18, dtype=np.uint8).tobytes().decode() for _ in range(8)]
     table = {"text": documents * 24 if dictionary else documents}  # 48 MB of text, or 2

@@ -532,12 +532,12 @@ def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers that are none
+# Non-finite values
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(save, "astray", lambda *_: None)  # as a stranger's program may have written them
+    monkeypatch.setattr(save, "astray", lambda *_: None)  # another program may have written non-finite values
     m = small_model()
     with torch.no_grad():
         m.transformer.h[0].mlp.c_fc.weight[3, 2] = bad

@@ -389,7 +389,7 @@ def test_any_bytes_are_prepared_as_they_are_or_refused_with_a_sentence(tmp_path,
         Path("t.txt").write_bytes(data)
         argv = ["text", "t.txt", "--tokenizer=byte", "--overwrite", "--val_fraction=0.5", f"--errors={errors}"]
         with contextlib.suppress(UserError):
-            prepare_cli.prepare_corpus(argv)  # whatever its encoding looks like
+            prepare_cli.prepare_corpus(argv)  # with any detected encoding
         argv.append("--encoding=utf-8")
         if not_text(data):
             with pytest.raises(UserError, match="not text"):

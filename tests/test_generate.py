@@ -101,7 +101,7 @@ LOGIT = st.one_of(st.just(-math.inf), st.floats(-30, 30), st.sampled_from([-3e38
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(
     logits=st.lists(LOGIT, min_size=1, max_size=6).filter(lambda x: max(x) > -math.inf),
-    row=st.lists(st.integers(0, 7), max_size=8),  # ids beyond the logits: the padding of a vocabulary
+    row=st.lists(st.integers(0, 7), max_size=8),  # includes ids without a logit: vocabulary padding
     n=st.integers(0, 3),
     penalty=st.sampled_from([1.0, 1.3, 1e-300, 1e300]),
     temperature=st.sampled_from([0.0, 1e-45, 0.8, 1e30]),
@@ -114,7 +114,7 @@ LOGIT = st.one_of(st.just(-math.inf), st.floats(-30, 30), st.sampled_from([-3e38
 @example([-math.inf, 5.0], [0, 1], 1, 1.3, 0.8, 0, 1.0, 0.0, 0.0)
 def test_a_token_of_probability_zero_is_never_drawn(logits, row, n, penalty, temperature, top_k, top_p, min_p, uniform):
     possible = {i for i, logit in enumerate(logits) if logit > -math.inf}
-    # an n-gram that is there already, looked for as text
+    # find repeated n-grams by text search
     words = [f" {' '.join(map(str, row[i : i + n]))} " for i in range(len(row) - n + 1)] if n else []
     prefix = " ".join(map(str, row[len(row) - n + 1 :])) if n else ""
     banned = {i for i in possible if n and len(row) >= n and f" {f'{prefix} {i}'.strip()} " in words}

@@ -1,4 +1,4 @@
-"""acorn/distributed/heartbeat.py: who is named, and who is not."""
+"""acorn/distributed/heartbeat.py: which ranks are reported as lost."""
 
 import pytest
 import torch

@@ -149,10 +149,10 @@ def test_swish_is_another_name_of_silu(tmp_path):
 
 
 def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
-    """Also through a run, whose checkpoint keeps them with its tokenizer."""
+    """End tokens survive import, training and export; a run stores them with its tokenizer."""
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
-    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, which nobody chose
+    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, the default of transformers
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [200, 201]}))
     model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
     assert tokenizer.ends == {200, 201, 259, 261}
@@ -463,7 +463,7 @@ def put_bos_first(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(config | {"post_processor": post}))
 
 
-THINKING = (  # as DeepSeek-R1's: it opens a reply with <think>, and strips the thinking from earlier replies
+THINKING = (  # like DeepSeek-R1's: opens a reply with <think>, and strips the thinking from earlier replies
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content }}"
     "{% else %}{{ 'Bot: ' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Bot: <think>\n' }}{% endif %}"
@@ -472,7 +472,7 @@ THINKING = (  # as DeepSeek-R1's: it opens a reply with <think>, and strips the 
 
 @pytest.fixture
 def published(tmp_path):
-    """A Llama folder whose tokenizer.json puts a BOS before a text, with a chat template that thinks."""
+    """Write a Llama folder whose tokenizer.json puts a BOS before a text, with the template THINKING."""
     folder = tmp_path / "published"
     theirs("llama", vocab_size=262, max_position_embeddings=128).save_pretrained(folder)
     write_tokenizer(folder)
@@ -548,7 +548,7 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
     prompts = []
 
     def think(model, rows, n, how, seeds, on_token, *rest):
-        """In place of `generate`: the model thinks, answers and ends its turn."""
+        """Replace `generate` by a model that thinks, answers and ends its turn."""
         prompts.extend(rows)
         for row in range(len(rows)):
             for token in [*tokenizer.encode("Hm.</think>Yes").tolist(), 261]:

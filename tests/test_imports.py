@@ -1,4 +1,4 @@
-"""Imports point down: scripts -> acorn -> model.py, and never in a circle, not even inside a function."""
+"""Imports point down (scripts -> acorn -> model.py) and have no cycles, not even inside functions."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -14,7 +14,7 @@ FILES = {
 
 
 def imports(name: str) -> set[str]:
-    """The modules of this repository that a module imports, wherever in its file, other than for annotations."""
+    """Return this repository's modules that a module imports anywhere in its file, except for annotations."""
     found, nodes = set(), [ast.parse(FILES[name].read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()

@@ -1,4 +1,4 @@
-"""acorn/data/loader.py: the batches of an update for every process and split, and the thread that reads ahead."""
+"""acorn/data/loader.py: the batches of an update on each rank and for each split, and the prefetch thread."""
 
 import os
 import threading
@@ -15,11 +15,11 @@ from acorn.data.shards import MaskWriter, ShardWriter, Tokens, open_shard
 from acorn.distributed.runtime import Runtime
 
 EOT, VOCAB, BLOCK, SEED = 0, 50, 8, 5
-GPU = torch.device("meta")  # any device but a CPU has the thread
+GPU = torch.device("meta")  # prefetching uses a thread for any device except a CPU
 
 
 class OneStream:
-    """What `updates` needs of a mixture, over shards in `folder`: 900 tokens, of which a third are no targets."""
+    """A stand-in for a mixture: 900 tokens in shards in `folder`, a third of them masked as targets."""
 
     def __init__(self, folder):
         chance = np.random.default_rng(0)
@@ -77,8 +77,8 @@ def test_the_next_item_is_computed_in_a_thread_while_one_is_in_use():
 
     ahead = prefetch(items(), GPU)
     assert next(ahead) == 0
-    assert began[1].wait(10)  # though no one asked for it yet
-    assert not began[2].wait(0.05)  # and no more than one
+    assert began[1].wait(10)  # before it is requested
+    assert not began[2].wait(0.05)  # only one item is prefetched
     assert list(ahead) == [1, 2, 3]
     assert len(threads) == 1 and threading.get_ident() not in threads
 
@@ -103,7 +103,7 @@ def test_a_shard_that_is_cut_short_ends_the_run_where_its_batch_would_be(tmp_pat
 
 
 def test_a_stream_that_is_left_in_the_middle_leaves_no_thread(tmp_path):
-    """As when memory ends, and the same update begins again in smaller micro-batches."""
+    """The accumulator abandons a stream when it retries an update with smaller micro-batches."""
     before = threading.active_count()
     data = OneStream(tmp_path)
     stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), GPU)

@@ -1,4 +1,4 @@
-"""openmp.py: which OpenMP runtime the threads of torch run on."""
+"""acorn/openmp.py: which OpenMP runtime torch uses."""
 
 import os
 import subprocess

@@ -61,7 +61,7 @@ def test_an_unknown_schedule_is_refused_at_every_step(step):
 
 
 def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
-    """A name in the Literal alone: what a person who adds one may forget is named."""
+    """If a name is only in the Literal, the error names the function that lacks it."""
     with pytest.raises(UserError, match="learning_rate_at"):
         start.check(train.TrainSettings(lr_schedule="sine"))
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
@@ -90,7 +90,7 @@ def test_a_change_of_the_learning_rate_on_resume_is_foretold():
     longer = dataclasses.replace(before, max_iters=200)
     said = rate_change(before, longer, 75)
     assert "2.50e-04 to 6.25e-04" in said and "--lr_decay_iters=100" in said and "max_iters=200" in said
-    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # what was advised
+    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # as suggested
     assert rate_change(before, before, 75) is rate_change(before, longer, 0) is None
     constant = [dataclasses.replace(s, decay_lr=False) for s in (before, longer)]
     assert rate_change(*constant, 75) is None
@@ -162,7 +162,7 @@ def test_muon_state_is_restored_to_the_bit():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
 def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
-    """The same gradients, for an optimizer that is not asked to step where they are not finite."""
+    """Compare with an optimizer that gets the same gradients and does not step if they are non-finite."""
     monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
@@ -186,5 +186,5 @@ def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_dec
             assert torch.equal(p, q)
         mine, expected = named_moments(models[0], one), named_moments(models[1], other)
         assert all(torch.equal(mine[name], value) for name, value in expected.items())
-        assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # none yet, or zeros
+        assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # absent, or zeros
     assert counts == [[1, 4], [0, 4], [0, 4], [1, 5], [2, 6], [0, 6], [0, 6], [1, 7]]

@@ -781,7 +781,7 @@ def test_the_command_from_another_directory():
     done = command(ROOT / "prepare", "text", "mine.txt", "--tokenizer=byte", "--val_fraction", "0.2")
     assert done.returncode == 0, done.stderr
     assert "train next       python train.py config/quickstart.py --dataset=mine" in done.stdout
-    assert "\r" not in done.stderr and "encoding" not in done.stderr  # a progress bar is for a terminal
+    assert "\r" not in done.stderr and "encoding" not in done.stderr  # progress bars appear only on a terminal
     shard = open_shard(Path("data/mine/val_000000.bin"))
     assert shard.tokens == len(TEXT) - int(len(TEXT) * 0.8)
     again = command(ROOT / "prepare", "text", "mine.txt")
@@ -829,7 +829,7 @@ def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, ca
 
 
 def test_a_nanogpt_checkpoint_is_a_tokenizer_too():
-    """That of the dataset that it was trained on, which it names."""
+    """The checkpoint names its dataset, whose tokenizer is used."""
     Path("mine.txt").write_text(TEXT)
     meta = prepare("text", "mine.txt", "--tokenizer=char")
     shape = dict(block_size=8, vocab_size=meta["vocab_size"], n_layer=1, n_head=1, n_embd=4, bias=False)
@@ -840,7 +840,7 @@ def test_a_nanogpt_checkpoint_is_a_tokenizer_too():
 
 
 def test_the_train_next_line_works_for_the_tokenizer_of_a_run(trained, capsys):
-    """It names the run, whose weights the tokenizer belongs to, and settings that its model can have."""
+    """The command fine-tunes the run that the tokenizer is from, with settings that its model supports."""
     Path("more.txt").write_text(TRAINED_ON * 3)
     prepare("text", "more.txt", f"--tokenizer={trained}")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train next"))
@@ -877,7 +877,7 @@ def test_stopped_under_way(stop, code):
 
 
 def test_few_records_are_split_at_the_end_of_their_text(capsys):
-    """Their number is not known before they are read, and their hashes may all fall into one split."""
+    """The number of records is unknown before reading, and their hashes may leave a split empty."""
     lines = [json.dumps({"text": f"record {i} of few, with some text"}) for i in range(3)]
     Path("few.jsonl").write_text("\n".join(lines))
     meta = prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05")

@@ -137,11 +137,11 @@ def test_runs_compared(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, in place of files."""
+    """Collect the drawn figures instead of writing files."""
     drawn = []
 
     def keep(figure, picture):
-        figure.canvas.draw()  # where a name that is no formula would fail
+        figure.canvas.draw()  # fails if a name is parsed as a formula
         drawn.append(figure)
 
     monkeypatch.setattr(report, "save_picture", keep)
@@ -177,7 +177,7 @@ def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_
 
 def test_the_axis_shows_the_losses_after_the_fall(figures, tmp_path):
     metrics = [{"step": s, "loss": 2 - s / 1000 + 8 * math.exp(-s / 10) + 0.1 * (s % 2)} for s in range(1000)]
-    metrics[700]["loss"] = 9.0  # a spike, which is marked at the edge
+    metrics[700]["loss"] = 9.0  # an outlier, marked at the edge of the plot
     metrics += [{"step": s, "train_loss": 1.5 - s / 2000, "val_loss": 2.5 - s / 1000} for s in range(0, 1001, 250)]
     report.draw_curve(metrics, tmp_path / "mine" / "loss.png")
     axes = figures[0].axes[0]
@@ -214,10 +214,10 @@ def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monk
 
 
 def test_the_time_left_does_not_jump():
-    """1,000 updates of 0.1 s, shaken by a factor of up to 4, and 5 evaluations of 10 s: each estimate against the true
-    rest, and against the one before."""
+    """Simulate 1,000 updates of 0.1 s on average, with noise, and 5 evaluations of 10 s. Compare each estimate with the
+    true remaining time and with the previous estimate."""
     chance = random.Random(0)
-    seconds = [0.1 * chance.choice([0.5, 0.5, 0.5, 2.5]) for _ in range(1000)]  # 0.1 on the average
+    seconds = [0.1 * chance.choice([0.5, 0.5, 0.5, 2.5]) for _ in range(1000)]  # mean 0.1
     seconds[0] = 30.0  # compiling
     left = report.TimeLeft(max_iters=1000, eval_interval=250)
     said = []
@@ -232,7 +232,7 @@ def test_the_time_left_does_not_jump():
     assert said[0][0] is None
     errors = [estimate - to_come for estimate, to_come in said[50:]]
     assert max(abs(after - before) for before, after in itertools.pairwise(errors)) < 6
-    assert said[-1][0] == pytest.approx(10.0)  # the last evaluation
+    assert said[-1][0] == pytest.approx(10.0)  # the final evaluation remains
     uneven = report.TimeLeft(max_iters=10, eval_interval=4)  # evaluations at 4, 8 and 10
     uneven.evaluated(1.0)
     uneven.updated(1, 9.0)

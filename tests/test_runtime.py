@@ -1,4 +1,4 @@
-"""acorn/distributed/runtime.py: what auto chooses and says, and what is refused."""
+"""acorn/distributed/runtime.py: what auto chooses and prints, and what raises an error."""
 
 import platform
 import subprocess
@@ -46,9 +46,9 @@ def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning
     said = capsys.readouterr().out
     assert said.count("warning:") == 1 and "no compiler" in said and "long trace" not in said
 
-    r.agree = lambda holds: False  # another one fails
+    r.agree = lambda holds: False  # compiling fails on another rank
     assert runtime.compile_or_eager(model, lambda compiled: None, r) is model
-    r.agree, r.fsdp = lambda holds: holds, True  # another one may be in the middle of its pass, and cannot be asked
+    r.agree, r.fsdp = lambda holds: holds, True  # with FSDP, other ranks may be in the middle of a pass
     with pytest.raises(UserError, match=r"no compiler.*--compile=False"):
         runtime.compile_or_eager(model, failing_trial, r)
     assert capsys.readouterr().out == ""

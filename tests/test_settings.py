@@ -158,7 +158,7 @@ def test_build_leaves_out_names_of_another_version():
 
 
 def test_help_starts_without_heavy_imports():
-    """They would take longer than torch itself."""
+    """The heavy modules take longer to import than torch."""
     program = """
 import contextlib, runpy, sys
 import torch

@@ -163,7 +163,7 @@ def test_a_missing_dataset_says_what_makes_it(tmp_path, monkeypatch, name, comma
 @pytest.mark.parametrize(
     ("name", "offered"),
     [
-        ("othre", "--dataset=other"),  # one that exists
+        ("othre", "--dataset=other"),  # an existing dataset
         ("data/othre", "--dataset=other"),
         ("shakspeare", "`python prepare shakespeare` makes --dataset=plays"),
         ("shakespeare", "`python prepare shakespeare` makes --dataset=plays"),

@@ -54,7 +54,7 @@ def train_here(monkeypatch, *words) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        gc.collect()  # lets go of the run's lock, as the end of its process does
+        gc.collect()  # releases the run's lock, as the end of a process does
 
 
 def contents(folder: Path) -> dict[str, bytes]:

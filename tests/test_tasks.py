@@ -1,4 +1,4 @@
-"""`python -m acorn.evaluate`: figures and standard errors against what hand computation gives, on a tiny chat model."""
+"""`python -m acorn.evaluate`: figures and standard errors compared with hand computation, on a tiny chat model."""
 
 import json
 import math
@@ -25,8 +25,8 @@ COLORS = {"grass": "green", "snow": "white", "coal": "black", "sky": "blue"}
 
 @pytest.fixture(scope="module")
 def chatting(tmp_path_factory):
-    """A folder with a byte model that learned by heart, from conversations of one turn, the colors of some things; the
-    others went to validation."""
+    """Return a folder with a byte model that has memorized the colors of some things from one-turn conversations. The
+    other conversations are the validation split."""
     cwd = tmp_path_factory.mktemp("chatting")
     pairs = [{"prompt": f"{thing}?", "response": color} for thing, color in COLORS.items()]
     (cwd / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -65,16 +65,16 @@ def test_answers_choices_and_text_of_a_model_that_knows_some_colors(chatting):
     found = figures(result)
     answered = [json.loads(line) for line in (chatting / "a.jsonl").read_text().splitlines()]
     right = [record["answered"] == record["response"] for record in answered[:4]]
-    assert any(right)  # what it was taught, it says, and there it stops
+    assert any(right)  # the model repeats memorized answers and then stops
     exact = found["pairs.jsonl", "exact match"]
     assert exact["value"] == 25 * sum(right) and exact["n"] == 4
     assert exact["standard_error"] == pytest.approx(np.std([100 * r for r in right], ddof=1) / 2)
     chosen = [record["chosen"] == record["answer"] for record in answered[4:]]
     assert found["choices.jsonl", "accuracy"]["value"] == 25 * sum(chosen)
-    assert all(c for r, c in zip(right, chosen, strict=True) if r)  # the likeliest text is the likeliest choice
+    assert all(c for r, c in zip(right, chosen, strict=True) if r)  # a correct answer is the most likely choice
 
     bits, loss = found["text.txt", "bits per byte"], found["text.txt", "loss"]
-    assert bits["n"] == loss["n"] == 9 * 37  # a token is a byte, and the first is predicted too
+    assert bits["n"] == loss["n"] == 9 * 37  # one token per byte; the first one is predicted as well
     assert bits["value"] == pytest.approx(loss["value"] / math.log(2))
     table = measure("o", *words[:3], cwd=chatting)
     assert f"{exact['value']:10.4f}" in table.stdout and "ROUGE-L" in table.stdout
@@ -89,17 +89,17 @@ def test_without_a_word_it_measures_what_the_run_itself_measured(chatting):
 def test_answers_against_counts_by_hand():
     answers, references = ["the cat sat on the mat", "no"], ["the cat sat on a mat", "yes"]
     found = measure_answers(answers, references)
-    # n-grams that match, of those said: 5 (the, cat, sat, on, mat) of 7, 3 of 5, 2 of 4, 1 of 3; both 7 words long
+    # matching n-grams of the answers: 5 (the, cat, sat, on, mat) of 7, 3 of 5, 2 of 4, 1 of 3; both have 7 words
     assert found["BLEU"][0] == pytest.approx(100 * (5 / 7 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
     assert found["ROUGE-L"].value == pytest.approx(100 * (5 / 6) / 2)
-    # 3 of 5 pairs of words match; the reference "yes" has none, so it does not count
+    # 3 of 5 word pairs match; the reference "yes" has no pair, so it does not count
     assert found["ROUGE-2"].value == pytest.approx(60) and found["ROUGE-2"].n == 1 and found["ROUGE-L"].n == 2
     assert found["exact match"].value == 0
     same = [references[0], "a dog ran away from it"]
     assert measure_answers(same, same)["BLEU"][:3] == (pytest.approx(100), pytest.approx(0, abs=1e-9), 2)
 
 
-EXACT = {  # language: answers that equal their references, and the tokenizers of BLEU that may be used
+EXACT = {  # language: answers equal to their references, and the tokenizers that BLEU may use
     "Chinese": (["适合出游。", "今天天气很好，我们去公园散步吧。"], ("zh",)),
     "Japanese": (["はい", "東京はとても大きいスーパーがある町です。"], ("ja-mecab", "char")),
     "Korean": (["네", "오늘은 날씨가 정말 좋습니다."], ("ko-mecab", "char")),
@@ -116,7 +116,7 @@ EXACT = {  # language: answers that equal their references, and the tokenizers o
 @pytest.mark.parametrize("language", EXACT)
 def test_exact_answers_have_100_percent_in_any_language(language):
     texts, tokenizers = EXACT[language]
-    for answers in (texts, texts[:1] * 3, [texts[1][0]], [texts[1][:2].strip()]):  # also of one and two characters
+    for answers in (texts, texts[:1] * 3, [texts[1][0]], [texts[1][:2].strip()]):  # also one and two characters
         for name, each in measure_answers(answers, answers).items():
             if name == "ROUGE-2" and each.value is None:  # a single word or character has no pairs
                 assert each.n == 0 and "fewer than 2" in each.note
@@ -140,21 +140,21 @@ def test_wrong_answers_have_what_sacrebleu_and_rouge_score_give_and_what_counts_
     pairs = [100 * score["rouge2"].fmeasure for score in scores]
     assert found["ROUGE-2"].value == pytest.approx((pairs[0] + pairs[1] + pairs[3]) / 3)  # "yes" has no pair
 
-    # Chinese by hand: 4 of 5 characters match (1 2 3 5), the pairs 12 23, the triple 123, no four
+    # Chinese by hand: 4 of 5 characters match (1 2 3 5), the pairs 12 and 23, the triple 123, no 4-gram
     found = measure_answers(["我爱北京。"], ["我爱北上。"])
     assert found["BLEU"].value == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 3 * (1 / 2) / 2) ** 0.25)  # smoothed: 1/2
     assert found["BLEU"].value == sacrebleu.corpus_bleu(["我爱北京。"], [["我爱北上。"]], tokenize="zh").score
-    # ROUGE leaves the period out: 3 of 4 characters, 2 of 3 pairs
+    # ROUGE ignores the period: 3 of 4 characters, 2 of 3 pairs
     assert found["ROUGE-1"].value == found["ROUGE-L"].value == pytest.approx(75)
     assert found["ROUGE-2"].value == pytest.approx(100 * 2 / 3)
-    # chrF: the means of precision and recall, which are equal here, over the orders 1 to 5
+    # chrF: mean over the orders 1 to 5; precision and recall are equal here
     assert found["chrF"].value == pytest.approx(100 * (4 / 5 + 2 / 4 + 1 / 3 + 0 + 0) / 5)
 
 
 def test_the_tokenizer_of_bleu_is_that_of_most_letters():
     chinese, english = "今天天气很好。", "it is fine"
     for references, *tokenizers in (
-        ([chinese, english], "13a"),  # 6 letters against 8
+        ([chinese, english], "13a"),  # 6 Chinese letters, 8 English ones
         ([chinese, chinese, english], "zh"),
         (["PyTorch", chinese * 2], "zh"),
         (["日本のカメラ", chinese], "ja-mecab", "char"),  # kana: Japanese
@@ -174,14 +174,14 @@ def test_what_cannot_be_computed_has_no_value_and_says_why():
     assert found["ROUGE-1"].value is None and "2 of 2" in found["ROUGE-1"].note
     found = measure_answers(["a", ""], ["", ""])
     assert found["BLEU"].value is found["chrF"].value is None and "empty" in found["BLEU"].note
-    assert measure_answers(["", ""], ["a b", "c"])["BLEU"].value == 0  # this is no answer, which is wrong
+    assert measure_answers(["", ""], ["a b", "c"])["BLEU"].value == 0  # an empty answer is wrong
     assert all(each.value is None and each.note for each in measure_answers([], []).values())
-    found = measure_answers(["ok", ""], ["ok", ""])  # a sample of the second alone says nothing
+    found = measure_answers(["ok", ""], ["ok", ""])  # a bootstrap sample of only the empty pair is left out
     assert found["BLEU"].error == pytest.approx(0, abs=1e-9) and found["chrF"].error == 0
 
 
 def test_standard_errors_of_bleu_and_chrf_are_those_of_many_samples():
-    """Against the spread over fresh draws of 30 examples, each right or wrong by a coin."""
+    """Compare with the spread over new draws of 30 examples, each right with probability 1/2."""
     random, found = np.random.default_rng(1), []
     references = [" ".join(random.choice(list("abcdefgh"), 6)) for _ in range(40 * 30)]
     answers = [reference if random.random() < 0.5 else "x y z x y z" for reference in references]
@@ -197,7 +197,7 @@ def test_standard_errors_of_bleu_and_chrf_are_those_of_many_samples():
 def test_a_ratio_s_error_is_that_of_many_repetitions():
     random, n = np.random.default_rng(0), 50
     sizes = random.integers(1, 20, size=(2000, n))
-    sums = sizes * random.normal(3, 1, size=(2000, n))  # what windows have, each with a mean of its own
+    sums = sizes * random.normal(3, 1, size=(2000, n))  # sums of windows whose means differ
     estimates = [ratio_and_error(a, b) for a, b in zip(sums, sizes, strict=True)]
     values, errors = np.array(estimates).T
     assert values.std() == pytest.approx(errors.mean(), rel=0.1)
@@ -209,7 +209,7 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
     tokenizer = get_tokenizer("gpt2")
     prompt, choices = "The sky is ", ["blue", "green as grass"]
     rows = [encode_choice(tokenizer, prompt, choice) for choice in choices]
-    assert [tokenizer.decode(row[1]) for row in rows] == [" blue", " green as grass"]  # as the words stand in a text
+    assert [tokenizer.decode(row[1]) for row in rows] == [" blue", " green as grass"]  # tokens as in text
     found = choice_logprobs(model, rows, runtime.setup("cpu", "float32", False), 2)
     for (start, continuation), value in zip(rows, found, strict=True):
         expected, ids = 0.0, list(start)
@@ -242,7 +242,7 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
         with pytest.raises(UserError) as refusal:
             main()
         assert all(words in str(refusal.value) for words in said)
-    refused(measure("o", "--pairs=nowhere", cwd=chatting), "nowhere cannot be read")  # as a person runs it
+    refused(measure("o", "--pairs=nowhere", cwd=chatting), "nowhere cannot be read")  # on the console
 
 
 def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch, capsys):

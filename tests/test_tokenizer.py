@@ -123,7 +123,7 @@ def test_gpt2_gives_tiktokens_ids_of_any_text(texts):
 
 
 def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
-    # the 150th text is changed on its way to fastokens, the 101st is looked at: so the second batch is found out
+    # text 200 is corrupted on its way to fastokens; texts 0, 100 and 200 are checked
     reference, asked = GPT2Tokenizer()._encoding.encode_ordinary, []
 
     def watched(text):
@@ -131,7 +131,7 @@ def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
         return np.array(reference(text), dtype=np.int32)
 
     encoder = Encoder(gpt2_json(), watched, "tiktoken")
-    asked.clear()  # it loads the reference
+    asked.clear()  # the constructor loads the reference by encoding a text
     honest = encoder.fast
 
     class Wrong:
@@ -328,7 +328,7 @@ def test_gpt2s_ranks_are_those_that_tiktoken_derives(tmp_path, monkeypatch):
     assert gpt2_config()["model"]["merges"][:2] == ["\u0120 t", "\u0120 a"]
     (tmp_path / "encoder.json").write_text("{}")
     monkeypatch.setattr("acorn.data.tokenizer._gpt2_files", lambda: {n: str(tmp_path / n) for n in GPT2_FILES})
-    for build in (gpt2_json, _gpt2_encoding.__wrapped__):  # a file is missing, one is another
+    for build in (gpt2_json, _gpt2_encoding.__wrapped__):  # one file is missing, the other has other content
         with pytest.raises(UserError, match=r"is missing or damaged.*--force-reinstall"):
             build()
 
@@ -545,11 +545,11 @@ def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What stands around a text
+# Ids around a text
 
 
 def processor(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> dict:
-    """A post-processor that puts control tokens before and after a text, in the form of a tokenizer.json."""
+    """Return a post-processor for a tokenizer.json that puts control tokens before and after a text."""
     special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in [*before, *after]}
     around = [[{"SpecialToken": {"id": name, "type_id": 0}} for name, _ in side] for side in (before, after)]
     single = [*around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1]]
@@ -558,12 +558,12 @@ def processor(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> di
 
 
 def with_processor(folder: Path, before: list[str], after: list[str], sequence: bool = False, **files) -> Path:
-    """A folder with BPE's tokenizer and `<s>` (340) and `</s>` (341), which a post-processor puts around a text."""
+    """Write the BPE tokenizer with `<s>` (340) and `</s>` (341), which a post-processor puts around a text."""
     ids = {"<s>": 340, "</s>": 341}
     added = [BPE.config["added_tokens"][0] | {"id": i, "content": name} for name, i in ids.items()]
     config = BPE.config | {"added_tokens": [*BPE.config["added_tokens"], *added]}
     post = processor(*([(name, ids[name]) for name in side] for side in (before, after)))
-    if sequence:  # as Llama 3 has it
+    if sequence:  # as in Llama 3
         post = {"type": "Sequence", "processors": [BPE.config["pre_tokenizer"], post]}
     settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     return write_hf(folder, config | {"post_processor": post}, tokenizer_config=settings, **files)
@@ -588,9 +588,9 @@ def test_texts_prompts_and_documents_have_transformers_ids(tmp_path, before, aft
     meta = prepare(documents, tmp_path / "d", name="d", tokenizer=ours, source={}, val_by="end", val_fraction=0.2)
     dataset = load_dataset(str(tmp_path / "d"))
     written = [t for split in (dataset.train, dataset.val) for t in split.read([0], len(split))[0].tolist()]
-    marks = [] if before or after else [339]  # our own end-of-text token, where the tokenizer puts none
+    marks = [] if before or after else [339]  # the end-of-text token, unless the tokenizer adds its own
     expected = [i for text in documents for i in marks + theirs(text)["input_ids"]]
-    assert written == expected or len(written) - len(expected) in (0, 1)  # the cut of val may divide a token
+    assert written == expected or len(written) - len(expected) in (0, 1)  # the start of val may split a token
     assert written[:9] == expected[:9] and written[-9:] == expected[-9:]
     assert meta["document_mark"] == (340 if before else 339 if not after else ours.eot)
 
@@ -603,7 +603,7 @@ def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
     assert again.ends == tokenizer.ends and tokenizer_hash(again) == tokenizer_hash(tokenizer)
     assert tokenizer_hash(get_tokenizer(str(with_processor(tmp_path / "u", ["<s>"], [])))) == tokenizer_hash(tokenizer)
     assert add_tokens(tokenizer, ["<|note|>"]).ends == tokenizer.ends
-    for end in (*tokenizer.ends, 340):  # and the BOS of another document
+    for end in (*tokenizer.ends, 340):  # and the BOS of the next document
         stream = TextStream(tokenizer)
         assert stream.push(65) and stream.stopped_by is None
         assert stream.push(end) == "" and stream.stopped_by == "end of text"

@@ -207,7 +207,7 @@ def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_e
         return torch.tensor(calls[-1])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     words = ["--log_interval=7", "--eval_interval=100", f"--dataset={dataset}", "--out_dir=o", "--max_bad_steps=6"]
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, "--max_iters=10"])
@@ -223,7 +223,7 @@ def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_e
 
 
 class HostReads(TorchDispatchMode):
-    """Counts, in `of_update`, how often the host reads a tensor, which on a GPU waits for all queued work."""
+    """Counts the host's reads of tensors per update, in `of_update`. On a GPU, a read waits for all queued work."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -257,12 +257,12 @@ class HostReads(TorchDispatchMode):
     "words", [["--document_mask=True"], ["--optimizer=muon", "--grad_clip=0", "--auto_batch=True", "--ngram=2"]]
 )
 def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, monkeypatch, words, reads):
-    """Counted on a CPU that is treated as a GPU. With one read too many in each update the count says so."""
+    """Count host reads on a CPU that is treated as a GPU. With `reads`, each update has one extra read."""
     monkeypatch.setattr(optim, "HOST_DECIDES", ())
     (tmp_path / "t.txt").write_text("this is a document. " * 200)
     assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
     if reads:
         update = accumulate.step_if_finite
         monkeypatch.setattr(accumulate, "step_if_finite", lambda o, norm, s: update(o, norm, s) or math.isnan(norm))
@@ -272,7 +272,7 @@ def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, mon
         assert train_script.main() == 0
     quiet = {step: host_reads.of_update[step] for step in range(12) if step not in (0, 4, 8, 9, 11)}
     assert quiet == dict.fromkeys(quiet, int(reads))
-    assert all(host_reads.of_update[step] > 1 for step in (0, 4, 8, 9, 11))  # which log, or are evaluated after
+    assert all(host_reads.of_update[step] > 1 for step in (0, 4, 8, 9, 11))  # logged, or before an evaluation
 
 
 def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):
@@ -361,7 +361,7 @@ def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(dataset, tmp_path)
 
 
 def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, tmp_path, monkeypatch, capsys):
-    """A device that from the fifth pass on holds batch size 1."""
+    """Simulate a device that after the fifth training pass has memory for batch size 1 only."""
     forward, passes, held = GPT.forward, [], [10**9]
 
     def forward_in_little_memory(self, idx, *arguments, **options):
@@ -379,14 +379,14 @@ def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(GPT, "forward", forward_in_little_memory)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
     assert run("whole") == 0
     held[0] = 1
     assert run("pieces", "--auto_batch=True") == 0
     said = capsys.readouterr().out
     assert "--batch_size=2 --gradient_accumulation_steps=4" in said
     assert "--batch_size=1 --gradient_accumulation_steps=8" in said
-    assert said.count("sample at step 2") == 2  # one in each run, though this update began three times
+    assert said.count("sample at step 2") == 2  # one per run, although this update started three times
     for one, other in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "pieces"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     with pytest.raises(UserError, match="--batch_size=2 --gradient_accumulation_steps=4"):

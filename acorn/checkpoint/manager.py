@@ -1,29 +1,23 @@
-"""Decide what is saved, and which checkpoint is the best."""
+"""Save the checkpoints of a run, and keep track of the best one."""
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from acorn.checkpoint.save import Writer
 from model import GPT
 
-
-class Progress(Protocol):
-    """What the manager needs of the state of a run."""
-
-    step: int
-    val_loss: float | None
-    best_loss: float | None
-    evaluated_at: int | None
+if TYPE_CHECKING:
+    from acorn.training.run import RunState
 
 
 class CheckpointManager:
-    """Saves the checkpoints of a run through a `Writer` and keeps track of the best one. Saving is asynchronous: if it
-    fails, `state.best_loss` returns to that of the best checkpoint on the disk.
+    """Saves the checkpoints of a run through a `Writer`, and keeps `state.best_loss` up to date.
 
-    `contents` returns what state.json should hold besides the model's configuration and the hashes of the files.
+    Saving is asynchronous. If it fails, `state.best_loss` returns to that of the best checkpoint on the disk.
+    `contents` returns the content of state.json, except for the model's configuration and the hashes of the files.
     """
 
     def __init__(
@@ -31,7 +25,7 @@ class CheckpointManager:
         writer: Writer,
         model: GPT,
         optimizers: list[torch.optim.Optimizer],
-        state: Progress,
+        state: "RunState",
         contents: Callable[[], dict],
         resumed: bool,
     ):
@@ -41,8 +35,10 @@ class CheckpointManager:
         self.best_before = state.best_loss  # without the checkpoint that is being written
 
     def evaluated(self, val_loss: float) -> tuple[bool, bool]:
-        """Note the validation loss of this step. Returns whether it is the best, and whether the checkpoint before
-        could not be written, so that this one has to be."""
+        """Record the validation loss of this step.
+
+        Returns whether it is the best one, and whether the previous checkpoint failed, so that this one is needed.
+        """
         failed = not self.writer.wait()
         if failed:
             self.state.best_loss = self.best_before
@@ -54,12 +50,12 @@ class CheckpointManager:
         return best, failed
 
     def save(self, best: bool = False) -> None:
-        """Begin to save a checkpoint of this step."""
+        """Start saving a checkpoint of this step."""
         self.writer.save(self.model, self.optimizers, self.contents(), best)
         self.saved_at = self.state.step
 
     def finish(self) -> str | None:
-        """Save this step, unless it is saved, and wait for the disk. Returns why that failed, where it did."""
+        """Save this step if it is not saved yet, and wait for the disk. Returns the reason of a failure, or None."""
         if self.saved_at != self.state.step:
             if not self.writer.wait():
                 self.state.best_loss = self.best_before

@@ -2,7 +2,7 @@
 
 A batch is (x, y, documents), all int64 of shape (count, block_size): inputs, targets, and for each token the number of
 its document within the row. A target of -1 is masked. `documents` is None if attention crosses document boundaries. A
-batch is a pure function of (seed, position), so a run's position is one integer, whatever the number of processes.
+batch is a pure function of (seed, position), so a run's position is one integer for any number of processes.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

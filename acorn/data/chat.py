@@ -82,7 +82,7 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
 def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of a whole conversation (int32) and a mask of the learned ones (bool), both of one dimension.
 
-    Learned are the assistant's replies, each up to and including the control token that ends it, except replies with
+    The assistant's replies are learned, each up to and including the control token that ends it, except replies with
     `"learn": False`. Raises UserError if the template ends a reply without a control token, leaves replies out, or
     changes earlier turns when later turns are added."""
     _, ids, learned = zip(*_encoded_parts(tokenizer, messages), strict=True)

@@ -39,7 +39,7 @@ class Mixture:
         return self.datasets[0].vocab_size
 
     def identity(self) -> str:
-        """Return a SHA-256 (hex) that identifies the mixture by its datasets and shares; a single dataset's own."""
+        """Return a SHA-256 (hex) of the datasets and their shares; for a single dataset, its own identity."""
         if len(self.datasets) == 1:
             return self.datasets[0].identity()
         parts = [(dataset.identity(), str(share)) for dataset, share in zip(self.datasets, self.shares, strict=True)]
@@ -53,7 +53,7 @@ class Mixture:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether some of the data are conversations, of which only the replies are learned."""
+        """Whether any dataset masks its targets, as conversations do: only their replies are learned."""
         return any(dataset.train.mask is not None for dataset in self.datasets)
 
     def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple:
@@ -99,7 +99,7 @@ def _rounded(n: int, part: Fraction) -> int:
 
 
 def load_mixture(spec: str, hashed: bool = True, document_mask: bool = False) -> Mixture:
-    """Open the datasets of 'NAME:PROPORTION,NAME:PROPORTION,...', or the one that `spec` names.
+    """Open the datasets of 'NAME:PROPORTION,NAME:PROPORTION,...', or the single dataset `spec`.
 
     Proportions are relative to their sum. Only a comma makes a mixture, and the last colon of a part ends its name, so
     C:\\data\\mine and data/12:30 are plain names. Raises UserError if a dataset is missing or invalid, or if tokenizers

@@ -194,7 +194,7 @@ def _part(part, number: int) -> str:
 
 
 def _flag(fields: dict, place: str) -> bool | None:
-    """Return whether `fields` mark a reply as learned, None if they do not say. `place` follows the value in errors."""
+    """Return whether `fields` mark a reply as learned, None if no flag is set. `place` follows the value in errors."""
     flags = {name: fields[name] for name in FLAGS if fields.get(name) is not None}
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):

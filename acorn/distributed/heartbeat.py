@@ -2,7 +2,7 @@
 
 When a rank is killed or hangs, the others wait for it inside a collective until a timeout of many minutes. So a thread
 of each rank writes a heartbeat into the shared store once a second, and reads those of the others. A surviving rank
-reports any rank whose heartbeat or step counter stalls, and all ranks exit. A rank that fails with an error of its own
+reports any rank whose heartbeat or step counter stalls, and all ranks exit. A rank that reports its own error
 marks its heartbeat as failed, and the others exit silently.
 """
 

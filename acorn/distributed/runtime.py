@@ -253,7 +253,7 @@ def set_malloc(lean: bool) -> None:
 
     By default it keeps blocks of up to 32 MB for reuse. Otherwise they return to the kernel, which clears their pages
     again in each update, about a twelfth of the time. With `lean` it keeps only blocks of up to 1 MB: when FSDP gathers
-    and frees parameters, or blocks are recomputed, fragmentation would take up the memory that these save.
+    and frees parameters, or blocks are recomputed, fragmentation would use up the memory that these methods save.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows, and other C libraries
         mallopt = ctypes.CDLL(None).mallopt

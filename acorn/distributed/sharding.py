@@ -17,9 +17,9 @@ from model import GPT
 def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
     """Shard the parameters of `model` over the ranks, on their devices, and return it.
 
-    A model on the meta device is never in memory as a whole on any rank. Its parameters are filled here from `values`,
-    a dict by name, of which each rank reads only its own rows. Without `values`, they are initialized one by one, to
-    the same numbers as without sharding after the same `torch.manual_seed`.
+    If the model is on the meta device, no rank ever holds the whole model in memory. Each rank copies its own rows from
+    `values`, which maps parameter names to tensors. Without `values`, the parameters are initialized one by one, to the
+    same values as without sharding after the same `torch.manual_seed`.
     """
     from torch.distributed.device_mesh import init_device_mesh  # imported here because it takes a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

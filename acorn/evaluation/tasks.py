@@ -1,6 +1,6 @@
 """Measure a checkpoint on text, answers and multiple choice. Each result comes with its standard error.
 
-    python -m acorn.evaluate out/x                        # the validation split of its own dataset
+    python -m acorn.evaluate out/x                        # the validation split of the run's dataset
     python -m acorn.evaluate out/x --dataset NAME --split val
     python -m acorn.evaluate out/x --text FILE            # perplexity and bits per byte of a text file
     python -m acorn.evaluate out/x --pairs FILE.jsonl     # {"prompt", "response"}: exact match, BLEU, chrF, ROUGE

@@ -175,7 +175,8 @@ def prepare_for_decoding(
     if auto:
         compile = n_rows <= MOST_ROWS and pays_back(seconds - reading, n_tokens)
     if not compile or not add_compiled(model, n_rows):
-        print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)
+        if seconds > 1e-3:  # a small model has no choice worth reading
+            print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)
         return model
     compiled = model.transformer.h, model.lm_head
     plain = nn.ModuleList(block.module for block in model.transformer.h), model.lm_head.module

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,9 @@ from torch import Tensor
 from acorn import UserError
 from acorn.distributed.sharding import is_sharded, local, own_rows
 from model import GPT
+
+if TYPE_CHECKING:
+    from train import TrainSettings
 
 
 def make_optimizers(
@@ -293,19 +297,28 @@ def learning_rate_at(
     return learning_rate if fraction == 1 else min_lr + fraction * (learning_rate - min_lr)
 
 
-def rate_change(before, after, step: int) -> str | None:
-    """Describe how the learning rate of update `step` changes between a run's TrainSettings and those for resuming it.
+def scheduled_rate(s: "TrainSettings", step: int) -> float:
+    """Return the learning rate of update `step` under the settings of a run."""
+    if not s.decay_lr:
+        return s.learning_rate
+    horizon = s.lr_decay_iters or s.max_iters
+    return learning_rate_at(step, s.lr_schedule, s.learning_rate, s.min_lr, s.warmup_iters, horizon, s.cooldown_frac)
+
+
+def set_learning_rates(s: "TrainSettings", optimizers: list[torch.optim.Optimizer], step: int) -> float:
+    """Set the learning rates of update `step`. Returns the scheduled `learning_rate`; all groups scale with it."""
+    lr = scheduled_rate(s, step)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
+    return lr
+
+
+def rate_change(before: "TrainSettings", after: "TrainSettings", step: int) -> str | None:
+    """Describe how the learning rate of update `step` changes between a run's settings and those for resuming it.
 
     Returns None if it does not change.
     """
-
-    def rate(s) -> float:
-        if not s.decay_lr:
-            return s.learning_rate
-        decay = (s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters, s.cooldown_frac)
-        return learning_rate_at(step, s.lr_schedule, s.learning_rate, *decay)
-
-    old, new = rate(before), rate(after)
+    old, new = scheduled_rate(before, step), scheduled_rate(after, step)
     if math.isclose(old, new, rel_tol=1e-3):
         return None
     jump = f"the learning rate at step {step} changes from {old:.2e} to {new:.2e}"

@@ -21,7 +21,7 @@ from acorn.data.mixture import Mixture
 from acorn.distributed import runtime, sharding
 from acorn.evaluation.loss import evaluate_mixture
 from acorn.training.accumulate import Accumulator
-from acorn.training.optim import learning_rate_at
+from acorn.training.optim import set_learning_rates
 from model import GPT
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ class SkippedUpdates:
     def __init__(self, state: RunState, max_bad_steps: int, device: torch.device):
         self.state, self.max_bad_steps = state, max_bad_steps
         self.counts = torch.tensor([state.bad_steps, state.skipped], device=device)  # consecutive, total
-        self.read_at = (
-            state.step + max_bad_steps - state.bad_steps
-        )  # the first step at which max_bad_steps can be reached
+        # the first step at which max_bad_steps can be reached
+        self.read_at = state.step + max_bad_steps - state.bad_steps
 
     def read(self) -> int:
         """Copy the counts into the state, and return the number of updates skipped since the last call."""
@@ -158,17 +157,6 @@ def start_writing(
     return report.Metrics(out_dir, state.step, state.evaluated_at, wandb_run), lock
 
 
-def set_learning_rates(s: "TrainSettings", optimizers: list[torch.optim.Optimizer], step: int) -> float:
-    """Set the learning rates of update `step`. Returns the scheduled `learning_rate`; all groups scale with it."""
-    lr = s.learning_rate
-    if s.decay_lr:
-        horizon = s.lr_decay_iters or s.max_iters
-        lr = learning_rate_at(step, s.lr_schedule, s.learning_rate, s.min_lr, s.warmup_iters, horizon, s.cooldown_frac)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak_lr"] * lr / s.learning_rate if s.learning_rate else 0.0
-    return lr
-
-
 def dry_run(
     s: "TrainSettings",
     accumulator: Accumulator,
@@ -180,12 +168,13 @@ def dry_run(
 
     Returns a description of the memory and time that the whole run would take.
     """
-    dist, data, skipped = accumulator.dist, accumulator.data, SkippedUpdates(state, 5, accumulator.dist.device)
+    dist, data = accumulator.dist, accumulator.data
+    skipped = torch.zeros(2, dtype=torch.long, device=dist.device)  # not reported
     accumulator.raw_model.train()
     for i in range(5):
         accumulator.backward(state.step + i, state.position + i * accumulator.n_sequences)
         set_learning_rates(s, optimizers, state.step + i)
-        accumulator.step(optimizers, s.grad_clip, skipped.counts)
+        accumulator.step(optimizers, s.grad_clip, skipped)
         if i == 0:
             dist.synchronize()
             clock = time.perf_counter()

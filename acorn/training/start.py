@@ -261,6 +261,7 @@ def start_model(
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         model, values, source, adapters = new_model(s, data.vocab_size, meta=dist.fsdp), None, "scratch", None
+        s.n_kv_head, s.n_hidden = model.config.n_kv_head, model.config.n_hidden  # in place of 0
     else:
         model, values, source, adapters = load_initial(s, given, folder, saved, data, dist)
     if s.freeze:
