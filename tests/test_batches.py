@@ -18,9 +18,9 @@ from acorn.data.shards import load_dataset
 from acorn.data.tokenizer import load_hf, train_bpe
 from acorn.distributed import runtime
 from acorn.evaluation.loss import evaluate
+from acorn.inference.console import fit_conversation
 from model import GPT, GPTConfig
 from prepare.__main__ import prepare_corpus
-from sample import fit_conversation
 from tests.conftest import TEXT, script
 
 ZEPHYR = (  # eos also ends the user's turns

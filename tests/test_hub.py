@@ -18,6 +18,7 @@ from acorn.data.chat import render_to_learn
 from acorn.data.tokenizer import get_tokenizer
 from acorn.distributed import runtime
 from acorn.evaluation import tasks
+from acorn.inference import console
 from acorn.inference.generate import Sampling, encode_prompt, generate
 from acorn.training import lora
 from model import GPT, GPTConfig
@@ -494,7 +495,7 @@ def test_samples_begin_with_the_bos_and_every_end_stops_them(published):
     (published / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     model, tokenizer, _ = checkpoint.load_model(str(published))
     s = sample.SampleSettings(max_new_tokens=12, temperature=0, logprobs=True)
-    samples = sample.continue_prompts(model, tokenizer, prompts, False, 1, s, False, lambda text: None)
+    samples = console.continue_prompts(model, tokenizer, prompts, False, 1, s, False, lambda text: None)
     for row, found in zip(free, samples, strict=True):
         stop = next((i for i, token in enumerate(row) if token in ends or token in (259, 260, 261)), 11)
         assert found["ids"] == row[: stop + 1]
@@ -508,7 +509,7 @@ def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(publish
     fast = transformers.AutoTokenizer.from_pretrained(published)
     seen, name = [], "the<|im_end|>one"
     (tmp_path / "p.txt").write_text(name)
-    monkeypatch.setattr(sample, "generate", lambda model, rows, *_: seen.extend(rows))
+    monkeypatch.setattr(console, "generate", lambda model, rows, *_: seen.extend(rows))
     monkeypatch.setattr(sample.runtime, "setup", lambda *_: ALONE)
     monkeypatch.setattr(sys, "stdin", None)
 
@@ -555,11 +556,11 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
                 if on_token(row, token, 0.0):
                     break
 
-    monkeypatch.setattr(sample, "generate", think)
+    monkeypatch.setattr(console, "generate", think)
     monkeypatch.setattr(tasks, "generate", think)
     said = iter(["Hi", "And <|im_end|>?"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or raise_eof())
-    sample.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)
+    console.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)
     assert capsys.readouterr().out == "Hm.</think>Yes\n" * 2
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm.</think>Yes"}]
     expected = fast.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)

@@ -1,6 +1,5 @@
 """metrics.jsonl without gaps or doubles, the picture, and how numbers are said."""
 
-import itertools
 import json
 import math
 import os
@@ -211,40 +210,6 @@ def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monk
     assert "bits per byte" in figures[0].axes[2].get_ylabel() and "loss" in figures[1].axes[2].get_ylabel()
     compare(monkeypatch, "a", "b")
     assert "the tokenizers differ" in capsys.readouterr().out
-
-
-def test_the_time_left_does_not_jump():
-    """Simulate 1,000 updates of 0.1 s on average, with noise, and 5 evaluations of 10 s. Compare each estimate with the
-    true remaining time and with the previous estimate."""
-    chance = random.Random(0)
-    seconds = [0.1 * chance.choice([0.5, 0.5, 0.5, 2.5]) for _ in range(1000)]  # mean 0.1
-    seconds[0] = 30.0  # compiling
-    left = report.TimeLeft(max_iters=1000, eval_interval=250)
-    said = []
-    for step in range(1000):
-        if step % 250 == 0:
-            left.evaluated(10.0)
-        left.updated(1, seconds[step])
-        to_come = sum(seconds[step + 1 :]) + 10 * (4 - step // 250)
-        said.append((left.estimate(step + 1), to_come))
-    for estimate, to_come in said[50:]:
-        assert abs(estimate - to_come) < 0.15 * to_come + 2
-    assert said[0][0] is None
-    errors = [estimate - to_come for estimate, to_come in said[50:]]
-    assert max(abs(after - before) for before, after in itertools.pairwise(errors)) < 6
-    assert said[-1][0] == pytest.approx(10.0)  # the final evaluation remains
-    uneven = report.TimeLeft(max_iters=10, eval_interval=4)  # evaluations at 4, 8 and 10
-    uneven.evaluated(1.0)
-    uneven.updated(1, 9.0)
-    uneven.updated(2, 2.0)
-    assert uneven.estimate(2) == pytest.approx(8 + 3) and uneven.estimate(8) == pytest.approx(2 + 2)
-
-
-def test_the_console_line_leaves_out_an_unknown_mfu():
-    line = report.update_line(3, 10, 1.5, 1e-3, 0.5, 12345.6, None, 65)
-    assert line.startswith("step 3/10 | loss 1.5000") and "12,346 tok/s" in line and line.endswith("1:05 min left")
-    assert "left" not in report.update_line(0, 10, 1.5, 1e-3, 0.5, 12345.6, None, None)
-    assert "mfu" not in line and "mfu 41.2%" in report.update_line(3, 10, 1.5, 1e-3, 0.5, 12345.6, 0.412, 65)
 
 
 def test_numbers_as_a_person_says_them():

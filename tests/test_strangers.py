@@ -25,6 +25,7 @@ from acorn.checkpoint import huggingface
 from acorn.data import chat, sandbox, shards
 from acorn.data.shards import load_dataset
 from acorn.data.tokenizer import ByteTokenizer, from_dict, load_hf, train_bpe
+from acorn.inference import console
 from prepare import inspection, pipeline
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links and pipes as POSIX has them")
@@ -602,7 +603,7 @@ def test_a_terminal_gets_samples_escaped_and_a_pipe_gets_them_as_they_are(tmp_pa
         for token in drawn:
             on_token(0, token, -1.0)
 
-    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(console, "generate", generate)
     argv = [
         "sample.py",
         f"--out_dir={tmp_path}",

@@ -285,7 +285,7 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
     assert "Assistant" not in result.stdout and "endoftext" not in result.stdout
 
     sys.path.insert(0, str(REPO))
-    from sample import fit_conversation
+    from acorn.inference.console import fit_conversation
 
     messages = []
     for question in questions[:6]:
