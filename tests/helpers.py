@@ -5,6 +5,7 @@ checkpoints, and bad input.
 import contextlib
 import csv
 import functools
+import gc
 import gzip
 import io
 import json
@@ -100,6 +101,8 @@ def train_here(monkeypatch, *words) -> int:
     from train import main
 
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    if {"--init_from=resume", "--overwrite=True"} & set(words):
+        gc.collect()  # releases the lock of the run before, as the end of its process would
     with keep_signal_handlers():
         return main()
 

@@ -16,18 +16,25 @@ from acorn.checkpoint import save
 from acorn.training import optim
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Draw no loss curve: that takes longer than a tiny run."""
+    monkeypatch.setattr(report, "draw_curve", lambda *args: None)
+
+
+def math_is_fine(model) -> bool:
+    """Return whether the model's logits are finite."""
+    x = torch.zeros(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        return bool(model(x, x)[0].isfinite().all())
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_reason(dataset, tmp_path):
     result = train(tmp_path, dataset, "--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=3", "--out_dir=o")
     assert result.returncode == 1
     assert "3 consecutive updates had a non-finite gradient" in result.stderr
     assert "NaN" not in (tmp_path / "o" / "metrics.jsonl").read_text()  # which JSON does not have
     assert "Traceback" not in result.stderr
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Draw no loss curve: that takes longer than a tiny run."""
-    monkeypatch.setattr(report, "draw_curve", lambda *args: None)
 
 
 @pytest.mark.parametrize("host_decides", [(), ("cpu",)])
@@ -147,9 +154,3 @@ def test_a_run_does_not_end_well_on_weights_that_are_no_numbers(dataset, tmp_pat
     why = "the val loss is not finite" if ends == "at its last update" else "transformer.h.0.ln_1.weight is not finite"
     assert f"error: the last updates are not saved ({why}; " in said.err.splitlines()[-1]
     assert (tmp_path / "o" / "latest").read_text() == (tmp_path / "o" / "best").read_text() == "step_000006\n"
-
-
-def math_is_fine(model) -> bool:
-    x = torch.zeros(1, 4, dtype=torch.long)
-    with torch.no_grad():
-        return bool(model(x, x)[0].isfinite().all())

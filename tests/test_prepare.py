@@ -28,10 +28,6 @@ def test_bad_options():
     assert not Path("data").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As a command
-
-
 def command(*argv, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, **kwargs)
 

@@ -14,9 +14,6 @@ from acorn.data import shards
 from acorn.data.batches import sample_windows
 from acorn.data.shards import HEADER_BYTES, LAYOUTS, ShardWriter, Tokens, load_dataset, open_shard
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
 
 @pytest.mark.parametrize(
     ("vocab_size", "magic", "version", "dtype"), [(65536, 20240520, 1, "<u2"), (65537, 20240801, 7, "<u4")]

@@ -45,8 +45,6 @@ from acorn.data.tokenizer import (
 from prepare.__main__ import prepare_corpus
 
 CATEGORIES: dict[str, str] = {}  # of Unicode, with a few characters of each
-
-
 for code in range(0x20000):
     category = unicodedata.category(chr(code))
     if category != "Cs" and len(CATEGORIES.setdefault(category, "")) < 3 * (1 + code // 0x2000):
@@ -331,10 +329,6 @@ def test_an_encoding_of_tiktokens_with_gaps_among_its_ids(monkeypatch):
     assert tokenizer.decode([257, 258, 261, 260]) == "hel<|endoftext|>"
     assert tokenizer.token_bytes()[256:].tolist() == [2, 3, 0, 0, 0, 0, 0]
     assert tokenizer_hash(from_dict(tokenizer.to_dict())) == tokenizer_hash(tokenizer)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trained BPE
 
 
 def test_bpe_learns_the_same_from_the_same_texts():

@@ -13,6 +13,7 @@ import prepare.__main__ as prepare_cli
 import train
 from acorn import UserError, report
 
+# a model of some hundred parameters, two updates; a machine that is as it is
 BASE = dict(block_size=8, batch_size=2, gradient_accumulation_steps=2, n_layer=1, n_head=2, n_embd=16, ngram_rows=50)
 BASE |= dict(max_iters=2, eval_interval=1, eval_iters=1, warmup_iters=1, device="cpu", dtype="float32", compile=False)
 # what is right in nearly any company
