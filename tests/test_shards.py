@@ -160,7 +160,7 @@ def test_any_shard_header_is_right_or_refused_with_a_sentence(tmp_path, rounds):
     def one(data: bytes) -> None:
         path.write_bytes(data)
         magic, version, n = struct.unpack("<iii", data[:12])
-        codes = {(20240520, 1): "H", (20240801, 7): "I", (20261122, 1): "B"}
+        codes = {(20240520, 1): "H", (20240801, 7): "I", (20261122, 1): "B", (20261123, 1): "i"}
         code = codes.get((magic, version))
         right = code is not None and n >= 0 and len(data) == 1024 + n * struct.calcsize(code)
         try:
