@@ -1,4 +1,4 @@
-"""model.py against hand computations, and itself without a cache. (Hugging Face models: test_hub.py.)"""
+"""model.py against hand computations, and itself without a cache. (Hugging Face models: test_huggingface.py.)"""
 
 import itertools
 import math

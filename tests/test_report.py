@@ -1,4 +1,4 @@
-"""metrics.jsonl without gaps or doubles, the picture, and how numbers are said."""
+"""acorn/report.py: metrics.jsonl without gaps or doubles, the picture, the comparison, and how numbers are said."""
 
 import json
 import math
@@ -9,8 +9,9 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers import SMALL, TINY, train_here
 
-from acorn import UserError, report, visible
+from acorn import UserError, checkpoint, report, visible
 
 
 def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path):
@@ -215,3 +216,61 @@ def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monk
 def test_numbers_as_a_person_says_them():
     assert [report.duration(s) for s in (8.6, 125, 12000, 362880)] == ["9 s", "2:05 min", "3:20 h", "4.2 days"]
     assert [report.size(n) for n in (12, 5120, 1.5e6, 2.5e9, 4e13)] == ["12 B", "5.1 KB", "1.5 MB", "2.5 GB", "40 TB"]
+
+
+BAD_LINES = [
+    b'{"step": 3, "loss": "<script>"}',
+    b'{"step": 99999999999999999999, "val_loss": 3}',
+    b'{"step": true, "loss": 1.0}',
+    b'{"step": -1, "loss": 1.0}',
+    b'{"step": 1, "val_loss": [1.0]}',
+    b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 1, "seconds": {}}',
+    b"[1, 2]",
+    b"null",
+    b"\xff\xfe\x00",
+    b'{"step": 1, "lo',
+    b"[" * 20_000,
+    b"\x1b[2J",
+]
+
+
+def test_bad_metrics_neither_end_a_run_nor_keep_it_from_saving(dataset, tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "o", [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}"]
+    assert train_here(monkeypatch, *words, "--max_iters=2") == 0
+    good = report.read_metrics(out / "metrics.jsonl")
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join([*BAD_LINES, b'{"step": 1, "loss": NaN, "val_loss": Infinity}', b""]))
+    capsys.readouterr()
+    assert train_here(monkeypatch, *words, "--max_iters=4", "--init_from=resume") == 0
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 1 and f"{len(BAD_LINES)} " in said and "\x1b" not in said
+    assert checkpoint.find(out)[1]["step"] == 4
+    lines = report.read_metrics(out / "metrics.jsonl")
+    assert lines[: len(good)] == good and lines[len(good)] == {"step": 1, "loss": None, "val_loss": None}
+    assert [line["step"] for line in lines[len(good) + 1 :]] == [2, 3, 4]
+
+
+def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def fails(*_):
+        seen.append(sorted(folder.name for folder in (tmp_path / "o").glob("*step_*")))
+        raise ZeroDivisionError("\x1b[2Jno font")
+
+    class Wandb:
+        id = "x"
+
+        def log(self, *_, **__):
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(report, "draw_losses", fails)
+    monkeypatch.setattr(report, "start_wandb", lambda *_: Wandb())
+    save, saved = checkpoint.Writer.save, []
+    monkeypatch.setattr(checkpoint.Writer, "save", lambda *a: (saved.append(len(seen)), save(*a)))
+    words = [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--wandb_log=True", "--max_iters=4"]
+    assert train_here(monkeypatch, *words) == 0
+    said = capsys.readouterr().err
+    assert len(seen) == 3 and saved == [1, 2]  # at steps 0, 2 and 4; a checkpoint at 2 and 4, each before its picture
+    assert said.count("the run continues") == 4 and said.count("wandb logging failed") == 1 and "\x1b" not in said
+    assert checkpoint.find(tmp_path / "o")[1]["step"] == 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from conftest import REPO, refused, script
+from helpers import REPO, refused, script
 from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, checkpoint
