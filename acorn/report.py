@@ -4,6 +4,7 @@ python -m acorn.report out/a out/b
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -242,22 +243,9 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path, per_byte: bool = False
 def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     """Return the names as they can be drawn, the font families for them, and a note or None.
 
-    Fonts for missing characters are searched among the installed ones. A name with a character that no font has is
-    replaced by its number, such as "run 2", and the note says so.
+    A name with a character that no font has is replaced by its number, such as "run 2", and the note says so.
     """
-    from matplotlib import font_manager, rcParams
-
-    families = list(rcParams["font.family"])
-    default = font_manager.findfont(font_manager.FontProperties())
-    missing = {ord(c) for name in names for c in name} - characters(default)
-    if missing:
-        # likely fonts first, because opening a font takes time
-        likely = re.compile("CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans")
-        fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
-        for name in sorted(fonts, key=lambda name: (not likely.search(name), name)):
-            if missing and missing & (own := characters(fonts[name])):
-                families.append(name)
-                missing -= own
+    families, missing = fonts_for("".join(names))
     drawn = [f"run {i}" if missing & set(map(ord, name)) else name for i, name in enumerate(names, 1)]
     replaced = [f"{label} is {name}" for label, name in zip(drawn, names, strict=True) if label != name]
     if not replaced:
@@ -265,6 +253,31 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     without = "".join(map(chr, sorted(missing)))
     note = f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}"
     return drawn, families, f"{note}. Install a font with these characters, such as Noto Sans CJK."
+
+
+def fonts_for(text: str) -> tuple[list[str], set[int]]:
+    """Return font families that can draw `text`, and the code points that no installed font has.
+
+    Fonts for characters that the default font lacks are searched among the installed ones.
+    """
+    from matplotlib import font_manager, rcParams
+
+    families = list(rcParams["font.family"])
+    default = font_manager.findfont(font_manager.FontProperties())
+    missing = {ord(c) for c in text} - characters(default)
+    if missing:
+        # likely fonts first, because opening a font takes time
+        likely = re.compile("CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans")
+        manager = font_manager.fontManager
+        for path in {*font_manager.findSystemFonts()} - {font.fname for font in manager.ttflist}:
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # fonts installed since matplotlib listed them
+                manager.addfont(path)
+        fonts = {font.name: font.fname for font in manager.ttflist if "Last Resort" not in font.name}
+        for name in sorted(fonts, key=lambda name: (not likely.search(name), name)):
+            if missing and missing & (own := characters(fonts[name])):
+                families.append(name)
+                missing -= own
+    return families, missing
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import threading
 import time
 
 import torch
-
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -53,7 +52,9 @@ def create_app(model, tokenizer, name="test", pause=0.0):
 
     def events(ids, query, ends, is_chat):
         pieces = queue.Queue()
-        threading.Thread(target=run, args=(ids, query, ends, lambda *item: pieces.put(item), not is_chat), daemon=True).start()
+        threading.Thread(
+            target=run, args=(ids, query, ends, lambda *item: pieces.put(item), not is_chat), daemon=True
+        ).start()
         while (item := pieces.get())[0] is not None:
             choice = {"delta": {"content": item[0]}} if is_chat else {"text": item[0], "logprobs": item[1]}
             yield f"data: {json.dumps({'choices': [choice | {'index': 0, 'finish_reason': None}]})}\n\n"

@@ -133,7 +133,7 @@ function drawMessage(message) {
     };
     button("copy", (made) => copy(made, message.content));
     button("show_why", () => explain(message));
-    button("look", () => lookAtReply(message));
+    button("look", () => lookAtReply(message).catch((error) => ($("chat_error").textContent = error.message)));
     box.append(buttons);
   }
   translate(box);
@@ -208,11 +208,17 @@ function replyAgain() {
   reply();
 }
 
+/** Return the tokens of the conversation before a reply, and those of the reply. */
+async function tokensOfReply(message) {
+  const before = await ask("inside/tokens", { messages: messagesBefore(message) });
+  const after = await ask("inside/tokens", { text: message.content, continues: true });
+  return { before, after };
+}
+
 /** Show the tokens of a reply under "Why this token?": the server reads them again to score them. */
 async function explain(message) {
   await run($("chat_error"), async () => {
-    const before = await ask("inside/tokens", { messages: messagesBefore(message) });
-    const after = await ask("inside/tokens", { text: message.content, continues: true });
+    const { before, after } = await tokensOfReply(message);
     const prompt = [...before.ids, ...after.ids];
     const body = { ...settings(), prompt, max_tokens: 1, echo: true, logprobs: N_TOP, return_tokens_as_token_ids: true };
     const scored = tokensOf((await ask("v1/completions", body)).choices[0].logprobs);
@@ -226,10 +232,8 @@ async function explain(message) {
 }
 
 async function lookAtReply(message) {
-  const end = conversation.indexOf(message) + 1;
-  const before = await ask("inside/tokens", { messages: messagesBefore(conversation[end - 1]) });
-  const after = await ask("inside/tokens", { text: message.content, continues: true });
-  lookAt([...before.ids, ...after.ids], before.text + message.content);
+  const { before, after } = await tokensOfReply(message);
+  lookAt([...before.ids, ...after.ids]);
 }
 
 // -------------------- complete, and why
@@ -297,11 +301,11 @@ function drawCompletion(writing) {
   const row = $("why_tokens");
   const focused = row.contains(document.activeElement) ? Number(document.activeElement.dataset.i) : -1;
   row.replaceChildren();
-  if (text) row.append(make("span", { className: "token prompt" }, text.length > 200 ? `…${text.slice(-200)}` : text));
+  $("why_prompt").textContent = text;
   tokens.forEach((token, i) => {
     if (token.label === undefined) return; // soon
     const p = Math.exp(token.logprob);
-    const button = make("button", { type: "button", className: "token", tabIndex: i === Math.max(0, completion.chosen) ? 0 : -1, data: { i } }, shown(token.label));
+    const button = make("button", { type: "button", className: "token", tabIndex: i === Math.max(0, completion.chosen) ? 0 : -1, data: { i } }, word(token.label));
     button.setAttribute("aria-label", `${shown(token.label)} ${percent(p)}`);
     colour(button, p);
     button.addEventListener("mouseenter", () => running || showChoices(i));
@@ -332,22 +336,24 @@ function showChoices(i) {
     const bar = make("span", { className: "bar" });
     bar.style.setProperty("--p", p);
     const chosen = id === token.id;
-    const button = make("button", { type: "button", className: chosen ? "mark" : "", data: { id } }, make("span", { className: "word" }, shown(label)), bar, make("span", {}, percent(p)));
+    const button = make("button", { type: "button", className: chosen ? "mark" : "", data: { id } }, word(label, { className: "word" }), bar, make("span", {}, percent(p)));
     button.setAttribute("aria-label", t("continue_with", { token: shown(label), percent: percent(p) }));
     if (chosen) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => continueText([...completion.tokens.slice(0, i), { ...token, id, logprob }]));
     list.append(make("li", {}, button));
   }
-  detail.replaceChildren(make("h3", {}, `${t("alternatives")}: ${shown(token.label)}, ${percent(Math.exp(token.logprob))}`), list);
+  detail.replaceChildren(make("h3", {}, t("alternatives")), list);
 }
 
 // -------------------- inside
 
-/** Show the Inside view for tokens. A text that is too long is cut at its start. */
-function lookAt(ids, text) {
+/** Show the Inside view for tokens, or for the last ones if there are too many. */
+async function lookAt(ids) {
   insideIds = ids.slice(-model.most_tokens);
-  $("text").value = text;
   choose("inside");
+  await run($("inside_error"), async () => {
+    $("text").value = (await ask("inside/tokens", { ids: insideIds })).text;
+  });
   look();
 }
 
@@ -383,7 +389,7 @@ function choose(name) {
   $("settings").hidden = name === "inside";
   $("system_label").hidden = name !== "chat";
   if (name === "complete" || name === "why") drawCompletion(running !== null);
-  history.replaceState(null, "", `#${name}`);
+  history.replaceState(null, "", `#/${name}`);
   enable();
 }
 
@@ -432,7 +438,7 @@ function start() {
   $("again").addEventListener("click", () => continueText());
   $("copy").addEventListener("click", () => copy($("copy"), completion.text + completion.written));
   $("show_why").addEventListener("click", () => choose("why"));
-  $("look").addEventListener("click", () => lookAt([...completion.ids, ...completion.tokens.map((token) => token.id)], completion.text + completion.written));
+  $("look").addEventListener("click", () => lookAt([...completion.ids, ...completion.tokens.map((token) => token.id)]));
   $("text").addEventListener("input", () => (insideIds = null));
   arrowKeys($("why_tokens"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawInside);
@@ -458,7 +464,7 @@ async function connect() {
   }
   $("model").textContent = $("model").title = model.name;
   speak(language);
-  const named = location.hash.slice(1);
+  const named = location.hash.slice(2);
   choose(VIEWS.includes(named) && named !== "complete" ? named : model.chat ? "chat" : "complete");
 }
 

@@ -1,17 +1,16 @@
 "use strict";
 // Draws what `look_inside` (acorn/inference/inside.py) found: probabilities, attention, logit lens, heads.
 
-/** Return the tokens as a list of buttons, coloured by `strength(i)`, which is written below each as a style. */
-function tokenRow(data, name, style, onChoose) {
+/** Return the tokens as a row of buttons. `onChoose(i)` is called when one gets the focus. */
+function tokenRow(data, name, onChoose) {
   const row = make("div", { className: "tokens", attributes: { role: "group", "aria-label": name } });
   data.tokens.forEach((label, i) => {
-    const button = make("button", { type: "button", className: "token", tabIndex: -1, data: { i } }, shown(label));
+    const button = make("button", { type: "button", className: "token", tabIndex: -1, data: { i } }, word(label));
     button.addEventListener("focus", () => onChoose(i));
     button.addEventListener("click", () => onChoose(i));
     row.append(button);
     if (label.includes("\\n")) row.append(make("span", { className: "break" }));
   });
-  style(row);
   arrowKeys(row);
   return row;
 }
@@ -28,8 +27,8 @@ function bars(pairs, format = percent) {
   for (const [label, value, mark] of pairs) {
     const bar = make("span", { className: "bar" });
     bar.style.setProperty("--p", value);
-    const word = make("span", { className: "word" }, shown(label));
-    list.append(make("li", { className: mark ? "mark" : "" }, word, bar, make("span", {}, format(value))));
+    const name = word(label, { className: "word" });
+    list.append(make("li", { className: mark ? "mark" : "" }, name, bar, make("span", {}, format(value))));
   }
   return list;
 }
@@ -75,15 +74,15 @@ function showInside(root, data, measure = null) {
 
   function losses() {
     const probability = (i) => (data.loss[i] === null ? null : Math.exp(-data.loss[i]));
-    const paint = (row) => row.querySelectorAll(".token").forEach((button, i) => colour(button, probability(i)));
-    const row = tokenRow(data, t("loss_title"), paint, (token) => choose({ token }));
+    const row = tokenRow(data, t("loss_title"), (token) => choose({ token }));
+    row.querySelectorAll(".token").forEach((button, i) => colour(button, probability(i)));
     const detail = make("div", { className: "detail", attributes: { "aria-live": "polite" } });
 
     function update() {
       const i = state.token;
       const label = shown(data.tokens[i]);
       const head = i === 0 ? t("first_token") : t("token_detail", { token: label, percent: percent(probability(i)), loss: data.loss[i].toFixed(2) });
-      const choices = (position) => bars(data.next[position].map(([id, word, p]) => [word, p, id === data.ids[position + 1]]));
+      const choices = (position) => bars(data.next[position].map(([id, label, p]) => [label, p, id === data.ids[position + 1]]));
       const column = (title, list) => make("div", {}, make("h3", {}, title), list);
       const own = data.ids.indexOf(data.ids[i]); // neighbours are listed in the order in which tokens first occur
       const rank = new Set(data.ids.slice(0, own)).size;
@@ -94,7 +93,7 @@ function showInside(root, data, measure = null) {
           { className: "columns" },
           ...(i > 0 ? [column(t("predicted_here"), choices(i - 1))] : []),
           column(t("predicted_next"), choices(i)),
-          column(t("neighbours"), bars(data.neighbours[rank][1].map(([, word, s]) => [word, s]), (s) => s.toFixed(2))),
+          column(t("neighbours"), bars(data.neighbours[rank][1].map(([, label, s]) => [label, s]), (s) => s.toFixed(2))),
         ),
       );
     }
@@ -114,15 +113,15 @@ function showInside(root, data, measure = null) {
     const all = headsMap(data, weight, state, choose);
     const one = headMap(data, weight, state, choose);
     const title = make("h3");
-    const paint = (row) => {
+    const row = tokenRow(data, t("attention_title"), (token) => choose({ token }));
+    row.classList.add("shaded");
+    const paint = () => {
       for (const [j, button] of row.querySelectorAll(".token").entries()) {
         const p = j > state.token ? 0 : weight(state.layer, state.head, state.token, j);
         button.style.setProperty("--w", Math.sqrt(p));
         button.title = j > state.token ? "" : percent(p);
       }
     };
-    const row = tokenRow(data, t("attention_title"), () => {}, (token) => choose({ token }));
-    row.classList.add("shaded");
     const most = make("div", { className: "detail" });
 
     function update() {
@@ -130,7 +129,7 @@ function showInside(root, data, measure = null) {
       title.textContent = t("looks_at", { token: shown(data.tokens[state.token]) });
       all.update();
       one.update();
-      paint(row);
+      paint();
       const looks = data.tokens.slice(0, state.token + 1).map((label, j) => [label, weight(state.layer, state.head, state.token, j)]);
       most.replaceChildren(bars(looks.sort((a, b) => b[1] - a[1]).slice(0, 5)));
     }
@@ -139,14 +138,14 @@ function showInside(root, data, measure = null) {
   }
 
   function lens() {
-    const header = make("tr", {}, make("td"), ...data.tokens.map((label, i) => make("th", { scope: "col", data: { i } }, shown(label))));
+    const header = make("tr", {}, make("td"), ...data.tokens.map((label, i) => make("th", { scope: "col", data: { i } }, word(label))));
     const rows = data.lens.map((cells, layer) => {
       const name = layer === 0 ? t("embedding") : t("after_block", { layer });
       const row = make("tr", {}, make("th", { scope: "row" }, name));
       cells.forEach(([id, label, p, real], i) => {
         const right = i + 1 < data.tokens.length;
         const words = t("lens_cell", { token: shown(label), percent: percent(p), real: right ? percent(real) : "–" });
-        const cell = make("td", { title: words, data: { i } }, shown(label));
+        const cell = make("td", { title: words, data: { i } }, word(label));
         cell.style.setProperty("--w", p);
         cell.classList.toggle("hit", id === data.ids[i + 1]);
         row.append(cell);
@@ -190,7 +189,8 @@ function showInside(root, data, measure = null) {
       });
       const columns = data.heads[0].map((_, head) => make("th", { scope: "col" }, String(head + 1)));
       const table = make("table", { className: "heads" }, make("thead", {}, make("tr", {}, make("td"), ...columns)), make("tbody", {}, ...rows));
-      const order = values.map((_, i) => i).sort((a, b) => values[b] - values[a]).slice(0, 5);
+      const helpful = values.map((_, i) => i).filter((i) => values[i] > 0);
+      const order = helpful.sort((a, b) => values[b] - values[a]).slice(0, 5);
       const list = make("ol", { className: "plain" });
       for (const i of order) {
         const button = make("button", { type: "button", className: "link" }, name(i));
@@ -307,7 +307,7 @@ function headsMap(data, weight, state, choose) {
     const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
     choose({ layer: clamp(state.layer + move[0], data.n_layer), head: clamp(state.head + move[1], data.n_head) });
   });
-  return { element: make("div", { className: "scroll" }, canvas), update };
+  return { element: make("div", { className: "scroll all" }, canvas), update };
 }
 
 /** Return the picture with its black replaced by the accent colour. */
@@ -327,7 +327,7 @@ function headMap(data, weight, state, choose) {
   const caption = make("p", { className: "caption", attributes: { "aria-live": "polite" } });
   const n = data.tokens.length;
   const room = Math.min(560, document.documentElement.clientWidth - 70);
-  const edge = n > 64 ? 10 : 84;
+  const edge = n > 64 ? 10 : room < 400 ? 56 : 84; // room for the names of tokens
   const cell = Math.max(n > 64 ? 3 : 11, Math.min(30, Math.floor((room - edge) / n)));
   const font = `${Math.max(9, Math.min(13, cell - 2))}px system-ui, sans-serif`;
 

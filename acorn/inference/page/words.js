@@ -198,6 +198,12 @@ function shown(label) {
   return label.replaceAll("\\n", "⏎").replace(/^ | $/g, "␣") || "∅";
 }
 
+/** Return an element with a token's text, in which the marks of spaces and line breaks are faint. */
+function word(label, properties = {}) {
+  const parts = shown(label).split(/([␣⏎]+)/);
+  return make("span", properties, ...parts.map((part, i) => (i % 2 ? make("span", { className: "space" }, part) : part)));
+}
+
 /** Let the arrow keys, Home and End move the focus among the buttons of `list`, which is one stop of the Tab key. */
 function arrowKeys(list) {
   list.addEventListener("keydown", (event) => {
