@@ -5,6 +5,7 @@ From published weights: python -m acorn.serve --init_from=gpt2 --port=9000
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,8 @@ def main() -> int:
         cors_origins=s.cors_origin,
     )
     print(f"up to {s.max_batch} sequences at once, batches of {app.state.scheduler.row_counts} rows", flush=True)
+    # after finishing what runs, uvicorn raises the signal again, which then must not change the exit code
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="info", access_log=False))
     server.run()
     return 0 if server.started else 2

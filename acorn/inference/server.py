@@ -290,7 +290,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: list[tuple]) -> dict:
         "tokens": [token_text(tokenizer, id) for id, *_ in tokens],
         "token_logprobs": [logprob for _, logprob, _, _ in tokens],
         "top_logprobs": [
-            None if logprob is None else {token_text(tokenizer, i): p for i, p in [*reversed(top), (id, logprob)]}
+            None if logprob is None else {token_text(tokenizer, i): p for i, p in {**dict(top), id: logprob}.items()}
             for id, logprob, top, _ in tokens
         ],
         "text_offset": [offset for *_, offset in tokens],
