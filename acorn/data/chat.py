@@ -249,13 +249,18 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def as_content(tokenizer: Tokenizer, reply: str) -> str:
-    """Return the message content of `reply`, a text that a model generated. This removes what the template adds around
-    the content, such as the space in "[/INST] Hello"."""
+def reply_frame(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the text that the template writes before and after the content of a reply, without control tokens, such
+    as the space in "[/INST] Hello"."""
     before, after = _around_content(tokenizer)
     prompt = _fill_in(tokenizer, [_message("user", "?")], True)
     before = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    after = _any_of(tokenizer.control).split(after, maxsplit=1)[0]
+    return before, _any_of(tokenizer.control).split(after, maxsplit=1)[0]
+
+
+def as_content(tokenizer: Tokenizer, reply: str) -> str:
+    """Return the message content of `reply`, a text that a model generated, without its `reply_frame`."""
+    before, after = reply_frame(tokenizer)
     return reply.removeprefix(before).removesuffix(after)
 
 

@@ -131,18 +131,19 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 
 class OneTokenCompiled(nn.Module):
-    """Wrap a module: run `compiled` for one token in each of `n_rows` rows, and the module itself for longer inputs.
+    """Wrap a module: run `compiled` for one token in each row, and the module itself for longer inputs.
 
-    `compiled` is the compiled forward of the module's class. A prompt is compute-bound and gains nothing from it.
+    `compiled` is the compiled forward of the module's class, and `row_counts` are the numbers of rows for which it was
+    compiled. A prompt is compute-bound and gains nothing from it.
     """
 
-    def __init__(self, module: nn.Module, compiled, n_rows: int):
+    def __init__(self, module: nn.Module, compiled, row_counts: tuple[int, ...]):
         super().__init__()
-        self.module, self.compiled, self.n_rows = module, compiled, n_rows
+        self.module, self.compiled, self.row_counts = module, compiled, row_counts
 
     def forward(self, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Tensor:
         rest = () if mask is None else (rotary, cache, positions, mask)  # a Linear layer takes x alone
-        if x.shape[:-1] != (self.n_rows, 1):
+        if x.dim() != 3 or x.size(1) != 1 or x.size(0) not in self.row_counts:
             return self.module(x, *rest)
         for tensor in cache:
             torch._dynamo.maybe_mark_dynamic(tensor, 2)  # only the size of the cache may change
@@ -153,13 +154,19 @@ class OneTokenCompiled(nn.Module):
 
 @torch.no_grad()
 def prepare_for_decoding(
-    model: GPT, quantize: str = "none", compile: bool | str = True, n_rows: int = 1, n_tokens: int = 0
+    model: GPT,
+    quantize: str = "none",
+    compile: bool | str = True,
+    n_rows: int = 1,
+    n_tokens: int = 0,
+    fewer_rows: tuple[int, ...] = (),
 ) -> GPT:
     """Replace the Linear layers of `model`, including its head, with DecodingLinear, and return it.
 
     The model can then generate but not train. `quantize` is "none" (weights stay in the model's dtype) or "int8".
-    `compile` also compiles the step of one token in each of `n_rows` rows, which takes some seconds. With "auto" this
-    happens only if it saves time over `n_tokens` tokens, and the compiled model is used only if it is faster. If
+    `compile` also compiles the step of one token in each of `n_rows` rows, and in each number of rows in `fewer_rows`,
+    which takes some seconds each. With "auto" this happens only if it saves time over `n_tokens` tokens, and the
+    compiled model is used only if it is faster. If
     compiling fails, a warning is printed and the model stays uncompiled. Measurements and choices go to stderr.
     """
     if quantize == "none":
@@ -174,7 +181,7 @@ def prepare_for_decoding(
     auto = compile == "auto"
     if auto:
         compile = n_rows <= MOST_ROWS and pays_back(seconds - reading, n_tokens)
-    if not compile or not add_compiled(model, n_rows):
+    if not compile or not add_compiled(model, (n_rows, *fewer_rows)):
         if seconds > 1e-3:  # a small model has no choice worth reading
             print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)
         return model
@@ -206,8 +213,8 @@ def prepare_for_decoding(
     return model
 
 
-def add_compiled(model: GPT, n_rows: int) -> bool:
-    """Wrap blocks and head in OneTokenCompiled, compile them, and return True.
+def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
+    """Wrap blocks and head in OneTokenCompiled, compile them for these numbers of rows, and return True.
 
     If compiling fails, print a warning, leave the model unchanged, and return False.
     """
@@ -215,10 +222,13 @@ def add_compiled(model: GPT, n_rows: int) -> bool:
     # size_asserts would check each tensor's shape in each call, although torch.compile's guards already do
     options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
     try:
-        one_block, one_product = (torch.compile(kind.forward, options=options) for kind in (Block, DecodingLinear))
-        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, n_rows) for block in blocks)
-        model.lm_head = OneTokenCompiled(head, one_product, n_rows)
-        model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))  # the call compiles
+        one_block, one_product = (
+            torch.compile(kind.forward, options=options, dynamic=False) for kind in (Block, DecodingLinear)
+        )
+        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, row_counts) for block in blocks)
+        model.lm_head = OneTokenCompiled(head, one_product, row_counts)
+        for n_rows in row_counts:  # the call compiles
+            model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); running uncompiled", file=sys.stderr)
