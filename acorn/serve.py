@@ -60,6 +60,7 @@ def main() -> int:
     try:
         import uvicorn
 
+        from acorn.inference import page
         from acorn.inference.server import create_app
     except ImportError as error:
         raise UserError(f"the server needs {error.name}. Install it: pip install fastapi uvicorn") from error
@@ -92,6 +93,7 @@ def main() -> int:
         api_key=s.api_key or os.environ.get("ACORN_API_KEY", ""),
         cors_origins=s.cors_origin,
     )
+    page.add_page(app)
     print(f"up to {s.max_batch} sequences at once, batches of {app.state.scheduler.row_counts} rows", flush=True)
     # after finishing what runs, uvicorn raises the signal again, which then must not change the exit code
     signal.signal(signal.SIGTERM, lambda *_: None)

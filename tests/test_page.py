@@ -14,11 +14,11 @@ from hf_models import ours
 fastapi = pytest.importorskip("fastapi", reason="the server needs `pip install fastapi uvicorn`")
 
 from fastapi.testclient import TestClient  # noqa: E402
-from page_server import create_app  # noqa: E402
 
 from acorn.data.chat import PLAIN  # noqa: E402
 from acorn.data.tokenizer import ByteTokenizer, train_char  # noqa: E402
-from acorn.inference import inside, page  # noqa: E402
+from acorn.inference import inside, page, scheduler  # noqa: E402
+from acorn.inference.server import create_app  # noqa: E402
 
 TEXT = "Hello <b>world</b>"
 SOURCES = {name: (page.FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", *page.FILES)}
@@ -32,12 +32,18 @@ def chat_tokenizer() -> ByteTokenizer:
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(block_size=128)
+    return ours(block_size=128).requires_grad_(False)
+
+
+def page_app(model, tokenizer, **settings):
+    app = create_app(model, tokenizer, "test", **settings)
+    page.add_page(app)
+    return app
 
 
 @pytest.fixture(scope="module")
 def client(model):
-    return TestClient(create_app(model, chat_tokenizer()))
+    return TestClient(page_app(model, chat_tokenizer()))
 
 
 def test_the_page_is_served_and_needs_nothing_from_elsewhere(client):
@@ -104,12 +110,14 @@ def test_texts_and_conversations_as_tokens(client):
     ],
 )
 def test_bad_requests_are_refused_with_a_sentence(client, body, word):
-    answer = client.post("/inside", content=body)
+    answer = client.post("/inside", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and word in answer.json()["error"]["message"]
 
 
 def test_large_requests_and_those_in_a_crowd_are_refused(client, monkeypatch):
-    assert client.post("/inside", content=b" " * (page.MOST_BYTES + 1)).status_code == 413
+    answer = client.post("/inside/tokens", json={"text": "a" * (page.MOST_CHARACTERS + 1)})
+    assert answer.status_code == 400 and "Shorten" in answer.json()["error"]["message"]
+    assert client.post("/inside", content=b'{"text": "ab"}').status_code == 415  # as a foreign page could send it
     monkeypatch.setattr(page, "MOST_ABLATIONS", 50)
     answer = client.post("/inside/heads", json={"text": TEXT})
     assert answer.status_code == 400 and "6" in answer.json()["error"]["message"]
@@ -132,10 +140,29 @@ def test_large_requests_and_those_in_a_crowd_are_refused(client, monkeypatch):
 
 def test_a_model_without_a_chat_template_says_so():
     tokenizer = train_char(["abc"])
-    client = TestClient(create_app(ours(vocab_size=3), tokenizer))
+    client = TestClient(page_app(ours(vocab_size=3), tokenizer))
     assert not client.get("/inside").json()["chat"]
     for query in ({"messages": [{"role": "user", "content": "a"}]}, {"text": ""}, {"text": "é"}):
         assert client.post("/inside/tokens", json=query).status_code == 400
+
+
+def test_an_api_key_protects_the_model_but_not_the_page(model):
+    client = TestClient(page_app(model, chat_tokenizer(), api_key="secret"))
+    assert client.get("/").status_code == client.get("/page/app.js").status_code == 200
+    assert client.get("/inside").status_code == client.post("/inside", json={"text": TEXT}).status_code == 401
+    assert client.get("/inside", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+def test_tokens_in_logprobs_can_be_ids(client):
+    ask = {"max_tokens": 3, "temperature": 0, "return_tokens_as_token_ids": True}
+    text = client.post("/v1/completions", json={"prompt": "To be", "logprobs": 2, **ask}).json()
+    names = text["choices"][0]["logprobs"]["tokens"]
+    assert len(names) == 3 and all(re.fullmatch(r"token_id:\d+", name) for name in names)
+    assert [max(top, key=top.get) for top in text["choices"][0]["logprobs"]["top_logprobs"]] == names
+    messages = [{"role": "user", "content": "a"}]
+    talk = client.post("/v1/chat/completions", json={"messages": messages, "logprobs": True, "top_logprobs": 2, **ask})
+    for token in talk.json()["choices"][0]["logprobs"]["content"]:
+        assert token["token"] == token["top_logprobs"][0]["token"] and token["token"].startswith("token_id:")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,21 +185,23 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(model):
-    """The address of a running server."""
+    """The address of a running server, which pauses before each token."""
     import uvicorn
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = create_app(model, chat_tokenizer(), pause=PAUSE)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(10)
+    def slow_step(self, step=scheduler.Scheduler.step):
+        time.sleep(PAUSE)
+        step(self)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler.Scheduler, "step", slow_step)
+        server = uvicorn.Server(uvicorn.Config(page_app(model, chat_tokenizer()), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join(10)
 
 
 @pytest.fixture
@@ -220,9 +249,8 @@ def token_ids(tab) -> list[int]:
 def test_a_conversation_streams_stops_and_begins_again(visit):
     tab = visit()  # a model that can chat begins with the chat
     assert tab.get_attribute("#chat", "aria-selected") == "true"
-    tab.fill("#max_tokens", "60") if tab.is_visible("#max_tokens") else tab.evaluate(
-        "() => { document.getElementById('max_tokens').value = 60 }"
-    )
+    tab.click("#settings summary")
+    tab.fill("#max_tokens", "60")
     tab.fill("#message", "Hello <i>you</i>")
     tab.press("#message", "Enter")
     reply = tab.locator(".message.assistant .words")
@@ -241,8 +269,7 @@ def test_a_conversation_streams_stops_and_begins_again(visit):
     tab.locator(".message.assistant >> text=Why these tokens?").click()
     tab.wait_for_selector("#why_tokens button")
     assert "User:" in tab.input_value("#prompt")
-    shown = tab.evaluate("() => completion.tokens.length")
-    assert shown == len(again.encode()) or "\ufffd" in again
+    assert bytes(i for i in token_ids(tab) if i < 256).decode(errors="replace").startswith(again)
     tab.click("#chat")
     tab.click("#clear")
     assert tab.locator(".message").count() == 0
@@ -355,7 +382,7 @@ def test_the_inside_view_shows_all_pictures_and_refusals(visit):
     tab.click("#measure")
     tab.wait_for_selector("table.heads")
     assert tab.locator("table.heads tbody td").count() == 8
-    tab.select_option("#layer_box", "1")
+    tab.select_option("#layer_box", value="1")
     tab.click("#loss ~ .tokens button >> nth=3")
     share = tab.evaluate("() => attentionOf(insideData)(1, 0, 3, 2)")
     title = tab.get_attribute(".shaded button >> nth=2", "title")

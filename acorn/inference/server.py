@@ -87,6 +87,7 @@ class GenerationRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**62)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    return_tokens_as_token_ids: bool = False  # write the tokens in logprobs as "token_id:17", as vLLM does
     # not supported: only values without effect are accepted
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -275,8 +276,12 @@ class ReplyText:
         return self.pending.removesuffix(self.after)
 
 
-def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """Return the text of a token, or its bytes as in "bytes:\\xe5\\xad" if they are not whole characters."""
+def token_text(tokenizer: Tokenizer, id: int, as_id: bool) -> str:
+    """Return the text of a token, or its bytes as in "bytes:\\xe5\\xad" if they are not whole characters.
+
+    With `as_id`, it is "token_id:" and the id, which names every token without ambiguity."""
+    if as_id:
+        return f"token_id:{id}"
     data = tokenizer.decode_bytes([id])
     try:
         return data.decode()
@@ -284,25 +289,30 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: list[tuple]) -> dict:
+def completion_logprobs(tokenizer: Tokenizer, tokens: list[tuple], as_ids: bool) -> dict:
     """Return tokens in the format of completions."""
+
+    def name(id: int) -> str:
+        return token_text(tokenizer, id, as_ids)
+
     return {
-        "tokens": [token_text(tokenizer, id) for id, *_ in tokens],
+        "tokens": [name(id) for id, *_ in tokens],
         "token_logprobs": [logprob for _, logprob, _, _ in tokens],
         "top_logprobs": [
-            None if logprob is None else {token_text(tokenizer, i): p for i, p in {**dict(top), id: logprob}.items()}
+            None if logprob is None else {name(i): p for i, p in {**dict(top), id: logprob}.items()}
             for id, logprob, top, _ in tokens
         ],
         "text_offset": [offset for *_, offset in tokens],
     }
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: list[tuple]) -> dict:
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[tuple], as_ids: bool) -> dict:
     """Return tokens in the format of chat completions."""
 
     def entry(id: int, logprob: float) -> dict:
         data = tokenizer.decode_bytes([id])
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+        token = f"token_id:{id}" if as_ids else data.decode(errors="replace")
+        return {"token": token, "logprob": logprob, "bytes": list(data)}
 
     return {
         "content": [
@@ -329,8 +339,9 @@ def create_app(
 ) -> FastAPI:
     """Return the server's app for a model that is prepared for decoding.
 
-    `app.state` holds model, tokenizer and scheduler; `scheduler.call` runs a function that uses the model. A client may
-    ask for at most `max_new_tokens` per choice. With an `api_key`, paths below /v1 need it as a bearer token.
+    `app.state` holds model, tokenizer, name and scheduler; `scheduler.call` runs a function that uses the model. A
+    client may ask for at most `max_new_tokens` per choice. With an `api_key`, paths below /v1 and /inside need it as a
+    bearer token.
     """
     scheduler = Scheduler(model, max_batch, max_queue, cache_bytes, tokenizer.n_vocab)
     block_size, created = model.config.block_size, int(time.time())
@@ -346,6 +357,7 @@ def create_app(
 
     app = FastAPI(title="acorn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.model, app.state.tokenizer, app.state.scheduler = model, tokenizer, scheduler
+    app.state.name = name
     app.add_middleware(Guard, api_key=api_key)
     if cors_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -443,10 +455,11 @@ def create_app(
             answer.add(prompt_ids, n_new, stops, set(), request.logprobs, echo)
 
         def choice_json(choice: Choice, text: str, tokens: list[tuple], reason: str | None, is_first: bool) -> dict:
+            as_ids = request.return_tokens_as_token_ids
             return {
                 "index": choice.index,
                 "text": (choice.echo or "") + text if is_first else text,
-                "logprobs": None if request.logprobs is None else completion_logprobs(tokenizer, tokens),
+                "logprobs": None if request.logprobs is None else completion_logprobs(tokenizer, tokens, as_ids),
                 "finish_reason": reason,
             }
 
@@ -468,7 +481,8 @@ def create_app(
 
         def fields(choice: Choice, text: str, tokens: list[tuple], reason: str | None) -> tuple[str, dict]:
             text = texts[choice].push(text) + (texts[choice].finish() if reason else "")
-            logprobs = None if n_top is None else chat_logprobs(tokenizer, tokens)
+            as_ids = request.return_tokens_as_token_ids
+            logprobs = None if n_top is None else chat_logprobs(tokenizer, tokens, as_ids)
             return text, {"index": choice.index, "logprobs": logprobs, "finish_reason": reason}
 
         def whole(choice: Choice, text: str, tokens: list[tuple], reason: str | None, is_first: bool) -> dict:
@@ -647,7 +661,7 @@ class Guard:
 
     def check_key(self, scope) -> None:
         header = dict(scope["headers"]).get(b"authorization", b"")
-        is_open = not self.api_key or not scope["path"].startswith("/v1")
+        is_open = not self.api_key or not scope["path"].startswith(("/v1", "/inside"))
         if not is_open and not secrets.compare_digest(header, b"Bearer " + self.api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong. Send it as a bearer token.", code="invalid_api_key")
 

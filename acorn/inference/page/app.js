@@ -133,7 +133,7 @@ function drawMessage(message) {
     };
     button("copy", (made) => copy(made, message.content));
     button("show_why", () => explain(message));
-    button("look", () => lookAtReply(message).catch((error) => ($("chat_error").textContent = error.message)));
+    button("look", () => lookAtReply(message));
     box.append(buttons);
   }
   translate(box);
@@ -146,24 +146,26 @@ function drawConversation() {
   conversation.forEach(drawMessage);
 }
 
-/** The messages up to a reply, or all, with the system message in front. */
-function messagesBefore(reply) {
-  const end = reply ? conversation.indexOf(reply) : conversation.length;
+/** The messages to send, with the system message in front. */
+function messagesToSend() {
   const system = $("system").value.trim();
-  const said = conversation.slice(0, end).map(({ role, content }) => ({ role, content }));
+  const said = conversation.map(({ role, content }) => ({ role, content }));
   return system ? [{ role: "system", content: system }, ...said] : said;
 }
 
 async function reply() {
-  const message = { role: "assistant", content: "" };
+  const messages = messagesToSend();
+  const message = { role: "assistant", content: "", asked: messages, tokens: [] };
+  const body = { ...settings(), logprobs: true, top_logprobs: N_TOP, return_tokens_as_token_ids: true };
   let box = null;
   await run($("chat_error"), async (signal) => {
-    const messages = messagesBefore(null);
     try {
       for (;;) {
         try {
-          for await (const chunk of stream("v1/chat/completions", { ...settings(), messages }, signal)) {
-            const piece = chunk.choices[0]?.delta?.content;
+          for await (const chunk of stream("v1/chat/completions", { ...body, messages }, signal)) {
+            const choice = chunk.choices[0];
+            message.tokens.push(...tokensOfChat(choice?.logprobs?.content ?? []));
+            const piece = choice?.delta?.content;
             if (!piece) continue;
             if (!box) {
               conversation.push(message);
@@ -208,22 +210,11 @@ function replyAgain() {
   reply();
 }
 
-/** Return the tokens of the conversation before a reply, and those of the reply. */
-async function tokensOfReply(message) {
-  const before = await ask("inside/tokens", { messages: messagesBefore(message) });
-  const after = await ask("inside/tokens", { text: message.content, continues: true });
-  return { before, after };
-}
-
-/** Show the tokens of a reply under "Why this token?": the server reads them again to score them. */
+/** Show the tokens of a reply under "Why this token?". */
 async function explain(message) {
   await run($("chat_error"), async () => {
-    const { before, after } = await tokensOfReply(message);
-    const prompt = [...before.ids, ...after.ids];
-    const body = { ...settings(), prompt, max_tokens: 1, echo: true, logprobs: N_TOP, return_tokens_as_token_ids: true };
-    const scored = tokensOf((await ask("v1/completions", body)).choices[0].logprobs);
-    Object.assign(completion, { ids: before.ids, text: before.text, written: message.content, chosen: -1 });
-    completion.tokens = scored.slice(before.ids.length, prompt.length);
+    const { ids, text } = await ask("inside/tokens", { messages: message.asked });
+    Object.assign(completion, { ids, text, tokens: message.tokens, written: message.content, chosen: -1 });
     await nameTokens();
   });
   if ($("chat_error").textContent) return;
@@ -232,19 +223,30 @@ async function explain(message) {
 }
 
 async function lookAtReply(message) {
-  const { before, after } = await tokensOfReply(message);
-  lookAt([...before.ids, ...after.ids]);
+  let ids = null;
+  await run($("chat_error"), async () => {
+    ({ ids } = await ask("inside/tokens", { messages: message.asked }));
+  });
+  if (ids) lookAt([...ids, ...message.tokens.map((token) => token.id)]);
 }
 
 // -------------------- complete, and why
 
-/** Return the tokens in the "logprobs" of a completion: {id, logprob, top: [[id, logprob], ...]}. */
+const idOf = (name) => Number(name.replace("token_id:", ""));
+
+/** Return the tokens in the "logprobs" of a chat completion: {id, logprob, top: [[id, logprob], ...]}. */
+function tokensOfChat(content) {
+  return content.map(({ token, logprob, top_logprobs }) => {
+    return { id: idOf(token), logprob, top: top_logprobs.map((other) => [idOf(other.token), other.logprob]) };
+  });
+}
+
+/** Return the same for a completion. */
 function tokensOf(logprobs) {
-  const id = (name) => Number(name.replace("token_id:", ""));
   return logprobs.tokens.map((name, i) => ({
-    id: id(name),
+    id: idOf(name),
     logprob: logprobs.token_logprobs[i],
-    top: Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([other, logprob]) => [id(other), logprob]),
+    top: Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([other, logprob]) => [idOf(other), logprob]),
   }));
 }
 
@@ -444,12 +446,13 @@ function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawInside);
   $("api_key").addEventListener("change", connect);
 
+  const named = VIEWS.find((name) => location.hash === `#/${name}`);
   speak(language);
-  choose("complete");
-  connect();
+  choose(named ?? view);
+  connect().then(() => named || choose(model?.chat ? "chat" : "complete"));
 }
 
-/** Ask the server about its model, and show the view that suits it. */
+/** Ask the server about its model. */
 async function connect() {
   try {
     const headers = $("api_key").value ? { Authorization: `Bearer ${$("api_key").value}` } : {};
@@ -464,8 +467,7 @@ async function connect() {
   }
   $("model").textContent = $("model").title = model.name;
   speak(language);
-  const named = location.hash.slice(2);
-  choose(VIEWS.includes(named) && named !== "complete" ? named : model.chat ? "chat" : "complete");
+  enable();
 }
 
 start();
