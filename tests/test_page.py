@@ -85,11 +85,18 @@ def test_the_inside_of_the_model_as_json(client, model):
 def test_texts_and_conversations_as_tokens(client):
     answer = client.post("/inside/tokens", json={"text": "é"}).json()
     assert answer == {"ids": [0xC3, 0xA9], "tokens": ["⟨C3⟩", "…é"], "text": "é"}
-    assert client.post("/inside/tokens", json={"ids": [0xC3, 0xA9], "alone": True}).json()["tokens"] == ["⟨C3⟩", "⟨A9⟩"]
+    query = {"ids": [0xC3, 0xA9], "alternatives": [[0x61, 0xC3], [0xA8, 0x61]]}
+    alternatives = client.post("/inside/tokens", json=query).json()["alternatives"]
+    assert alternatives == [["a", "⟨C3⟩"], ["…è", "a"]]
     messages = [{"role": "user", "content": "<|endoftext|>"}]
     answer = client.post("/inside/tokens", json={"messages": messages}).json()
     assert answer["text"].endswith("User:\n<|endoftext|>\n\nAssistant:\n")
     assert answer["ids"].count(256) == 1  # the template's; that of the message is text
+
+
+def test_invalid_alternatives_are_refused(client):
+    for others in ([["a"]], [[257]], ["a"], [None]):
+        assert client.post("/inside/tokens", json={"ids": [1], "alternatives": others}).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -382,7 +389,7 @@ def test_the_inside_view_shows_all_pictures_and_refusals(visit):
     tab.click("#measure")
     tab.wait_for_selector("table.heads")
     assert tab.locator("table.heads tbody td").count() == 8
-    tab.select_option("#layer_box", value="1")
+    tab.select_option("#layer_box", index=1)
     tab.click("#loss ~ .tokens button >> nth=3")
     share = tab.evaluate("() => attentionOf(insideData)(1, 0, 3, 2)")
     title = tab.get_attribute(".shaded button >> nth=2", "title")

@@ -5,6 +5,7 @@ in a server beside other threads. `look_inside` turns the result into plain JSON
 """
 
 import base64
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -171,6 +172,11 @@ def labels(tokenizer, ids: list[int]) -> list[str]:
     return shown
 
 
+def label_after(tokenizer, before: list[int], token: int) -> str:
+    """Return the label of a token that may follow the tokens `before`, as in `labels`."""
+    return labels(tokenizer, [*before[-3:], token])[-1]  # a character has at most 4 bytes
+
+
 def check_text(tokenizer, ids: list[int], block_size: int, most: int = MOST_TOKENS) -> None:
     """Raise UserError if a text has too few or too many tokens to look at, or tokens that do not exist."""
     most = min(most, block_size)
@@ -202,16 +208,16 @@ def look_inside(model: GPT, tokenizer, ids: list[int], n_top: int = 6) -> dict:
     finally:
         model.train(was_training)
 
-    name = {}  # of each token that occurs; decoding one takes time
-
-    def named(token: int) -> str:
-        return name.setdefault(token, label(tokenizer, token))
+    @functools.cache
+    def named(i: int, token: int) -> str:
+        return label_after(tokenizer, ids[: i + 1], token)
 
     def lens_row(p: Tensor) -> list[list]:
         best = p.max(-1)
         real = [round(float(p[i, token]), 4) for i, token in enumerate(ids[1:])] + [None]
         values, tokens = best.values.tolist(), best.indices.tolist()
-        return [[t, named(t), round(v, 4), r] for t, v, r in zip(tokens, values, real, strict=True)]
+        rows = enumerate(zip(tokens, values, real, strict=True))
+        return [[t, named(i, t), round(v, 4), r] for i, (t, v, r) in rows]
 
     top = probs.topk(n_top)
     triangle = torch.ones(T, T, dtype=torch.bool).tril()
@@ -224,13 +230,16 @@ def look_inside(model: GPT, tokenizer, ids: list[int], n_top: int = 6) -> dict:
         "tokens": labels(tokenizer, ids),
         "loss": [None, *(round(x, 4) for x in token_losses(inside.logits, ids).tolist())],
         "next": [
-            [[t, named(t), round(p, 5)] for t, p in zip(tokens, values, strict=True)]
-            for tokens, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            [[t, named(i, t), round(p, 5)] for t, p in zip(tokens, values, strict=True)]
+            for i, (tokens, values) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         ],
         "lens": [lens_row(p) for p in rows],
         "attention": base64.b64encode(attention.contiguous().numpy().tobytes()).decode(),
         "neighbours": [
-            [named(token), [[t, named(t), round(s, 3)] for t, s in zip(tokens, values, strict=True)]]
+            [
+                label(tokenizer, token),
+                [[t, label(tokenizer, t), round(s, 3)] for t, s in zip(tokens, values, strict=True)],
+            ]
             for token, tokens, values in pairs
         ],
     }

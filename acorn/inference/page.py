@@ -2,7 +2,8 @@
 
     GET  /                the page: index.html, and /page/style.css and so on
     GET  /inside          the name and size of the model, and whether it can chat
-    POST /inside/tokens   {"text"}, {"ids"} or {"messages"} -> their "ids", the labels of the "tokens", and the "text"
+    POST /inside/tokens   {"text"}, {"ids"} or {"messages"} -> their "ids", the labels of the "tokens", and the "text";
+                          "alternatives" to each token, as ids, become labels
     POST /inside          {"text"} or {"ids"} -> the values of `look_inside`
     POST /inside/heads    the same -> {"heads"}: the values of `head_ablation`
 
@@ -104,9 +105,13 @@ def inside_router(model: GPT, tokenizer, name: str) -> APIRouter:
 
     def tokens(query: dict) -> dict:
         ids = read_ids(tokenizer, query)
-        if query.get("alone") is True:  # as alternatives, which do not follow each other
-            return {"ids": ids, "tokens": [inside.label(tokenizer, token) for token in ids]}
-        return {"ids": ids, "tokens": inside.labels(tokenizer, ids), "text": tokenizer.decode(ids)}
+        found = {"ids": ids, "tokens": inside.labels(tokenizer, ids), "text": tokenizer.decode(ids)}
+        if isinstance(others := query.get("alternatives"), list):
+            rows = [read_ids(tokenizer, {"ids": row}) for row in others[: len(ids)]]
+            found["alternatives"] = [
+                [inside.label_after(tokenizer, ids[:i], token) for token in row] for i, row in enumerate(rows)
+            ]
+        return found
 
     @router.get("/inside")
     async def about() -> Response:

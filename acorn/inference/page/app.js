@@ -250,17 +250,12 @@ function tokensOf(logprobs) {
   }));
 }
 
-/** Give all tokens of the completion their labels, and their alternatives too. */
+/** Ask for the labels of all tokens of the completion, and of their alternatives. */
 async function nameTokens() {
   const { tokens } = completion;
-  const ids = tokens.map((token) => token.id);
-  const others = [...new Set(tokens.flatMap((token) => token.top.map(([id]) => id)))];
-  const [own, alone] = await Promise.all([ask("inside/tokens", { ids }), ask("inside/tokens", { ids: others, alone: true })]);
-  const name = new Map(others.map((id, i) => [id, alone.tokens[i]]));
-  tokens.forEach((token, i) => {
-    token.label = own.tokens[i];
-    token.names = token.top.map(([id]) => name.get(id));
-  });
+  const alternatives = tokens.map((token) => token.top.map(([id]) => id));
+  const names = await ask("inside/tokens", { ids: tokens.map((token) => token.id), alternatives });
+  names.tokens.forEach((label, i) => Object.assign(tokens[i], { label, names: names.alternatives[i] }));
 }
 
 /** Continue the prompt, or with `kept` tokens, continue after these. */
@@ -304,6 +299,7 @@ function drawCompletion(writing) {
   const focused = row.contains(document.activeElement) ? Number(document.activeElement.dataset.i) : -1;
   row.replaceChildren();
   $("why_prompt").textContent = text;
+  $("why_prompt").scrollTop = $("why_prompt").scrollHeight;
   tokens.forEach((token, i) => {
     if (token.label === undefined) return; // soon
     const p = Math.exp(token.logprob);
