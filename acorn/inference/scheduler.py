@@ -370,11 +370,15 @@ def equal_row_counts(model: GPT, max_batch: int, dtype: torch.dtype, n_vocab: in
     tokens, with caches of two sizes.
     """
     cfg, random = model.config, torch.Generator().manual_seed(0)
-    device = model.transformer.wte.weight.device
-    lengths = torch.randint(1, min(cfg.block_size, 48), (max_batch,), generator=random) if cfg.block_size > 1 else [0]
-    vocab = n_vocab or cfg.vocab_size
-    prompts = [torch.randint(vocab, (int(n),), generator=random).tolist() for n in lengths]
-    small = min(cfg.block_size, SIZE_STEP)
+    small, vocab, device = (
+        min(cfg.block_size, SIZE_STEP),
+        n_vocab or cfg.vocab_size,
+        model.transformer.wte.weight.device,
+    )
+    if small == 1 or max_batch == 1:
+        return [max_batch]
+    lengths = torch.randint(1, min(small, 48), (max_batch,), generator=random).tolist()
+    prompts = [torch.randint(vocab, (n,), generator=random).tolist() for n in lengths]
 
     def logits(count: int, size: int) -> Tensor:
         cache = KVCache(cfg, count, size, device, dtype)
@@ -384,8 +388,6 @@ def equal_row_counts(model: GPT, max_batch: int, dtype: torch.dtype, n_vocab: in
             copy_row(alone, 0, cache, row)
         return decode(model, cache, [row % vocab for row in range(count)], [True] * count)
 
-    if cfg.block_size == 1 or max_batch == 1:
-        return [max_batch]
     expected = logits(max_batch, small)
     sizes = {small, min(cfg.block_size, 4 * SIZE_STEP)}
     powers = [2**k for k in range(max_batch.bit_length()) if 2**k < max_batch]
