@@ -24,7 +24,7 @@ import torch
 from bench import machine, median, table
 
 from acorn.distributed import runtime
-from acorn.inference.cpu_decode import prepare_for_decoding
+from acorn.inference.scheduler import prepare
 from model import GPT, GPTConfig
 
 MAX_BATCH = 8  # the server's default
@@ -42,8 +42,7 @@ def acorn_server(dtype: torch.dtype, quantize: str) -> str:
     runtime.setup("cpu", "float32", False)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**decode.SHAPES)).to(dtype).eval()
-    model = prepare_for_decoding(model, quantize, True, MAX_BATCH, fewer_rows=(1, 2, 4))
-    app = create_app(model, get_tokenizer("gpt2"), max_batch=MAX_BATCH)
+    app = create_app(prepare(model, MAX_BATCH, quantize, True), get_tokenizer("gpt2"), max_batch=MAX_BATCH)
     print(f"batches of {app.state.scheduler.row_counts} rows", file=sys.stderr)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
     threading.Thread(target=server.run, daemon=True).start()
