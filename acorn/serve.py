@@ -16,7 +16,7 @@ import torch
 
 from acorn import UserError, checkpoint, printable, run, settings
 from acorn.distributed import runtime
-from acorn.inference.cpu_decode import prepare_for_decoding
+from acorn.inference import scheduler
 
 N_TOKENS = 20_000  # `auto` compiles if this pays after so many tokens
 
@@ -77,9 +77,7 @@ def main() -> int:
     if r.device.type != "cpu" and s.quantize != "none":
         raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {r.device}.")
     print(printable(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"))
-    if r.device.type == "cpu":
-        fewer = tuple(2**k for k in range(s.max_batch.bit_length()) if 2**k < s.max_batch)
-        model = prepare_for_decoding(model, s.quantize, s.compile, s.max_batch, N_TOKENS, fewer)
+    model = scheduler.prepare(model, s.max_batch, s.quantize, s.compile, N_TOKENS)
 
     # ---- server
     app = create_app(

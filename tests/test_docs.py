@@ -12,7 +12,7 @@ from helpers import REPO
 
 import sample
 import train
-from acorn import examples, hub, report, settings
+from acorn import examples, hub, report, serve, settings
 from acorn.evaluation import tasks
 from prepare import __main__ as prepare
 
@@ -67,6 +67,8 @@ def parse(words: list[str], monkeypatch) -> None:
         settings.parse(train.TrainSettings, rest)
     elif script == "sample.py":
         settings.parse(sample.SampleSettings, rest)
+    elif script == "acorn.serve":
+        settings.parse(serve.ServeSettings, rest)
     else:
         mains = {"prepare": prepare.main, "acorn.evaluate": tasks.main, "acorn.hub": hub.main}
         mains |= {"acorn.report": report.main, "acorn.examples": examples.main}

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from acorn import UserError
-from acorn.inference.cpu_decode import prepare_for_decoding
 from acorn.inference.generate import Sampling, generate
-from acorn.inference.scheduler import QueueFull, Scheduler, Sequence
+from acorn.inference.scheduler import QueueFull, Scheduler, Sequence, prepare
 from model import GPT, GPTConfig
 
 SHAPES = [
@@ -77,7 +76,7 @@ def staggered(scheduler: Scheduler, arguments: list[dict]) -> list[Job]:
 def test_each_sequence_gets_the_tokens_and_logprobs_that_it_gets_alone(changes, monkeypatch):
     """Alone: to the bit. The sampling loop of sample.py: the same tokens."""
     monkeypatch.setattr("acorn.inference.scheduler.SIZE_STEP", 16)  # the cache grows several times
-    model = prepare_for_decoding(make_model(**changes), compile=False, n_rows=8)
+    model = prepare(make_model(**changes))
     scheduler = Scheduler(model, n_vocab=60)
     together = staggered(scheduler, jobs_of_unequal_length())
     for arguments, job in zip(jobs_of_unequal_length(), together, strict=True):
@@ -90,14 +89,23 @@ def test_each_sequence_gets_the_tokens_and_logprobs_that_it_gets_alone(changes, 
     scheduler.close()
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize(("dtype", "quantize"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int8")])
-def test_compiled_too(dtype, quantize):
+def test_two_threads_too(dtype, quantize, compile, two_threads):
+    """Threads share the rows of a batch."""
     torch._dynamo.reset()  # what earlier tests compiled counts towards a limit
-    model = make_model(n_embd=64).to(getattr(torch, dtype))
-    model = prepare_for_decoding(model, quantize, True, 8, fewer_rows=(1, 2, 4))
-    scheduler = Scheduler(model)
-    assert len(scheduler.row_counts) > 1  # compiled kernels add in the same order for several rows
+    model = make_model(n_embd=256, n_head=4).to(getattr(torch, dtype))
+    scheduler = Scheduler(prepare(model, 8, quantize, compile))
+    assert len(scheduler.row_counts) > 1 or not compile  # compiled kernels add in the same order for several rows
     together = staggered(scheduler, jobs_of_unequal_length())
     for arguments, job in zip(jobs_of_unequal_length(), together, strict=True):
         alone = Job(**arguments)

@@ -1,15 +1,17 @@
 """Continuous batching: sequences of unequal length join and leave a running batch.
 
-    scheduler = Scheduler(model)
+    scheduler = Scheduler(prepare(model))
     scheduler.submit([Sequence(prompt, 100, Sampling(), seed, on_token, on_end)])
 
 One thread owns the model and its KV cache. Each of its steps admits waiting sequences (a prefill each) and then decodes
 one token of every running sequence. A sequence's tokens do not depend on the others: it has its own prefill and random
-generator, and `equal_row_counts` keeps only batch shapes that compute the same logits, to the bit.
+generator, and only batch shapes are used that compute the same logits, to the bit (`equal_shapes`).
 """
 
 import collections
+import contextlib
 import math
+import sys
 import threading
 import time
 import traceback
@@ -20,12 +22,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acorn import UserError
+from acorn.inference.cpu_decode import prepare_for_decoding
 from acorn.inference.generate import Sampling, context, decode, draw, prefill
 from model import GPT, KVCache
 
-SIZE_STEP = 128  # the cache grows by this many tokens per row
+SIZE_STEP = 128  # tokens per row of the smallest cache
 SCORED_AT_ONCE = 64  # prompt tokens whose logits are in memory at the same time
 TTFT_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # seconds to the first token, for the histogram
 RATE_WINDOW = 10.0  # seconds over which tokens per second are averaged
@@ -95,9 +99,9 @@ class Scheduler:
         # as in `generate`: on a CPU, attention is fastest with float32 keys and values
         self.dtype = torch.float32 if self.device.type == "cpu" else embedding.dtype
         self.token_bytes = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * self.dtype.itemsize
-        block_bytes = cfg.block_size * self.token_bytes
+        self.row_counts, self.sizes = equal_shapes(model, max_batch, self.dtype)
+        block_bytes = self.sizes[-1] * self.token_bytes
         self.cache_bytes = cache_bytes or max_batch * block_bytes
-        self.row_counts = equal_row_counts(model, max_batch, self.dtype, n_vocab)
         if self.row_counts[0] * block_bytes > self.cache_bytes:
             raise UserError(
                 f"a KV cache of {self.cache_bytes / 2**20:.0f} MB is too small for a block of {cfg.block_size} tokens. "
@@ -188,7 +192,8 @@ class Scheduler:
             tokens, active = [0] * len(self.cache.length), [False] * len(self.cache.length)
             for sequence in decoding:
                 tokens[sequence.row], active[sequence.row] = sequence.ids[-1], True
-            logits = self._usable(decode(self.model, self.cache, tokens, active))
+            with row_independent_attention(self.device):
+                logits = self._usable(decode(self.model, self.cache, tokens, active))
             for sequence in decoding:
                 self._sample(sequence, logits[sequence.row])
         self._note_rate(self.n_tokens - n_before)
@@ -232,7 +237,8 @@ class Scheduler:
         return self._count(len(self.running) + 1) * longest * self.token_bytes <= self.cache_bytes
 
     def _size(self, length: int) -> int:
-        return min(self.model.config.block_size, SIZE_STEP * math.ceil(length / SIZE_STEP))
+        """Return the smallest size of a cache that has room for so many tokens, or for a block."""
+        return next((size for size in self.sizes if size >= length), self.sizes[-1])
 
     def _count(self, n_rows: int) -> int:
         return next(count for count in self.row_counts if count >= n_rows)
@@ -361,33 +367,73 @@ def copy_row(source: KVCache, i: int, target: KVCache, j: int) -> None:
     target.idx[j, :n], target.idx[j, n:], target.length[j] = source.idx[i, :n], 0, n
 
 
-@torch.no_grad()
-def equal_row_counts(model: GPT, max_batch: int, dtype: torch.dtype, n_vocab: int | None = None) -> list[int]:
-    """Return the numbers of rows, up to `max_batch`, that give a row the same logits to the bit as `max_batch` rows do.
+def row_independent_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which a row's attention does not depend on its place in the batch.
 
-    A batch uses the smallest of them that has a row for each sequence. Whether they agree depends on the kernels: a
-    product with one row, for example, often adds in another order than one with several. So this tries each on random
-    tokens, with caches of two sizes.
+    On a CPU, torch's flash attention gives each thread a buffer whose alignment decides how its products add up, so the
+    last bits depend on the thread. Explicit matrix products do not, and take the same time for single tokens.
     """
-    cfg, random = model.config, torch.Generator().manual_seed(0)
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def prepare(
+    model: GPT, max_batch: int = 8, quantize: str = "none", compile: bool | str = False, n_tokens: int = 0
+) -> GPT:
+    """Return a model for a Scheduler with `max_batch` rows. On a CPU, `prepare_for_decoding` compiles it for batches of
+    max_batch and of each smaller power of two."""
     device = model.transformer.wte.weight.device
-    lengths = torch.randint(1, min(cfg.block_size, 48), (max_batch,), generator=random) if cfg.block_size > 1 else [0]
-    vocab = n_vocab or cfg.vocab_size
-    prompts = [torch.randint(vocab, (int(n),), generator=random).tolist() for n in lengths]
-    small = min(cfg.block_size, SIZE_STEP)
+    if device.type != "cpu":
+        return model
+    with row_independent_attention(device):
+        return prepare_for_decoding(model, quantize, compile, max_batch, n_tokens, smaller_powers(max_batch))
 
-    def logits(count: int, size: int) -> Tensor:
-        cache = KVCache(cfg, count, size, device, dtype)
-        for row, prompt in enumerate(prompts[:count]):
-            alone = KVCache(cfg, 1, len(prompt), device, dtype)
-            prefill(model, alone, [prompt])
+
+def smaller_powers(n: int) -> tuple[int, ...]:
+    return tuple(2**k for k in range(n.bit_length()) if 2**k < n)
+
+
+def cache_sizes(block_size: int) -> list[int]:
+    """Return the sizes of a growing cache: SIZE_STEP, doubled until a block fits, whose size is a multiple of the step
+    too, so that the rows' memory stays aligned."""
+    largest = SIZE_STEP * math.ceil(block_size / SIZE_STEP)
+    return [SIZE_STEP * n for n in smaller_powers(largest // SIZE_STEP)] + [largest]
+
+
+@torch.no_grad()
+def equal_shapes(model: GPT, max_batch: int, dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Return the row counts and the sizes of a cache with which a row gets the same results, to the bit, as with the
+    largest ones, which are always in the lists.
+
+    Whether they agree depends on the kernels: a product with one row, for example, often adds in another order than one
+    with several. So this decodes the same tokens with each shape, and in different rows. It compares logits, and the
+    new keys and values of all layers, because rounding to bfloat16 hides most differences from the logits.
+    """
+    cfg, device = model.config, model.transformer.wte.weight.device
+    prompt = [(7 * i) % cfg.vocab_size for i in range(min(40, cfg.block_size, SIZE_STEP) - 1)] or [0]
+    alone = KVCache(cfg, 1, len(prompt), device, dtype)
+    prefill(model, alone, [prompt])
+
+    def results(count: int, size: int, shift: int = 0) -> list[Tensor]:
+        """Return the results of max_batch tokens, with `count` at once. `shift` changes their rows."""
+        cache, found = KVCache(cfg, count, size, device, dtype), [None] * max_batch
+        for row in range(count):
             copy_row(alone, 0, cache, row)
-        return decode(model, cache, [row % vocab for row in range(count)], [True] * count)
+        for first in range(shift, max_batch + shift, count):
+            tokens = [(first + row) % max_batch for row in range(count)]
+            with row_independent_attention(device):
+                logits = decode(model, cache, [token % cfg.vocab_size for token in tokens], [False] * count)
+            new = [tensor[:, :, len(prompt)].flatten(1) for layer in cache.layers for tensor in layer]
+            for row, result in enumerate(torch.cat([logits.float(), *(tensor.float() for tensor in new)], dim=1)):
+                found[tokens[row]] = result
+        return found
 
-    if cfg.block_size == 1 or max_batch == 1:
-        return [max_batch]
-    expected = logits(max_batch, small)
-    sizes = {small, min(cfg.block_size, 4 * SIZE_STEP)}
-    powers = [2**k for k in range(max_batch.bit_length()) if 2**k < max_batch]
-    same = [n for n in powers if all(torch.equal(logits(n, size), expected[:n]) for size in sizes)]
-    return [*same, max_batch]
+    def is_equal(count: int, size: int, shift: int = 0) -> bool:
+        return all(torch.equal(*pair) for pair in zip(results(count, size, shift), expected, strict=True))
+
+    *smaller, largest = cache_sizes(cfg.block_size)
+    expected = results(max_batch, largest)
+    if not is_equal(max_batch, largest, shift=max_batch // 2):
+        print("note: on this device, the last bits of a row's logits depend on its place in the batch", file=sys.stderr)
+    sizes = [size for size in smaller if is_equal(max_batch, size)] + [largest]
+    counts = [n for n in smaller_powers(max_batch) if all(is_equal(n, size) for size in sizes)] + [max_batch]
+    return counts, sizes
