@@ -71,11 +71,15 @@ class TrainSettings:
     attn_dropout: float = -1.0  # dropout of attention weights; -1: same as dropout; 0 keeps the fast attention kernels
     bias: bool = False  # biases in Linear and LayerNorm
     n_kv_head: int = 0  # key/value heads, each shared by a group of query heads; 0: n_head
-    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu: 8/3)
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu and geglu: 8/3)
     pos: Literal["learned", "sinusoidal", "rope"] = "learned"  # position encoding
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
-    mlp: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # activation; nanoGPT uses gelu
+    mlp: Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"  # activation; nanoGPT uses gelu
     qk_norm: bool = False  # normalize queries and keys
+    qk_norm_weight: bool = False  # qk_norm has a weight for each channel of a head (Qwen3)
+    qkv_bias: bool = False  # biases of queries, keys and values even with bias=False (Qwen2)
+    nope_every: int = 0  # n > 0: every n-th block has no rope (SmolLM3)
     tie_weights: bool = True  # head and token embedding share a matrix
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, initially output zero

@@ -126,6 +126,8 @@ def convert(value, kind, name: str):
     elif typing.get_origin(kind) is list and isinstance(value, (str, list, tuple)):
         items = [value] if isinstance(value, str) else value
         return [convert(item, typing.get_args(kind)[0], name) for item in items]
+    elif kind is dict and isinstance(value, dict):  # of a checkpoint's configuration
+        return value
     expected = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}.get(kind, "a list")
     raise UserError(f"{name} = {value!r} has the wrong type. It should be {expected}.")
 

@@ -1,4 +1,4 @@
-"""Import and export Hugging Face checkpoints of the GPT-2 and Llama families.
+"""Import and export Hugging Face checkpoints: GPT-2, and Llama with its relatives (Qwen, Mistral, SmolLM3, Gemma).
 
 Import: python train.py --init_from=gpt2                # or another name on the hub, or a folder
 Export: python -m acorn.hub export out/mine hf/mine     # a folder that transformers loads
@@ -7,7 +7,9 @@ Weights are read and written as safetensors only, because a pickle can run code.
 """
 
 import dataclasses
+import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from acorn import UserError, files
 from acorn.checkpoint.tensors import Stored, empty_model
 from acorn.data import tokenizer as tokenizers
-from model import GPT, GPTConfig
+from model import GPT, ROPE_SCALING, GPTConfig
 
 # the files to download from the hub; a repository there may hold many others
 MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
@@ -26,11 +28,20 @@ TOKENIZER_FILES = """
     additional_chat_templates/*.jinja acorn_tokenizer.json
 """
 OWN = "acorn_tokenizer.json"  # acorn's own copy of the tokenizer in an exported folder, for an exact round trip
-PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all parameter names except the head's; some files omit it
-EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS |= {"relu2": "relu2"}
+GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}  # activations of gates
+CLASSES = {  # model_type -> the name of transformers' classes, without Config and ForCausalLM
+    "gpt2": "GPT2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "gemma": "Gemma",
+    "minimind": "Llama",  # transformers does not know it; its configuration has Llama's names
+}
 NAMES = {  # field of GPTConfig -> field of transformers' configuration
     "gpt2": {
         "block_size": "n_positions",
@@ -54,10 +65,6 @@ NAMES = {  # field of GPTConfig -> field of transformers' configuration
         "tie_weights": "tie_word_embeddings",
     },
 }
-HAS = {  # the values of GPTConfig's switches that each family supports
-    "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
-    "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
-}
 
 
 def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
@@ -68,8 +75,11 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     """
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
-    stored = open_tensors(folder, source, PREFIX[family])
-    embedding = f"{PREFIX[family]}{EMBEDDING[family]}.weight"
+    prefix, embedding = ("transformer.", "wte") if family == "gpt2" else ("model.", "embed_tokens")
+    stored = open_tensors(folder, source, prefix)
+    if family == "minimind" and "model.layers.0.self_attn.q_norm.weight" in stored:  # its config.json does not tell
+        config = dataclasses.replace(config, qk_norm=True, qk_norm_weight=True)
+    embedding = f"{prefix}{embedding}.weight"
     if config.tie_weights and embedding not in stored and "lm_head.weight" in stored:  # tied weights have either name
         stored[embedding] = stored.pop("lm_head.weight")
 
@@ -85,7 +95,7 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     if extra := sorted(stored.keys() - shapes.keys()):
         raise UserError(
             f"the checkpoint {source} has {len(extra)} tensors, {extra[0]} first, that a {family} model with its "
-            "config.json does not have: its architecture is not supported. Use a plain gpt2 or llama checkpoint."
+            "config.json does not have: its architecture is not supported. Use a checkpoint without them."
         )
     for name, shape in shapes.items():
         actual, dtype = stored[name].get_shape(), stored[name].get_dtype()
@@ -102,6 +112,8 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     values = {}
     for name, parts in views.items():
         pieces = [Turned(stored[part]) if turned(family, part) else stored[part] for part in parts]
+        if family == "gemma" and is_norm(name):
+            pieces = [OneMore(piece) for piece in pieces]
         values[name] = Stored(" and ".join(parts), source, pieces)
     if config.tie_weights and "lm_head.weight" in stored:
         wte = values["transformer.wte.weight"]
@@ -154,22 +166,24 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> tuple[str, GPTConfig]:
-    """Return the family of a checkpoint, gpt2 or llama, and its configuration. Raises UserError for a feature that
+    """Return the model_type of a checkpoint, one of CLASSES, and its configuration. Raises UserError for a feature that
     acorn's model does not support."""
     path = folder / "config.json"
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in PREFIX:
-        raise UserError(f"{path} has model_type {family!r:.40}, which is not supported. Use a gpt2 or llama model.")
+    if not isinstance(family, str) or family not in CLASSES:
+        raise UserError(
+            f"{path} has model_type {family!r:.40}, which is not supported. Use a model of type {', '.join(CLASSES)}."
+        )
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"{folder} is a Hugging Face checkpoint. To load it, pip install transformers.") from error
     try:
         # the library knows the defaults of missing fields, and the formats of older versions
-        if family == "gpt2":
-            return family, from_gpt2(transformers.GPT2Config.from_dict(raw), path)
-        return family, from_llama(transformers.LlamaConfig.from_dict(raw), path)
+        kind = getattr(transformers, f"{CLASSES[family]}Config")
+        config = kind.from_dict(raw | {"model_type": kind.model_type})
+        return family, from_gpt2(config, path) if family == "gpt2" else from_llama(config, path)
     except UserError:
         raise
     except Exception as error:  # transformers raises many types for a broken file
@@ -195,24 +209,72 @@ def from_gpt2(c, path: Path) -> GPTConfig:
 
 
 def from_llama(c, path: Path) -> GPTConfig:
-    """Convert a transformers LlamaConfig that was read from `path`."""
-    rope = c.rope_parameters
+    """Convert a transformers configuration of Llama or one of its relatives that was read from `path`."""
+    rope, window = c.rope_parameters, shortest_window(c)
+    if window and window < c.max_position_embeddings:
+        raise UserError(
+            f"{path} has sliding_window = {window}, which acorn's model does not support unless it is at least "
+            f"max_position_embeddings = {c.max_position_embeddings}. For texts that fit the window, set "
+            f'"max_position_embeddings": {window} there.'
+        )
+    ropes = (getattr(c, "no_rope_layers", None) or [])[: c.num_hidden_layers]  # 0 for a layer without rope
+    nope_every = ropes.index(0) + 1 if 0 in ropes else 0
     refuse(
         path,
         {
-            f"rope scaling {rope['rope_type']!r}": rope["rope_type"] != "default",
+            f"rope scaling {rope['rope_type']!r}": rope["rope_type"] not in ("default", "dynamic", *ROPE_SCALING),
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
-            "sliding_window": getattr(c, "sliding_window", None),
-            f"hidden_act = {c.hidden_act}": c.hidden_act not in ("silu", "swish"),  # synonyms
-            "attention_bias": c.attention_bias,
-            "mlp_bias": c.mlp_bias,
-            f"head_dim = {c.head_dim}": c.head_dim * c.num_attention_heads != c.hidden_size,
+            "no_rope_layers that are not every n-th": any(
+                ropes[i] != bool((i + 1) % nope_every) for i in range(len(ropes)) if nope_every
+            ),
+            f"hidden_act = {c.hidden_act}": c.hidden_act not in GATES,
+            "attention_bias": getattr(c, "attention_bias", False),
+            "mlp_bias": getattr(c, "mlp_bias", False),
+            "use_bidirectional_attention": getattr(c, "use_bidirectional_attention", False),
+            "use_moe": getattr(c, "use_moe", False),  # this and the next are MiniMind's
+            "inference_rope_scaling": getattr(c, "inference_rope_scaling", False),
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
     same = {name: getattr(c, theirs) for name, theirs in NAMES["llama"].items()}
-    form = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False)
-    return GPTConfig(**same, **form, rope_theta=rope["rope_theta"])
+    weighted = c.model_type == "qwen3"
+    return GPTConfig(
+        **same,
+        pos="rope",
+        norm="rmsnorm",
+        mlp=GATES[c.hidden_act],
+        bias=False,
+        head_dim=getattr(c, "head_dim", None) or 0,
+        qkv_bias=c.model_type == "qwen2",
+        qk_norm=weighted,
+        qk_norm_weight=weighted,
+        nope_every=nope_every,
+        scale_embedding=c.model_type == "gemma",
+        rope_theta=rope["rope_theta"],
+        rope_scaling=rope_scaling(rope),
+    )
+
+
+def shortest_window(c) -> int | None:
+    """Return the sliding window of attention in any layer of a transformers configuration, None if there is none."""
+    slides = "sliding_attention" in (getattr(c, "layer_types", None) or ["sliding_attention"])
+    return getattr(c, "sliding_window", None) if slides else None
+
+
+def rope_scaling(rope: dict) -> dict:
+    """Return GPTConfig's rope_scaling for the rope_parameters of a transformers configuration."""
+    kind = rope["rope_type"]
+    if kind not in ROPE_SCALING:  # "dynamic" scales only texts longer than max_position_embeddings, the block size
+        return {}
+    given = {name: value for name, value in rope.items() if value is not None}
+    if kind == "yarn":
+        scales = [
+            0.1 * given.get(name, 0) * math.log(max(given["factor"], 1)) + 1 for name in ("mscale", "mscale_all_dim")
+        ]
+        plain = 0.1 * math.log(max(given["factor"], 1)) + 1
+        scale = scales[0] / scales[1] if given.get("mscale") and given.get("mscale_all_dim") else plain
+        given = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": scale} | given
+    return {name: given[name] for name in ("rope_type", *ROPE_SCALING[kind].split())}
 
 
 def refuse(path: Path, unsupported: dict[str, object]) -> None:
@@ -228,7 +290,8 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
     if not (folder / names[0]).exists():
         if not index.exists():
             classes = "(t.AutoModelForCausalLM, t.AutoTokenizer)"
-            convert = f"[c.from_pretrained({source!r}).save_pretrained('converted') for c in {classes}]"
+            code = ", trust_remote_code=True" if "auto_map" in read_json(folder / "config.json") else ""  # MiniMind
+            convert = f"[c.from_pretrained({source!r}{code}).save_pretrained('converted') for c in {classes}]"
             raise UserError(
                 f"{source} has no model.safetensors. A pickle such as pytorch_model.bin is not loaded, because it can "
                 "run code. If you trust it, convert it with "
@@ -272,6 +335,24 @@ class Turned:
         return self.stored[:, rows].t()
 
 
+class OneMore:
+    """A stored weight, to which 1 is added: Gemma stores the difference of norm weights from 1."""
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def get_shape(self) -> list[int]:
+        return self.stored.get_shape()
+
+    def __getitem__(self, rows) -> Tensor:
+        return self.stored[rows].float() + 1
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter of our model is the weight of a norm."""
+    return name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
+
+
 def turned(family: str, name: str) -> bool:
     """Whether transformers stores this tensor transposed (its Conv1D)."""
     return family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -292,21 +373,27 @@ def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
     if not cfg.tie_weights:
         views["lm_head.weight"] = {"lm_head.weight": model.lm_head.weight}
     for i, block in enumerate(model.transformer.h):
-        kv_channels = cfg.n_kv_head * cfg.head_dim
-        q, k, v = block.attn.c_attn.weight.split((cfg.n_embd, kv_channels, kv_channels))
-        gate, up = block.mlp.c_fc.weight.chunk(2)
+        attn, mlp, qkv = block.attn, block.mlp, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         layer = {
-            "ln_1": {"input_layernorm": block.ln_1.weight},
-            "attn.c_attn": {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v},
-            "attn.c_proj": {"self_attn.o_proj": block.attn.c_proj.weight},
-            "ln_2": {"post_attention_layernorm": block.ln_2.weight},
-            "mlp.c_fc": {"mlp.gate_proj": gate, "mlp.up_proj": up},
-            "mlp.c_proj": {"mlp.down_proj": block.mlp.c_proj.weight},
+            "ln_1.weight": {"input_layernorm.weight": block.ln_1.weight},
+            "attn.c_attn.weight": names_of(qkv, "weight", attn.c_attn.weight.split(attn.split)),
+            "attn.c_proj.weight": {"self_attn.o_proj.weight": attn.c_proj.weight},
+            "ln_2.weight": {"post_attention_layernorm.weight": block.ln_2.weight},
+            "mlp.c_fc.weight": names_of(("mlp.gate_proj", "mlp.up_proj"), "weight", mlp.c_fc.weight.chunk(2)),
+            "mlp.c_proj.weight": {"mlp.down_proj.weight": mlp.c_proj.weight},
         }
+        if cfg.qkv_bias:
+            layer["attn.c_attn.bias"] = names_of(qkv, "bias", attn.c_attn.bias.split(attn.split))
+        if cfg.qk_norm_weight:
+            layer["attn.q_norm.weight"] = {"self_attn.q_norm.weight": attn.q_norm.weight}
+            layer["attn.k_norm.weight"] = {"self_attn.k_norm.weight": attn.k_norm.weight}
         for name, parts in layer.items():
-            theirs = {f"model.layers.{i}.{part}.weight": view for part, view in parts.items()}
-            views[f"transformer.h.{i}.{name}.weight"] = theirs
+            views[f"transformer.h.{i}.{name}"] = {f"model.layers.{i}.{part}": view for part, view in parts.items()}
     return views
+
+
+def names_of(modules: Iterable[str], kind: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{kind}": tensor for module, tensor in zip(modules, tensors, strict=True)}
 
 
 def flat(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ from model import DROPOUTS, GPT, GPTConfig, grown_rows
 if TYPE_CHECKING:
     from train import TrainSettings
 
+AUTOMATIC = ("n_kv_head", "head_dim", "n_hidden")  # shape settings that GPTConfig computes if they are 0
+
 
 def shape_settings(s: "TrainSettings") -> set[str]:
     """Return the names of the settings that are also fields of GPTConfig."""
@@ -211,7 +213,7 @@ def load_initial(
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, setting = getattr(model.config, name), given.get(name)
-        matches = setting is None or setting == actual or (name in ("n_kv_head", "n_hidden") and setting == 0)
+        matches = setting is None or setting == actual or (name in AUTOMATIC and setting == 0)
         if name == "block_size" and setting is not None and setting < actual:
             model.crop_block_size(setting)
         elif not matches:
@@ -269,7 +271,8 @@ def start_model(
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         model, values, source, adapters = new_model(s, data.vocab_size, meta=dist.fsdp), None, "scratch", None
-        s.n_kv_head, s.n_hidden = model.config.n_kv_head, model.config.n_hidden  # in place of 0
+        for name in AUTOMATIC:
+            setattr(s, name, getattr(model.config, name))
     else:
         model, values, source, adapters = load_initial(s, given, folder, saved, data, dist)
     if s.freeze:
