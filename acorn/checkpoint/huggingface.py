@@ -25,7 +25,7 @@ from model import GPT, ROPE_SCALING, GPTConfig
 MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 TOKENIZER_FILES = """
     config.json tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
-    additional_chat_templates/*.jinja acorn_tokenizer.json
+    additional_chat_templates/*.jinja acorn_tokenizer.json vocab.txt tokenizer.model
 """
 OWN = "acorn_tokenizer.json"  # acorn's own copy of the tokenizer in an exported folder, for an exact round trip
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
@@ -128,7 +128,7 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     if tokenizer is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
         tokenizer = tokenizers.get_tokenizer("gpt2")
     if tokenizer is None:
-        print(f"note: {source} has no tokenizer.json, so its token ids cannot be decoded", file=sys.stderr)
+        print(f"note: {source} has no tokenizer.json or vocab.txt, so its token ids cannot be decoded", file=sys.stderr)
     return model, values, tokenizer
 
 
