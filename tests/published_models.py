@@ -79,7 +79,7 @@ REFUSED = [
     Refused("Qwen3 with experts", dict(model_type="qwen3_moe"), "model_type 'qwen3_moe'"),
     Refused("DeepSeek-V2 and V3", dict(model_type="deepseek_v3"), "model_type 'deepseek_v3'"),
     Refused("gpt-oss", dict(model_type="gpt_oss"), "model_type 'gpt_oss'"),
-    Refused("ChatGLM and GLM-4", dict(model_type="chatglm"), "model_type 'chatglm'"),
+    Refused("ChatGLM", dict(model_type="chatglm"), "model_type 'chatglm'"),
     Refused("MiniMind with experts", dict(model_type="minimind", use_moe=True), "use_moe"),
     Refused(
         "MiniMind that stretches its rope",
@@ -105,7 +105,7 @@ REFUSED = [
         ),
         "rope scaling 'longrope'",
     ),
-    Refused("Llamas with biases in attention (InternLM)", dict(attention_bias=True), "attention_bias"),
+    Refused("Llamas with biases in attention", dict(attention_bias=True), "attention_bias"),
     Refused("Llamas with biases in the MLP", dict(mlp_bias=True), "mlp_bias"),
     Refused("models with part of the channels rotated", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     Refused("Llamas with another activation", dict(hidden_act="relu"), "hidden_act = relu"),
@@ -116,7 +116,7 @@ REFUSED = [
         "no_rope_layers that are not every n-th",
     ),
     Refused(
-        "CPM and other GPT-2s that scale attention by layer",
+        "GPT-2s that scale attention by layer (stanford-crfm)",
         dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True),
         "scale_attn_by_inverse_layer_idx",
     ),
@@ -148,6 +148,8 @@ MIDDLE = """
 """
 
 TAIL = """
+Rope scaled by `longrope`, sliding windows and parallel blocks would each need more than a few lines in model.py.
+
 ## Tokenizers
 
 | files | |
@@ -159,8 +161,8 @@ TAIL = """
 | `tokenizer.json` without a token for each byte (T5, XLM) | refused: it cannot represent all text |
 
 A WordPiece tokenizer does not keep everything: it drops line breaks and repeated spaces, may lower the case, and
-replaces characters that it does not know by `[UNK]`. `prepare` counts these characters and prints the most frequent
-ones. Generated text has no spaces between Chinese characters, and single spaces between words.
+replaces words with unknown characters by `[UNK]` (in Chinese, a word is one character). `prepare` counts them and
+prints the most frequent ones. Generated text has no spaces between Chinese characters, and single spaces between words.
 """
 
 

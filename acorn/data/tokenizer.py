@@ -277,9 +277,9 @@ class HFTokenizer(Tokenizer):
     def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
         self.config, self.kind, self._bos, self._eos = config, kind, bos, eos
         self._byte_level = '"ByteLevel"' in json.dumps(config.get("decoder"))
-        self._word_piece = config["model"].get("type") == "WordPiece"
         _check_patterns(json.dumps([config.get("normalizer"), config.get("pre_tokenizer")]))
         self._backend = self._make_backend(control=False)
+        self._word_piece = config["model"].get("type") == "WordPiece"
         self._vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content for token in added.values()}
