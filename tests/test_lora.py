@@ -31,7 +31,7 @@ def with_adapters(shape, pattern=".", rank=3, alpha=6.0) -> GPT:
 
 def merged(model: GPT, shape, scale=2.0) -> GPT:
     plain = small(shape)
-    return checkpoint.fill(plain, lora.merged(dict(model.named_parameters()), scale))
+    return checkpoint.fill(plain, checkpoint.merge_adapters(dict(model.named_parameters()), scale))
 
 
 def same(a: GPT, b: GPT) -> bool:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.tensors import Stored, empty_model
+from acorn.checkpoint.tensors import empty_model, lazy_cat, lazy_slice, lazy_transpose
 from acorn.data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
@@ -63,32 +63,32 @@ HAS = {  # the values of GPTConfig's switches that each family supports
 def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     """Open a checkpoint by its name on the hub ("gpt2-xl") or its folder.
 
-    Returns the model on the meta device, its parameters, not read yet (see `checkpoint.Opened`), and its tokenizer,
+    Returns the model on the meta device, its parameters, not read yet (see `LazyCheckpoint`), and its tokenizer,
     None if the checkpoint has none. Raises UserError if the checkpoint is missing, broken or not supported.
     """
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
-    stored = open_tensors(folder, source, PREFIX[family])
+    slices = open_tensors(folder, source, PREFIX[family])
     embedding = f"{PREFIX[family]}{EMBEDDING[family]}.weight"
-    if config.tie_weights and embedding not in stored and "lm_head.weight" in stored:  # tied weights have either name
-        stored[embedding] = stored.pop("lm_head.weight")
+    if config.tie_weights and embedding not in slices and "lm_head.weight" in slices:  # tied weights have either name
+        slices[embedding] = slices.pop("lm_head.weight")
 
     model = empty_model(dataclasses.asdict(config), source)
     views = their_views(model, family)
     shapes = {name: list(view.shape) for name, view in flat(views).items()}
-    if config.tie_weights and "lm_head.weight" in stored:
+    if config.tie_weights and "lm_head.weight" in slices:
         shapes["lm_head.weight"] = [config.vocab_size, config.n_embd]
-    if missing := sorted(shapes.keys() - stored.keys()):
+    if missing := sorted(shapes.keys() - slices.keys()):
         raise UserError(
             f"the checkpoint {source} lacks {len(missing)} tensors, {missing[0]} first. Download the checkpoint again."
         )
-    if extra := sorted(stored.keys() - shapes.keys()):
+    if extra := sorted(slices.keys() - shapes.keys()):
         raise UserError(
             f"the checkpoint {source} has {len(extra)} tensors, {extra[0]} first, that a {family} model with its "
             "config.json does not have: its architecture is not supported. Use a plain gpt2 or llama checkpoint."
         )
     for name, shape in shapes.items():
-        actual, dtype = stored[name].get_shape(), stored[name].get_dtype()
+        actual, dtype = slices[name].get_shape(), slices[name].get_dtype()
         if actual != shape:
             raise UserError(
                 f"{name} of the checkpoint {source} has the shape {actual}, but its config.json says {shape}. Download "
@@ -101,11 +101,11 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
             )
     values = {}
     for name, parts in views.items():
-        pieces = [Turned(stored[part]) if turned(family, part) else stored[part] for part in parts]
-        values[name] = Stored(" and ".join(parts), source, pieces)
-    if config.tie_weights and "lm_head.weight" in stored:
+        pieces = [(lazy_transpose if is_transposed(family, part) else lazy_slice)(slices[part]) for part in parts]
+        values[name] = lazy_cat(pieces, " and ".join(parts), source)
+    if config.tie_weights and "lm_head.weight" in slices:
         wte = values["transformer.wte.weight"]
-        head = Stored("lm_head.weight", source, [stored["lm_head.weight"]])
+        head = lazy_cat([lazy_slice(slices["lm_head.weight"])], "lm_head.weight", source)
         blocks = [slice(row, row + 4096) for row in range(0, config.vocab_size, 4096)]  # saves memory
         if not all(torch.equal(head[rows].float(), wte[rows].float()) for rows in blocks):
             raise UserError(
@@ -259,20 +259,7 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
     return tensors
 
 
-class Turned:
-    """A stored matrix, transposed, whose rows are read on demand."""
-
-    def __init__(self, stored):
-        self.stored = stored
-
-    def get_shape(self) -> list[int]:
-        return self.stored.get_shape()[::-1]
-
-    def __getitem__(self, rows) -> Tensor:
-        return self.stored[:, rows].t()
-
-
-def turned(family: str, name: str) -> bool:
+def is_transposed(family: str, name: str) -> bool:
     """Whether transformers stores this tensor transposed (its Conv1D)."""
     return family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
@@ -283,7 +270,7 @@ def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
     Both are keyed by name. If there are several, they are the rows of the parameter, in order."""
     parameters = dict(model.named_parameters())
     if family == "gpt2":
-        return {name: {name: p.t() if turned(family, name) else p} for name, p in parameters.items()}
+        return {name: {name: p.t() if is_transposed(family, name) else p} for name, p in parameters.items()}
     cfg = model.config
     views = {
         "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},

@@ -12,7 +12,7 @@ from acorn import UserError, files
 from acorn.checkpoint import huggingface
 from acorn.checkpoint.layout import FORMAT, file_names, find, step_folders, weights_kind
 from acorn.checkpoint.nanogpt import open_nanogpt
-from acorn.checkpoint.tensors import check_tensors, empty_model, fill, fitting_model, open_tensors
+from acorn.checkpoint.tensors import check_tensors, empty_model, fill, fitting_model, merge_adapters, open_tensors
 from acorn.data import tokenizer as tokenizers
 from acorn.data.shards import load_dataset
 from acorn.distributed.runtime import ALONE, Runtime
@@ -23,11 +23,11 @@ PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hug
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # other names there: owner/name
 
 
-class Opened(typing.NamedTuple):
+class LazyCheckpoint(typing.NamedTuple):
     """An opened checkpoint, whose weights are not read yet."""
 
     model: GPT  # on the meta device, where it takes no memory
-    values: dict  # parameter name -> a tensor, Stored or lora.Merged; indexing it with rows reads them
+    values: dict  # parameter name -> Tensor or LazyTensor; indexing it with rows reads them
     tokenizer: tokenizers.Tokenizer | None  # None if it is not known
     source: str  # a description for messages
     name: str  # an absolute path or hub name, by which adapters refer to their base
@@ -109,7 +109,7 @@ def load_model(
 
 def open_model(
     source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE, whole_context: bool = False
-) -> Opened:
+) -> LazyCheckpoint:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
     its name or folder.
 
@@ -118,7 +118,7 @@ def open_model(
     path = Path(source)
     if (path / "config.json").exists() or is_on_hub(source):
         name = str(path.absolute()) if path.exists() else source
-        return Opened(*huggingface.open_model(source), f"the published weights {source}", name)
+        return LazyCheckpoint(*huggingface.open_model(source), f"the published weights {source}", name)
     if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
     if path.is_file() and path.suffix in (".safetensors", ".bin"):
@@ -139,7 +139,7 @@ def open_model(
                 file=sys.stderr,
             )
         description = f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
-        return Opened(model, tensors, tokenizer, description, str(path.absolute()))
+        return LazyCheckpoint(model, tensors, tokenizer, description, str(path.absolute()))
     folder, state = find(path, which, r)
     adapters = state.get("lora")
     if adapters and plain:
@@ -150,7 +150,7 @@ def open_model(
     model, values = build_model(folder, state, r, whole_context)
     if adapters:
         model = empty_model({**state["config"], "block_size": model.config.block_size}, str(folder))
-        values = lora.merged(values, adapters["alpha"] / adapters["rank"])
+        values = merge_adapters(values, adapters["alpha"] / adapters["rank"])
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
     description = f"{folder}, step {state['step']}{loss}"
-    return Opened(model, values, tokenizers.from_dict(state["tokenizer"]), description, str(folder.absolute()))
+    return LazyCheckpoint(model, values, tokenizers.from_dict(state["tokenizer"]), description, str(folder.absolute()))
