@@ -173,8 +173,8 @@ def tokenizer_of(name: str) -> str | Tokenizer:
 def _states(source: str) -> list[Path]:
     """Return the state.json files of the checkpoints in an out_dir, the newest last, or of a step folder."""
     states = sorted(Path(source).glob("step_*/state.json"), key=lambda path: (len(path.parent.name), path))
-    own = Path(source) / "state.json"
-    return [own] if own.is_file() else states
+    state_file = Path(source) / "state.json"
+    return [state_file] if state_file.is_file() else states
 
 
 def _block_size(source: str) -> int:

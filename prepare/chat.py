@@ -142,7 +142,7 @@ def conversations(
 ) -> Iterator[tuple[str, Conversation]]:
     """Yield the location of each record, for messages, and its conversation; errors go to `bad`."""
     for path in args.files:
-        for where, record in reading.objects(path, encoding.counted(args.errors), bad, encodings[path]):
+        for where, record in reading.objects(path, encoding.counting_handler(args.errors), bad, encodings[path]):
             try:
                 messages = read_messages(record)
             except UserError as error:
@@ -158,7 +158,7 @@ def encodings_of(args: argparse.Namespace) -> dict[str, str]:
     found = {path: encoding.Detected(given or "utf-8") for path in args.files}
     for path in args.files:
         if reading.suffix(path) != ".parquet":
-            found[path] = encoding.encoding_of(reading.head(path, encoding.SEARCHED), path, given, args.errors)
+            found[path] = encoding.encoding_of(reading.head(path, encoding.SEARCHED_BYTES), path, given, args.errors)
     for note in [] if given else encoding.detection_notes(found):
         print(printable(note), file=sys.stderr)
     return {path: detected.encoding for path, detected in found.items()}

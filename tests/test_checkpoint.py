@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from acorn import UserError, checkpoint, files
 from acorn.checkpoint import save as saving
 from acorn.data.tokenizer import get_tokenizer
-from acorn.distributed.runtime import ALONE
+from acorn.distributed.runtime import ONE_RANK
 from acorn.evaluation import tasks
 from acorn.files import sha256 as files_sha256
 from acorn.training import optim
@@ -237,7 +237,7 @@ def test_processes_share_the_files_out_and_all_hear_of_a_damaged_one(tmp_path, m
         return both
 
     def process(rank):
-        r = dataclasses.replace(ALONE, rank=rank, world_size=2)
+        r = dataclasses.replace(ONE_RANK, rank=rank, world_size=2)
         r.gather = functools.partial(gather, rank)
         return checkpoint.find(tmp_path, r=r)[0].name
 
@@ -414,7 +414,7 @@ def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out/mine"):
         checkpoint.find(Path("elsewhere/quite"))
     with pytest.raises(UserError, match=r"out/mien.*Did you mean out/mine"):
-        tasks.trained_beside("out/mien", "best")
+        tasks.training_dataset("out/mien", "best")
 
 
 def test_a_pointer_cannot_lead_out_of_the_folder(tmp_path):

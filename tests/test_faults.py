@@ -332,7 +332,7 @@ def test_a_damaged_dataset_is_never_taken_for_what_was_written(tmp_path, rounds)
 def test_shards_beyond_what_is_hashed_at_each_start_are_said_to_be(tmp_path, monkeypatch):
     folder = chat_dataset(tmp_path)
     assert load_dataset(str(folder)).unhashed == 0
-    monkeypatch.setattr(shards, "HASHED", 5000)
+    monkeypatch.setattr(shards, "HASH_LIMIT", 5000)
     sizes = sum(
         f.stat().st_size - shards.HEADER_BYTES for f in folder.iterdir() if f.suffix in (".bin", ".mask", ".index")
     )
@@ -537,7 +537,7 @@ def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start,
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(save, "astray", lambda *_: None)  # another program may have written non-finite values
+    monkeypatch.setattr(save, "check_finite", lambda *_: None)  # another program may have written non-finite values
     m = small_model()
     with torch.no_grad():
         m.transformer.h[0].mlp.c_fc.weight[3, 2] = bad

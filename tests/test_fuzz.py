@@ -30,7 +30,7 @@ from acorn.data.shards import LAYOUTS, Tokens, load_dataset, open_shard
 from acorn.data.tokenizer import ByteTokenizer, StreamDecoder, from_dict, load_hf, tokenizer_hash, train_char
 from acorn.inference.generate import Sampling, draw, generate
 from model import GPT, GPTConfig
-from prepare.encoding import not_text
+from prepare.encoding import binary_type
 
 
 def examples(few: int, many: int):
@@ -391,7 +391,7 @@ def test_any_bytes_are_prepared_as_they_are_or_refused_with_a_sentence(tmp_path,
         with contextlib.suppress(UserError):
             prepare_cli.prepare_corpus(argv)  # with any detected encoding
         argv.append("--encoding=utf-8")
-        if not_text(data):
+        if binary_type(data):
             with pytest.raises(UserError, match="not text"):
                 prepare_cli.prepare_corpus(argv)
             return

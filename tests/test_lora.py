@@ -25,7 +25,7 @@ def small(shape) -> GPT:
 def with_adapters(shape, pattern=".", rank=3, alpha=6.0) -> GPT:
     model = small(shape)
     lora.add_adapters(model, lora.choose_targets(model, pattern), rank, alpha)
-    model.load_state_dict(lora.initial(model, seed=1), strict=False)
+    model.load_state_dict(lora.initial_adapters(model, seed=1), strict=False)
     return model
 
 

@@ -163,7 +163,7 @@ def test_muon_state_is_restored_to_the_bit():
 @pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
 def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
     """Compare with an optimizer that gets the same gradients and does not step if they are non-finite."""
-    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", host_decides)
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
     models = [GPT(config), GPT(config)]

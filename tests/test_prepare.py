@@ -120,19 +120,19 @@ def test_long_documents_have_the_ids_of_the_whole(tmp_path):
 
 
 def test_a_text_comes_in_the_same_pieces_however_it_comes_in_blocks(monkeypatch):
-    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 300_000)
+    monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 300_000)
     rng = np.random.default_rng(0)
     words = rng.choice(["word", "  \n", " ", "x" * 30, "é", "\u3000", "\n\n", "naïve"], 400_000)
-    text = " ".join(words) + "y" * (pipeline.LONGEST_PIECE + 5)
+    text = " ".join(words) + "y" * (pipeline.MAX_PIECE_CHARS + 5)
     whole = list(pipeline.cut_pieces([text]))
     ends = np.sort(rng.integers(0, len(text), 40)).tolist()
     blocks = [text[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
     assert list(pipeline.cut_pieces(blocks)) == whole and "".join(whole) == text
-    assert len(whole) > 10 and max(map(len, whole)) <= pipeline.LONGEST_PIECE
+    assert len(whole) > 10 and max(map(len, whole)) <= pipeline.MAX_PIECE_CHARS
 
 
 def test_a_file_longer_than_a_block_is_read_exactly(monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK", 1001)  # cuts characters of two and three bytes
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1001)  # cuts characters of two and three bytes
     text = "\ufeffcafé €uro 文字 " * 2000
     Path("long.txt").write_text(text, encoding="utf-8")
     prepare("text", "long.txt", "--tokenizer=byte")
@@ -211,7 +211,7 @@ def test_records_in_a_folder_and_lines_that_are_none():
 
 def test_records_too_long_to_be_held_are_refused(monkeypatch):
     """A quote that is never closed would take in all of a large file."""
-    monkeypatch.setattr(reading, "LONGEST", 500)
+    monkeypatch.setattr(reading, "MAX_RECORD", 500)
     Path("a.csv").write_text('text\n"a\na"\n"' + 200 * "b,\n")
     fails(r"row 3, which begins in line 4 \(a field has more than 500 characters", "text", "a.csv")
     Path("b.jsonl").write_text('{"text": "a"}\n{"text": "' + 600 * "b" + '"}\n')
@@ -273,8 +273,8 @@ class Interrupted:
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    monkeypatch.setattr(pipeline, "BATCH", 300)
-    monkeypatch.setattr(pipeline, "PIECE", 200)
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 300)
+    monkeypatch.setattr(pipeline, "PIECE_CHARS", 200)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkey
 
 def test_the_hub_goes_on_by_its_bookmark(capsys, small_steps, monkeypatch):
     hub_folder()
-    monkeypatch.setattr(hub, "ROWS", 70)
+    monkeypatch.setattr(hub, "MAX_ROWS", 70)
     argv = ["hub", "hubset", "--val_split=validation", "--tokenizer=byte", "--shard_tokens=1500"]
     prepare(*argv)
     want = {path.name: path.read_bytes() for path in Path("data/hubset").iterdir()}
@@ -496,7 +496,7 @@ def test_named_corpora_ask_the_hub_for_the_right_thing(monkeypatch):
 
 
 def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
-    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 5000)
+    monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 5000)
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("abcXYZ0123,;)'/+\""), 60_000)) + " the end"
     pieces = list(pipeline.cut_pieces([text[:9000], text[9000:]]))

@@ -143,7 +143,7 @@ def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corp
             partial.symlink_to(precious)
         elif corpus == "text":  # it was stopped after some shards, and what it wrote next are links
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(pipeline, "BATCH", 500)
+                patch.setattr(pipeline, "BATCH_CHARS", 500)
                 patch.setattr(pipeline, "_write", stopping(pipeline._write, 5))
                 prepare_cli.prepare_corpus([*argv, "--overwrite"])
             assert (partial / "progress.json").exists()
@@ -284,7 +284,7 @@ def test_a_weight_map_of_any_form_is_a_sentence(tmp_path):
 
 
 def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "BATCH", 500)
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 500)
     documents = [f"document {i}, " * 20 for i in range(40)]
     command = dict(name="d", tokenizer="byte", source={"corpus": "text"}, shard_tokens=2000, val_by="document")
     expected = pipeline.prepare(documents, tmp_path / "d", **command)
@@ -311,7 +311,7 @@ def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
 def test_a_finished_preparation_moves_nothing_from_elsewhere(tmp_path, precious, monkeypatch):
     documents, command = ["to be or not to be " * 100], dict(name="d", tokenizer="byte", source={})
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(pipeline, "BATCH", 100)
+        patch.setattr(pipeline, "BATCH_CHARS", 100)
         patch.setattr(pipeline, "move_in", lambda *_: 1 / 0)
         pipeline.prepare(documents, tmp_path / "d", **command, shard_tokens=500)
     partial = tmp_path / "d" / shards.PARTIAL
@@ -385,7 +385,7 @@ EMPTY = dict.fromkeys(("type", "vocab", "merges"), None)
     ],
 )
 def test_a_hostile_tokenizer_is_a_sentence(tmp_path, changes, monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(**changes)))
     began = time.process_time()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
@@ -432,7 +432,7 @@ def test_a_pattern_that_fails_on_a_text_is_a_sentence(monkeypatch):
     ids=range(11),
 )
 def test_an_endless_template_is_a_sentence(template, monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = template
     began = time.process_time()
@@ -628,7 +628,7 @@ def test_a_terminal_gets_samples_escaped_and_a_pipe_gets_them_as_they_are(tmp_pa
 
 
 def test_a_conversation_with_a_checkpoint_whose_template_never_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     step = save_small(tmp_path, 1, best=True)
     state = json.loads((step / "state.json").read_text())
     state["tokenizer"]["chat_template"] = (

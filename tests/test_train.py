@@ -196,7 +196,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_re
 def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_end_the_run_at_once(
     dataset, tmp_path, monkeypatch, capsys, host_decides
 ):
-    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", host_decides)
     clip, calls, broken = torch.nn.utils.clip_grad_norm_, [], {2, 3, 5, 8, 9, *range(11, 16), 18, 19, 20, 21, 22, 23}
 
     def poisoned(parameters, *args, **kwargs):
@@ -228,7 +228,7 @@ class HostReads(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.of_update, self.step = Counter(), None
-        monkeypatch.setattr(train_script.heartbeat, "note", self.begin)
+        monkeypatch.setattr(train_script.heartbeat, "report_step", self.begin)
         for name in ("tolist", "numpy", "cpu", "__array__"):
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
 
@@ -258,7 +258,7 @@ class HostReads(TorchDispatchMode):
 )
 def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, monkeypatch, words, reads):
     """Count host reads on a CPU that is treated as a GPU. With `reads`, each update has one extra read."""
-    monkeypatch.setattr(optim, "HOST_DECIDES", ())
+    monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", ())
     (tmp_path / "t.txt").write_text("this is a document. " * 200)
     assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     monkeypatch.chdir(tmp_path)

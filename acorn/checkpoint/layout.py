@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from acorn import UserError, files, printable
-from acorn.distributed.runtime import ALONE, Runtime
+from acorn.distributed.runtime import ONE_RANK, Runtime
 
 FORMAT = 2  # of state.json; format 1 had optimizer.pt, with the optimizer state by parameter number
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
-REPLACED = ".replaced-"  # prefix of a step folder's name while the same step is saved again
+REPLACED_PREFIX = ".replaced-"  # prefix of a step folder's name while the same step is saved again
 PINNED = "pinned"  # a file that marks a step folder as not to be removed
-SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()  # keys of a GradScaler's state
+SCALER_KEYS = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()  # in GradScaler.state_dict()
 
 
 class Damaged(Exception):
@@ -77,8 +77,8 @@ def read_pointer(pointer: Path) -> Path | None:
 
 
 def step_name(folder: Path) -> str:
-    """Return a step folder's name, without the prefix REPLACED."""
-    return folder.name.removeprefix(REPLACED)
+    """Return a step folder's name, without the prefix REPLACED_PREFIX."""
+    return folder.name.removeprefix(REPLACED_PREFIX)
 
 
 def step_of(folder: Path) -> int:
@@ -89,7 +89,7 @@ def step_of(folder: Path) -> int:
 def step_folders(out_dir: Path) -> list[Path]:
     """Return the step folders in `out_dir`, newest first. A name `.replaced-step_NNNNNN` remains if a kill interrupted
     saving that step again."""
-    both = (*out_dir.glob(f"{REPLACED}step_*"), *out_dir.glob("step_*"))
+    both = (*out_dir.glob(f"{REPLACED_PREFIX}step_*"), *out_dir.glob("step_*"))
     by_name = {step_name(folder): folder for folder in both}  # if both exist, the one without the prefix
     return sorted((by_name[name] for name in by_name if STEP_NAME.fullmatch(name)), key=step_of, reverse=True)
 
@@ -149,7 +149,7 @@ def read_state(folder: Path) -> dict:
     shards = state.get("shards", 1)
     if not 0 < shards < 2**20:
         raise Damaged(f"{path}: shards={shards} is invalid")
-    numbers = [state["scaler"].get(name) for name in SCALER] if state.get("scaler") else []
+    numbers = [state["scaler"].get(name) for name in SCALER_KEYS] if state.get("scaler") else []
     if not all(isinstance(number, (int, float)) and 0 <= number < 2**62 for number in numbers):
         raise Damaged(f"{path}: scaler has an invalid value")
     if adapters := state.get("lora"):
@@ -213,7 +213,7 @@ def _runs_near(out_dir: Path) -> str:
     return f"Existing runs: {', '.join(sorted(runs)[:10])}" if runs else "Train first, or give the out_dir of a run."
 
 
-def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path, dict]:
+def find(out_dir: Path, which: str = "latest", r: Runtime = ONE_RANK) -> tuple[Path, dict]:
     """Return the folder and state of the first intact checkpoint in `in_order`, with a warning for each damaged one
     before it. Files are only read, because a run may be saving. Raises UserError if none is intact.
 

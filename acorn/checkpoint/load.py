@@ -15,11 +15,11 @@ from acorn.checkpoint.nanogpt import open_nanogpt
 from acorn.checkpoint.tensors import check_tensors, empty_model, fill, fitting_model, merge_adapters, open_tensors
 from acorn.data import tokenizer as tokenizers
 from acorn.data.shards import load_dataset
-from acorn.distributed.runtime import ALONE, Runtime
+from acorn.distributed.runtime import ONE_RANK, Runtime
 from acorn.training import lora, optim
 from model import DROPOUTS, GPT
 
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
+HUB_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # other names there: owner/name
 
 
@@ -33,7 +33,7 @@ class LazyCheckpoint(typing.NamedTuple):
     name: str  # an absolute path or hub name, by which adapters refer to their base
 
 
-def build_model(folder: Path, state: dict, r: Runtime = ALONE, whole_context: bool = False) -> tuple[GPT, dict]:
+def build_model(folder: Path, state: dict, r: Runtime = ONE_RANK, whole_context: bool = False) -> tuple[GPT, dict]:
     """Return the model of a checkpoint on the meta device and its parameters, not read yet, for `fill` or
     `sharding.shard`.
 
@@ -96,7 +96,7 @@ def is_on_hub(source: str) -> bool:
     """Whether `source` is a model on the Hugging Face hub: GPT-2, or owner/name if no such folder exists."""
     path = Path(source)
     is_name = HUB_NAME.fullmatch(source) and not path.parent.exists()  # if the parent exists, it is a mistyped path
-    return not path.exists() and (source in PUBLISHED or bool(is_name))
+    return not path.exists() and (source in HUB_GPT2_NAMES or bool(is_name))
 
 
 def load_model(
@@ -108,7 +108,7 @@ def load_model(
 
 
 def open_model(
-    source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE, whole_context: bool = False
+    source: str, which: str = "best", plain: bool = False, r: Runtime = ONE_RANK, whole_context: bool = False
 ) -> LazyCheckpoint:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
     its name or folder.

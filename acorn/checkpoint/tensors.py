@@ -142,7 +142,7 @@ def fitting_model(shape: dict, tensors: dict, source: str) -> GPT:
     return model
 
 
-def is_whole(t: Tensor) -> bool:
+def is_valid(t: Tensor) -> bool:
     """Whether a tensor is dense, floating-point, finite, and backed by enough memory: a pickle may declare a tensor far
     larger than its file."""
     plain = t.layout == torch.strided and t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -153,5 +153,5 @@ def is_whole(t: Tensor) -> bool:
 
 def check_tensors(tensors: dict[str, Tensor], source: str) -> None:
     for name, t in tensors.items():
-        if not is_whole(t):
+        if not is_valid(t):
             raise UserError(f"{source} is broken: {name} has non-finite or missing values. Use an earlier checkpoint.")

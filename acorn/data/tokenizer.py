@@ -338,9 +338,9 @@ class HFTokenizer(Tokenizer):
         text = _well_formed(text)
         ids = _encode_with(backend, text)
         if continues and self._prepends:  # encode after a line break, which absorbs the added space, and cut it off
-            before, both = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
-            if both[: len(before)] == before:
-                ids = both[len(before) :]
+            before, joined_ids = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
+            if joined_ids[: len(before)] == before:
+                ids = joined_ids[len(before) :]
         return np.array(ids, dtype=np.int32)
 
     @property
@@ -422,12 +422,12 @@ class Encoder:
             ids = np.frombuffer(flat, dtype="<i4")
             batch = [ids[start:end] for start, end in itertools.pairwise(ends)]
             checked = range(-self.encoded % self.CHECK_EVERY, len(texts), self.CHECK_EVERY)
-            wrong = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
-            if wrong is None:
+            mismatch = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
+            if mismatch is None:
                 self.encoded += len(texts)
                 return batch
             print(
-                f"warning: fastokens and {self.name} encode the text that begins {wrong[:40]!r} differently; "
+                f"warning: fastokens and {self.name} encode the text that begins {mismatch[:40]!r} differently; "
                 f"continuing with {self.name}, which is slower",
                 file=sys.stderr,
             )
@@ -714,11 +714,11 @@ def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
     if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
         return False
-    wholes = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
-    tokens = [each.pop("added_tokens") for each in wholes]
+    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
+    tokens = [each.pop("added_tokens") for each in configs]
     n = len(tokens[1])
     new = tokens[0][n:]
-    same = wholes[0] == wholes[1] and tokens[0][:n] == tokens[1]
+    same = configs[0] == configs[1] and tokens[0][:n] == tokens[1]
     return same and bool(new) and all(token["special"] and token["id"] >= base.n_vocab for token in new)
 
 
@@ -756,8 +756,8 @@ def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        at = start + size
-        boundary = _WORDS.search(text, at, at + size) or _BOUNDARY.search(text, at)
+        earliest = start + size
+        boundary = _WORDS.search(text, earliest, earliest + size) or _BOUNDARY.search(text, earliest)
         if boundary is None:
             break
         yield text[start : boundary.start()]

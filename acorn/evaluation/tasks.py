@@ -28,12 +28,12 @@ from acorn.data.mixture import load_mixture
 from acorn.data.shards import ShardWriter, Tokens, open_shard
 from acorn.data.tokenizer import Tokenizer, tokenizer_hash
 from acorn.distributed import runtime
-from acorn.evaluation.loss import refuse_none, window_sums
+from acorn.evaluation.loss import check_targets, window_sums
 from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT
 
 # Scripts without spaces between words, as character classes of the `regex` package; the keys are printed.
-UNSPACED = {
+UNSPACED_SCRIPTS = {
     "Chinese": r"\p{Han}\p{Bopomofo}々〆",
     "Japanese": r"\p{Hiragana}\p{Katakana}ー",
     "Korean": r"\p{Hangul}",  # has spaces between words, but not before suffixes
@@ -89,7 +89,7 @@ def measure_tokens(
     """Measure loss (nats per token), perplexity and bits per byte over adjacent windows of `block_size` tokens."""
     sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
-    refuse_none(n_tokens, tokens)
+    check_targets(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
     perplexity = math.exp(loss) if loss < 700 else math.inf
     result = {"loss": figure(loss, error, n_tokens), "perplexity": figure(perplexity, perplexity * error, n_tokens)}
@@ -159,7 +159,7 @@ def bleu_of(references: list[str]):
 
     text = "".join(references)
     n_letters = len(regex.findall(r"\p{L}", text))
-    counts = {name: len(regex.findall(f"(?=[{scripts}])\\p{{L}}", text)) for name, scripts in UNSPACED.items()}
+    counts = {name: len(regex.findall(f"(?=[{scripts}])\\p{{L}}", text)) for name, scripts in UNSPACED_SCRIPTS.items()}
     counts["scripts with spaces"] = n_letters - sum(counts.values())
     if counts["Japanese"] > counts["Chinese"] / 9:  # a tenth or more are kana, so the Han letters are Japanese too
         counts["Japanese"] += counts.pop("Chinese")
@@ -184,7 +184,7 @@ class RougeWords:
         import regex
         from rouge_score.tokenizers import DefaultTokenizer
 
-        unspaced = "".join(UNSPACED.values())
+        unspaced = "".join(UNSPACED_SCRIPTS.values())
         self.pattern = regex.compile(rf"(?V1)[{unspaced}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]+")
         self.ascii = DefaultTokenizer(use_stemmer=True)
 
@@ -233,9 +233,9 @@ def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figu
     lengths = [len(words.tokenize(reference)) for reference in references]
     method = "rouge-score over words (ASCII ones stemmed) and single characters of scripts without spaces"
     for key, name in names.items():
-        least = 2 if key == "rouge2" else 1
-        values = [100 * score[key].fmeasure for score, k in zip(scores, lengths, strict=True) if k >= least]
-        short = "no letter or digit" if least == 1 else "fewer than 2 words or characters"
+        min_length = 2 if key == "rouge2" else 1
+        values = [100 * score[key].fmeasure for score, k in zip(scores, lengths, strict=True) if k >= min_length]
+        short = "no letter or digit" if min_length == 1 else "fewer than 2 words or characters"
         note = f"{n - len(values)} of {n} references have {short}" if len(values) < n else ""
         result[name] = figure(*mean_and_error(values), len(values), method, note)
     return result
@@ -370,7 +370,7 @@ def check_target(path: Path, inputs: list[str | None]) -> None:
         raise UserError(f"--answers {path} would overwrite an input file. Give another file.")
 
 
-def trained_beside(source: str, which: str) -> tuple[str, bool]:
+def training_dataset(source: str, which: str) -> tuple[str, bool]:
     """Return the dataset that a run was trained on, and whether it used document_mask."""
     path = Path(source)
     is_foreign = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
@@ -423,7 +423,7 @@ def main() -> int:
         check_target(Path(args.answers), [args.text, args.pairs, args.choices])
     dataset, document_mask = args.dataset, False
     if not (args.dataset or args.text or args.pairs or args.choices):
-        dataset, document_mask = trained_beside(args.source, args.checkpoint)
+        dataset, document_mask = training_dataset(args.source, args.checkpoint)
     pairs = read_jsonl(args.pairs, args.limit) if args.pairs else []
     choices = read_jsonl(args.choices, args.limit) if args.choices else []
     for where, record in choices:

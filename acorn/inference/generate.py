@@ -31,10 +31,10 @@ def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tenso
 
     CTRL, https://arxiv.org/abs/1909.05858.
     """
-    seen = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
-    chosen, largest = logits[seen], torch.finfo(logits.dtype).max
+    used_ids = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
+    chosen, largest = logits[used_ids], torch.finfo(logits.dtype).max
     penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-largest, largest)
-    return logits.scatter(0, seen, penalized.where(chosen > -torch.inf, chosen))
+    return logits.scatter(0, used_ids, penalized.where(chosen > -torch.inf, chosen))
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
@@ -68,8 +68,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     descending, order = logits.sort(descending=True, stable=True)
     probs = descending.softmax(0)
-    before = probs.cumsum(0) - probs  # total probability of the more likely tokens
-    drop = before >= p
+    mass_before = probs.cumsum(0) - probs  # total probability of the more likely tokens
+    drop = mass_before >= p
     drop[0] = False
     return logits.index_fill(0, order[drop], -torch.inf)
 
@@ -235,20 +235,20 @@ class TextStream:
             self.stopped_by = "end of turn" if token in self.ends else "end of text"
             return self.finish()
         self.pending += self.decoder.push(token)
-        found = [(self.pending.find(s), s) for s in self.stop if s in self.pending]
-        if found:
-            cut, self.stopped_by = min(found)
-            shown, self.pending = self.pending[:cut], ""
-            return shown
+        matches = [(self.pending.find(s), s) for s in self.stop if s in self.pending]
+        if matches:
+            cut, self.stopped_by = min(matches)
+            visible_text, self.pending = self.pending[:cut], ""
+            return visible_text
         n_held = max((n for s in self.stop for n in range(1, len(s)) if self.pending.endswith(s[:n])), default=0)
         cut = len(self.pending) - n_held
-        shown, self.pending = self.pending[:cut], self.pending[cut:]
-        return shown
+        visible_text, self.pending = self.pending[:cut], self.pending[cut:]
+        return visible_text
 
     def finish(self) -> str:
         """Return the text that was held back, without an incomplete last character."""
-        shown, self.pending = self.pending + self.decoder.finish(), ""
-        return shown
+        visible_text, self.pending = self.pending + self.decoder.finish(), ""
+        return visible_text
 
 
 def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, sampling: Sampling | None = None) -> str:

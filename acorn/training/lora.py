@@ -51,7 +51,7 @@ def add_adapters(model: GPT, names: Iterable[str], rank: int, alpha: float) -> N
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
 
 
-def initial(model: GPT, seed: int) -> dict[str, Tensor]:
+def initial_adapters(model: GPT, seed: int) -> dict[str, Tensor]:
     """Return the initial values of the adapters by name: A is normal with standard deviation 1 / sqrt(in), drawn with
     `seed`; B is zero."""
     random = torch.Generator().manual_seed(seed)

@@ -35,12 +35,12 @@ def make_optimizers(
         optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
     elif optimizer == "muon":
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
-        inside = set(matrices)
-        others = [p for p in model.parameters() if p not in inside and p.requires_grad]
+        in_blocks = set(matrices)
+        remaining = [p for p in model.parameters() if p not in in_blocks and p.requires_grad]
         fused = device_type in ("cuda", "cpu", "mps")
         optimizers = []
-        if others:
-            optimizers.append(torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused))
+        if remaining:
+            optimizers.append(torch.optim.AdamW(remaining, learning_rate, betas, weight_decay=0.0, fused=fused))
         if matrices:  # either list may be empty, because parameters can be frozen
             optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
@@ -64,7 +64,7 @@ def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 # Where the host decides whether to step: reading a CPU tensor is free, and MPS's fused AdamW ignores found_inf.
-HOST_DECIDES = ("cpu", "mps")
+HOST_DECIDED_DEVICES = ("cpu", "mps")
 
 
 def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
@@ -76,7 +76,7 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
     bad = ~grad_norm.isfinite()
     skipped += bad
     skipped[0].mul_(bad)
-    found_inf = None if bad.device.type in HOST_DECIDES else bad.float()
+    found_inf = None if bad.device.type in HOST_DECIDED_DEVICES else bad.float()
     if found_inf is None and bad:
         return
     for optimizer in optimizers:
@@ -108,17 +108,17 @@ def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dic
         for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
             value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
             if value is None or value.shape != shape:
-                raise UserError(OTHER_OPTIMIZER)
+                raise UserError(FOREIGN_STATE)
             if kind == "step":  # fused kernels need it on the parameter's device
                 optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
             else:
                 optimizer.state[p][kind] = torch.zeros_like(p)
                 local(optimizer.state[p][kind]).copy_(value[own_rows(p)])
     if saved:
-        raise UserError(OTHER_OPTIMIZER)
+        raise UserError(FOREIGN_STATE)
 
 
-OTHER_OPTIMIZER = (
+FOREIGN_STATE = (
     "the saved optimizer state belongs to another model or optimizer. Start from the weights alone: "
     "--init_from=OUT_DIR with a new --out_dir."
 )
@@ -140,7 +140,7 @@ def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: lis
                         raise TypeError("not a dense tensor")
                     named[f"{names[params[order.index(i)]]}.{kind}"] = value
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(OTHER_OPTIMIZER) from error
+        raise UserError(FOREIGN_STATE) from error
     return named
 
 
@@ -180,7 +180,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
             for (rows, columns), params in same_shape.items():
                 momenta = [self.state[p]["momentum"] for p in params]
-                own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
+                shards, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
                 decay = 1 - group["lr"] * group["weight_decay"]
                 if skip is not None:
                     grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # keeps momentum
@@ -194,9 +194,9 @@ class Muon(torch.optim.Optimizer):
                     updates = orthogonalize_divided(nesterov)
                 if skip is not None:
                     updates.masked_fill_(skip, 0)
-                torch._foreach_mul_(own, decay)
-                updates = updates.to(own[0].dtype).unbind()
-                torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                torch._foreach_mul_(shards, decay)
+                updates = updates.to(shards[0].dtype).unbind()
+                torch._foreach_add_(shards, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalize_divided(x: Tensor) -> Tensor:
@@ -206,9 +206,9 @@ def orthogonalize_divided(x: Tensor) -> Tensor:
         return orthogonalize(x)
     share = math.ceil(n / world_size)
     first = min(share * dist.get_rank(), n)
-    mine = pad(orthogonalize(x[first : first + share]), 0, share)
-    result = mine.new_empty(world_size * share, *x.shape[1:])
-    dist.all_gather_into_tensor(result, mine)
+    orthogonal = pad(orthogonalize(x[first : first + share]), 0, share)
+    result = orthogonal.new_empty(world_size * share, *x.shape[1:])
+    dist.all_gather_into_tensor(result, orthogonal)
     return result[:n]
 
 
@@ -223,9 +223,9 @@ def orthogonalize_sharded(x: Tensor, rows: int) -> Tensor:
     share, chunk = math.ceil(n / world_size), math.ceil(rows / world_size)  # most matrices and most rows per rank
     x = pad(pad(x, 0, world_size * share), 1, chunk)
     pieces = exchange(x.view(world_size, share, chunk, columns))  # this rank's matrices, the rows of each rank
-    mine = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
-    mine = pad(orthogonalize(mine), 1, world_size * chunk)
-    pieces = exchange(mine.view(share, world_size, chunk, columns).transpose(0, 1))  # this rank's rows of all matrices
+    matrices = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
+    matrices = pad(orthogonalize(matrices), 1, world_size * chunk)
+    pieces = exchange(matrices.view(share, world_size, chunk, columns).transpose(0, 1))  # rows of all matrices
     return pieces.reshape(world_size * share, chunk, columns)[:n, :own_rows]
 
 

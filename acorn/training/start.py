@@ -111,7 +111,7 @@ def load_data(s: "TrainSettings", state: dict, dist: Runtime) -> Mixture:
     Raises UserError if it has no validation split, differs between machines, or is not the data that the resumed run
     with this `state` was trained on.
     """
-    data = load_mixture(s.dataset, dist.is_first_here, s.document_mask)
+    data = load_mixture(s.dataset, dist.is_first_on_machine, s.document_mask)
     if len(set(map(tuple, dist.gather([int(data.identity()[:12], 16)])))) > 1:  # 48 bits, exact in float64
         raise UserError(f"{data.path} differs between machines. Copy it from one machine to the others.")
     for dataset in data.datasets:
@@ -173,7 +173,7 @@ def load_initial(
             sha256 = lora.fingerprint(model, values) if dist.is_main else None  # reads everything; only rank 0 needs it
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
-            values |= lora.initial(model, s.seed)
+            values |= lora.initial_adapters(model, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
