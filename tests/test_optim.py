@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import train
-from acorn import UserError
+from acorn import UserError, checkpoint
 from acorn.training import optim, start
 from acorn.training.optim import (
     Muon,
     learning_rate_at,
     make_optimizers,
-    named_moments,
     orthogonalize,
     rate_change,
     step_if_finite,
@@ -184,7 +183,7 @@ def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_dec
         counts.append(skipped.tolist())
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(p, q)
-        mine, expected = named_moments(models[0], one), named_moments(models[1], other)
+        mine, expected = checkpoint.named_moments(models[0], one), checkpoint.named_moments(models[1], other)
         assert all(torch.equal(mine[name], value) for name, value in expected.items())
         assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # absent, or zeros
     assert counts == [[1, 4], [0, 4], [0, 4], [1, 5], [2, 6], [0, 6], [0, 6], [1, 7]]

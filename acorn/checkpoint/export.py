@@ -70,7 +70,7 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
     return None
 
 
-def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> str:
+def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype = torch.float32) -> str:
     """Export a model as a folder `target` that transformers loads: weights, configuration and tokenizer.
 
     `source` is anything that `checkpoint.load_model` accepts. A run of adapters gets its base's context length. The
@@ -78,7 +78,7 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     equivalent model, or if `target` exists."""
     if os.path.lexists(target):
         raise UserError(f"{target} already exists. Choose another folder, or remove it.")
-    model, tokenizer, _ = load_model(source, which, whole_context=True)
+    model, tokenizer, _ = load_model(source, choice, whole_context=True)
     cfg = model.config
     family = "llama" if cfg.pos == "rope" else "gpt2"
     supported = {"qk_norm": [False], "logit_softcap": [0.0], "ngram": [1], **SUPPORTED[family]}

@@ -89,8 +89,8 @@ def step_of(folder: Path) -> int:
 def step_folders(out_dir: Path) -> list[Path]:
     """Return the step folders in `out_dir`, newest first. A name `.replaced-step_NNNNNN` remains if a kill interrupted
     saving that step again."""
-    both = (*out_dir.glob(f"{REPLACED_PREFIX}step_*"), *out_dir.glob("step_*"))
-    by_name = {step_name(folder): folder for folder in both}  # if both exist, the one without the prefix
+    found_folders = (*out_dir.glob(f"{REPLACED_PREFIX}step_*"), *out_dir.glob("step_*"))
+    by_name = {step_name(folder): folder for folder in found_folders}  # if both exist, the one without the prefix
     return sorted((by_name[name] for name in by_name if STEP_NAME.fullmatch(name)), key=step_of, reverse=True)
 
 
@@ -172,21 +172,21 @@ def check_files(folder: Path, state: dict, rank: int, world_size: int) -> None:
             raise Damaged(f"{file} was changed: its SHA-256 differs from the one in state.json")
 
 
-def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
-    """Return the step folders in `out_dir` in the order of preference: first `which` ("latest", "best" or the name of
+def in_order(out_dir: Path, choice: str = "latest") -> list[Path]:
+    """Return the step folders in `out_dir` in the order of preference: first `choice` ("latest", "best" or the name of
     a step folder), then the newest first. Raises UserError if there is none, or none of that name."""
     if not out_dir.is_dir():
         raise UserError(f"there is no folder {out_dir}. {_runs_near(out_dir)}")
     if (out_dir / "state.json").exists():  # a step folder
         return [out_dir]
     folders = step_folders(out_dir)
-    if which in ("latest", "best"):
-        first = read_pointer(out_dir / which)
+    if choice in ("latest", "best"):
+        first = read_pointer(out_dir / choice)
     else:
-        first = next((folder for folder in folders if step_name(folder) == which), None)
+        first = next((folder for folder in folders if step_name(folder) == choice), None)
         if first is None:
             choices = ", ".join(["best", "latest", *map(step_name, folders)])
-            raise UserError(f"there is no {which} in {out_dir}. Choose one of {choices}.")
+            raise UserError(f"there is no {choice} in {out_dir}. Choose one of {choices}.")
     if not folders and (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a nanoGPT checkpoint. Start from it with --init_from={out_dir / 'ckpt.pt'}")
     if not folders and (out_dir / "adapter_config.json").exists():
@@ -213,14 +213,14 @@ def _runs_near(out_dir: Path) -> str:
     return f"Existing runs: {', '.join(sorted(runs)[:10])}" if runs else "Train first, or give the out_dir of a run."
 
 
-def find(out_dir: Path, which: str = "latest", r: Runtime = ONE_RANK) -> tuple[Path, dict]:
+def find(out_dir: Path, choice: str = "latest", r: Runtime = ONE_RANK) -> tuple[Path, dict]:
     """Return the folder and state of the first intact checkpoint in `in_order`, with a warning for each damaged one
     before it. Files are only read, because a run may be saving. Raises UserError if none is intact.
 
     The ranks divide the files among them, so that each file is hashed once. All must see the same `out_dir`.
     """
-    folders, pointer = in_order(out_dir, which), out_dir / which
-    if r.is_main and which in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
+    folders, pointer = in_order(out_dir, choice), out_dir / choice
+    if r.is_main and choice in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
         print(f"warning: {pointer} names a checkpoint that does not exist", file=sys.stderr)
     for folder in folders:
         state, is_intact = {}, True

@@ -6,17 +6,15 @@ import sys
 import typing
 from pathlib import Path
 
-import torch
-
 from acorn import UserError, files
 from acorn.checkpoint import huggingface
-from acorn.checkpoint.layout import FORMAT, file_names, find, step_folders, weights_kind
+from acorn.checkpoint.layout import file_names, find, step_folders, weights_kind
 from acorn.checkpoint.nanogpt import open_nanogpt
-from acorn.checkpoint.tensors import check_tensors, empty_model, fill, fitting_model, merge_adapters, open_tensors
+from acorn.checkpoint.tensors import empty_model, fill, fitting_model, merge_adapters, open_tensors
 from acorn.data import tokenizer as tokenizers
 from acorn.data.shards import load_dataset
 from acorn.distributed.runtime import ONE_RANK, Runtime
-from acorn.training import lora, optim
+from acorn.training import lora
 from model import DROPOUTS, GPT
 
 HUB_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
@@ -75,23 +73,6 @@ def build_model(folder: Path, state: dict, r: Runtime = ONE_RANK, whole_context:
     return model, base.values | tensors
 
 
-def load_optimizers(folder: Path, state: dict, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load a checkpoint's optimizer state into the optimizers of `model`. Raises UserError if it belongs to another
-    model or to other optimizers."""
-    if state["format"] == FORMAT:
-        saved = open_tensors(folder, state, "optimizer")
-    else:
-        try:
-            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["optimizers"]
-        except Exception as error:  # its hash matches, so it is a pickle with other content
-            raise UserError(
-                f"{folder / 'optimizer.pt'} is not an optimizer state. No code in it was run. Use another checkpoint."
-            ) from error
-        saved = optim.name_moments(model, optimizers, saved)
-        check_tensors(saved, str(folder / "optimizer.pt"))
-    optim.load_moments(model, optimizers, saved)
-
-
 def is_on_hub(source: str) -> bool:
     """Whether `source` is a model on the Hugging Face hub: GPT-2, or owner/name if no such folder exists."""
     path = Path(source)
@@ -100,15 +81,15 @@ def is_on_hub(source: str) -> bool:
 
 
 def load_model(
-    source: str, which: str = "best", whole_context: bool = False
+    source: str, choice: str = "best", whole_context: bool = False
 ) -> tuple[GPT, tokenizers.Tokenizer | None, str]:
     """Load what `open_model` opens. Returns the model on the CPU in float32, its tokenizer, and a description."""
-    opened = open_model(source, which, whole_context=whole_context)
+    opened = open_model(source, choice, whole_context=whole_context)
     return fill(opened.model, opened.values), opened.tokenizer, opened.source
 
 
 def open_model(
-    source: str, which: str = "best", plain: bool = False, r: Runtime = ONE_RANK, whole_context: bool = False
+    source: str, choice: str = "best", plain: bool = False, r: Runtime = ONE_RANK, whole_context: bool = False
 ) -> LazyCheckpoint:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
     its name or folder.
@@ -140,7 +121,7 @@ def open_model(
             )
         description = f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
         return LazyCheckpoint(model, tensors, tokenizer, description, str(path.absolute()))
-    folder, state = find(path, which, r)
+    folder, state = find(path, choice, r)
     adapters = state.get("lora")
     if adapters and plain:
         raise UserError(

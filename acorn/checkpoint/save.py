@@ -30,9 +30,10 @@ from acorn.checkpoint.layout import (
     step_of,
     weights_kind,
 )
+from acorn.checkpoint.moments import named_moments
 from acorn.checkpoint.tensors import copy_to_host, is_valid
 from acorn.distributed import sharding
-from acorn.training import lora, optim
+from acorn.training import lora
 from model import GPT
 
 
@@ -67,7 +68,7 @@ class Writer:
         if self.rank < shards:
             for kind, tensors in (
                 (weights_kind(state), lora.adapters(model) or dict(model.named_parameters())),
-                ("optimizer", optim.named_moments(model, optimizers)),
+                ("optimizer", named_moments(model, optimizers)),
             ):
                 parts[file_names(kind, shards)[self.rank]] = copy_to_host(tensors, self.copies[kind])
         self.writing = concurrent.futures.Future()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acorn import UserError
-from acorn.distributed.sharding import is_sharded, local, own_rows
+from acorn.distributed.sharding import is_sharded, local
 from model import GPT
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ def make_optimizers(
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
         in_blocks = set(matrices)
         remaining = [p for p in model.parameters() if p not in in_blocks and p.requires_grad]
-        fused = device_type in ("cuda", "cpu", "mps")
         optimizers = []
         if remaining:
-            optimizers.append(torch.optim.AdamW(remaining, learning_rate, betas, weight_decay=0.0, fused=fused))
+            optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining))
         if matrices:  # either list may be empty, because parameters can be frozen
             optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
@@ -83,65 +82,6 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
         optimizer.found_inf = found_inf  # GradScaler's protocol for fused optimizers: with 1 the step is a no-op
         optimizer.step()
         del optimizer.found_inf
-
-
-def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return the state of the optimizers by name: transformer.wte.weight.exp_avg, transformer.wte.weight.step, ...
-
-    Step counts have shape (), and all other values have their parameter's shape. Empty before the first update.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    states = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
-    return {f"{names[p]}.{kind}": value for p, moments in states for kind, value in moments.items()}
-
-
-def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
-    """Load the result of `named_moments` into the optimizers.
-
-    The values of `saved` are tensors, or lazy tensors with a `shape`, which are read when indexed; of a sharded
-    parameter, only this rank's rows are read. Because a checkpoint may be untrusted and fused kernels do not check
-    shapes, a wrong name or shape raises UserError.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers if saved else ():
-        kinds = moment_kinds(optimizer)
-        for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
-            value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
-            if value is None or value.shape != shape:
-                raise UserError(FOREIGN_STATE)
-            if kind == "step":  # fused kernels need it on the parameter's device
-                optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
-            else:
-                optimizer.state[p][kind] = torch.zeros_like(p)
-                local(optimizer.state[p][kind]).copy_(value[own_rows(p)])
-    if saved:
-        raise UserError(FOREIGN_STATE)
-
-
-FOREIGN_STATE = (
-    "the saved optimizer state belongs to another model or optimizer. Start from the weights alone: "
-    "--init_from=OUT_DIR with a new --out_dir."
-)
-
-
-def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, Tensor]:
-    """Convert optimizer state_dicts of older checkpoints, which number the parameters, to the form of `named_moments`.
-
-    Raises UserError if they do not belong to these optimizers.
-    """
-    names, named = {p: name for name, p in model.named_parameters()}, {}
-    try:
-        for optimizer, state in zip(optimizers, saved, strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            order = [i for group in state["param_groups"] for i in group["params"]]
-            for i, moments in state["state"].items():
-                for kind, value in moments.items():
-                    if not isinstance(value, Tensor) or value.layout != torch.strided:
-                        raise TypeError("not a dense tensor")
-                    named[f"{names[params[order.index(i)]]}.{kind}"] = value
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(FOREIGN_STATE) from error
-    return named
 
 
 class Muon(torch.optim.Optimizer):
@@ -313,18 +253,18 @@ def set_learning_rates(s: "TrainSettings", optimizers: list[torch.optim.Optimize
     return lr
 
 
-def rate_change(before: "TrainSettings", after: "TrainSettings", step: int) -> str | None:
+def rate_change(saved: "TrainSettings", current: "TrainSettings", step: int) -> str | None:
     """Describe how the learning rate of update `step` changes between a run's settings and those for resuming it.
 
     Returns None if it does not change.
     """
-    old, new = scheduled_rate(before, step), scheduled_rate(after, step)
+    old, new = scheduled_rate(saved, step), scheduled_rate(current, step)
     if math.isclose(old, new, rel_tol=1e-3):
         return None
     jump = f"the learning rate at step {step} changes from {old:.2e} to {new:.2e}"
-    if before.lr_decay_iters or after.lr_decay_iters or before.max_iters == after.max_iters:
+    if saved.lr_decay_iters or current.lr_decay_iters or saved.max_iters == current.max_iters:
         return jump
     return (
-        f"max_iters={after.max_iters} instead of {before.max_iters} stretches the schedule (lr_decay_iters=0): {jump}. "
-        f"Use --lr_decay_iters={before.max_iters} to keep the schedule."
+        f"max_iters={current.max_iters} instead of {saved.max_iters} stretches the schedule (lr_decay_iters=0): "
+        f"{jump}. Use --lr_decay_iters={saved.max_iters} to keep the schedule."
     )
