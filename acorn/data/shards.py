@@ -33,6 +33,7 @@ import numpy as np
 
 from acorn import REPO, UserError, files
 from acorn.data.batches import FORM, Conversations
+from acorn.data.corpora import dataset_names, prepare_command
 from acorn.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
@@ -416,39 +417,24 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
         if os.path.isdir(path) and (
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
         ):
-            raise UserError(f"preparation of {path} was interrupted. Run it again: {_prepare_command(name)}")
+            raise UserError(f"preparation of {path} was interrupted. Run it again: {prepare_command(name)}")
     raise UserError(_no_dataset(name[:200]))
-
-
-CORPORA = "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split()  # also dataset names
 
 
 def _no_dataset(name: str) -> str:
     """Return the error message for a missing dataset: it suggests a similar name, else a command that prepares it."""
     existing = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
     error = f"there is no dataset {name!r}" + (f" (existing datasets: {', '.join(existing)})" if existing else "")
-    known = [*existing, *CORPORA, "shakespeare", "shakespeare_char", "plays"]
+    known = [*existing, *dataset_names()]
     near = next(iter(difflib.get_close_matches(Path(name).name, known, 1, 0.75)), "")
     if near in existing:
         return f"{error}. Did you mean --dataset={near}?"
     if near == "shakespeare":  # nanoGPT has a dataset of this name, so the corpus of this name makes the dataset plays
-        plays = "`python prepare shakespeare` makes --dataset=plays"
-        return f"{error}. {plays}; {_prepare_command(near)} makes nanoGPT's dataset shakespeare."
+        plays = f"{prepare_command('plays')} makes --dataset=plays"
+        return f"{error}. {plays}; {prepare_command(near)} makes nanoGPT's dataset shakespeare."
     if near and near != name:
-        return f"{error}. Did you mean --dataset={near}? Prepare it with {_prepare_command(near)}"
-    return f"{error}. Prepare it with {_prepare_command(name)}"
-
-
-def _prepare_command(name: str) -> str:
-    if name == "shakespeare_char":
-        return "`python prepare tinyshakespeare --name shakespeare_char`"
-    if name == "shakespeare":
-        return "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
-    if name == "plays":
-        return "`python prepare shakespeare`"
-    if name in CORPORA:
-        return f"`python prepare {name}`"
-    return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
+        return f"{error}. Did you mean --dataset={near}? Prepare it with {prepare_command(near)}"
+    return f"{error}. Prepare it with {prepare_command(name)}"
 
 
 def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
