@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files, printable
+from acorn import UserError, files, printable, settings
 from acorn.data import chat
 from acorn.data.records import Conversation, read_messages
 from acorn.data.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
@@ -66,15 +66,11 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     """Write the dataset `out` and return its meta.json. An existing dataset is replaced when the new one is complete.
 
     Raises UserError for invalid options, files or records."""
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"val_fraction={args.val_fraction} must be between 0 and 1, such as 0.1")
+    settings.check_bounds(vars(args))
     if args.val_by == "end":
         raise UserError("conversations are split by their hash. Remove --val_by end.")
     if args.max_tokens is not None and args.max_tokens < 8:
         raise UserError(f"max_tokens={args.max_tokens} must be 8 or more")
-    for option in ("val_tokens", "shard_tokens"):
-        if (count := getattr(args, option)) is not None and count < 2:
-            raise UserError(f"{option}={count} must be 2 or more")
     for path in args.files:
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")

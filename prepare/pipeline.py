@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files
+from acorn import UserError, files, settings
 from acorn.data.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.data.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
@@ -67,7 +67,7 @@ class Place:
 
 class Batch(NamedTuple):
     pieces: list[Piece]
-    after: Place
+    end: Place
 
 
 class EmptySplit(UserError):
@@ -108,11 +108,8 @@ def prepare(
     After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
     result is byte-identical. An existing dataset is replaced only with `overwrite`, once the new one is complete.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction} must be between 0 and 1, such as 0.1")
-    for option, count in (("val_tokens", val_tokens), ("max_tokens", max_tokens), ("shard_tokens", shard_tokens)):
-        if count is not None and count < 2:
-            raise UserError(f"{option}={count} must be 2 or more")
+    counts = {"val_tokens": val_tokens, "max_tokens": max_tokens, "shard_tokens": shard_tokens}
+    settings.check_bounds({"val_fraction": val_fraction, **counts})
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
     if not val_by and (max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS):
@@ -180,13 +177,13 @@ def _survey(documents: Iterable, requested: str | Tokenizer, val_by: str, val_fr
         nonlocal count, chars, size
         with tqdm(desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
             for document in documents:
-                before = chars
+                chars_before = chars
                 for block in _blocks(document):
                     chars += len(block)
                     size += (bytes_ := _size(block))
                     bar.update(bytes_)
                     yield block
-                count += chars > before
+                count += chars > chars_before
         if count > 1:
             yield SEPARATOR
 
@@ -269,8 +266,9 @@ class Reader:
             if split:
                 yield block, split
             else:
-                before = max(0, self.cut - chars)
-                yield from ((part, name) for part, name in ((block[:before], "train"), (block[before:], "val")) if part)
+                n_train = max(0, self.cut - chars)
+                parts = (block[:n_train], "train"), (block[n_train:], "val")
+                yield from ((part, name) for part, name in parts if part)
             chars += len(block)
         is_empty = chars == self.place.chars
         self._at_end = chars, self.place.sha256 if is_empty else _chain(self.place.sha256, digest.hexdigest())
@@ -374,7 +372,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
                 batch, ids = _beginning(batch, ids, lengths, room, tokenizer)
             _write(batch, ids, tokenizer, writers, counts, command["val_tokens"])
             bar.update(counts["train"] + counts["val"] - bar.n)
-            place = batch.after
+            place = batch.end
             if is_full:
                 break
             if sum(len(writer.shards) for writer in writers.values()) > finished:
@@ -429,10 +427,10 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return a batch's ids by split (int32, with the marks before and after each document) and each piece's length."""
-    before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
-    parts, lengths = {"train": [before[:0]], "val": [before[:0]]}, []
+    prefix, ending = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
+    parts, lengths = {"train": [prefix[:0]], "val": [prefix[:0]]}, []
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
-        whole = [before] * piece.starts_document + [ids] + [after] * piece.ends_document
+        whole = [prefix] * piece.starts_document + [ids] + [ending] * piece.ends_document
         parts[piece.split] += whole
         lengths.append(sum(map(len, whole)))
     return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
@@ -450,7 +448,7 @@ def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenize
             piece = piece._replace(size=size)
         pieces.append(piece)
         room -= length
-    return Batch(pieces, batch.after), {split: array[: taken[split]] for split, array in ids.items()}
+    return Batch(pieces, batch.end), {split: array[: taken[split]] for split, array in ids.items()}
 
 
 def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens: int | None) -> None:
