@@ -158,3 +158,21 @@ def read_text(path: str) -> str:
         raise UserError(f"the file {path} cannot be read: {error.strerror}. Give another path.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the file {path} is not UTF-8 at byte {error.start}. Convert it to UTF-8.") from error
+
+
+def parse_json_line(text: str, location: str):
+    """Return the value in a line of a .jsonl file. Raises UserError, which names the location, if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is not valid JSON ({error}). A .jsonl file has one object per line.") from error
+
+
+def read_json_lines(path: str, limit: int = 0) -> list[tuple[str, object]]:
+    """Return the first `limit` values (0: all) of a small .jsonl file, each with its location ("line 3 of FILE").
+
+    Raises UserError if a line is not JSON, and if there is none."""
+    lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty. Write one JSON object per line.")
+    return [(location, parse_json_line(line, location)) for location, line in lines[: limit or None]]

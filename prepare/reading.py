@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from acorn import UserError
+from acorn import UserError, files
 from prepare.encoding import byte_error
 
 BLOCK_BYTES = 1 << 20  # bytes of text that are read at once
@@ -201,12 +201,12 @@ def json_lines(
                 continue
             try:
                 text = line.decode(line_encoding, errors)
-                record = json.loads(text.removeprefix("\ufeff") if number == 1 else text)
+                record = files.parse_json_line(text.removeprefix("\ufeff") if number == 1 else text, where)
             except UnicodeDecodeError as error:
                 on_error(UserError(_byte_error(encoding, f"{where} is not {{}}: its byte {error.start}", error)))
                 continue
-            except (ValueError, RecursionError) as error:
-                on_error(UserError(f"{where} is not valid JSON ({error}). A .jsonl file has one object per line."))
+            except UserError as error:
+                on_error(error)
                 continue
             if isinstance(record, dict):
                 yield where, record

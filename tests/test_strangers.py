@@ -602,7 +602,7 @@ def test_a_terminal_gets_samples_escaped_and_a_pipe_gets_them_as_they_are(tmp_pa
         for token in drawn:
             on_token(0, token, -1.0)
 
-    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr("acorn.inference.generate.generate", generate)
     argv = [
         "sample.py",
         f"--out_dir={tmp_path}",

@@ -4,7 +4,7 @@ The loop owns the KV cache: `GPT.forward` writes into it, and only the loop adva
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -251,26 +251,57 @@ class TextStream:
         return visible_text
 
 
-def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, sampling: Sampling | None = None) -> str:
-    """Sample a text without a prompt: from the start-of-document tokens, or from token 0 if there are none."""
-    text = TextStream(tokenizer)
-    pieces = []
+@dataclass
+class Continuation:
+    """The text that the model generated after a prompt."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of each token, in nats
+    stopped_by: str | None = None  # a stop string, "end of text" or "end of turn"; None: the limit of new tokens
+
+
+def continue_texts(
+    model: GPT,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: list[int],
+    stop: list[str] = (),
+    ends: set[int] = frozenset(),
+    on_text: Callable[[int, str], None] = lambda row, piece: None,
+    compile: bool = False,
+) -> list[Continuation]:
+    """Continue each prompt (token ids) with text, as one batch; see `generate` and `TextStream`.
+
+    `on_text(row, piece)` is called with each piece of text when it is complete.
+    """
+    streams = [TextStream(tokenizer, stop, ends) for _ in prompts]
+    results = [Continuation() for _ in prompts]
+
+    def add(row: int, piece: str) -> None:
+        results[row].text += piece
+        on_text(row, piece)
 
     def on_token(row: int, token: int, logprob: float) -> bool:
-        pieces.append(text.push(token))
-        return text.stopped_by is not None
+        results[row].ids.append(token)
+        results[row].logprobs.append(logprob)
+        add(row, streams[row].push(token))
+        return streams[row].stopped_by is not None
 
+    generate(model, prompts, max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile)
+    for row, stream in enumerate(streams):
+        add(row, stream.finish())
+        results[row].stopped_by = stream.stopped_by
+    return results
+
+
+def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, sampling: Sampling | None = None) -> str:
+    """Sample a text without a prompt: from the start-of-document tokens, or from token 0 if there are none."""
     start = list(tokenizer.before_document) or [0 if tokenizer.eot is None else tokenizer.eot]
-    generate(
-        model,
-        [start],
-        max_new_tokens,
-        sampling or Sampling(temperature=0.8, top_k=200),
-        [seed],
-        on_token,
-        tokenizer.n_vocab,
-    )
-    return "".join([*pieces, text.finish()])
+    sampling = sampling or Sampling(temperature=0.8, top_k=200)
+    return continue_texts(model, tokenizer, [start], max_new_tokens, sampling, [seed])[0].text
 
 
 def encode_prompt(tokenizer, text: str, control: bool = False) -> list[int]:
