@@ -123,7 +123,7 @@ class TextFiles:
             paths_found = sorted(glob.glob(name, recursive=True))
             if not paths_found:
                 raise UserError(f"no file matches {name}. Paths are relative to the working directory {os.getcwd()}.")
-            before = len(self.sources)
+            n_before = len(self.sources)
             for path in paths_found:
                 if os.path.isdir(path):
                     self._add_files(self._in_folder(path), in_folder=True)
@@ -132,8 +132,8 @@ class TextFiles:
                 else:
                     raise UserError(f"{path} is neither a file nor a folder. Leave it out, or name it without a glob.")
             # ** matches a folder and its files; keep the first occurrence of each file
-            unique = {os.path.normpath(source.path): source for source in reversed(self.sources[before:])}
-            self.sources[before:] = reversed(unique.values())
+            unique = {os.path.normpath(source.path): source for source in reversed(self.sources[n_before:])}
+            self.sources[n_before:] = reversed(unique.values())
         else:
             raise UserError(
                 f"there is no file or folder {name}. Paths are relative to the working directory {os.getcwd()}."

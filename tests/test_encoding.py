@@ -336,10 +336,10 @@ def test_rows_of_parquet_are_decoded_in_bounded_memory(dictionary):
 
 
 def test_parquet_that_would_fill_the_memory_is_refused(monkeypatch):
-    for limit, match in (("LONGEST", "rows of"), ("LARGEST_PAGE", "a page of")):
+    for limit, match in (("MAX_RECORD", "rows of"), ("MAX_PAGE_BYTES", "a page of")):
         with monkeypatch.context() as patch:
             patch.setattr(reading, limit, 1 << 20)
-            folder = write_parquet("p", ["word " * (1 << 19)] * 2 + ["x"] * (limit != "LONGEST"), compression="zstd")
+            folder = write_parquet("p", ["word " * (1 << 19)] * 2 + ["x"] * (limit != "MAX_RECORD"), compression="zstd")
             with pytest.raises(UserError, match=f"p/train.parquet has {match}"):
                 prepare(f"{folder}/train.parquet")
             with pytest.raises(UserError, match=f"{match} "):

@@ -178,9 +178,9 @@ def _last_reply(tokenizer: Tokenizer, messages: list[dict], prompt: str | None =
         reply = _reply_without_system(tokenizer, messages)
         if reply and whole.endswith(reply):
             return reply
-        before = _fill_in(tokenizer, messages[:-1], False)
+        prefix = _fill_in(tokenizer, messages[:-1], False)
         shared = next((i for i, char in enumerate(prompt) if whole[i : i + 1] != char), 0)
-        opening = prompt[min(len(before), shared) :] if prompt.startswith(before) else prompt[shared:]
+        opening = prompt[min(len(prefix), shared) :] if prompt.startswith(prefix) else prompt[shared:]
         raise UserError(
             f"the chat template opens a reply with {opening!r:.80} but renders a finished reply without it. Training "
             "would therefore begin replies differently than sampling; sampling and evaluation work. To train, put each "
@@ -218,13 +218,13 @@ def _is_learned(message: dict) -> bool:
 def _around_content(tokenizer: Tokenizer) -> tuple[str, str]:
     """Return the text before and after the content of the reply in a conversation of two messages."""
     text = _fill_in(tokenizer, [_message("user", "?"), _message("assistant", PROBE)], False)
-    before, found, after = text.rpartition(PROBE)
+    prefix, found, ending = text.rpartition(PROBE)
     if not found:
         raise UserError(
             "the chat template leaves out the assistant's messages, so there is nothing to learn. Choose another "
             "--template."
         )
-    return before, after
+    return prefix, ending
 
 
 def _stop_name(tokenizer: Tokenizer) -> str | None:
@@ -238,11 +238,11 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     immediately, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". A token that appears only at the end of a conversation
     does not count. `template` is the tokenizer's, as a key of the cache."""
     conversation = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
-    _, found, after = _fill_in(tokenizer, conversation, True).rpartition(PROBE)
-    if not found or not _any_of(tokenizer.control).search(after):
-        after = _around_content(tokenizer)[1]
+    _, found, ending = _fill_in(tokenizer, conversation, True).rpartition(PROBE)
+    if not found or not _any_of(tokenizer.control).search(ending):
+        ending = _around_content(tokenizer)[1]
     names, end = [], None
-    for found in _any_of(tokenizer.control).finditer(after):
+    for found in _any_of(tokenizer.control).finditer(ending):
         if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
             break
         names, end = [*names, found[0]], found.end()
@@ -252,11 +252,11 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
 def as_content(tokenizer: Tokenizer, reply: str) -> str:
     """Return the message content of `reply`, a text that a model generated. This removes what the template adds around
     the content, such as the space in "[/INST] Hello"."""
-    before, after = _around_content(tokenizer)
+    prefix, ending = _around_content(tokenizer)
     prompt = _fill_in(tokenizer, [_message("user", "?")], True)
-    before = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    after = _any_of(tokenizer.control).split(after, maxsplit=1)[0]
-    return reply.removeprefix(before).removesuffix(after)
+    prefix = prefix.removeprefix(prompt) if prefix.startswith(prompt) else ""
+    ending = _any_of(tokenizer.control).split(ending, maxsplit=1)[0]
+    return reply.removeprefix(prefix).removesuffix(ending)
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:

@@ -126,8 +126,8 @@ def _load(spec: str, hashed: bool) -> Mixture:
     for i, dataset in enumerate(datasets):
         if dataset.path in [other.path for other in datasets[:i]]:
             raise UserError(f"dataset={spec!r} names {dataset.path} twice. Give it one proportion.")
-    first, *others = datasets
-    for other in others:
+    first, *remaining = datasets
+    for other in remaining:
         if tokenizer_hash(other.tokenizer) != tokenizer_hash(first.tokenizer):
             raise UserError(
                 f"the datasets of a mixture need the same tokenizer, but {first.path} has {_describe(first)} and "

@@ -338,9 +338,9 @@ class HFTokenizer(Tokenizer):
         text = _well_formed(text)
         ids = _encode_with(backend, text)
         if continues and self._prepends:  # encode after a line break, which absorbs the added space, and cut it off
-            before, joined_ids = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
-            if joined_ids[: len(before)] == before:
-                ids = joined_ids[len(before) :]
+            break_ids, joined_ids = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
+            if joined_ids[: len(break_ids)] == break_ids:
+                ids = joined_ids[len(break_ids) :]
         return np.array(ids, dtype=np.int32)
 
     @property
@@ -519,12 +519,12 @@ def is_hf(path: str | Path) -> bool:
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
     """Return the char tokenizer of a corpus. Ids are ranks in the sorted set of its characters, as in nanoGPT."""
-    seen = np.zeros(0x110000, dtype=bool)
+    is_present = np.zeros(0x110000, dtype=bool)
     for text in texts:
-        seen[_code_points(text)] = True
-    if not seen.any():
+        is_present[_code_points(text)] = True
+    if not is_present.any():
         raise UserError("there is no text to learn characters from. Use a corpus that is not empty.")
-    return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
+    return CharTokenizer([chr(c) for c in np.flatnonzero(is_present)])
 
 
 def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
@@ -769,8 +769,8 @@ def byte_alphabet() -> dict[str, bytes]:
     """Return the characters that stand for the 256 bytes in byte-level vocabularies (from GPT-2): printable bytes as
     themselves, the others in order from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(others)]
+    unprintable = [b for b in range(256) if b not in printable]
+    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(unprintable)]
     return {char: bytes([b]) for char, b in pairs}
 
 
