@@ -22,14 +22,13 @@ BOUNDS = (
     (
         lambda value: value >= 1,
         "be at least 1",
-        "gradient_accumulation_steps batch_size block_size eval_interval log_interval keep_checkpoints max_bad_steps "
-        "num_samples",
+        "gradient_accumulation_steps batch_size block_size eval_interval keep_checkpoints max_bad_steps num_samples",
     ),
     (
         lambda value: value >= 0,
         "not be negative",
-        "eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr weight_decay "
-        "grad_clip max_new_tokens top_k no_repeat_ngram_size temperature limit",
+        "log_interval eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr "
+        "weight_decay grad_clip max_new_tokens top_k no_repeat_ngram_size temperature limit",
     ),
     (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 dropout ngram_dropout"),
     (
