@@ -104,7 +104,7 @@ def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
 def test_a_split_that_gets_nothing_says_what_to_do():
     Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     prepare_fails("too little text of 2 documents into val.* or --val_by end", "text", "few.jsonl", "--val_by=document")
-    prepare_fails("val_tokens=1", "text", "few.jsonl", "--val_tokens=1")
+    prepare_fails("val_tokens = 1", "text", "few.jsonl", "--val_tokens=1")
 
 
 def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
