@@ -57,7 +57,7 @@ TOPICS = ("asyncio", "email", "json", "logging", "os", "random", "sqlite3", "sta
 def functions(folder: Path) -> list[tuple[str, str, str, str]]:
     """Return (module, name, first line of the docstring, rest of the docstring) of each public function or class in the
     Python files of `folder`, in order. Each first line appears once."""
-    found = {}
+    functions_by_line = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
         if any(part.startswith(("_", "test", "idlelib", "site-packages", "lib2to3")) for part in parts):
@@ -71,8 +71,8 @@ def functions(folder: Path) -> list[tuple[str, str, str, str]]:
                 line, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
                 line = " ".join(line.split())
                 if 20 <= len(line) <= 200:
-                    found.setdefault(line, (".".join(parts), node.name, line, " ".join(rest.split())))
-    return list(found.values())
+                    functions_by_line.setdefault(line, (".".join(parts), node.name, line, " ".join(rest.split())))
+    return list(functions_by_line.values())
 
 
 def translations(count: int) -> list[dict]:
@@ -98,8 +98,8 @@ def is_val(name: str) -> bool:
 def choices_of(module: str, line: str) -> dict:
     """Return a question with four choices. A hash decides the position of the right one."""
     digest = hashlib.sha256(line.encode()).digest()
-    others = [topic for topic in TOPICS if topic != module]
-    options = [others[(digest[0] + 3 * k) % len(others)] for k in range(3)]
+    other_topics = [topic for topic in TOPICS if topic != module]
+    options = [other_topics[(digest[0] + 3 * k) % len(other_topics)] for k in range(3)]
     options.insert(digest[1] % 4, module)
     prompt = f"Which module of Python has a function that does this: {line}"
     return {"prompt": prompt, "choices": options, "answer": options.index(module)}

@@ -338,9 +338,9 @@ class HFTokenizer(Tokenizer):
         text = _well_formed(text)
         ids = _encode_with(backend, text)
         if continues and self._prepends:  # encode after a line break, which absorbs the added space, and cut it off
-            before, both = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
-            if both[: len(before)] == before:
-                ids = both[len(before) :]
+            break_ids, joined_ids = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
+            if joined_ids[: len(break_ids)] == break_ids:
+                ids = joined_ids[len(break_ids) :]
         return np.array(ids, dtype=np.int32)
 
     @property
@@ -422,12 +422,12 @@ class Encoder:
             ids = np.frombuffer(flat, dtype="<i4")
             batch = [ids[start:end] for start, end in itertools.pairwise(ends)]
             checked = range(-self.encoded % self.CHECK_EVERY, len(texts), self.CHECK_EVERY)
-            wrong = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
-            if wrong is None:
+            mismatch = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
+            if mismatch is None:
                 self.encoded += len(texts)
                 return batch
             print(
-                f"warning: fastokens and {self.name} encode the text that begins {wrong[:40]!r} differently; "
+                f"warning: fastokens and {self.name} encode the text that begins {mismatch[:40]!r} differently; "
                 f"continuing with {self.name}, which is slower",
                 file=sys.stderr,
             )
@@ -519,12 +519,12 @@ def is_hf(path: str | Path) -> bool:
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
     """Return the char tokenizer of a corpus. Ids are ranks in the sorted set of its characters, as in nanoGPT."""
-    seen = np.zeros(0x110000, dtype=bool)
+    is_present = np.zeros(0x110000, dtype=bool)
     for text in texts:
-        seen[_code_points(text)] = True
-    if not seen.any():
+        is_present[_code_points(text)] = True
+    if not is_present.any():
         raise UserError("there is no text to learn characters from. Use a corpus that is not empty.")
-    return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
+    return CharTokenizer([chr(c) for c in np.flatnonzero(is_present)])
 
 
 def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
@@ -714,11 +714,11 @@ def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
     if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
         return False
-    wholes = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
-    tokens = [each.pop("added_tokens") for each in wholes]
+    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
+    tokens = [each.pop("added_tokens") for each in configs]
     n = len(tokens[1])
     new = tokens[0][n:]
-    same = wholes[0] == wholes[1] and tokens[0][:n] == tokens[1]
+    same = configs[0] == configs[1] and tokens[0][:n] == tokens[1]
     return same and bool(new) and all(token["special"] and token["id"] >= base.n_vocab for token in new)
 
 
@@ -756,8 +756,8 @@ def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        at = start + size
-        boundary = _WORDS.search(text, at, at + size) or _BOUNDARY.search(text, at)
+        earliest = start + size
+        boundary = _WORDS.search(text, earliest, earliest + size) or _BOUNDARY.search(text, earliest)
         if boundary is None:
             break
         yield text[start : boundary.start()]
@@ -769,8 +769,8 @@ def byte_alphabet() -> dict[str, bytes]:
     """Return the characters that stand for the 256 bytes in byte-level vocabularies (from GPT-2): printable bytes as
     themselves, the others in order from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(others)]
+    unprintable = [b for b in range(256) if b not in printable]
+    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(unprintable)]
     return {char: bytes([b]) for char, b in pairs}
 
 
