@@ -205,6 +205,8 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/train_shakespeare_char.py"
     elif dataset == "plays" and kind == "char":
         command = "python train.py config/quickstart.py"
+    elif dataset == "poems" and kind == "char":
+        command = "python train.py config/poems.py"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
         published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # a name on the hub

