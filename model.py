@@ -53,39 +53,7 @@ class GPTConfig:
         if self.mlp == "swiglu":
             self.n_hidden = self.n_hidden or 64 * math.ceil(self.n_embd * 8 / 3 / 64)
         self.n_hidden = self.n_hidden or 4 * self.n_embd
-
-        choices = {
-            "pos": ("learned", "sinusoidal", "rope"),
-            "norm": ("layernorm", "rmsnorm"),
-            "mlp": ("gelu_tanh", "gelu", "relu2", "swiglu"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)} (GPTConfig in model.py)"
-                )
-        for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-            if getattr(self, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):
-                raise ValueError(f"{name} = {getattr(self, name)} is too large for any machine. Use a smaller value.")
-        for name in ("dropout", "ngram_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
-        if not (0 <= self.attn_dropout < 1 or self.attn_dropout == -1):
-            raise ValueError(
-                f"attn_dropout = {self.attn_dropout} must be at least 0 and below 1, or -1 for the same as dropout"
-            )
-        if not 1 <= self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta = {self.rope_theta} must be a finite number of at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
-        if self.pos == "rope" and self.head_dim % 2:
-            raise ValueError(f"pos = 'rope' needs an even n_embd / n_head, which is {self.head_dim}")
-        if self.pos == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"pos = 'sinusoidal' needs an even n_embd, which is {self.n_embd}")
+        check_config(self)
 
     @property
     def head_dim(self) -> int:
@@ -93,162 +61,6 @@ class GPTConfig:
 
 
 DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # settings that may change when training continues
-
-
-class KVCache:
-    """Preallocated keys and values of every layer, for B rows of at most `size` tokens.
-
-    `GPT.forward` writes new keys and values after the first `length` ones of each row, but does not change `length`.
-    The caller advances it, per row, so rows may have different lengths.
-
-    layers: keys and values of each layer, both (B, n_kv_head, size, head_dim); idx: (B, size), the tokens; length:
-    (B,), the number of tokens in each row.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, size: int, device=None, dtype=torch.float32):
-        shape = (batch_size, config.n_kv_head, size, config.head_dim)
-        self.size = size
-        self.layers = []
-        for _ in range(config.n_layer):  # zeros: a masked slot must not hold a NaN
-            k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-            self.layers.append((k, v))
-        self.idx = torch.zeros(batch_size, size, device=device, dtype=torch.long)
-        self.length = torch.zeros(batch_size, device=device, dtype=torch.long)
-
-
-def sinusoidal_positions(positions: Tensor, n_embd: int) -> Tensor:
-    """Section 3.5 of https://arxiv.org/abs/1706.03762. positions: (...) -> (..., C), in float32."""
-    frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, device=positions.device, dtype=torch.float32) / n_embd)
-    angle = positions[..., None] * frequency  # (..., C/2)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # sin and cos alternate: (..., C)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding, https://arxiv.org/abs/2104.09864. positions: (...) -> cos, sin: (..., D/2)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[..., None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channels i and i + D/2 of x (..., T, D) as pairs, the pairing of Llama's checkpoints."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def document_positions(documents: Tensor) -> Tensor:
-    """Return each token's position in its document. documents: document numbers (B, T) -> (B, T)."""
-    index = torch.arange(documents.size(1), device=documents.device)  # (T,)
-    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-    return index - torch.where(begins, index, 0).cummax(dim=1).values
-
-
-def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
-    """Return a causal mask within documents: a token attends to its own document up to itself. documents: (B, T).
-
-    It is a boolean (B, 1, T, T) for scaled_dot_product_attention, or with `flex` a BlockMask for flex attention, which
-    skips fully masked blocks: https://arxiv.org/abs/2412.05496
-    """
-    if not flex:
-        return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-
-    def attends(b, h, query, key):
-        return (query >= key) & (documents[b, query] == documents[b, key])
-
-    B, T = documents.shape
-    return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p: float, plain: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v. q (B, H, T, D), k and v (B, H_kv, S, D) -> the shape of q.
-
-    Causal if there is no mask. p is the dropout of the attention weights. With `plain`, training uses
-    `plain_attention` if it applies (no mask, no grouped heads).
-    """
-    grouped = q.size(1) != k.size(1)
-    if isinstance(mask, BlockMask):
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast does not cover flex attention
-        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
-    if plain and torch.is_grad_enabled() and mask is None and not grouped:
-        return plain_attention(q, k, v, p)
-    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, enable_gqa=grouped)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention with explicit matrix products. q, k, v: (B, H, T, D) -> (B, H, T, D).
-
-    It keeps all T * T weights for the backward pass. On a CPU, in bfloat16 or with dropout, this is often faster for
-    short sequences than the fused kernel, which needs less memory.
-    """
-    B, H, T, D = q.shape
-    future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
-    q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)).softmax(-1)  # (B * H, T, T)
-    return (dropout(weights, p, True).to(v.dtype) @ v.reshape(B * H, T, D)).view(B, H, T, D)
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, but faster on a CPU: one 64-bit random draw serves four elements."""
-    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-    return x * (keep.to(x.dtype) / (1 - p))
-
-
-def grown_rows(weight: Tensor, n_vocab: int, size: int) -> Tensor:
-    """Add rows for the new tokens n_vocab, ..., size - 1 to an embedding or head of n_vocab tokens.
-
-    A new row is the mean of the old ones, so that no new token starts out more likely than an average token:
-    https://nlp.stanford.edu/~johnhew/vocab-expansion.html. Rows from n_vocab on that only pad the vocabulary are used
-    first.
-    """
-    old, padding = weight[:n_vocab], weight[size:]
-    return torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding))
-
-
-def attention_dropout(config: GPTConfig) -> float:
-    return config.dropout if config.attn_dropout < 0 else config.attn_dropout
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile `function`, unless the whole model is being compiled. Flex attention is slow without compilation."""
-    return function if torch.compiler.is_compiling() else _compiled(function)
-
-
-_compiled = functools.cache(torch.compile)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # flex attention on a GPU is compiled to Triton
-
-
-class NgramEmbedding(nn.Module):
-    """Embeddings of the last 2, 3, ..., n tokens, with one hashed table for each length.
-
-    A small model looks up what it would otherwise have to compute in its first layer. Over-encoding,
-    https://arxiv.org/abs/2501.16975.
-    """
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        V = config.vocab_size
-        self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # number of (back + 1)-grams
-        self.tables = nn.ModuleList(nn.Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
-
-    def forward(self, idx: Tensor, index: Tensor, at: Tensor) -> Tensor:
-        """Return the sum of the embeddings (B, T, C) of the n-grams that end at `index` (B, T) in idx (B, S).
-
-        `at` (B, T) are the positions of these tokens in their documents. Tokens before a document do not count.
-        """
-        key, embedded = idx.gather(1, index), 0
-        for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
-            before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
-            key = key * (self.config.vocab_size + 1) + before  # int64; overflow wraps around
-            # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
-            row = key if table.num_embeddings == possible else (key * -7046029254386353131 >> 32) % table.num_embeddings
-            # dropout1d drops all C channels of an n-gram or none
-            embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
-        return embedded
 
 
 class Norm(nn.Module):
@@ -345,52 +157,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**25  # number of logits, 128 MB in float32
-
-
-class HeadLoss(torch.autograd.Function):
-    """The head fused with its cross-entropy, in nats, summed over the targets that are not masked (-1).
-
-    With a large vocabulary, logits are the largest tensor in training, and cross-entropy needs two more of their size.
-    Here, logits are computed for a chunk of rows at a time. The forward pass also computes the gradients, and keeps
-    only those of the head's input and weight. As in Liger Kernel, https://arxiv.org/abs/2410.10989.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        """x (N, C), weight (V, C), targets (N,) -> ()"""
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        head, loss = weight.to(dtype), torch.zeros(())
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        n = math.ceil(LOGITS_AT_ONCE / len(weight))  # rows per chunk
-        for x_chunk, dx_chunk, y in zip(x.to(dtype).split(n), dx.split(n), targets.split(n), strict=True):
-            logits = (x_chunk @ head.T).float()  # (n, V)
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            logp = logits.log_softmax(-1)
-            loss += F.nll_loss(logp, y, ignore_index=-1, reduction="sum")
-            dlogits = logp.exp_()  # softmax - one-hot
-            dlogits[torch.arange(len(y)), y.clamp(min=0)] -= 1
-            dlogits[y == -1] = 0
-            if softcap:
-                dlogits *= 1 - (logits / softcap).square()
-            dlogits = dlogits.to(dtype)
-            dx_chunk.copy_(dlogits @ head)
-            if not ctx.needs_input_grad[1]:  # the head is frozen
-                continue
-            if dtype == torch.float32:
-                dweight.addmm_(dlogits.T, x_chunk)
-            else:
-                dweight += dlogits.T @ x_chunk
-        ctx.save_for_backward(dx, dweight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        dx, dweight = ctx.saved_tensors
-        return dx.mul_(gradient), dweight.mul_(gradient) if ctx.needs_input_grad[1] else None, None, None
-
-
 class GPT(nn.Module):
     """The model. Parameter names are GPT-2's, such as `transformer.h.0.attn.c_attn.weight`."""
 
@@ -445,9 +211,9 @@ class GPT(nn.Module):
         *,
         documents: Tensor | None = None,
         reduction: str = "mean",
-        cache: KVCache | None = None,
+        cache: "KVCache | None" = None,
         last: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
         With `targets` (B, T), in which -1 is masked: logits (B, T, V) and the loss in nats over the unmasked targets.
@@ -461,64 +227,77 @@ class GPT(nn.Module):
         be combined.
         """
         B, T = idx.shape
-        cfg = self.config
-        x, rotary, mask, positions = self.transformer.wte(idx), None, None, None  # (B, T, C)
-        if cache is None:
-            if T > cfg.block_size:
-                raise ValueError(f"a sequence of {T} tokens exceeds the block size of {cfg.block_size}")
-            at = torch.arange(T, device=idx.device)  # (T,)
-            if documents is not None:
-                at = document_positions(documents)  # (B, T)
-                drops = self.training and attention_dropout(cfg) > 0  # flex attention has no dropout
-                mask = document_mask(documents, idx.is_cuda and HAS_TRITON and not drops and cfg.head_dim >= 16)
-        else:
-            if documents is not None:
-                raise ValueError("documents and cache cannot be combined")
-            at = positions = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            mask = torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        if cfg.ngram > 1 and cache is None:
-            index = torch.arange(T, device=idx.device).expand(B, T)
-            x = x + self.transformer.ngram(idx, index, at.expand(B, T))
-        elif cfg.ngram > 1:
-            cache.idx.scatter_(1, positions, idx)
-            x = x + self.transformer.ngram(cache.idx, positions, positions)
-        if cfg.pos == "learned":
-            x = x + self.transformer.wpe(at)
-        elif cfg.pos == "sinusoidal":  # the embedding is scaled as in section 3.4 of the paper
-            x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(at, cfg.n_embd).to(x.dtype)
-        elif cfg.pos == "rope":
-            cos, sin = rotary_angles(at, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
-            rotary = (cos, sin) if at.dim() == 1 else (cos[:, None], sin[:, None])
-        else:
-            raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.forward")
-
-        x = dropout(x, cfg.dropout, self.training)
+        positions, mask = self.positions_and_mask(idx, documents, cache)
+        x, rotary = self.embed(idx, positions, cache)  # (B, T, C)
+        x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rotary, mask=mask, use_reentrant=False)
             else:
                 x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
-        x = self.transformer.ln_f(x)  # (B, T, C)
+        x = self.transformer.ln_f(x)
 
-        large = B * T * cfg.vocab_size > LOGITS_AT_ONCE
-        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # measured to be faster only there
-        if targets is not None and reduction == "sum" and large and eager_cpu and torch.is_grad_enabled():
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cfg.logit_softcap)
         if targets is None:  # compute only the logits that predict the next token
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
-        logits = self.lm_head(x)  # (B, T or 1, V)
-        if cfg.logit_softcap:
-            logits = cfg.logit_softcap * torch.tanh(logits.float() / cfg.logit_softcap)
-        if targets is None:
-            return logits, None
-
-        flat = logits.view(B * T, -1).float()
-        if reduction == "none":
-            return logits, F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction="none").view(B, T)
-        loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction="sum")
+            return self.logits(x), None
+        if reduction == "sum" and self.chunks_logits(x):
+            softcap = self.config.logit_softcap
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), softcap)
+        logits = self.logits(x)  # (B, T, V)
+        flat, kind = logits.view(B * T, -1).float(), "none" if reduction == "none" else "sum"
+        loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction=kind)
         if reduction == "mean":
             loss = loss / (targets != -1).sum().clamp(min=1)
-        return logits, loss
+        return logits, loss.view(B, T) if reduction == "none" else loss
+
+    def embed(self, idx: Tensor, positions: Tensor, cache: "KVCache | None") -> tuple[Tensor, tuple | None]:
+        """Embed tokens idx (B, T) at `positions` (T,) or (B, T). Returns x (B, T, C), and rope's angles or None."""
+        cfg, rotary = self.config, None
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if cfg.ngram > 1:
+            x = x + self.transformer.ngram(idx, positions, cache)
+        if cfg.pos == "learned":
+            x = x + self.transformer.wpe(positions)
+        elif cfg.pos == "sinusoidal":  # the embedding is scaled as in section 3.4 of the paper
+            x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(positions, cfg.n_embd).to(x.dtype)
+        elif cfg.pos == "rope":
+            cos, sin = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
+            rotary = (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
+        else:
+            raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.embed")
+        return x, rotary
+
+    def positions_and_mask(
+        self, idx: Tensor, documents: Tensor | None, cache: "KVCache | None"
+    ) -> tuple[Tensor, "Tensor | BlockMask | None"]:
+        """Return the position of each token, (T,) or (B, T), and the attention mask, or None for plain causality."""
+        T, cfg = idx.size(1), self.config
+        index = torch.arange(T, device=idx.device)
+        if cache is not None:
+            if documents is not None:
+                raise ValueError("documents and cache cannot be combined")
+            positions = cache.length[:, None] + index  # (B, T)
+            return positions, torch.arange(cache.size, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        if T > cfg.block_size:
+            raise ValueError(f"a sequence of {T} tokens exceeds the block size of {cfg.block_size}")
+        if documents is None:
+            return index, None
+        drops = self.training and attention_dropout(cfg) > 0  # flex attention has no dropout
+        flex = idx.is_cuda and HAS_TRITON and not drops and cfg.head_dim >= 16
+        return document_positions(documents), document_mask(documents, flex)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the tokens after x (B, T, C)."""
+        logits = self.lm_head(x)  # (B, T, V)
+        if softcap := self.config.logit_softcap:
+            logits = softcap * torch.tanh(logits.float() / softcap)
+        return logits
+
+    def chunks_logits(self, x: Tensor) -> bool:
+        """Return whether `HeadLoss` should compute the loss of x (B, T, C): it pays in eager mode on CPUs only."""
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        large = x.size(0) * x.size(1) * self.config.vocab_size > LOGITS_AT_ONCE
+        return large and eager_cpu and torch.is_grad_enabled()
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Count the parameters, tied ones once. `non_embedding` excludes those that are only looked up."""
@@ -581,3 +360,259 @@ class GPT(nn.Module):
         if not peak_flops:
             return None
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+
+# -------------------- positions
+
+
+def sinusoidal_positions(positions: Tensor, n_embd: int) -> Tensor:
+    """Section 3.5 of https://arxiv.org/abs/1706.03762. positions: (...) -> (..., C), in float32."""
+    frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, device=positions.device, dtype=torch.float32) / n_embd)
+    angle = positions[..., None] * frequency  # (..., C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # sin and cos alternate: (..., C)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding, https://arxiv.org/abs/2104.09864. positions: (...) -> cos, sin: (..., D/2)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channels i and i + D/2 of x (..., T, D) as pairs, the pairing of Llama's checkpoints."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class NgramEmbedding(nn.Module):
+    """Embeddings of the last 2, 3, ..., n tokens, with one hashed table for each length.
+
+    A small model looks up what it would otherwise have to compute in its first layer. Over-encoding,
+    https://arxiv.org/abs/2501.16975.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        V = config.vocab_size
+        self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # number of (back + 1)-grams
+        self.tables = nn.ModuleList(nn.Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
+
+    def forward(self, idx: Tensor, positions: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Return the sum of the embeddings (B, T, C) of the n-grams that end at each token of idx (B, T).
+
+        `positions` (T,) or (B, T): those of the tokens in their documents. Tokens before a document do not count.
+        """
+        at, index = positions.expand_as(idx), torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+        if cache is not None:  # earlier tokens are in the cache
+            cache.idx.scatter_(1, positions, idx)
+            idx, index = cache.idx, positions
+        key, embedded = idx.gather(1, index), 0
+        for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
+            before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
+            key = key * (self.config.vocab_size + 1) + before  # int64; overflow wraps around
+            # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
+            row = key if table.num_embeddings == possible else (key * -7046029254386353131 >> 32) % table.num_embeddings
+            # dropout1d drops all C channels of an n-gram or none
+            embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
+        return embedded
+
+
+# -------------------- generation
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, for B rows of at most `size` tokens.
+
+    `GPT.forward` writes new keys and values after the first `length` ones of each row, but does not change `length`.
+    The caller advances it, per row, so rows may have different lengths.
+
+    layers: keys and values of each layer, both (B, n_kv_head, size, head_dim); idx: (B, size), the tokens; length:
+    (B,), the number of tokens in each row.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, size: int, device=None, dtype=torch.float32):
+        shape = (batch_size, config.n_kv_head, size, config.head_dim)
+        self.size = size
+        self.layers = []
+        for _ in range(config.n_layer):  # zeros: a masked slot must not hold a NaN
+            k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            self.layers.append((k, v))
+        self.idx = torch.zeros(batch_size, size, device=device, dtype=torch.long)
+        self.length = torch.zeros(batch_size, device=device, dtype=torch.long)
+
+
+# -------------------- documents: several in one row
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Return each token's position in its document. documents: document numbers (B, T) -> (B, T)."""
+    index = torch.arange(documents.size(1), device=documents.device)  # (T,)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def document_mask(documents: Tensor, flex: bool) -> Tensor | BlockMask:
+    """Return a causal mask within documents: a token attends to its own document up to itself. documents: (B, T).
+
+    It is a boolean (B, 1, T, T) for scaled_dot_product_attention, or with `flex` a BlockMask for flex attention, which
+    skips fully masked blocks: https://arxiv.org/abs/2412.05496
+    """
+    if not flex:
+        return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+    def attends(b, h, query, key):
+        return (query >= key) & (documents[b, query] == documents[b, key])
+
+    B, T = documents.shape
+    return compiled(create_block_mask)(attends, B, None, T, T, device=documents.device)
+
+
+# -------------------- faster ways to compute the same
+
+LOGITS_AT_ONCE = 2**25  # number of logits, 128 MB in float32
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # flex attention on a GPU is compiled to Triton
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p: float, plain: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v. q (B, H, T, D), k and v (B, H_kv, S, D) -> the shape of q.
+
+    Causal if there is no mask. p is the dropout of the attention weights. With `plain`, training uses
+    `plain_attention` if it applies (no mask, no grouped heads).
+    """
+    grouped = q.size(1) != k.size(1)
+    if isinstance(mask, BlockMask):
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast does not cover flex attention
+        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if plain and torch.is_grad_enabled() and mask is None and not grouped:
+        return plain_attention(q, k, v, p)
+    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, enable_gqa=grouped)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal attention with explicit matrix products. q, k, v: (B, H, T, D) -> (B, H, T, D).
+
+    It keeps all T * T weights for the backward pass. On a CPU, in bfloat16 or with dropout, this is often faster for
+    short sequences than the fused kernel, which needs less memory.
+    """
+    B, H, T, D = q.shape
+    future = torch.full((T, T), -math.inf, device=q.device, dtype=v.dtype).triu(1)
+    q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)).softmax(-1)  # (B * H, T, T)
+    return (dropout(weights, p, True).to(v.dtype) @ v.reshape(B * H, T, D)).view(B, H, T, D)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout, but faster on a CPU: one 64-bit random draw serves four elements."""
+    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (keep.to(x.dtype) / (1 - p))
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head fused with its cross-entropy, in nats, summed over the targets that are not masked (-1).
+
+    With a large vocabulary, logits are the largest tensor in training, and cross-entropy needs two more of their size.
+    Here, logits are computed for a chunk of rows at a time. The forward pass also computes the gradients, and keeps
+    only those of the head's input and weight. As in Liger Kernel, https://arxiv.org/abs/2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        """x (N, C), weight (V, C), targets (N,) -> ()"""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        head, loss = weight.to(dtype), torch.zeros(())
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        n = math.ceil(LOGITS_AT_ONCE / len(weight))  # rows per chunk
+        for x_chunk, dx_chunk, y in zip(x.to(dtype).split(n), dx.split(n), targets.split(n), strict=True):
+            logits = (x_chunk @ head.T).float()  # (n, V)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            logp = logits.log_softmax(-1)
+            loss += F.nll_loss(logp, y, ignore_index=-1, reduction="sum")
+            dlogits = logp.exp_()  # softmax - one-hot
+            dlogits[torch.arange(len(y)), y.clamp(min=0)] -= 1
+            dlogits[y == -1] = 0
+            if softcap:
+                dlogits *= 1 - (logits / softcap).square()
+            dlogits = dlogits.to(dtype)
+            dx_chunk.copy_(dlogits @ head)
+            if not ctx.needs_input_grad[1]:  # the head is frozen
+                continue
+            if dtype == torch.float32:
+                dweight.addmm_(dlogits.T, x_chunk)
+            else:
+                dweight += dlogits.T @ x_chunk
+        ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        dx, dweight = ctx.saved_tensors
+        return dx.mul_(gradient), dweight.mul_(gradient) if ctx.needs_input_grad[1] else None, None, None
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile `function`, unless the whole model is being compiled. Flex attention is slow without compilation."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
+
+
+_compiled = functools.cache(torch.compile)
+
+
+# -------------------- settings and vocabulary
+
+
+def attention_dropout(config: GPTConfig) -> float:
+    return config.dropout if config.attn_dropout < 0 else config.attn_dropout
+
+
+def grown_rows(weight: Tensor, n_vocab: int, size: int) -> Tensor:
+    """Add rows for the new tokens n_vocab, ..., size - 1 to an embedding or head of n_vocab tokens.
+
+    A new row is the mean of the old ones, so that no new token starts out more likely than an average token:
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html. Rows from n_vocab on that only pad the vocabulary are used
+    first.
+    """
+    old, padding = weight[:n_vocab], weight[size:]
+    return torch.cat((old, old.mean(0).expand(size - n_vocab, -1), padding))
+
+
+def check_config(config: GPTConfig) -> None:
+    """Raise ValueError if a setting is invalid, or if settings do not fit together."""
+    choices = {
+        "pos": ("learned", "sinusoidal", "rope"),
+        "norm": ("layernorm", "rmsnorm"),
+        "mlp": ("gelu_tanh", "gelu", "relu2", "swiglu"),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"{name} = {getattr(config, name)!r} is not one of {', '.join(allowed)} (GPTConfig in model.py)"
+            )
+    for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows".split():
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)} must be at least 1")
+        if getattr(config, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):
+            raise ValueError(f"{name} = {getattr(config, name)} is too large for any machine. Use a smaller value.")
+    for name in ("dropout", "ngram_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)} must be at least 0 and below 1")
+    if not (0 <= config.attn_dropout < 1 or config.attn_dropout == -1):
+        raise ValueError(
+            f"attn_dropout = {config.attn_dropout} must be at least 0 and below 1, or -1 for the same as dropout"
+        )
+    if not 1 <= config.rope_theta < math.inf:
+        raise ValueError(f"rope_theta = {config.rope_theta} must be a finite number of at least 1")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd = {config.n_embd} must be a multiple of n_head = {config.n_head}")
+    if config.n_head % config.n_kv_head:
+        raise ValueError(f"n_head = {config.n_head} must be a multiple of n_kv_head = {config.n_kv_head}")
+    if config.pos == "rope" and config.head_dim % 2:
+        raise ValueError(f"pos = 'rope' needs an even n_embd / n_head, which is {config.head_dim}")
+    if config.pos == "sinusoidal" and config.n_embd % 2:
+        raise ValueError(f"pos = 'sinusoidal' needs an even n_embd, which is {config.n_embd}")

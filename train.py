@@ -7,30 +7,28 @@ To resume a run:     python train.py --init_from=resume --out_dir=out/quickstart
 This file reads from top to bottom: settings, machine, data, model, optimizer, loop.
 """
 
-import dataclasses
 import functools
-import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 
-from acorn import UserError, checkpoint, report, run, settings
+from acorn import UserError, checkpoint, run, settings
 from acorn.distributed import heartbeat, runtime
 from acorn.evaluation.loss import evaluate_mixture
-from acorn.inference.generate import sample_text
 from acorn.training import autotune
 from acorn.training.accumulate import Accumulator
 from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
+from acorn.training.progress import Console, Progress, evaluation_line
 from acorn.training.run import (
     RunState,
     SkippedUpdates,
-    command,
     dry_run,
-    say,
+    finish,
+    sample,
+    saved_state,
     start_writing,
     stop_at_signals,
 )
@@ -45,7 +43,7 @@ class TrainSettings:
     out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go
     overwrite: bool = False  # if out_dir already contains a run, delete that run and start a new one
     eval_interval: int = 2000  # updates between evaluations
-    log_interval: int = 1  # updates between lines on the console and in metrics.jsonl
+    log_interval: int = 0  # updates between lines on the console and in metrics.jsonl; 0: about 40 lines
     eval_iters: int = 200  # batches of each split per evaluation; 0: the whole val split
     eval_only: bool = False  # evaluate once and exit
     always_save_checkpoint: bool = True  # save after each evaluation; if False, only if the val loss is the best so far
@@ -126,8 +124,9 @@ def main() -> int:
     dist = runtime.setup(s.device, s.dtype, s.compile, s.backend, s.fsdp)
     if s.activation_checkpointing:
         runtime.set_malloc(lean=True)
-    signals = []  # received requests to stop
-    log = functools.partial(say, dist.is_main, signals)
+    signals: list[int] = []  # received requests to stop
+    console = Console(dist.is_main, signals)
+    log = console.log
     micro_batch = micro_batch_size(s, dist.world_size)
     if micro_batch < s.batch_size:
         dist.notes.append(f"micro-batches of {micro_batch} sequences, so that all processes have equally many")
@@ -136,15 +135,16 @@ def main() -> int:
     # ---- data and model
     folder, saved = checkpoint.find(out_dir, r=dist) if resumed else (None, {})
     data = load_data(s, saved, dist)
+    token_bytes = data.tokenizer.token_bytes()
     model, values, source, adapters = start_model(s, given, folder, saved, data, dist)
-    arithmetic, notes = autotune.choose(
-        s.dtype, model.config, micro_batch, s.optimizer == "muon", dist, saved.get("arithmetic")
-    )
-    dist.dtype = arithmetic.torch_dtype
-    arithmetic.apply(model)
+    muon = s.optimizer == "muon"
+    arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, muon, dist, saved.get("arithmetic"))
     if notes:
         log("; ".join(notes))
-    model, values = materialize(model, values, dist), None
+    dist.dtype = arithmetic.torch_dtype
+    arithmetic.apply(model)
+    model = materialize(model, values, dist)
+    del values  # otherwise the file of the weights would stay open
     log(describe(s, data, model, source))
     if resumed:
         before = settings.build(TrainSettings, settings.checked(TrainSettings, saved["settings"]))
@@ -152,15 +152,9 @@ def main() -> int:
             log(f"note: {change}")
 
     # ---- optimizer
+    betas, muon_dtype = (s.beta1, s.beta2), arithmetic.torch_muon_dtype
     optimizers = make_optimizers(
-        model,
-        s.optimizer,
-        s.learning_rate,
-        s.muon_lr,
-        s.weight_decay,
-        (s.beta1, s.beta2),
-        dist.device.type,
-        arithmetic.torch_muon_dtype,
+        model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, dist.device.type, muon_dtype
     )
     if resumed:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
@@ -176,7 +170,6 @@ def main() -> int:
     if accumulator.scaler.is_enabled() and saved.get("scaler"):
         accumulator.scaler.load_state_dict(saved["scaler"])
     accumulator.prepare(dist.compile and not s.eval_only)
-    token_bytes = data.tokenizer.token_bytes()
     if s.dry_run:
         log(dry_run(s, accumulator, optimizers, state, token_bytes))
         return 0
@@ -185,80 +178,42 @@ def main() -> int:
     metrics = lock = None  # the lock is held until this function returns
     if writes and dist.is_main:
         metrics, lock = start_writing(s, folders_before, adapters, state)  # noqa: RUF059
-    skipped = SkippedUpdates(state, s.max_bad_steps, dist.device)
-
-    def read_skipped() -> None:
-        if n_new := skipped.read():
-            log(f"step {state.step - 1}: non-finite gradient, {n_new} updates skipped ({state.skipped} so far)")
-
-    def contents() -> dict:
-        """Return the content of state.json, except for the model's configuration and the hashes of the files."""
-        read_skipped()
-        state.tick()
-        run_of = {"settings": dataclasses.asdict(s), "tokenizer": data.tokenizer.to_dict(), "lora": adapters}
-        run_of |= {"arithmetic": dataclasses.asdict(arithmetic), "scaler": accumulator.scaler.state_dict()}
-        return {**run_of, **dataclasses.asdict(state), "launch": heartbeat.launch_id()}
-
+    skipped = SkippedUpdates(state, s.max_bad_steps, dist.device, log)
+    contents = functools.partial(saved_state, s, state, data, adapters, arithmetic, accumulator, skipped)
     writer = checkpoint.Writer(out_dir, s.keep_checkpoints, dist.rank, dist.world_size)
     checkpoints = checkpoint.CheckpointManager(writer, model, optimizers, state, contents, resumed)
-    resume = command("train.py", "--init_from=resume", s.out_dir)
     if writes:
         stop_at_signals(signals)
+        console.start_bar(state.step, s.max_iters)
 
     # ---- the loop
     first_step, stop = state.step, False
     state.start_clock()
-    clock, clock_step = time.perf_counter(), state.step  # start of the interval that the next console line covers
-    time_left = report.TimeLeft(s.max_iters, s.eval_interval)
+    progress = Progress(s, state, accumulator, console, metrics)
     model.train()
     while True:
         step = state.step
-        # evaluate, and save a checkpoint
-        due = step % s.eval_interval == 0 or step == s.max_iters or s.eval_only
-        evaluates = due and not stop and (state.evaluated_at != step or s.eval_only)
+        # evaluate, save a checkpoint, and sample
+        evaluates = state.is_evaluation_due(s.eval_interval, s.max_iters, s.eval_only) and not stop
         if evaluates:
-            began = time.perf_counter()
-            size, n_sequences_evaluated = accumulator.micro_batch, s.eval_iters * s.batch_size
-            train, val = (
-                evaluate_mixture(model, data, split, dist, size, s.block_size, n_sequences_evaluated, token_bytes)
-                for split in ("train", "val")
-            )
+            size, n = accumulator.micro_batch, s.eval_iters * s.batch_size
+            train = evaluate_mixture(model, data, "train", dist, size, s.block_size, n, token_bytes)
+            val = evaluate_mixture(model, data, "val", dist, size, s.block_size, n, token_bytes)
             best, failed = checkpoints.evaluated(val["loss"])
-            log(report.evaluation_line(step, train, val))
+            log(evaluation_line(step, train, val))
             if s.eval_only:
                 return 0
             if step > 0 and (best or failed or s.always_save_checkpoint):
                 checkpoints.save(best)
             if metrics is not None:
                 metrics.write_evaluation(step, train, val, state.tick())
-        samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and writes and not stop
+        samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and not stop
         if samples and (dist.is_main or dist.fsdp):  # FSDP needs every rank in each forward pass
-            try:
-                text = sample_text(model, data.tokenizer, 200, s.seed)
-            except UserError as error:  # non-finite logits must not end a run here
-                text = f"none: {error}"
-            log(f"--- sample at step {step}\n{text}\n---")
+            log(f"--- sample at step {step}\n{sample(model, data.tokenizer, s.seed)}")
         if evaluates:
-            clock, clock_step = time.perf_counter(), step
-            time_left.evaluated(clock - began)
-
-        # end
+            progress.restart_clock()
         if stop or step == s.max_iters:
-            failure = checkpoints.finish()
-            if failure is not None:
-                if dist.is_main:
-                    print(
-                        f"error: the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}",
-                        file=sys.stderr,
-                    )
-                return 2
-            if stop:
-                log(f"stopped at step {step}, saved. Resume with: {resume}")
-                return 128 + (signals[0] if signals else signal.SIGTERM)
-            best_loss = "none" if state.best_loss is None else f"{state.best_loss:.4f}"
-            chat = "--chat=True" if data.has_conversations else ""
-            log(f"done, best val loss {best_loss}. Sample with: {command('sample.py', chat, s.out_dir)}")
-            return 0
+            return finish(s, state, checkpoints, console, stop, data.has_conversations)
 
         # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
         asked_to_stop = dist.ask(bool(signals))
@@ -269,45 +224,17 @@ def main() -> int:
         stop = asked_to_stop()  # all processes stop at the same step
         if stop and dist.world_size > 1:  # only now, because torchrun also sends a signal when another rank has died
             log("stopping after this update, with a checkpoint")
-        logs = step % s.log_interval == 0
-        if logs or state.step >= skipped.read_at:
-            read_skipped()
-        if state.bad_steps >= s.max_bad_steps:
-            writer.wait()
-            if dist.is_main:
-                print(
-                    f"error: {s.max_bad_steps} consecutive updates had a non-finite gradient, so the run stops at step "
-                    f"{step}. Lower the learning rate, or check the data.",
-                    file=sys.stderr,
-                )
-            return 1
 
         # log
-        if logs:
-            dist.synchronize()
-            now = time.perf_counter()
-            n_updates, seconds = state.step - clock_step, now - clock
-            clock, clock_step = now, state.step
-            time_left.updated(n_updates, seconds)
-            loss, norm = dist.sum(loss_sum).item() / max(n_targets.item(), 1), grad_norm.item()
-            rate = n_updates * n_sequences * s.block_size / seconds
-            mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
-            log(report.update_line(step, s.max_iters, loss, lr, norm, rate, mfu, time_left.estimate(state.step)))
-            own = [runtime.peak_memory(dist.device), accumulator.waited.take()]
-            memory, waited = zip(*dist.gather(own), strict=True)  # per rank
-            if metrics is not None:
-                metrics.write(
-                    step=step,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=norm,
-                    tokens_per_second=rate,
-                    mfu=mfu,
-                    skipped=state.skipped,
-                    seconds=state.tick(),
-                    memory=[int(n) for n in memory],
-                    waited=[round(t, 4) for t in waited],
-                )
+        console.advance()
+        if progress.is_due(step) or state.step >= skipped.read_at:
+            skipped.read()
+        if state.bad_steps >= s.max_bad_steps:
+            writer.wait()
+            text = f"{s.max_bad_steps} consecutive updates had a non-finite gradient, so the run stops at step {step}"
+            return console.fail(f"{text}. Lower the learning rate, or check the data.", 1)
+        if progress.is_due(step):
+            progress.update(step, loss_sum, n_targets, lr, grad_norm)
 
 
 def main_or_advice() -> int:

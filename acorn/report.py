@@ -1,4 +1,4 @@
-"""Report a run (console lines, metrics.jsonl, loss.png, Weights & Biases), and compare the losses and settings of runs.
+"""Report a run (metrics.jsonl, loss.png, Weights & Biases), and compare the losses and settings of runs.
 
 python -m acorn.report out/a out/b
 """
@@ -327,71 +327,6 @@ def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: 
         raise UserError(
             f"wandb did not start ({reason}). Run `wandb login`, set WANDB_MODE=offline, or use --wandb_log=False."
         ) from error
-
-
-class TimeLeft:
-    """Estimates the remaining seconds of a run.
-
-    The time of updates is averaged over about the last minute, and the time of evaluations over all so far.
-    """
-
-    WINDOW = 60.0  # seconds after which the weight of a measurement has fallen to 1/e
-
-    def __init__(self, max_iters: int, eval_interval: int):
-        self.max_iters, self.eval_interval = max_iters, eval_interval
-        self.seconds, self.updates, self.measured = 0.0, 0.0, 0
-        self.evaluations: list[float] = []
-
-    def updated(self, n: int, seconds: float) -> None:
-        """Add a measurement: `n` updates took `seconds`. The second one replaces the first, which was the warm-up."""
-        decay = math.exp(-seconds / self.WINDOW) if self.measured > 1 else 0.0
-        self.seconds, self.updates = decay * self.seconds + seconds, decay * self.updates + n
-        self.measured += 1
-
-    def evaluated(self, seconds: float) -> None:
-        """Add an evaluation that took `seconds`, including its checkpoint, plot and sample."""
-        self.evaluations.append(seconds)
-
-    def estimate(self, step: int) -> float | None:
-        """Return the seconds from `step` updates to the end of the run, or None before there is an estimate."""
-        if self.measured < 2:
-            return None
-        interval = self.eval_interval
-        n = self.max_iters // interval - math.ceil(step / interval) + 1  # an evaluation at `step` itself is still due
-        n += self.max_iters % interval > 0  # an evaluation always follows the last update
-        evaluating = n * statistics.fmean(self.evaluations) if self.evaluations else 0.0
-        return (self.max_iters - step) * self.seconds / self.updates + evaluating
-
-
-def update_line(
-    step: int,
-    max_iters: int,
-    loss: float,
-    lr: float,
-    grad_norm: float,
-    rate: float,
-    mfu: float | None,
-    left: float | None,
-) -> str:
-    """Return the console line of update `step`. `rate` is in tokens per second, `left` in seconds.
-
-    An unknown `mfu` or `left` (None) is omitted.
-    """
-    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
-    parts += [f"{rate:,.0f} tok/s"]
-    parts += [] if mfu is None else [f"mfu {mfu:.1%}"]
-    parts += [] if left is None else [f"{duration(left)} left"]
-    return " | ".join(parts)
-
-
-def evaluation_line(step: int, train: dict[str, float], val: dict[str, float]) -> str:
-    """Return the console line of an evaluation at `step`, from the results of `evaluate_mixture` on both splits."""
-    each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
-    per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
-    return (
-        f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "
-        f"perplexity {val['perplexity']:.2f}{per_byte}"
-    )
 
 
 def duration(seconds: float) -> str:

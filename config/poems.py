@@ -35,4 +35,3 @@ beta2 = 0.99
 
 eval_interval = 500
 eval_iters = 20
-log_interval = 50

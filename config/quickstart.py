@@ -38,4 +38,3 @@ beta2 = 0.99
 
 eval_interval = 50
 eval_iters = 10
-log_interval = 10

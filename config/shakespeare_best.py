@@ -41,4 +41,3 @@ beta2 = 0.99
 
 eval_interval = 700
 eval_iters = 20
-log_interval = 50

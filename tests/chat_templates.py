@@ -1,4 +1,4 @@
-"""Chat templates that tests/test_chat.py renders with acorn and with transformers.
+"""Chat templates that test_chat.py and test_prepare_chat.py render with acorn and with transformers.
 
 TEMPLATES: short templates in published formats: name -> control tokens and template.
 PUBLISHED: templates that models ship, from the package trl: file name -> control tokens.

@@ -1,50 +1,23 @@
-"""What the tests share: a small dataset made once, and the scripts run as a person would run them."""
+"""Fixtures that several test files share: a small dataset and run made once, scripts in forked processes, folders."""
 
+import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from acorn.data.chat import CHATML
+from prepare import pipeline
+
+pytest.register_assert_rewrite("helpers", "forked", "hf_models")  # before they are imported
+from helpers import REPO, TEXT, TINY, script, small_bpe  # noqa: E402
+
 torch.set_num_threads(1)  # two test processes side by side on two cores
-REPO = Path(__file__).resolve().parent.parent
-# restricts the libraries to AVX2 on a newer CPU
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-
-# a tiny run: some 30 thousand parameters, 40 updates of 256 tokens, a few seconds
-TINY = (
-    "--block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --n_layer=2 --n_head=2 --n_embd=32 --dropout=0.1 "
-    "--eval_interval=10 --eval_iters=3 --max_iters=40 --warmup_iters=5 --learning_rate=1e-3 --min_lr=1e-4 "
-    "--device=cpu --dtype=float32 --compile=False"
-).split()
-
-TEXT = "".join(
-    f"{name}:\n{verb} the {thing}, and {verb} it {how}.\n\n"
-    for name in ("ANNA", "BORIS", "CLARA", "DMITRI")
-    for verb in ("take", "bring", "leave", "forget")
-    for thing in ("letter", "lantern", "horse", "key")
-    for how in ("slowly", "at once", "before night", "with care")
-)
-
-
-def script(*words, cwd, env=None, timeout=120, **kwargs) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` of the repo from the folder `cwd`; the result has text in stdout and stderr."""
-    name, *rest = [str(word) for word in words]
-    command = [sys.executable, str(REPO / name), *rest]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "NO_COLOR": "1", **(env or {})}
-    return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, **kwargs)
-
-
-def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert that a script refused bad input: one sentence with these words, exit code 2, no traceback."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), result.stderr
-    for word in words:
-        assert word in last, last
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +37,84 @@ def trained(dataset, tmp_path_factory) -> Path:
     result = script("train.py", *TINY, f"--dataset={dataset}", "--out_dir=out", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Return a function that forks a script from a process that has imported torch: `start("train.py", ..., cwd=...)`.
+
+    So that a hundred kills take minutes.
+    """
+    if sys.platform != "linux":
+        pytest.skip("kills, limits and mounts as on Linux")
+    from forked import Forked
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forked", "torch._dynamo"])  # which the first optimizer imports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{REPO / 'tests'}")
+        first = context.Process(target=time.sleep, args=(0,))
+        first.start()
+        first.join()
+    return lambda *words, **options: Forked(context, *words, **options)
+
+
+@pytest.fixture(scope="session")
+def whole_run(dataset, start, tmp_path_factory) -> Path:
+    """The out_dir of the run RUN that nothing interrupts."""
+    from forked import RUN
+
+    folder = tmp_path_factory.mktemp("whole")
+    assert start("train.py", *RUN, f"--dataset={dataset}", "--out_dir=out", cwd=folder).end() == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def chatml(tmp_path_factory) -> Path:
+    """A folder with a byte-level tokenizer.json that has ChatML's control tokens, and a template of its own."""
+    folder = tmp_path_factory.mktemp("chatml")
+    config = json.loads(small_bpe())
+    for i, name in enumerate(("<|im_start|>", "<|im_end|>"), 300):
+        config["added_tokens"].append(config["added_tokens"][0] | {"id": i, "content": name})
+    (folder / "tokenizer.json").write_text(json.dumps(config))
+    template = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}"
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": template + CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    """The test runs in a new folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Preparation notes its progress after each few hundred bytes."""
+    monkeypatch.setattr(pipeline, "BATCH", 300)
+    monkeypatch.setattr(pipeline, "PIECE", 200)
+
+
+@pytest.fixture
+def precious(tmp_path) -> Path:
+    """A folder that nobody named to acorn, with the names that acorn writes in it."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    for name in ("diary", "model.safetensors", "state.json", "progress.json", "train_000000.bin", "0000.txt"):
+        (folder / name).write_text(f"my own {name}\n")
+    return folder
+
+
+@pytest.fixture
+def alarm():
+    """A test that hangs ends after 100 seconds."""
+
+    def ring(*_):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import AVX2, REPO, TINY, script
+from helpers import AVX2, REPO, TINY, script
 
 from acorn.distributed import runtime
 from acorn.training import autotune

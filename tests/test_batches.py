@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TEXT, script
 
 from acorn import UserError
 from acorn.data import batches, chat
@@ -18,10 +19,9 @@ from acorn.data.shards import load_dataset
 from acorn.data.tokenizer import load_hf, train_bpe
 from acorn.distributed import runtime
 from acorn.evaluation.loss import evaluate
+from acorn.inference.console import fit_conversation
 from model import GPT, GPTConfig
 from prepare.__main__ import prepare_corpus
-from sample import fit_conversation
-from tests.conftest import TEXT, script
 
 ZEPHYR = (  # eos also ends the user's turns
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"

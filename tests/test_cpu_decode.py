@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import AVX2, REPO, TEXT
+from helpers import AVX2, REPO, TEXT
 from torch import nn
 
 from acorn import checkpoint

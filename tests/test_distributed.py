@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, TINY, script
+from helpers import REPO, TINY, metrics, script, torchrun
 
 from acorn import UserError, checkpoint, files, hub
 from train import TrainSettings, load_data, micro_batch_size
@@ -26,7 +26,6 @@ for words in json.loads(sys.argv[1]):
     assert train.main() == 0
 train.runtime.leave(0)
 """
-
 # rows and matrices that two and four processes do not divide, micro-batches that they have to split
 SHAPE = "--n_layer=3 --n_hidden=50 --dropout=0 --eval_interval=10 --max_iters=20".split()
 ADAMW = [*SHAPE, "--document_mask=True"]
@@ -39,9 +38,8 @@ def train(cwd, n_processes, *runs, before=""):
     """Run train.py with each list of words on `n_processes` processes, and return their output. Each process first
     executes the code `before`."""
     (cwd / "runs.py").write_text(RUNS.replace("for words in", f"{before}\nfor words in"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     runs = json.dumps([[*TINY, "--overwrite=True", *map(str, words)] for words in runs])
-    command = [sys.executable, *(launcher if n_processes > 1 else []), cwd / "runs.py", runs]
+    command = [sys.executable, *(torchrun(n_processes) if n_processes > 1 else []), cwd / "runs.py", runs]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -49,7 +47,7 @@ def train(cwd, n_processes, *runs, before=""):
 
 
 def losses(out_dir):
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out_dir)
     return [{name: value for name, value in line.items() if "loss" in name or name == "step"} for line in lines]
 
 

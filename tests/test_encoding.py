@@ -6,7 +6,6 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import pytest
 
@@ -16,6 +15,7 @@ from prepare import __main__ as cli
 from prepare import encoding, reading
 from prepare.encoding import detect
 
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 CHINESE = "今天天气很好，适合出游。我们去公园看花，然后在湖边吃午饭。\n孩子们在草地上放风筝，老人坐在树下下棋。\n"
 TAIWANESE = "今天天氣很好，適合出遊。我們去公園看花，然後在湖邊吃午飯。\n孩子們在草地上放風箏，老人坐在樹下下棋。\n"
 JAPANESE = (
@@ -25,11 +25,6 @@ KOREAN = "오늘은 날씨가 아주 좋아서 공원에 꽃을 보러 갔습니
 RUSSIAN = "Сегодня хорошая погода, и мы пойдём гулять в парк.\nДети запускают змея, старики играют в шахматы.\n"
 FRENCH = "Il fait très beau aujourd'hui, nous irons à la forêt.\nL'été dernier, où étiez-vous ? La crème brûlée.\n"
 ENGLISH = "The weather is fine today.\n"
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def prepare(*argv) -> str:

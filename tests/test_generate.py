@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from helpers import fuzz, rounds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -296,3 +298,42 @@ def test_names_of_control_tokens_are_text_unless_asked_for():
         encode_prompt(char, "")
     with pytest.raises(UserError, match="U\\+20AC"):
         encode_prompt(char, "€")
+
+
+PROBABILITIES = st.sampled_from([0.0, 1e-320, 1e-9, 0.1, 0.5, 0.999999, 1.0])
+samplings = st.builds(
+    Sampling,
+    repetition_penalty=st.sampled_from([1e-308, 1e-30, 0.5, 1.0, 1.3, 1e30, 1e308]),
+    no_repeat_ngram_size=st.sampled_from([0, 1, 2, 3, 10**18]),
+    temperature=st.sampled_from([0.0, 1e-320, 1e-9, 0.8, 1.0, 50.0, 1e308]),
+    top_k=st.sampled_from([0, 1, 2, 3, 7, 10**18]),
+    top_p=PROBABILITIES.filter(bool),
+    min_p=PROBABILITIES,
+)
+any_logit = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
+    [0.0, 1.0, -1.0, 3.4e38, -3.4e38]
+)
+
+
+@rounds(400, 20000)
+def test_any_sampling_parameters_draw_a_token_that_they_allow(rounds):
+    def one(how: Sampling, values: list[float], row: list[int], seed: int) -> None:
+        logits = torch.tensor(values, dtype=torch.float32)
+        row = [i % len(values) for i in row]
+        token = draw(logits, row, how, torch.Generator().manual_seed(seed))
+        assert token == draw(logits, row, how, torch.Generator().manual_seed(seed))
+        assert 0 <= token < len(values)
+        if how.repetition_penalty == 1 and not how.no_repeat_ngram_size:
+            if how.top_k:
+                assert sum(value > logits[token] for value in logits) < how.top_k
+            if how.temperature == 0 or how.top_k == 1:
+                assert token == int(np.argmax(logits.numpy()))
+
+    fuzz(
+        one,
+        rounds,
+        samplings,
+        st.lists(any_logit, min_size=1, max_size=9),
+        st.lists(st.integers(0, 8), max_size=12),
+        st.integers(0, 2**62 - 1),
+    )

@@ -4,7 +4,7 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 FILES = {
     ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
@@ -44,3 +44,13 @@ def test_imports_point_down():
             assert not {other for other in imports(name) if not other.startswith(("acorn", "model"))}, name
         if name.startswith("prepare"):
             assert not {"train", "sample"} & imports(name), name
+
+
+def test_test_files_share_helpers_and_do_not_import_each_other():
+    tests = {path.stem: path for path in (REPO / "tests").glob("*.py")}
+    kept_apart = {name for name in tests if name.startswith("test_")} | {"conftest"}
+    for name, path in tests.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                words = [*(getattr(node, "module", None) or "").split("."), *(alias.name for alias in node.names)]
+                assert not kept_apart & {part for word in words for part in word.split(".")}, f"{name}: {words}"

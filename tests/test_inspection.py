@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refused, script
-from test_shards import make_dataset, make_tokens
+from helpers import make_dataset, make_tokens, refused, script
 from tqdm import tqdm
 
 from acorn import UserError

@@ -1,11 +1,10 @@
 """Adapters and freezing: what they change, what they leave, and that a run of theirs is saved, resumed and used."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from conftest import refused, script
+from helpers import losses, refused, same_weights, script
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -34,17 +33,12 @@ def merged(model: GPT, shape, scale=2.0) -> GPT:
     return checkpoint.fill(plain, lora.merged(dict(model.named_parameters()), scale))
 
 
-def same(a: GPT, b: GPT) -> bool:
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(name == other and torch.equal(p, q) for (name, p), (other, q) in pairs)
-
-
 def test_new_adapters_and_merging_them_change_no_bit():
     idx = torch.randint(37, (2, 16))
     for shape in SHAPES:
         base, model = small(shape), with_adapters(shape)
         assert torch.equal(model(idx, idx)[0], base(idx, idx)[0])
-        assert same(merged(model, shape), base)
+        assert same_weights(merged(model, shape), base)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -112,11 +106,6 @@ def adapted(trained, dataset, tmp_path_factory):
     # 2 blocks with c_attn (96 x 32), c_proj (32 x 32), c_fc (128 x 32) and c_proj (32 x 128)
     assert f"{2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128):,} parameters (adapters)" in result.stdout
     return folder, words
-
-
-def losses(out_dir):
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("loss", line.get("val_loss")) for line in lines]
 
 
 def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):

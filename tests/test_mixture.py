@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from test_shards import make_dataset
+from helpers import make_dataset
 
 from acorn import UserError
 from acorn.data.batches import sample_windows

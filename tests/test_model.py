@@ -1,4 +1,4 @@
-"""model.py against hand computations, and itself without a cache. (Hugging Face models: test_hub.py.)"""
+"""model.py against hand computations, and itself without a cache. (Hugging Face models: test_huggingface.py.)"""
 
 import itertools
 import math
@@ -272,7 +272,7 @@ def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
     embedding = random_model(ngram=3, ngram_rows=4096).transformer.ngram
     idx = torch.tensor([[5, 1, 2, 3, 7, 1, 2, 3, 0, 2, 3], [1, 2, 3, 2, 3, 1, 0, 3, 1, 2, 3]])
     with torch.no_grad():
-        added = embedding(idx, at := torch.arange(11).expand(2, 11), at)
+        added = embedding(idx, torch.arange(11))
     assert torch.equal(added[0, 3], added[0, 7]) and torch.equal(added[0, 3], added[1, 2])  # 1 2 3, wherever
     others = [added[0, 10], added[1, 4], added[1, 7], added[1, 0]]  # 0 2 3, 3 2 3, 1 0 3, and 1 at the beginning
     assert all(not torch.allclose(added[0, 3], other) for other in others)
@@ -287,10 +287,10 @@ def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
 def test_an_ngram_is_dropped_whole_and_in_training_only():
     embedding = random_model(ngram=2, ngram_rows=4096, ngram_dropout=0.25).transformer.ngram
     idx = torch.randint(37, (64, 128), generator=torch.Generator().manual_seed(0))
-    at = torch.arange(128).expand(64, 128)
+    positions = torch.arange(128)
     with torch.no_grad():
         torch.manual_seed(0)
-        whole, dropped = embedding.eval()(idx, at, at), embedding.train()(idx, at, at)
+        whole, dropped = embedding.eval()(idx, positions), embedding.train()(idx, positions)
     kept = dropped.abs().sum(-1) > 0  # (B, T)
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
     torch.testing.assert_close(dropped, torch.where(kept[..., None], whole / 0.75, 0))
@@ -402,7 +402,7 @@ def test_gpu_documents_are_the_cpus(compile):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("name, place", [("mlp", "MLP.forward"), ("norm", "Norm.forward"), ("pos", "GPT.forward")])
+@pytest.mark.parametrize("name, place", [("mlp", "MLP.forward"), ("norm", "Norm.forward"), ("pos", "GPT.embed")])
 def test_a_half_added_choice_names_the_place(name, place):
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
     setattr(config, name, "new")

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import REPO
 
 from acorn import openmp
 
-REPO = Path(__file__).parent.parent
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels of torch bring the GNU runtime")
 CODE = """
 import {first}, {second}, torch

@@ -1,6 +1,5 @@
-"""metrics.jsonl without gaps or doubles, the picture, and how numbers are said."""
+"""acorn/report.py: metrics.jsonl without gaps or doubles, the picture, the comparison, and how numbers are said."""
 
-import itertools
 import json
 import math
 import os
@@ -10,8 +9,9 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers import SMALL, TINY, train_here
 
-from acorn import UserError, report, visible
+from acorn import UserError, checkpoint, report, visible
 
 
 def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path):
@@ -218,40 +218,64 @@ def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monk
     assert "the tokenizers differ" in capsys.readouterr().out
 
 
-def test_the_time_left_does_not_jump():
-    """Simulate 1,000 updates of 0.1 s on average, with noise, and 5 evaluations of 10 s. Compare each estimate with the
-    true remaining time and with the previous estimate."""
-    chance = random.Random(0)
-    seconds = [0.1 * chance.choice([0.5, 0.5, 0.5, 2.5]) for _ in range(1000)]  # mean 0.1
-    seconds[0] = 30.0  # compiling
-    left = report.TimeLeft(max_iters=1000, eval_interval=250)
-    said = []
-    for step in range(1000):
-        if step % 250 == 0:
-            left.evaluated(10.0)
-        left.updated(1, seconds[step])
-        to_come = sum(seconds[step + 1 :]) + 10 * (4 - step // 250)
-        said.append((left.estimate(step + 1), to_come))
-    for estimate, to_come in said[50:]:
-        assert abs(estimate - to_come) < 0.15 * to_come + 2
-    assert said[0][0] is None
-    errors = [estimate - to_come for estimate, to_come in said[50:]]
-    assert max(abs(after - before) for before, after in itertools.pairwise(errors)) < 6
-    assert said[-1][0] == pytest.approx(10.0)  # the final evaluation remains
-    uneven = report.TimeLeft(max_iters=10, eval_interval=4)  # evaluations at 4, 8 and 10
-    uneven.evaluated(1.0)
-    uneven.updated(1, 9.0)
-    uneven.updated(2, 2.0)
-    assert uneven.estimate(2) == pytest.approx(8 + 3) and uneven.estimate(8) == pytest.approx(2 + 2)
-
-
-def test_the_console_line_leaves_out_an_unknown_mfu():
-    line = report.update_line(3, 10, 1.5, 1e-3, 0.5, 12345.6, None, 65)
-    assert line.startswith("step 3/10 | loss 1.5000") and "12,346 tok/s" in line and line.endswith("1:05 min left")
-    assert "left" not in report.update_line(0, 10, 1.5, 1e-3, 0.5, 12345.6, None, None)
-    assert "mfu" not in line and "mfu 41.2%" in report.update_line(3, 10, 1.5, 1e-3, 0.5, 12345.6, 0.412, 65)
-
-
 def test_numbers_as_a_person_says_them():
     assert [report.duration(s) for s in (8.6, 125, 12000, 362880)] == ["9 s", "2:05 min", "3:20 h", "4.2 days"]
     assert [report.size(n) for n in (12, 5120, 1.5e6, 2.5e9, 4e13)] == ["12 B", "5.1 KB", "1.5 MB", "2.5 GB", "40 TB"]
+
+
+BAD_LINES = [
+    b'{"step": 3, "loss": "<script>"}',
+    b'{"step": 99999999999999999999, "val_loss": 3}',
+    b'{"step": true, "loss": 1.0}',
+    b'{"step": -1, "loss": 1.0}',
+    b'{"step": 1, "val_loss": [1.0]}',
+    b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 1, "seconds": {}}',
+    b"[1, 2]",
+    b"null",
+    b"\xff\xfe\x00",
+    b'{"step": 1, "lo',
+    b"[" * 20_000,
+    b"\x1b[2J",
+]
+
+
+def test_bad_metrics_neither_end_a_run_nor_keep_it_from_saving(dataset, tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "o", [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}"]
+    assert train_here(monkeypatch, *words, "--max_iters=2") == 0
+    good = report.read_metrics(out / "metrics.jsonl")
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join([*BAD_LINES, b'{"step": 1, "loss": NaN, "val_loss": Infinity}', b""]))
+    capsys.readouterr()
+    assert train_here(monkeypatch, *words, "--max_iters=4", "--init_from=resume") == 0
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 1 and f"{len(BAD_LINES)} " in said and "\x1b" not in said
+    assert checkpoint.find(out)[1]["step"] == 4
+    lines = report.read_metrics(out / "metrics.jsonl")
+    assert lines[: len(good)] == good and lines[len(good)] == {"step": 1, "loss": None, "val_loss": None}
+    assert [line["step"] for line in lines[len(good) + 1 :]] == [2, 3, 4]
+
+
+def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def fails(*_):
+        seen.append(sorted(folder.name for folder in (tmp_path / "o").glob("*step_*")))
+        raise ZeroDivisionError("\x1b[2Jno font")
+
+    class Wandb:
+        id = "x"
+
+        def log(self, *_, **__):
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(report, "draw_losses", fails)
+    monkeypatch.setattr(report, "start_wandb", lambda *_: Wandb())
+    save, saved = checkpoint.Writer.save, []
+    monkeypatch.setattr(checkpoint.Writer, "save", lambda *a: (saved.append(len(seen)), save(*a)))
+    words = [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--wandb_log=True", "--max_iters=4"]
+    assert train_here(monkeypatch, *words) == 0
+    said = capsys.readouterr().err
+    assert len(seen) == 3 and saved == [1, 2]  # at steps 0, 2 and 4; a checkpoint at 2 and 4, each before its picture
+    assert said.count("the run continues") == 4 and said.count("wandb logging failed") == 1 and "\x1b" not in said
+    assert checkpoint.find(tmp_path / "o")[1]["step"] == 4

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, TINY, refused, script
+from helpers import REPO, TINY, losses, refused, script, torchrun
 
 LAST = 12  # updates
 WORDS = [*TINY, "--dropout=0", "--batch_size=2", "--gradient_accumulation_steps=6", f"--lr_decay_iters={LAST}"]
@@ -14,15 +14,9 @@ WORDS = [*TINY, "--dropout=0", "--batch_size=2", "--gradient_accumulation_steps=
 
 def train(cwd, n_processes: int, *words) -> subprocess.CompletedProcess:
     """train.py in so many processes; in one, without torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    command = [sys.executable, *(launcher if n_processes > 1 else []), REPO / "train.py", *words]
+    command = [sys.executable, *(torchrun(n_processes) if n_processes > 1 else []), REPO / "train.py", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=env, timeout=200, capture_output=True, text=True)
-
-
-def losses(out_dir) -> list[float]:
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [m["val_loss"] if "val_loss" in m else m["loss"] for m in lines]
 
 
 SHORT = [(2, True), (1, False)]  # processes, sharded or not

@@ -1,9 +1,17 @@
 """sample.py as a person runs it."""
 
+import dataclasses
 import json
 
 import pytest
-from conftest import refused, script
+import torch
+from helpers import fuzz, refused, rounds, script
+from hypothesis import strategies as st
+
+import sample as sample_script
+from acorn import UserError, settings
+from acorn.inference.generate import Sampling, generate
+from model import GPT, GPTConfig
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +117,30 @@ def test_bad_input_is_one_sentence(sample, tmp_path):
         (["--out_dir=nowhere"], "there is no folder nowhere"),
     ):
         refused(sample(*words), said)
+
+
+@rounds(30, 1500)
+def test_any_sample_settings_give_text_or_a_sentence(rounds):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=6, vocab_size=20, n_layer=1, n_head=2, n_embd=8, pos="rope"))
+    names = [f.name for f in dataclasses.fields(Sampling)] + ["num_samples", "max_new_tokens", "seed"]
+    values = [*"-1 0 1 2 5 0.3 1e-320 1e308 1e30 1e18 nan inf x".split(), ""]
+
+    def one(chosen: dict[str, str], prompts: list[list[int]]) -> None:
+        argv = [f"--{name}={value}" for name, value in chosen.items()]
+        try:
+            s = settings.build(sample_script.SampleSettings, settings.parse(sample_script.SampleSettings, argv))
+            sample_script.check(s)
+        except UserError as error:
+            assert len(str(error)) > 10
+            return
+        how = Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
+        n, drawn = min(s.max_new_tokens, 9), []
+        rows = generate(model, prompts, n, how, [s.seed] * len(prompts), lambda *t: drawn.append(t), n_vocab=15)
+        for row, prompt in zip(rows, prompts, strict=True):
+            assert row[: len(prompt)] == prompt and len(row) == len(prompt) + n
+            assert all(0 <= token < 15 for token in row[len(prompt) :])
+        assert all(logprob <= 0 for _, _, logprob in drawn)
+
+    chosen = st.dictionaries(st.sampled_from(names), st.sampled_from(values), max_size=4)
+    fuzz(one, rounds, chosen, st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=9), min_size=1, max_size=3))

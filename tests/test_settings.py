@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 from acorn import UserError
 from acorn.settings import build, parse

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from conftest import REPO, refused, script
+from helpers import REPO, refused, script
 from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, checkpoint
@@ -285,7 +285,7 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
     assert "Assistant" not in result.stdout and "endoftext" not in result.stdout
 
     sys.path.insert(0, str(REPO))
-    from sample import fit_conversation
+    from acorn.inference.console import fit_conversation
 
     messages = []
     for question in questions[:6]:

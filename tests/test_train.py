@@ -1,50 +1,19 @@
-"""train.py as a person runs it: exact resume, every split of the batch, signals, refusals, nanoGPT's commands."""
+"""train.py as a person runs it: what a run leaves, refusals, fine-tuning, and nanoGPT's commands."""
 
 import json
 import math
-import os
-import random
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, refused, script
-from safetensors.torch import load_file, save_file
+from helpers import TINY, metrics, numbers, refused, script, train
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_script
-from acorn import UserError, checkpoint, files
-from acorn.data import batches
-from acorn.data.shards import load_dataset
 from acorn.training import accumulate, optim
-from model import GPT
-
-
-def metrics(out_dir):
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(out_dir):
-    """All that a run measured, without what depends on the clock or the machine."""
-    clocks = ("seconds", "tokens_per_second", "mfu", "memory", "waited")
-    return [{k: v for k, v in line.items() if k not in clocks} for line in metrics(out_dir)]
-
-
-def train(cwd, dataset, *words, **kwargs):
-    return script("train.py", *TINY, f"--dataset={dataset}", *words, cwd=cwd, **kwargs)
-
-
-def start(cwd, *words) -> subprocess.Popen:
-    command = [sys.executable, str(REPO / "train.py"), *map(str, words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
 
 
 def test_a_run_learns_and_leaves_what_it_promises(trained):
@@ -64,110 +33,6 @@ def test_a_run_learns_and_leaves_what_it_promises(trained):
     assert state["step"] == 40 and state["position"] == 40 * 8
 
 
-def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp_path):
-    """Stopped by --max_iters, by SIGINT and by SIGTERM at steps of no interval, on the way to the same end."""
-    process = start(tmp_path, *TINY, f"--dataset={dataset}", "--out_dir=b", "--max_iters=100000", "--lr_decay_iters=40")
-    for line in process.stdout:
-        if line.startswith("step 6/"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.communicate()[0]
-    assert process.returncode == 130
-    assert f"Resume with: python {REPO / 'train.py'} --init_from=resume --out_dir=b" in rest
-    stopped_at = int((tmp_path / "b" / "latest").read_text()[5:])
-    assert 6 < stopped_at < 40
-
-    process = start(tmp_path, "--init_from=resume", "--out_dir=b")  # the settings come along
-    for line in process.stdout:
-        if line.startswith(f"step {stopped_at + 3}/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.communicate()
-    assert process.returncode == 143
-    stopped_again = int((tmp_path / "b" / "latest").read_text()[5:])
-    assert stopped_again > stopped_at + 3
-
-    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=40", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    if stopped_again < 40:
-        assert numbers(tmp_path / "b") == numbers(trained)
-    else:  # a very fast machine: the runs are the same as far as both went
-        assert numbers(tmp_path / "b")[:44] == numbers(trained)[:44]
-
-    result = script("train.py", "--init_from=resume", "--out_dir=b", cwd=tmp_path)
-    assert result.returncode == 0 and "already made its 40 updates" in result.stdout
-
-
-def test_evaluation_only_on_resume_measures_and_writes_nothing(trained, dataset, tmp_path):
-    before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
-    result = script("train.py", "--init_from=resume", f"--out_dir={trained}", "--eval_only=True", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    val = metrics(trained)[-1]["val_loss"]
-    assert f"val loss {val:.4f}" in result.stdout
-    assert before == {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
-
-
-@pytest.mark.parametrize("split", [(1, 8), (8, 1)])
-def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, split):
-    accumulation, batch_size = split
-    common = ["--max_iters=6", "--dropout=0", "--eval_interval=3", "--eval_iters=0"]
-    for out, words in (
-        ("a", []),
-        ("b", [f"--gradient_accumulation_steps={accumulation}", f"--batch_size={batch_size}"]),
-    ):
-        result = train(tmp_path, dataset, *common, *words, f"--out_dir={out}")
-        assert result.returncode == 0, result.stderr
-    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-
-
-def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tmp_path):
-    """Replies of unequal length, so that the mean of the micro-batches' means would be another number."""
-    pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    assert script("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
-    words = ["--max_iters=4", "--dropout=0", "--eval_interval=2", "--eval_iters=0"]
-    for out, more in (("a", []), ("b", ["--gradient_accumulation_steps=8", "--batch_size=1"])):
-        result = train(tmp_path, "d", *words, *more, f"--out_dir={out}")
-        assert result.returncode == 0, result.stderr
-    assert "rows of 32 tokens" in result.stdout and "lose the end of their reply" in result.stdout
-    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-
-    data, model = load_dataset(str(tmp_path / "d")), checkpoint.load_model(str(tmp_path / "a"), "latest")[0].eval()
-    x, y, documents = batches.in_order(data.val, 32, 0, batches.samples_per_epoch(data.val, 32))
-    assert set(data.tokenizer.decode(y[y != -1]).replace("<|endoftext|>", "")) == {"a", " "}
-    with torch.no_grad():
-        log_probabilities = model(torch.tensor(x), torch.tensor(x), documents=torch.tensor(documents))[0].log_softmax(
-            -1
-        )
-    nats = [-log_probabilities[i, t, y[i, t]].item() for i, t in zip(*np.nonzero(y != -1), strict=True)]
-    assert numbers(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
-
-
-def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
-    for name in ("one", "two"):
-        os.mkdir(tmp_path / name)
-        for i in range(20):
-            (tmp_path / name / f"{i}.txt").write_text(f"{name} is document number {i} of {name}. " * (i % 7 + 1))
-        assert script("prepare", "text", name, "--tokenizer=byte", cwd=tmp_path).returncode == 0
-    words = ["one:0.7,two:0.3", "--document_mask=True", "--lr_decay_iters=6", "--eval_interval=3"]
-    for out, more in (("a", ["--max_iters=6"]), ("b", ["--max_iters=3"])):
-        result = train(tmp_path, *words, f"--out_dir={out}", *more)
-        assert result.returncode == 0, result.stderr
-    assert "70.0% data/one" in result.stdout and "30.0% data/two" in result.stdout
-    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=6", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    lines = numbers(tmp_path / "a")
-    assert numbers(tmp_path / "b") == lines
-    last = lines[-1]
-    assert last["val_loss"] == pytest.approx(0.7 * last["val_loss/one"] + 0.3 * last["val_loss/two"])
-    assert f"(one {last['val_loss/one']:.4f}, two {last['val_loss/two']:.4f})" in result.stdout
-    joint = train(tmp_path, "one:0.7,two:0.3", "--lr_decay_iters=6", "--max_iters=1", "--out_dir=c")
-    assert joint.returncode == 0 and numbers(tmp_path / "c")[1]["loss"] != lines[1]["loss"]
-    refused(train(tmp_path, dataset, "--document_mask=True", "--out_dir=d"), "char tokenizer", "no end-of-text token")
-
-
 def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tmp_path):
     words = [
         "--always_save_checkpoint=False",
@@ -182,44 +47,6 @@ def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tm
     evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]
     state = json.loads((tmp_path / "o" / "step_000007" / "state.json").read_text())
     assert state["best_loss"] == min(m["val_loss"] for m in evaluations)
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_reason(dataset, tmp_path):
-    result = train(tmp_path, dataset, "--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=3", "--out_dir=o")
-    assert result.returncode == 1
-    assert "3 consecutive updates had a non-finite gradient" in result.stderr
-    assert "NaN" not in (tmp_path / "o" / "metrics.jsonl").read_text()  # which JSON does not have
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize("host_decides", [(), ("cpu",)])
-def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_end_the_run_at_once(
-    dataset, tmp_path, monkeypatch, capsys, host_decides
-):
-    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
-    clip, calls, broken = torch.nn.utils.clip_grad_norm_, [], {2, 3, 5, 8, 9, *range(11, 16), 18, 19, 20, 21, 22, 23}
-
-    def poisoned(parameters, *args, **kwargs):
-        parameters = list(parameters)
-        if len(calls) in broken:
-            parameters[2].grad.view(-1)[0] = float("nan")
-        calls.append(clip(parameters, *args, **kwargs).item())
-        return torch.tensor(calls[-1])
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    words = ["--log_interval=7", "--eval_interval=100", f"--dataset={dataset}", "--out_dir=o", "--max_bad_steps=6"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, "--max_iters=10"])
-    assert train_script.main() == 0
-    state = json.loads((tmp_path / "o" / "step_000010" / "state.json").read_text())
-    assert state["skipped"] == 5 and state["bad_steps"] == 2
-    monkeypatch.setattr(sys, "argv", ["train.py", "--init_from=resume", "--out_dir=o", "--max_iters=40"])
-    assert train_script.main() == 1
-    assert "stops at step 23" in capsys.readouterr().err and len(calls) == 24
-    assert [(m["step"], m["skipped"]) for m in metrics(tmp_path / "o") if "loss" in m] == [
-        (step, sum(i <= step for i in broken)) for step in (0, 7, 14, 21)
-    ]
 
 
 class HostReads(TorchDispatchMode):
@@ -284,45 +111,6 @@ def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):
     ][:8]
 
 
-def test_settings_given_on_resume_overrule_those_of_before(dataset, tmp_path):
-    losses = {}
-    for decay in ("0.1", "90"):
-        out = f"--out_dir=o{decay}"
-        assert train(tmp_path, dataset, "--max_iters=4", "--lr_decay_iters=40", out).returncode == 0
-        words = ["--init_from=resume", out, "--max_iters=8", f"--weight_decay={decay}"]
-        assert script("train.py", *words, cwd=tmp_path).returncode == 0
-        losses[decay] = [m["loss"] for m in metrics(tmp_path / f"o{decay}") if "loss" in m]
-    assert losses["0.1"][:5] == losses["90"][:5] and losses["0.1"][6:] != losses["90"][6:]
-
-
-def test_a_resumed_run_insists_on_its_data(trained, tmp_path):
-    (tmp_path / "t.txt").write_text("another text for the same tokenizer, quite unlike the first " * 20)
-    words = ["--tokenizer", trained, "--name", "other"]
-    text = "BORIS:\nbring the key, and bring it slowly.\n\n" * 20  # no character that the tokenizer lacks
-    (tmp_path / "t.txt").write_text(text)
-    assert script("prepare", "text", "t.txt", *words, cwd=tmp_path).returncode == 0
-    result = script("train.py", "--init_from=resume", f"--out_dir={trained}", "--dataset=other", cwd=tmp_path)
-    refused(result, "not the data", "--init_from=")
-    words = [f"--init_from={trained}", "--dataset=other", "--max_iters=1", "--out_dir=o"]
-    assert script("train.py", *words, "--batch_size=2", "--device=cpu", "--compile=False", cwd=tmp_path).returncode == 0
-
-
-def test_an_optimizer_state_of_other_shapes_is_refused(trained, tmp_path):
-    """A fused kernel that trusted it would write beyond its memory."""
-    shutil.copytree(trained, tmp_path / "o")
-    folder = tmp_path / "o" / "step_000040"
-    saved = load_file(folder / "optimizer.safetensors")
-    save_file(
-        {name: torch.zeros(3) if value.dim() else value for name, value in saved.items()},
-        folder / "optimizer.safetensors",
-    )
-    state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["optimizer.safetensors"] = files.sha256(folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
-    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=50", cwd=tmp_path)
-    refused(result, "optimizer state")
-
-
 def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_next_turn(dataset, tmp_path):
     """What could not be written is not the best; and where it is the last, the run ends with an error."""
     words = "--max_iters=2 --lr_decay_iters=8 --eval_interval=2 --keep_checkpoints=9 --out_dir=o".split()
@@ -341,59 +129,12 @@ def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_nex
     assert (tmp_path / "o" / "latest").read_text() == "step_000006\n"
 
 
-def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path):
-    process = start(tmp_path, *TINY, f"--dataset={dataset}", "--out_dir=o", "--max_iters=100000")
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            break
-    refused(train(tmp_path, dataset, "--out_dir=o", "--overwrite=True"), "is in use", str(process.pid))
-    process.kill()
-    process.communicate()
-    assert train(tmp_path, dataset, "--out_dir=o", "--overwrite=True", "--max_iters=1").returncode == 0
-
-
 def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(dataset, tmp_path):
     result = train(tmp_path, dataset, "--dry_run=True", "--out_dir=o")
     assert result.returncode == 0, result.stderr
     for words in ("parameters", "epochs", "updates of 256 tokens", "memory:", "time:", "nothing was written"):
         assert words in result.stdout
     assert not (tmp_path / "o").exists()
-
-
-def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, tmp_path, monkeypatch, capsys):
-    """Simulate a device that after the fifth training pass has memory for batch size 1 only."""
-    forward, passes, held = GPT.forward, [], [10**9]
-
-    def forward_in_little_memory(self, idx, *arguments, **options):
-        passes.append(torch.is_grad_enabled())
-        if torch.is_grad_enabled() and sum(passes) > 5 and len(idx) > held[0]:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
-        return forward(self, idx, *arguments, **options)
-
-    def run(out, *more):
-        passes.clear()
-        words = ["--dropout=0", "--max_iters=6", "--eval_interval=2", f"--dataset={dataset}", f"--out_dir={out}"]
-        words += ["--sample_interval=2"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, *more])
-        return train_script.main()
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(GPT, "forward", forward_in_little_memory)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
-    assert run("whole") == 0
-    held[0] = 1
-    assert run("pieces", "--auto_batch=True") == 0
-    said = capsys.readouterr().out
-    assert "--batch_size=2 --gradient_accumulation_steps=4" in said
-    assert "--batch_size=1 --gradient_accumulation_steps=8" in said
-    assert said.count("sample at step 2") == 2  # one per run, although this update started three times
-    for one, other in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "pieces"), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-    with pytest.raises(UserError, match="--batch_size=2 --gradient_accumulation_steps=4"):
-        run("refused")
-    held[0] = 0
-    with pytest.raises(UserError, match="batch size 1"):
-        run("hopeless", "--auto_batch=True")
 
 
 def test_fine_tuning_starts_from_the_weights_of_another_run(trained, dataset, tmp_path):
@@ -487,34 +228,6 @@ def test_compiled_training_has_the_losses_of_eager(dataset, tmp_path):
         assert "warning" not in result.stdout
     for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_twenty_kills_at_random_instants_change_nothing(trained, dataset, tmp_path):
-    """kill -9, twenty times; each time the run resumes, and its end is that of the run never killed."""
-    chance, kills = random.Random(0), 0
-    words = [*TINY, f"--dataset={dataset}", "--out_dir=o", "--eval_interval=2", "--eval_iters=3"]
-    whole = script("train.py", *words[:-3], "--out_dir=whole", "--eval_interval=2", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    while kills < 20:
-        resumable = (tmp_path / "o").exists() and list((tmp_path / "o").glob("step_*/state.json"))
-        how = ["--init_from=resume"] if resumable else ["--overwrite=True"]
-        process = start(tmp_path, *words, *how)
-        time.sleep(chance.uniform(2.0, 5.0))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-            process.wait()
-        else:
-            assert process.returncode == 0, process.stdout.read()
-            if (
-                tmp_path / "o" / "latest"
-            ).read_text() == "step_000040\n":  # it reached its end: once more from the start
-                assert numbers(tmp_path / "o") == numbers(tmp_path / "whole")
-                subprocess.run(["rm", "-r", tmp_path / "o"], check=True)
-    resumable = (tmp_path / "o").exists() and list((tmp_path / "o").glob("step_*/state.json"))
-    script("train.py", *words, "--init_from=resume" if resumable else "--overwrite=True", cwd=tmp_path)
-    assert numbers(tmp_path / "o") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 import torch
 
-from acorn import UserError, checkpoint, files, printable, report
+from acorn import UserError, checkpoint, files, report
 from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture
-from acorn.distributed import runtime, sharding
+from acorn.distributed import heartbeat, runtime, sharding
 from acorn.evaluation.loss import evaluate_mixture
+from acorn.inference.generate import sample_text
 from acorn.training.accumulate import Accumulator
+from acorn.training.autotune import Arithmetic
 from acorn.training.optim import set_learning_rates
+from acorn.training.progress import Console
 from model import GPT
 
 if TYPE_CHECKING:
@@ -57,6 +61,11 @@ class RunState:
         self.seconds = time.perf_counter() - self.began
         return self.seconds
 
+    def is_evaluation_due(self, eval_interval: int, max_iters: int, eval_only: bool) -> bool:
+        """Return whether the run evaluates before the next update. A resumed run does not repeat its evaluation."""
+        due = self.step % eval_interval == 0 or self.step == max_iters
+        return eval_only or (due and self.evaluated_at != self.step)
+
     def is_finished(self, max_iters: int) -> bool:
         return self.step > max_iters or self.evaluated_at == self.step == max_iters
 
@@ -64,35 +73,20 @@ class RunState:
 class SkippedUpdates:
     """Counts skipped updates on the device, so that the host waits for the device only when it reads the counts."""
 
-    def __init__(self, state: RunState, max_bad_steps: int, device: torch.device):
-        self.state, self.max_bad_steps = state, max_bad_steps
+    def __init__(self, state: RunState, max_bad_steps: int, device: torch.device, log: Callable[[str], None]):
+        self.state, self.max_bad_steps, self.log = state, max_bad_steps, log
         self.counts = torch.tensor([state.bad_steps, state.skipped], device=device)  # consecutive, total
         # the first step at which max_bad_steps can be reached
         self.read_at = state.step + max_bad_steps - state.bad_steps
 
-    def read(self) -> int:
-        """Copy the counts into the state, and return the number of updates skipped since the last call."""
+    def read(self) -> None:
+        """Copy the counts into the state, and log the updates that were skipped since the last call."""
         before = self.state.skipped
         self.state.bad_steps, self.state.skipped = self.counts.tolist()
         self.read_at = self.state.step + self.max_bad_steps - self.state.bad_steps
-        return self.state.skipped - before
-
-
-def say(is_main: bool, signals: list[int], text: str) -> None:
-    """Print a line on rank 0.
-
-    If the reader has exited, as in `python train.py | head`, the run stops as after SIGTERM. Other errors, such as a
-    full disk under a log file, are ignored.
-    """
-    if not is_main:
-        return
-    try:
-        print(printable(text), flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        signals.append(signal.SIGTERM)
-    except OSError:
-        pass
+        if n_new := self.state.skipped - before:
+            step = self.state.step - 1
+            self.log(f"step {step}: non-finite gradient, {n_new} updates skipped ({self.state.skipped} so far)")
 
 
 def stop_at_signals(signals: list[int]) -> None:
@@ -155,6 +149,62 @@ def start_writing(
         )
         state.wandb_id = wandb_run.id
     return report.Metrics(out_dir, state.step, state.evaluated_at, wandb_run), lock
+
+
+def saved_state(
+    s: "TrainSettings",
+    state: RunState,
+    data: Mixture,
+    adapters: dict | None,
+    arithmetic: Arithmetic,
+    accumulator: Accumulator,
+    skipped: SkippedUpdates,
+) -> dict:
+    """Return the content of state.json, except for the model's configuration and the hashes of the files."""
+    skipped.read()
+    state.tick()
+    return {
+        "settings": dataclasses.asdict(s),
+        "tokenizer": data.tokenizer.to_dict(),
+        "lora": adapters,
+        "arithmetic": dataclasses.asdict(arithmetic),
+        "scaler": accumulator.scaler.state_dict(),
+        **dataclasses.asdict(state),
+        "launch": heartbeat.launch_id(),
+    }
+
+
+def sample(model: GPT, tokenizer, seed: int) -> str:
+    """Return a text that the model continues from the start of a document, with lines around it."""
+    try:
+        text = sample_text(model, tokenizer, 200, seed)
+    except UserError as error:  # non-finite logits must not end a run here
+        text = f"none: {error}"
+    return f"{text}\n---"
+
+
+def finish(
+    s: "TrainSettings",
+    state: RunState,
+    checkpoints: checkpoint.CheckpointManager,
+    console: Console,
+    stopped: bool,
+    chat: bool,
+) -> int:
+    """Save the last update if it is not saved yet, and say how the run ended. Returns the exit code."""
+    failure = checkpoints.finish()
+    console.close()
+    resume = command("train.py", "--init_from=resume", s.out_dir)
+    if failure is not None:
+        text = f"the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}"
+        return console.fail(text, 2)
+    if stopped:
+        console.log(f"stopped at step {state.step}, saved. Resume with: {resume}")
+        return 128 + (console.signals[0] if console.signals else signal.SIGTERM)
+    best = "none" if state.best_loss is None else f"{state.best_loss:.4f}"
+    sampling = command("sample.py", "--chat=True" if chat else "", s.out_dir)
+    console.log(f"done, best val loss {best}. Sample with: {sampling}")
+    return 0
 
 
 def dry_run(

@@ -29,11 +29,19 @@ def shape_settings(s: "TrainSettings") -> set[str]:
 
 def check(s: "TrainSettings") -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
-    at_least_1 = "gradient_accumulation_steps batch_size block_size eval_interval log_interval keep_checkpoints"
+    at_least_1 = "gradient_accumulation_steps batch_size block_size eval_interval keep_checkpoints"
     for name in [*at_least_1.split(), "max_bad_steps"]:
         if getattr(s, name) < 1:
             raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
-    counts = ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "sample_interval", "lora_rank")
+    counts = (
+        "log_interval",
+        "eval_iters",
+        "max_iters",
+        "warmup_iters",
+        "lr_decay_iters",
+        "sample_interval",
+        "lora_rank",
+    )
     for name in (*counts, "learning_rate", "muon_lr", "min_lr", "weight_decay", "grad_clip"):
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")

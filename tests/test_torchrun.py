@@ -1,25 +1,20 @@
-"""Two processes under torchrun, of which one is killed or stopped, or all are told to end."""
+"""Two processes under torchrun: one of them is killed or stopped, or all are told to end."""
 
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import REPO, TINY, script
-from test_train import numbers
+from helpers import REPO, TINY, numbers, script, start_process, torchrun
 
 from acorn import files
 from acorn.distributed.heartbeat import SILENT
 
 
 def launch(cwd, dataset, *words, restarts=0) -> subprocess.Popen:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    command = [sys.executable, *torchrun, REPO / "train.py", *TINY, f"--dataset={dataset}", "--out_dir=o", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, **pipes)
+    run = [REPO / "train.py", *TINY, f"--dataset={dataset}", "--out_dir=o", *words]
+    return start_process(*torchrun(2, f"--max-restarts={restarts}"), *run, cwd=cwd)
 
 
 def read_until(process, beginning) -> str:

@@ -1,0 +1,154 @@
+"""Continue prompts, and chat on the console."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from acorn import UserError, files, printable
+from acorn.data import chat
+from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
+from model import GPT
+
+if TYPE_CHECKING:
+    from sample import SampleSettings
+
+
+def sampling_of(s: "SampleSettings") -> Sampling:
+    return Sampling(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Sampling)})
+
+
+def for_stdout(text: str) -> str:
+    """Escape control characters in a model's text if stdout is a terminal; keep it unchanged for a pipe or file."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def read_prompts(path: str) -> list[str]:
+    """Read the prompts from a file: one per line, or from a .jsonl file the "prompt" of each object."""
+    numbered = enumerate(files.read_text(path).split("\n"), 1)
+    lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
+    if not lines:
+        raise UserError(f"the prompt file {path} is empty. Write one prompt per line.")
+    if not path.endswith(".jsonl"):
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+            prompts.append(value if isinstance(value, str) else value["prompt"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f'{path}, line {number} is not valid. Write a JSON string, or an object with a "prompt".'
+            ) from error
+        if not isinstance(prompts[-1], str):
+            raise UserError(f'{path}, line {number}: "prompt" is not a string. Write {{"prompt": "..."}}.')
+    return prompts
+
+
+def continue_prompts(
+    model: GPT,
+    tokenizer,
+    prompts: list[str],
+    control: bool,
+    seed: int,
+    s: "SampleSettings",
+    compile: bool,
+    show: Callable[[str], None],
+) -> list[dict]:
+    """Draw one sample for each prompt, as one batch.
+
+    `control`: names of control tokens in the prompts are these tokens. `show` is called with the first sample's text as
+    it is generated. Returns a dict for each sample: prompt, text, seed, number of tokens, why it stopped, and, if asked
+    for, the tokens with their log-probabilities.
+    """
+    ids = [encode_prompt(tokenizer, prompt, control) for prompt in prompts]
+    streams = [TextStream(tokenizer, s.stop) for _ in prompts]
+    texts = [""] * len(prompts)
+    tokens = [[] for _ in prompts]
+
+    def on_token(row: int, token: int, logprob: float) -> bool:
+        piece = streams[row].push(token)
+        texts[row] += piece
+        tokens[row].append((token, logprob))
+        if row == 0:
+            show(piece)
+        return streams[row].stopped_by is not None
+
+    sampling = sampling_of(s)
+    seeds = [seed] * len(prompts)
+    generate(model, ids, s.max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile)
+    samples = []
+    for row, stream in enumerate(streams):
+        rest = stream.finish()
+        if row == 0:
+            show(rest)
+        sample = dict(prompt=prompts[row], text=texts[row] + rest, seed=seed, n_tokens=len(tokens[row]))
+        sample["stopped_by"] = stream.stopped_by or "max_new_tokens"
+        if s.logprobs:
+            sample["ids"] = [token for token, _ in tokens[row]]
+            sample["tokens"] = [tokenizer.decode([token]) for token, _ in tokens[row]]
+            sample["logprobs"] = [round(logprob, 5) for _, logprob in tokens[row]]
+        samples.append(sample)
+    return samples
+
+
+def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int) -> list[int]:
+    """Return the ids of a conversation up to the next reply.
+
+    The oldest turns (a message and its reply) are removed from `messages` until `room` tokens of the block are free.
+    The system message stays. Raises UserError if the last message alone does not fit into the block.
+    """
+    first = int(messages[0]["role"] == "system")
+    while True:
+        ids = chat.render(tokenizer, messages).tolist()
+        if len(ids) + room <= block_size:
+            return ids
+        if len(messages) == first + 1:
+            if len(ids) < block_size:
+                return ids
+            raise UserError(f"this message has {len(ids)} tokens, but the block size is {block_size}. Shorten it.")
+        del messages[first : first + 2]
+
+
+def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, compile: bool) -> None:
+    """Answer messages from the console until its input ends. The model sees as many of the last turns as fit."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "this checkpoint has no chat template, so it was not trained to chat. Train it on conversations "
+            "(python prepare chat), or use --interactive=True."
+        )
+    block_size, ends = model.config.block_size, chat.stop_ids(tokenizer)
+    sampling = sampling_of(s)
+    messages = [{"role": "system", "content": s.system}] if s.system else []
+    n_replies = 0
+    while True:
+        try:
+            said = opening if opening is not None else input("> ")
+        except EOFError:
+            return
+        opening = None
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        try:
+            ids = fit_conversation(tokenizer, messages, block_size, min(s.max_new_tokens, block_size // 2))
+        except UserError as error:  # bad input must not end the conversation
+            print(printable(str(error)))
+            messages.pop()
+            continue
+        stream, pieces = TextStream(tokenizer, s.stop, ends), []
+
+        def on_token(row: int, token: int, logprob: float, stream=stream, pieces=pieces) -> bool:
+            pieces.append(stream.push(token))
+            print(for_stdout(pieces[-1]), end="", flush=True)
+            return stream.stopped_by is not None
+
+        n_tokens = min(s.max_new_tokens, block_size - len(ids))
+        generate(model, [ids], n_tokens, sampling, [s.seed + n_replies], on_token, tokenizer.n_vocab, compile)
+        pieces.append(stream.finish())
+        print(for_stdout(pieces[-1]), flush=True)
+        if stream.stopped_by is None:
+            print(f"(stopped after {n_tokens} tokens)", file=sys.stderr)
+        messages.append({"role": "assistant", "content": chat.as_content(tokenizer, "".join(pieces))})
+        n_replies += 1

@@ -1,0 +1,98 @@
+"""Tiny random Hugging Face models, the oracle of test_huggingface.py, test_published.py and test_export.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from acorn import checkpoint
+from acorn.data.tokenizer import get_tokenizer
+from acorn.distributed import runtime
+from acorn.inference.generate import Sampling, generate
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers")
+
+GPT2 = dict(vocab_size=37, n_positions=16, n_embd=32, n_layer=3, n_head=4)
+LLAMA = dict(vocab_size=37, max_position_embeddings=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+LLAMA |= dict(num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6)
+MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=2, tie_weights=False, rope_theta=500.0)
+ALONE = runtime.Runtime(torch.device("cpu"), torch.float32, compile=False, notes=[])
+
+
+def theirs(family: str, **changes):
+    """A transformers model with every parameter random, biases and norms included, so that none can be missed."""
+    if family == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | changes))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes))
+    return randomize(model)
+
+
+def ours(**changes) -> GPT:
+    """Return a small random model of this repo."""
+    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_embd=32)
+    return randomize(GPT(GPTConfig(**shape | changes)))
+
+
+def randomize(model):
+    """Make every parameter random, with the weights of norms around 1, and return the model."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2).add_(1.0 if p.dim() == 1 else 0.0)
+    return model.eval()
+
+
+def tokens(vocab_size=37) -> torch.Tensor:
+    """Return ids of shape (2, 12)."""
+    return torch.randint(vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same_logits(model: GPT, other, vocab_size=37) -> None:
+    """Assert that a model of transformers gives our model's logits."""
+    idx = tokens(vocab_size)
+    expected = other(idx).logits.float()
+    logits = model(idx, idx)[0][..., : expected.size(-1)]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def saved(folder: Path, model: GPT, kind="byte", texts=()) -> Path:
+    """Save a checkpoint of the model and return the out_dir."""
+    state = {"settings": {}, "tokenizer": get_tokenizer(kind, texts).to_dict(), "step": 1}
+    writer = checkpoint.Writer(folder, keep=1)
+    writer.save(model, [], state, best=True)
+    assert writer.wait()
+    return folder
+
+
+def greedy(model: GPT, prompt: list[int], n: int, n_vocab: int) -> list[int]:
+    """Return the n tokens that greedy decoding appends to a prompt."""
+    return generate(model, [prompt], n, Sampling(temperature=0), [0], lambda *_: False, n_vocab)[0][len(prompt) :]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 262 ids as a Llama checkpoint for chats has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merged = {"th": 256, "the": 257, "\u0120the": 258}
+    tokenizer = Tokenizer(models.BPE(ids | merged, [("t", "h"), ("th", "e"), ("\u0120", "the")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def put_bos_first(folder: Path) -> None:
+    """Give a tokenizer.json a post-processor that puts <|im_start|> before a text."""
+    config = json.loads((folder / "tokenizer.json").read_text())
+    bos = {"id": "<|im_start|>", "ids": [260], "tokens": ["<|im_start|>"]}
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": bos}}
+    (folder / "tokenizer.json").write_text(json.dumps(config | {"post_processor": post}))

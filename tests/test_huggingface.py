@@ -1,0 +1,255 @@
+"""acorn/checkpoint/huggingface.py: tiny random models of transformers come in with the same logits."""
+
+import json
+
+import pytest
+import torch
+from hf_models import assert_same_logits, ours, put_bos_first, saved, theirs, tokens, transformers, write_tokenizer
+from safetensors.torch import load_file, save_file
+
+from acorn import UserError, checkpoint, hub
+from acorn.checkpoint import huggingface
+from acorn.data.tokenizer import get_tokenizer
+from acorn.inference.generate import encode_prompt
+from prepare.__main__ import tokenizer_of as prepare_tokenizer_of
+
+
+def test_a_hugging_face_folder_is_loaded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    loaded, tokenizer, _ = checkpoint.load_model(str(tmp_path))
+    idx = torch.tensor([[1, 2, 50256]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(idx, idx)[0], theirs(idx).logits)
+    assert tokenizer.kind == "gpt2"
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("gpt2", {}),
+        ("gpt2", dict(tie_word_embeddings=False, n_inner=40, activation_function="gelu", layer_norm_epsilon=1e-2)),
+        ("llama", {}),
+        ("llama", dict(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 70.0})),
+    ],
+)
+def test_logits_and_loss_of_an_import_are_hugging_faces(tmp_path, family, changes):
+    model = theirs(family, **changes)
+    model.save_pretrained(tmp_path)
+    mine, tokenizer, _ = checkpoint.load_model(str(tmp_path))
+    assert_same_logits(mine, model)
+    with torch.no_grad():
+        loss = mine(tokens()[:, :-1], tokens()[:, 1:])[1]
+        assert loss.item() == pytest.approx(model(tokens(), labels=tokens()).loss.item(), rel=1e-5)
+    assert tokenizer is None and mine.config.block_size == 16
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_process_reads_rows_of_its_own_alone(tmp_path, family):
+    theirs(family).save_pretrained(tmp_path)
+    model, values, _ = huggingface.open_model(str(tmp_path))
+    assert all(p.is_meta for p in model.parameters())
+    for name, p in checkpoint.load_model(str(tmp_path))[0].named_parameters():
+        for rows in (slice(0, 7), slice(30, 45), slice(7, len(p))):
+            assert torch.equal(values[name][rows], p[rows]), name
+
+
+def test_the_forms_that_checkpoints_come_in(tmp_path):
+    """Several shards, bfloat16, names without the prefix and masks beside the parameters as in the published gpt2,
+    and a config.json as transformers 4 wrote it."""
+    model = theirs("llama").bfloat16()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    config = json.loads((tmp_path / "shards" / "config.json").read_text())
+    config["rope_theta"], config["rope_scaling"] = 500.0, None
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    del config["rope_parameters"], config["num_key_value_heads"], config["head_dim"]
+    config["num_key_value_heads"] = 2
+    (tmp_path / "shards" / "config.json").write_text(json.dumps(config))
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    other = transformers.LlamaForCausalLM(model.config)  # its frequencies are computed when it is made
+    other.load_state_dict(model.state_dict())
+    assert_same_logits(checkpoint.load_model(str(tmp_path / "shards"))[0], other)
+
+    model = theirs("gpt2")
+    model.save_pretrained(tmp_path / "bare")
+    path = tmp_path / "bare" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    save_file(tensors, path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path / "bare"))[0], model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_tied_weights_may_be_stored_as_the_head_alone(tmp_path, family):
+    model = theirs(family, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop(name)
+    save_file(tensors, path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
+def test_swish_is_another_name_of_silu(tmp_path):
+    model = theirs("llama", hidden_act="swish")
+    model.save_pretrained(tmp_path)
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
+def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
+    """End tokens survive import, training and export; a run stores them with its tokenizer."""
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, the default of transformers
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [200, 201]}))
+    model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
+    assert tokenizer.ends == {200, 201, 259, 261}
+    writer = checkpoint.Writer(tmp_path / "out", keep=1)
+    writer.save(model, [], {"settings": {}, "tokenizer": tokenizer.to_dict(), "step": 1}, best=True)
+    assert writer.wait()
+    hub.export(str(tmp_path / "out"), tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert written[0] == 261 and set(written) == {200, 201, 259, 261}
+    assert checkpoint.load_model(str(tmp_path / "hf"))[1].ends == tokenizer.ends
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": 99}))
+    assert 99 in checkpoint.load_model(str(tmp_path / "hf"))[1].ends
+
+
+def test_pad_and_unk_survive_and_batches_can_be_padded(tmp_path):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    named = {"pad_token": {"content": "<|im_start|>"}, "unk_token": "the"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (fast.pad_token, fast.unk_token, len(fast)) == ("<|im_start|>", "the", 262)
+    for kind in ("byte", "gpt2"):
+        saved(tmp_path / kind, ours(vocab_size=50257 if kind == "gpt2" else 257), kind)
+        hub.export(str(tmp_path / kind), tmp_path / f"{kind}-hf")
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{kind}-hf")
+        batch = fast(["a", "a longer one"], padding=True)
+        assert fast.pad_token == fast.unk_token == "<|endoftext|>" and len(fast) == get_tokenizer(kind).n_vocab
+        assert len(batch["input_ids"][0]) == len(batch["input_ids"][1]) and batch["attention_mask"][0][-1] == 0
+
+
+def test_a_bos_goes_out_with_an_export(tmp_path):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    put_bos_first(tmp_path / "base")
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    _, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
+    for folder in ("base", "hf"):
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert (
+            fast("the one")["input_ids"] == encode_prompt(tokenizer, "the one") != tokenizer.encode("the one").tolist()
+        )
+
+
+def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
+    source = tmp_path / "source"
+    theirs("llama").save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    up = "model.layers.0.mlp.up_proj.weight"
+    case = tmp_path / "case"
+    case.mkdir()
+
+    def said(config, tensors=tensors) -> str:
+        (case / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        save_file(tensors, case / "model.safetensors")
+        with pytest.raises(UserError) as caught:
+            checkpoint.load_model(str(case))
+        return str(caught.value)
+
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    for changes, words in (
+        (dict(model_type="gpt_neox"), "'gpt_neox'"),
+        (dict(rope_parameters=scaled), "rope scaling 'linear'"),
+        (dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling 'dynamic'"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(mlp_bias=True), "mlp_bias"),
+        (dict(head_dim=16), "head_dim = 16"),
+        (dict(sliding_window=8), "sliding_window"),
+        (dict(hidden_act="gelu"), "hidden_act = gelu"),
+        (dict(quantization_config={"bits": 4}), "quantized"),
+        (dict(hidden_size="wide"), "expected int, got str"),
+        (dict(num_attention_heads=0), "does not describe a llama model"),
+        (dict(num_hidden_layers=4), "lacks 9 tensors, model.layers.3."),
+        (dict(num_hidden_layers=2), "has 9 tensors, model.layers.2."),
+        (dict(intermediate_size=47), "[48, 32], but its config.json says [47, 32]"),
+        (dict(tie_word_embeddings=True), "a separate head"),
+    ):
+        assert words in said(config | changes), changes
+    assert "valid JSON" in said("{")
+    assert "I8, and quantized" in said(config, tensors | {up: tensors[up].to(torch.int8)})
+    path = case / "model.safetensors"
+    (case / "config.json").write_text(json.dumps(config))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        checkpoint.load_model(str(case))
+    path.rename(case / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no model.safetensors.* pickle .* python -c"):
+        checkpoint.load_model(str(case))
+    with pytest.raises(UserError, match="one file of a checkpoint"):
+        checkpoint.load_model(str(case / "pytorch_model.bin"))
+    (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing"):
+        checkpoint.load_model(str(case))
+    (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../source/model.safetensors"}}')
+    with pytest.raises(UserError, match="not in its folder"):
+        checkpoint.load_model(str(case))
+    (case / "config.json").unlink()
+    save_file(tensors, case / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"without their config\.json"):
+        checkpoint.load_model(str(case))
+    (case / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"peft.*merge_and_unload"):
+        checkpoint.load_model(str(case))
+
+
+def test_the_hub_is_asked_for_what_is_not_here_and_its_refusals_are_sentences(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    monkeypatch.chdir(tmp_path)
+    theirs("gpt2").save_pretrained("copy")
+    asked, answers = [], [None]
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if answers[-1]:
+            raise answers[-1]
+        return "copy"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in ("gpt2-xl", "owner/some-model.1"):
+        model, _, source = checkpoint.load_model(name)
+        assert model.config.n_layer == 3 and name in source
+    assert [name for name, _ in asked] == ["gpt2-xl", "owner/some-model.1"]
+    assert not any("bin" in pattern for pattern in asked[0][1])
+
+    response = errors.Response(403, request="GET")
+    for answer, words in (
+        (errors.GatedRepoError("no", response=response), "is gated"),
+        (errors.RepositoryNotFoundError("no", response=response), "no such model"),
+        (errors.HfHubHTTPError("no", response=response), "cannot be reached"),
+        (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
+    ):
+        answers.append(answer)
+        with pytest.raises(UserError, match=f"owner/model.*{words}|{words}.*owner/model"):
+            checkpoint.load_model("owner/model")
+    (tmp_path / "out").mkdir()
+    for slip in ("out/quikstart", "./nowhere", "nowhere"):
+        with pytest.raises(UserError, match="there is no folder"):
+            checkpoint.load_model(slip)
+    assert len(asked) == 6  # no slip went to the hub
+
+    answers.append(None)
+    write_tokenizer(tmp_path / "copy")
+    assert prepare_tokenizer_of("owner/model").n_vocab == 262 and "model.safetensors" not in asked[-1][1]

@@ -1,0 +1,44 @@
+"""Two processes at once on one out_dir or dataset: one of them is told of the other."""
+
+import socket
+
+from forked import RUN, result_of, said_in_a_sentence
+from helpers import REPO, TINY, refused, rounds, start_process, train
+
+from acorn.data.shards import load_dataset
+
+
+def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path):
+    process = start_process(
+        REPO / "train.py", *TINY, f"--dataset={dataset}", "--out_dir=o", "--max_iters=100000", cwd=tmp_path
+    )
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    refused(train(tmp_path, dataset, "--out_dir=o", "--overwrite=True"), "is in use", str(process.pid))
+    process.kill()
+    process.communicate()
+    assert train(tmp_path, dataset, "--out_dir=o", "--overwrite=True", "--max_iters=1").returncode == 0
+
+
+@rounds(2, 15)
+def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start, tmp_path, rounds):
+    """Begun together, on an empty out_dir: one of them trains as if alone."""
+    told = 0
+    for i in range(rounds):
+        words = [*RUN, f"--dataset={dataset}", f"--out_dir=o{i}"]
+        both = [start("train.py", *words, cwd=tmp_path) for _ in range(2)]
+        codes = sorted(each.end() for each in both)
+        assert codes == [0, 2], [each.said() for each in both]
+        loser, winner = sorted(both, key=lambda each: each.end(), reverse=True)
+        said = said_in_a_sentence(loser, 2)
+        named = f"process {winner.process.pid} on {socket.gethostname()}" in said
+        assert named or "another process" in said or "another run wrote" in said or "already contains a run" in said
+        told += named
+        assert result_of(tmp_path / f"o{i}") == result_of(whole_run)
+    (tmp_path / "c.txt").write_text("to be or not to be, " * 200_000)
+    argv = ["text", "c.txt", "--tokenizer=byte", "--name=d"]
+    both = [start("prepare", *argv, "--out=d", cwd=tmp_path) for _ in range(2)]
+    assert sorted(each.end() for each in both) == [0, 2], [each.said() for each in both]
+    load_dataset(str(tmp_path / "d"))
+    print(f"{rounds} times two runs at once, {told} times with the other's name")

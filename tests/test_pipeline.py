@@ -1,0 +1,164 @@
+"""prepare/pipeline.py: ids, pieces, splits and limits of a prepared dataset."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import FOX, ids_of, prepare, prepare_fails, write_records
+
+from acorn import UserError
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import _gpt2_encoding
+from prepare import __main__ as cli
+from prepare import pipeline
+from prepare import text as text_corpus
+
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
+
+def test_char_ids_and_split_are_nanogpts(capsys):
+    Path("mine.txt").write_text(FOX + "é")
+    meta = prepare("text", "mine.txt", "--tokenizer", "char")
+    data = FOX + "é"
+    stoi = {char: i for i, char in enumerate(sorted(set(data)))}
+    cut = int(len(data) * 0.9)
+    dataset = load_dataset("mine")
+    assert ids_of(dataset.train) == [stoi[char] for char in data[:cut]]
+    assert ids_of(dataset.val) == [stoi[char] for char in data[cut:]]
+    assert meta["source"]["sha256"] == hashlib.sha256(data.encode()).hexdigest()
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == len(data.encode())
+    assert meta["val"]["tokens"] + 1 == meta["val"]["bytes"]
+    out = capsys.readouterr().out
+    assert "documents        1" in out and "--dataset=mine --out_dir=out/mine" in out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "byte"])
+def test_documents_are_preceded_by_one_eot(kind):
+    os.mkdir("corpus")
+    texts = [f"<|endoftext|> {i} " + FOX[: 100 * i] for i in range(1, 6)]
+    for i, text in enumerate(texts):
+        Path(f"corpus/{i}.md").write_text(text)
+    meta = prepare("text", "corpus", "--tokenizer", kind, "--val_fraction=0.25")
+    dataset = load_dataset("corpus")
+    tokenizer = dataset.tokenizer
+    cut = int(len("".join(texts)) * 0.75)
+    want, position = {"train": [], "val": []}, 0
+    for text in texts:
+        parts = text[: max(0, cut - position)], text[max(0, cut - position) :]
+        for split, part, begins in zip(("train", "val"), parts, (bool(parts[0]), not parts[0]), strict=True):
+            want[split] += [tokenizer.eot] * begins + (tokenizer.encode(part).tolist() if part else [])
+        position += len(text)
+    assert ids_of(dataset.train) == want["train"] and ids_of(dataset.val) == want["val"]
+    assert (want["train"] + want["val"]).count(tokenizer.eot) == meta["documents"] == 5
+
+
+def test_char_documents_are_joined_by_a_blank_line():
+    Path("a.txt").write_text("aaaa")
+    Path("b.txt").write_text("bbbb")
+    Path("c.txt").write_text("")
+    prepare("text", "*.txt", "--tokenizer", "char", "--name", "x", "--val_fraction", "0.5")
+    dataset = load_dataset("x")
+    assert dataset.tokenizer.decode(ids_of(dataset.train) + ids_of(dataset.val)) == "aaaa\n\nbbbb"
+
+
+def test_long_documents_have_the_ids_of_the_whole(tmp_path):
+    text = "".join(f"line {i}\n\n    indented {i * i}  \n" for i in range(20_000))
+    source = {"corpus": "test"}
+    meta = pipeline.prepare([text], tmp_path / "d", name="d", tokenizer="gpt2", source=source, shard_tokens=50_000)
+    dataset = load_dataset(str(tmp_path / "d"))
+    encode, cut = _gpt2_encoding().encode_ordinary, int(len(text) * 0.9)
+    assert ids_of(dataset.train) == [50256, *encode(text[:cut])] and ids_of(dataset.val) == encode(text[cut:])
+    assert len(meta["train"]["shards"]) == -(-meta["train"]["tokens"] // 50_000)
+
+
+def test_a_text_comes_in_the_same_pieces_however_it_comes_in_blocks(monkeypatch):
+    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 300_000)
+    rng = np.random.default_rng(0)
+    words = rng.choice(["word", "  \n", " ", "x" * 30, "é", "\u3000", "\n\n", "naïve"], 400_000)
+    text = " ".join(words) + "y" * (pipeline.LONGEST_PIECE + 5)
+    whole = list(pipeline.cut_pieces([text]))
+    ends = np.sort(rng.integers(0, len(text), 40)).tolist()
+    blocks = [text[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
+    assert list(pipeline.cut_pieces(blocks)) == whole and "".join(whole) == text
+    assert len(whole) > 10 and max(map(len, whole)) <= pipeline.LONGEST_PIECE
+
+
+@pytest.mark.parametrize("val_by", ["end", "document"])
+def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
+    write_records("r.jsonl")
+    whole = prepare("text", "r.jsonl", "--tokenizer=byte", f"--val_by={val_by}")
+    capped = prepare("text", "r.jsonl", "--tokenizer=byte", f"--val_by={val_by}", "--val_tokens=500", "--overwrite")
+    assert capped["val"]["tokens"] == 500
+    for count in ("tokens", "bytes"):
+        assert sum(whole[split][count] for split in ("train", "val")) == sum(
+            capped[split][count] for split in ("train", "val")
+        )
+    dataset = load_dataset("r")
+    ids = ids_of(dataset.val)
+    assert capped["val"]["bytes"] == len(ids) - ids.count(dataset.tokenizer.eot)
+
+
+def test_a_split_that_gets_nothing_says_what_to_do():
+    Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    prepare_fails("too little text of 2 documents into val.* or --val_by end", "text", "few.jsonl", "--val_by=document")
+    prepare_fails("val_tokens=1", "text", "few.jsonl", "--val_tokens=1")
+
+
+def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
+    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 5000)
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("abcXYZ0123,;)'/+\""), 60_000)) + " the end"
+    pieces = list(pipeline.cut_pieces([text[:9000], text[9000:]]))
+    encode = _gpt2_encoding().encode_ordinary
+    assert len(pieces) > 10 and [token for piece in pieces for token in encode(piece)] == encode(text)
+
+
+def test_max_tokens_are_the_first_of_the_corpus():
+    Path("x.jsonl").write_text("".join(json.dumps({"text": f"{i:03d}" * 10}) + "\n" for i in range(300)))
+    options = ("text", "x.jsonl", "--tokenizer=byte", "--val_fraction=0.3", "--name=t", "--overwrite")
+    prepare(*options)
+    whole = load_dataset("t")
+    args = cli._parser({"text": text_corpus}).parse_args([*options])
+    meta = pipeline.prepare(
+        text_corpus.documents(args),
+        Path("cut"),
+        name="cut",
+        tokenizer="byte",
+        source={},
+        val_fraction=0.3,
+        max_tokens=1000,
+    )
+    cut = load_dataset("cut")
+    assert len(cut.train) + len(cut.val) == 1000 and meta["documents"] == 33  # of 31 tokens each: 32 and a part
+    for split in ("train", "val"):
+        ids = ids_of(getattr(cut, split))
+        assert ids == ids_of(getattr(whole, split))[: len(ids)]
+        assert meta[split]["bytes"] == sum(token != 256 for token in ids)
+    kept = bytes(token for token in ids_of(cut.train) + ids_of(cut.val) if token != 256).decode()
+    assert all(f"{i:03d}" * 10 in kept for i in range(32))
+
+
+def test_a_corpus_that_changes_under_way(tmp_path):
+    class Changing:
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            yield FOX * self.times
+
+    with pytest.raises(UserError, match="changed while it was being read"):
+        pipeline.prepare(Changing(), tmp_path / "d", name="d", tokenizer="byte", source={}, val_by="end")
+    assert not (tmp_path / "d").exists()
+
+
+def test_few_records_are_split_at_the_end_of_their_text(capsys):
+    """The number of records is unknown before reading, and their hashes may leave a split empty."""
+    lines = [json.dumps({"text": f"record {i} of few, with some text"}) for i in range(3)]
+    Path("few.jsonl").write_text("\n".join(lines))
+    meta = prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05")
+    assert meta["val_by"] == "end" and "3 documents" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--val_by document"):
+        prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05", "--val_by=document", "--name=other")

@@ -1,0 +1,187 @@
+"""prepare/reading.py and text.py: files, folders, globs, pipes and records of every format, and bad ones."""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from helpers import FOX, RECORDS, documents_of, fuzz, ids_of, prepare, prepare_fails, rounds, write_records
+from hypothesis import strategies as st
+
+import prepare.__main__ as prepare_cli
+from acorn import UserError
+from acorn.data.shards import load_dataset
+from prepare import reading
+from prepare import text as text_corpus
+from prepare.encoding import not_text
+
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
+
+def test_a_file_longer_than_a_block_is_read_exactly(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK", 1001)  # cuts characters of two and three bytes
+    text = "\ufeffcafé €uro 文字 " * 2000
+    Path("long.txt").write_text(text, encoding="utf-8")
+    prepare("text", "long.txt", "--tokenizer=byte")
+    dataset = load_dataset("long")
+    ids = ids_of(dataset.train) + ids_of(dataset.val)
+    assert dataset.tokenizer.decode_bytes(ids[1:]).decode() == text[1:]
+    Path("bad.txt").write_bytes(b"a" * 5000 + "é".encode()[:1])
+    prepare_fails("byte 5000 is 0xc3", "text", "bad.txt")
+
+
+@pytest.mark.parametrize("path", ["r.jsonl", "r.JSONL.GZ", "r.jsonl.zst", "r.parquet", "r.csv"])
+def test_records_are_documents(path):
+    write_records(path, "body")
+    meta = prepare("text", path, "--key=body", "--tokenizer=byte")
+    assert meta["documents"] == 300 and meta["val_by"] == "document"
+    dataset = load_dataset("r")
+    texts = {split: set(documents_of(dataset, split)) for split in ("train", "val")}
+    assert texts["train"] | texts["val"] == set(RECORDS) and not texts["train"] & texts["val"]
+    assert 10 < len(texts["val"]) < 60
+    digest = {text: int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 for text in RECORDS}
+    assert texts["val"] == {text for text in RECORDS if digest[text] < 0.1}  # whatever stands around it
+
+
+def test_records_in_a_folder_and_lines_that_are_none():
+    os.mkdir("d")
+    write_records("d/a.jsonl")
+    write_records("d/b.parquet")
+    Path("d/c.jsonl").write_text('{"name": "no text here"}\n')
+    meta = prepare("text", "d", "--tokenizer=byte")
+    assert meta["documents"] == 601
+    prepare_fails(r"line 1 of d/c\.jsonl has no field 'text'.*--key \(the fields are: name\)", "text", "d/c.jsonl")
+    prepare_fails(
+        r"b\.parquet has no field 'body'.*the fields are: id, text", "text", "d/b.parquet", "--key=body", "--name=x"
+    )
+    prepare_fails(r"line 1 of d/a\.jsonl has 0 in its field 'id'", "text", "d/a.jsonl", "--key=id", "--name=x")
+    for name, data, match in (
+        ("e.jsonl", b'{"text": "x"}\nnot json\n', r"line 2 of e\.jsonl is not valid JSON"),
+        ("f.jsonl", b'{"text": "caf\xe9"}\n', r"f\.jsonl is not UTF-8: byte 13 is 0xe9 \(line 1\)"),
+        ("g.jsonl", b"[1, 2]\n", r"line 1 of g\.jsonl is \[1, 2\], not an object"),
+        ("h.csv", b"a,b\n1,2\n", r"h\.csv has no field 'text'.*a, b"),
+        ("k.csv", b'text\na\n"b\nc\n', r"k\.csv is not valid CSV in row 3, which begins in line 3 \(a quote is nev"),
+        ("i.parquet", b"PAR1 or not", r"i\.parquet is not a valid parquet file"),
+        (
+            "j.jsonl.zst",
+            pyarrow.compress(FOX.encode(), "zstd", asbytes=True)[:-9],
+            r"j\.jsonl\.zst is not a valid zstd",
+        ),
+    ):
+        Path(name).write_bytes(data)
+        prepare_fails(match, "text", name)
+
+
+def test_records_too_long_to_be_held_are_refused(monkeypatch):
+    """A quote that is never closed would take in all of a large file."""
+    monkeypatch.setattr(reading, "LONGEST", 500)
+    Path("a.csv").write_text('text\n"a\na"\n"' + 200 * "b,\n")
+    prepare_fails(r"row 3, which begins in line 4 \(a field has more than 500 characters", "text", "a.csv")
+    Path("b.jsonl").write_text('{"text": "a"}\n{"text": "' + 600 * "b" + '"}\n')
+    prepare_fails(r"line 2 of b\.jsonl has more than 500 bytes", "text", "b.jsonl")
+
+
+def test_half_a_surrogate_pair_in_json():
+    Path("s.jsonl").write_text('{"text": "a\\ud800b' + FOX.replace("\n", " ") + '"}\n' * 1)
+    prepare("text", "s.jsonl", "--tokenizer=byte", "--val_by=end")
+    dataset = load_dataset("s")
+    assert dataset.tokenizer.decode(ids_of(dataset.train)[:6]) == "<|endoftext|>a\ufffdb"
+
+
+def test_text_takes_folders_globs_gzip_and_stdin(monkeypatch, capsys):
+    os.makedirs("d/sub/.hidden")
+    Path("d/b.py").write_text("b" * 100)
+    Path("d/a.txt").write_text("a" * 100)
+    Path("d/sub/c.md.gz").write_bytes(gzip.compress(b"c" * 100))
+    Path("d/sub/.hidden/no.txt").write_text("hidden")
+    Path("d/nul.txt").write_bytes(b"\0" * 100)
+    Path("d/picture.png").write_bytes(b"\x89PNG")
+    Path("z.odd").write_bytes("\ufeffdd".encode())
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(buffer=open(Path("d/a.txt"), "rb")))  # noqa: SIM115
+    meta = prepare("text", "d", "z.odd", "-", "--tokenizer", "char", "--name", "t")
+    dataset = load_dataset("t")
+    text = dataset.tokenizer.decode(ids_of(dataset.train) + ids_of(dataset.val))
+    assert text.split("\n\n") == ["a" * 100, "b" * 100, "c" * 100, "dd", "a" * 100] and meta["documents"] == 5
+    assert "skipped 2 files" in capsys.readouterr().err
+
+
+def test_a_glob_takes_each_file_once():
+    os.makedirs("d/sub")
+    for name in ("d/a.txt", "d/sub/b.txt"):
+        Path(name).write_text(name * 100)
+    assert prepare("text", "d/**", "--tokenizer", "byte", "--name", "t")["documents"] == 2
+
+
+def test_records_come_through_a_pipe_too(monkeypatch):
+    lines = "".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(200))
+    Path("x.jsonl").write_text(lines)
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(buffer=open("x.jsonl", "rb")))  # noqa: SIM115
+    assert prepare("text", "-", "--key", "body", "--tokenizer", "byte", "--name", "t")["documents"] == 200
+    Path("a.txt").write_text("no records" * 100)
+    prepare_fails("--key body.*jsonl", "text", "a.txt", "--key", "body")
+
+
+def test_the_name_is_the_stem_of_the_first_path():
+    for first, name in (("~/x/mine.txt.gz", "mine"), ("mine/", "mine"), ("mine/**/*.txt", "mine"), ("-", "stdin")):
+        assert text_corpus.default_name(argparse.Namespace(files=[first])) == name
+
+
+def test_bad_files():
+    os.mkdir("empty_folder")
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes(b"caf\xe9 and more text")
+    Path("bad.gz").write_bytes(gzip.compress(FOX.encode())[:50])
+    Path("fake.gz").write_bytes(b"no gzip")
+    Path("short.txt").write_text("abc")
+    prepare_fails(r"no file or folder nope\.txt", "text", "nope.txt")
+    prepare_fails(r"no file matches .*\.zzz", "text", "*.zzz")
+    prepare_fails("empty_folder holds no text", "text", "empty_folder")
+    prepare_fails(r"empty\.txt is empty", "text", "empty.txt")
+    prepare_fails("corpus is empty", "text", "empt*.txt")
+    prepare_fails(r"latin\.txt is not UTF-8: byte 3 is 0xe9.*--errors replace", "text", "latin.txt")
+    prepare_fails(r"bad\.gz is not a valid gzip file", "text", "bad.gz")
+    prepare_fails(r"fake\.gz is not a valid gzip file", "text", "fake.gz")
+    prepare_fails("too short to split", "text", "short.txt", "--tokenizer", "char")
+    assert not list(Path("data").iterdir())
+    prepare("text", "latin.txt", "--errors", "replace", "--tokenizer", "char")
+    assert "\ufffd" in load_dataset("latin").tokenizer.to_dict()["vocab"]
+
+
+@rounds(25, 1500)
+def test_any_bytes_are_prepared_as_they_are_or_refused_with_a_sentence(tmp_path, monkeypatch, capsys, rounds):
+    monkeypatch.chdir(tmp_path)
+
+    def one(data: bytes, errors: str) -> None:
+        Path("t.txt").write_bytes(data)
+        argv = ["text", "t.txt", "--tokenizer=byte", "--overwrite", "--val_fraction=0.5", f"--errors={errors}"]
+        with contextlib.suppress(UserError):
+            prepare_cli.prepare_corpus(argv)  # with any detected encoding
+        argv.append("--encoding=utf-8")
+        if not_text(data):
+            with pytest.raises(UserError, match="not text"):
+                prepare_cli.prepare_corpus(argv)
+            return
+        try:
+            text = data.decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError:
+            with pytest.raises(UserError, match="not UTF-8"):
+                prepare_cli.prepare_corpus(argv)
+            return
+        try:
+            prepare_cli.prepare_corpus(argv)
+        except UserError as error:
+            assert len(text) < 4 and ("too short" in str(error) or "empty" in str(error))
+            return
+        loaded = load_dataset("t")
+        ids = np.concatenate([split.read([0], len(split))[0] for split in (loaded.train, loaded.val)])
+        assert ids[0] == 256 and bytes(ids[1:].tolist()).decode() == text
+
+    data = st.binary(max_size=30) | st.text(max_size=20).map(lambda text: text.encode("utf-8", "replace"))
+    fuzz(one, rounds, data, st.sampled_from(["strict", "replace"]))

@@ -1,0 +1,254 @@
+"""acorn/checkpoint/save.py: a checkpoint is written whole or not at all, keeps every bit, and old ones are removed."""
+
+import errno
+import json
+import os
+import shutil
+import threading
+
+import pytest
+import torch
+from helpers import STATE, make_older, same_weights, save_small, small_model, small_optimizers
+from safetensors.torch import load_file, save_file
+
+from acorn import UserError, checkpoint, files
+from acorn.checkpoint import save as saving
+from acorn.training import optim
+
+
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+    for step, changes in enumerate(
+        [{}, dict(tie_weights=False, pos="rope", mlp="swiglu", norm="rmsnorm", n_kv_head=1)]
+    ):
+        m = small_model(step, **changes)
+        save_small(tmp_path, step, m)
+        folder, state = checkpoint.find(tmp_path)
+        loaded = checkpoint.fill(*checkpoint.build_model(folder, state))
+        assert same_weights(loaded, m) and loaded.config == m.config
+
+
+def assert_same_moments(one: dict, other: dict):
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("form", ["of now", "optimizer.pt"])
+def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
+    m = small_model()
+    optimizers = small_optimizers(m, kind)
+    folder = save_small(tmp_path, 1, m, optimizers=optimizers)
+    if form == "optimizer.pt":
+        torch.save({"optimizers": [each.state_dict() for each in optimizers], "scaler": {}}, tmp_path / "moments")
+        make_older(folder, (tmp_path / "moments").read_bytes())
+    folder, state = checkpoint.find(tmp_path)
+    again = checkpoint.fill(*checkpoint.build_model(folder, state))
+    loaded = small_optimizers(again, kind, updates=0)
+    checkpoint.load_optimizers(folder, state, again, loaded)
+    assert_same_moments(optim.named_moments(again, loaded), optim.named_moments(m, optimizers))
+    other = small_optimizers(again, "muon" if kind == "adamw" else "adamw", updates=0)
+    with pytest.raises(UserError, match="another model or optimizer"):
+        checkpoint.load_optimizers(folder, state, again, other)
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    folder = save_small(tmp_path, 1, small_model())
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+
+
+def test_a_checkpoint_before_the_first_update_has_nothing_to_remember(tmp_path):
+    m = small_model()
+    save_small(tmp_path, 0, m, optimizers=small_optimizers(m, updates=0))
+    folder, state = checkpoint.find(tmp_path)
+    again = checkpoint.fill(*checkpoint.build_model(folder, state))
+    checkpoint.load_optimizers(folder, state, again, optimizers := small_optimizers(again, updates=0))
+    assert optim.named_moments(again, optimizers) == {}
+
+
+@pytest.mark.parametrize("shards", [2, 3, 40])  # some of 40 have no row of the smaller tensors
+def test_what_several_processes_wrote_is_one_model(tmp_path, shards):
+    m = small_model()
+    optimizers = small_optimizers(m)
+    folder = save_small(tmp_path, 1, m, optimizers=optimizers)
+    state = json.loads((folder / "state.json").read_text()) | {"shards": shards}
+    for kind in ("model", "optimizer"):
+        whole = load_file(folder / f"{kind}.safetensors")
+        os.remove(folder / f"{kind}.safetensors")
+        rows = {name: torch.arange(len(t)).chunk(shards) if t.dim() else [] for name, t in whole.items()}
+        for i, name in enumerate(checkpoint.file_names(kind, shards)):
+            own = {
+                key: t[rows[key][i] if i < len(rows[key]) else slice(0, 0)] if t.dim() else t
+                for key, t in whole.items()
+            }
+            save_file(own, folder / name)
+            state["sha256"][name] = files.sha256(folder / name)
+        stored = checkpoint.open_tensors(folder, state, kind)
+        assert all(torch.equal(stored[name][...], t) and stored[name].shape == t.shape for name, t in whole.items())
+        longest = max(whole, key=lambda name: whole[name].numel())
+        for start, stop in ((0, 5), (3, 200), (100, 257), (80, 80)):
+            assert torch.equal(stored[longest][start:stop], whole[longest][start:stop])
+    state["sha256"]["state"] = checkpoint.state_hash(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    again = checkpoint.fill(*checkpoint.build_model(*checkpoint.find(tmp_path)))
+    loaded = small_optimizers(again, updates=0)
+    checkpoint.load_optimizers(folder, state, again, loaded)
+    assert same_weights(again, m)
+    assert_same_moments(optim.named_moments(again, loaded), optim.named_moments(m, optimizers))
+    os.remove(folder / checkpoint.file_names("optimizer", shards)[-1])
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is saved is what was there when `save` returned, whatever happens to the model after that."""
+    may_write = threading.Event()
+    monkeypatch.setattr(saving, "save_file", lambda *args: may_write.wait() and save_file(*args))
+    m = small_model()
+    before = {name: p.clone() for name, p in m.state_dict().items()}
+    writer = checkpoint.Writer(tmp_path, keep=2)
+    writer.save(m, optimizers := small_optimizers(m, updates=0), {**STATE, "step": 1}, best=False)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(1)
+    assert not checkpoint.step_folders(tmp_path)
+    may_write.set()
+    writer.save(m, optimizers, {**STATE, "step": 2}, best=False)  # once the first is done
+    assert writer.wait()
+    first = load_file(tmp_path / "step_000001" / "model.safetensors")
+    second = load_file(tmp_path / "step_000002" / "model.safetensors")
+    for name, p in first.items():
+        assert torch.equal(p, before[name]) and torch.equal(p + 1, second[name])
+
+
+def test_a_write_that_fails_is_said_and_the_next_one_is_tried(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_small(tmp_path, 1)
+    m, writer = small_model(), checkpoint.Writer(tmp_path, keep=2)
+    for module, name in ((saving, "save_file"), (files, "sync"), (os, "rename"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            writer.save(m, [], {**STATE, "step": 2}, best=True)
+            assert not writer.wait() and writer.failure == os.strerror(errno.ENOSPC)
+        said = capsys.readouterr().err
+        assert said.startswith("warning: the checkpoint of step 2 could not be written") and said.count("\n") == 1
+        assert checkpoint.find(tmp_path)[1]["step"] == 1
+        shutil.rmtree(tmp_path / "step_000002", ignore_errors=True)
+    writer.save(m, [], {**STATE, "step": 3}, best=True)
+    assert writer.wait() and checkpoint.find(tmp_path)[1]["step"] == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tied_weights_are_stored_once_and_are_tied_again(tmp_path):
+    m = small_model()
+    folder = save_small(tmp_path, 1, m)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    loaded = checkpoint.fill(*checkpoint.build_model(*checkpoint.find(tmp_path)))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
+        save_small(tmp_path, step, keep=2, best=best)
+    assert {f.name for f in checkpoint.step_folders(tmp_path)} == {"step_000002", "step_000004", "step_000005"}
+    assert checkpoint.find(tmp_path, "latest")[0].name == "step_000005"
+    assert checkpoint.find(tmp_path, "best")[0].name == "step_000002"
+    assert checkpoint.find(tmp_path, "step_000004")[1]["step"] == 4
+    with pytest.raises(UserError, match="no step_000001"):
+        checkpoint.find(tmp_path, "step_000001")
+
+
+def test_what_adapters_stand_on_stays(tmp_path):
+    base = save_small(tmp_path / "base", 1, keep=1)
+    checkpoint.pin(base, tmp_path / "adapters")
+    for step in (2, 3):
+        save_small(tmp_path / "base", step, keep=1)
+    assert [f.name for f in checkpoint.step_folders(tmp_path / "base")] == ["step_000003", "step_000001"]
+    assert str(tmp_path / "adapters") in (base / "pinned").read_text()
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="was removed by its run"):
+        checkpoint.pin(base, tmp_path / "adapters")
+
+
+def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeypatch):
+    """The process ends before the n-th call that touches the disk, for every n that there is."""
+    save_small(tmp_path, 1)
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    really_remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
+    for module, name in ((saving, "save_file"), (files, "sync")):
+        monkeypatch.setattr(module, name, dying(getattr(module, name)))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    for die_at in range(1, 100):
+        calls = 0
+        for leftover in tmp_path.glob(".*-step_*"):
+            really_remove(leftover)
+        try:
+            save_small(tmp_path, 1 + die_at)
+        except Killed:
+            folder, state = checkpoint.find(tmp_path)
+            checkpoint.fill(*checkpoint.build_model(folder, state))
+        else:
+            break
+    assert die_at > 8  # there were that many instants, and then the save went through
+    assert checkpoint.find(tmp_path)[1]["step"] == 1 + die_at
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
+    save_small(tmp_path, 3, keep=1, best=True)
+    rename = os.rename
+
+    def dies_at_the_second(source, target):
+        if ".writing" in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        save_small(tmp_path, 3, keep=1)
+    monkeypatch.undo()
+    left = {path.name for path in tmp_path.iterdir()}
+    for which in ("latest", "best", "step_000003"):
+        assert checkpoint.find(tmp_path, which)[1]["step"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == left  # who reads changes nothing
+    save_small(tmp_path, 4, keep=2)
+    assert checkpoint.find(tmp_path, "best")[0].name == "step_000003"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path):
+    save_small(tmp_path, 10)
+    (save_small(tmp_path, 20, best=True) / "optimizer.safetensors").write_bytes(b"x")
+    assert checkpoint.find(tmp_path)[1]["step"] == 10
+    save_small(tmp_path, 15, keep=1)
+    assert [f.name for f in checkpoint.step_folders(tmp_path)] == ["step_000015"]
+    assert checkpoint.find(tmp_path)[1]["step"] == 15
+
+
+def test_a_filesystem_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
+    really_sync = os.fsync
+
+    def sync(descriptor):
+        if os.path.isdir(f"/dev/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        really_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    save_small(tmp_path, 1, best=True)
+    assert checkpoint.find(tmp_path)[1]["step"] == 1

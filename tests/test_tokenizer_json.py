@@ -1,0 +1,257 @@
+"""tokenizer.json: control tokens, templates, new tokens, ids around a text as in transformers, and hostile files."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from helpers import TEXT, bpe_tokenizer, llama_tokenizer, sentencepiece, tokenizer_json, write_hf
+
+from acorn import UserError
+from acorn.data import chat, records, sandbox
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    HFTokenizer,
+    StreamDecoder,
+    add_tokens,
+    extends,
+    from_dict,
+    get_tokenizer,
+    load_hf,
+    tokenizer_hash,
+)
+from acorn.inference.generate import TextStream, encode_prompt
+from prepare.__main__ import prepare_corpus
+from prepare.pipeline import prepare
+
+BPE, LLAMA = bpe_tokenizer(), llama_tokenizer()
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first", "always", "never"])
+def test_a_tokenizer_in_the_manner_of_sentencepiece(prepend):
+    tokenizer = HFTokenizer(sentencepiece(prepend), "</s>", "<s>", "</s>")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.config))
+    assert tokenizer.control == {"<unk>": 0, "<s>": 1, "</s>": 2} and tokenizer.eot == 2
+    for text in ("", "take the letter", "x\n\n  y  ", "字 and 😀 é\x00"):
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        size = len(text.encode()) + (prepend != "never" and text != "")
+        assert tokenizer.token_bytes()[ids].sum() == len(tokenizer.decode_bytes(ids)) == size
+    text = "bring <s> it</s>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and not {1, 2} & set(tokenizer.encode(text))
+
+    # the parts of a text, control tokens and all, are those of the whole
+    parts = ["<s>take the", " letter", " slowly</s>\n<s>bring", " it"]
+    whole = theirs.encode("".join(parts), add_special_tokens=False).ids
+    ids = [tokenizer.encode_part(part, i > 0, control=True) for i, part in enumerate(parts)]
+    assert np.concatenate(ids).tolist() == whole
+
+    decoder = StreamDecoder(tokenizer)  # it goes on from a prompt, so the first space is text
+    out = [decoder.push(i) for i in tokenizer.encode("horse 字").tolist()]
+    assert "".join(out) == " " * (prepend != "never") + "horse 字"
+
+
+def test_a_folder_names_its_control_tokens_and_template(tmp_path):
+    settings = {"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": "{{ messages }}"}
+    for tokenizer in (
+        get_tokenizer(str(write_hf(tmp_path / "a", LLAMA.config, tokenizer_config=settings))),
+        get_tokenizer(str(tmp_path / "a" / "tokenizer.json")),
+    ):
+        assert (tokenizer.kind, tokenizer.eot, tokenizer.bos, tokenizer.eos) == ("hf", 2, "<s>", "</s>")
+        assert tokenizer.chat_template == "{{ messages }}" and tokenizer_hash(tokenizer) == tokenizer_hash(LLAMA)
+    ids = {"eos_token_id": [2, 0]}
+    assert get_tokenizer(str(write_hf(tmp_path / "b", LLAMA.config, generation_config=ids))).eot == 2
+    assert get_tokenizer(str(write_hf(tmp_path / "c", LLAMA.config))).eot is None
+    named = {"special_tokens_map": {"eos_token": "<|im_end|>"}}  # ends a turn, not a text
+    assert get_tokenizer(str(write_hf(tmp_path / "d", **named))).eot == 339
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer": "text"}, "is not a JSON object"),
+        ({"tokenizer": {"a": 1}}, "not the tokenizer.json of"),
+        ({"tokenizer": {"model": {"type": "BPE"}}}, "tokenizer.json is broken"),
+        ({"tokenizer_config": {"eos_token": {"a": 1}}}, "is broken"),
+        ({"tokenizer_config": {"chat_template": 5}}, "is broken"),
+        ({"generation_config": {"eos_token_id": ["a"]}}, "eos_token_id"),
+        ({"special_tokens_map": [1]}, "is not a JSON object"),
+    ],
+)
+def test_a_broken_folder_is_a_sentence(tmp_path, files, message):
+    with pytest.raises(UserError, match=message) as error:
+        get_tokenizer(str(write_hf(tmp_path, **files)))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_new_tokens_added_by_transformers_are_known_for_what_they_are():
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(BPE.config))
+    theirs.add_special_tokens(["<|x|>"])
+    config = json.loads(theirs.to_str())
+    tokenizer = HFTokenizer(config, END_OF_TEXT, None, None)
+    assert extends(tokenizer, BPE) and extends(add_tokens(tokenizer, ["<|y|>"]), BPE)
+    config["model"]["merges"][-2:] = config["model"]["merges"][:-3:-1]  # the last two the other way around
+    assert not extends(HFTokenizer(config, END_OF_TEXT, None, None), BPE)
+
+
+def test_what_cannot_be_a_new_token_is_a_sentence(tmp_path, monkeypatch):
+    gaps = json.loads(json.dumps(BPE.config))
+    gaps["model"]["vocab"]["\u0120slowly"] += 1000
+    for base, names, message in (
+        (ByteTokenizer(), ["<|x|>"], "byte tokenizer cannot have new tokens"),
+        (BPE, ["<|x|>", "<|x|>"], "already exists"),
+        (BPE, [END_OF_TEXT], "already exists"),
+        (BPE, ["it"], "it cannot be a new token: it already exists"),
+        (BPE, [""], "without spaces"),
+        (BPE, ["<a b>"], "without spaces"),
+        (BPE, ["<\udc80>"], "without spaces"),
+        (HFTokenizer(gaps, END_OF_TEXT, None, None), ["<|x|>"], "gaps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            add_tokens(base, names)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    for spec in ("char", "cl100k_base", "bpe:300"):
+        with pytest.raises(UserError, match=f"cannot be added to --tokenizer {spec}\\. Use gpt2"):
+            prepare_corpus(["text", "a.txt", "--tokenizer", spec, "--new_tokens", "<|x|>"])
+    assert not (tmp_path / "data").exists()
+
+
+def processor(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> dict:
+    """Return a post-processor for a tokenizer.json that puts control tokens before and after a text."""
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in [*before, *after]}
+    around = [[{"SpecialToken": {"id": name, "type_id": 0}} for name, _ in side] for side in (before, after)]
+    single = [*around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1]]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+
+
+def with_processor(folder: Path, before: list[str], after: list[str], sequence: bool = False, **files) -> Path:
+    """Write the BPE tokenizer with `<s>` (340) and `</s>` (341), which a post-processor puts around a text."""
+    ids = {"<s>": 340, "</s>": 341}
+    added = [BPE.config["added_tokens"][0] | {"id": i, "content": name} for name, i in ids.items()]
+    config = BPE.config | {"added_tokens": [*BPE.config["added_tokens"], *added]}
+    post = processor(*([(name, ids[name]) for name in side] for side in (before, after)))
+    if sequence:  # as in Llama 3
+        post = {"type": "Sequence", "processors": [BPE.config["pre_tokenizer"], post]}
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return write_hf(folder, config | {"post_processor": post}, tokenizer_config=settings, **files)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(["<s>"], []), (["<s>"], ["</s>"]), ([], ["</s>"]), ([], [])])
+def test_texts_prompts_and_documents_have_transformers_ids(tmp_path, before, after, sequence):
+    transformers = pytest.importorskip("transformers")
+    folder = with_processor(tmp_path / "t", before, after, sequence)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
+    for tokenizer in (ours, from_dict(json.loads(json.dumps(ours.to_dict())))):
+        for text in ("the other", "", "<s>x</s>"):
+            whole = theirs(text, split_special_tokens=True)["input_ids"]
+            assert [*tokenizer.before_text, *tokenizer.encode(text), *tokenizer.after_text] == whole
+            if text:
+                assert encode_prompt(tokenizer, text) == whole[: len(whole) - len(after)]
+        assert encode_prompt(tokenizer, "<s>a", control=True) == theirs("<s>a", add_special_tokens=False)["input_ids"]
+        assert encode_prompt(tokenizer, "") == ([340] if before else [339])
+
+    documents = ["the one", "the other " * 30]
+    meta = prepare(documents, tmp_path / "d", name="d", tokenizer=ours, source={}, val_by="end", val_fraction=0.2)
+    dataset = load_dataset(str(tmp_path / "d"))
+    written = [t for split in (dataset.train, dataset.val) for t in split.read([0], len(split))[0].tolist()]
+    marks = [] if before or after else [339]  # the end-of-text token, unless the tokenizer adds its own
+    expected = [i for text in documents for i in marks + theirs(text)["input_ids"]]
+    assert written == expected or len(written) - len(expected) in (0, 1)  # the start of val may split a token
+    assert written[:9] == expected[:9] and written[-9:] == expected[-9:]
+    assert meta["document_mark"] == (340 if before else 339 if not after else ours.eot)
+
+
+def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
+    ends = {"generation_config": {"eos_token_id": [341, 300]}, "config": {"eos_token_id": 301}}
+    tokenizer = get_tokenizer(str(with_processor(tmp_path / "t", ["<s>"], [], **ends)))
+    assert tokenizer.ends == {339, 341, 300, 301}
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.ends == tokenizer.ends and tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    assert tokenizer_hash(get_tokenizer(str(with_processor(tmp_path / "u", ["<s>"], [])))) == tokenizer_hash(tokenizer)
+    assert add_tokens(tokenizer, ["<|note|>"]).ends == tokenizer.ends
+    for end in (*tokenizer.ends, 340):  # and the BOS of the next document
+        stream = TextStream(tokenizer)
+        assert stream.push(65) and stream.stopped_by is None
+        assert stream.push(end) == "" and stream.stopped_by == "end of text"
+    old = {
+        name: value for name, value in tokenizer.to_dict().items() if name in ("kind", "config", "eot", "bos", "eos")
+    }
+    assert from_dict(old).ends == {339, 341}
+    with pytest.raises(UserError, match="more_ends"):
+        from_dict(old | {"more_ends": ["</s>"]})
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    templates = [{"name": "default", "template": "\n{{ messages[0].content }}\n"}]
+    templates.append({"name": "tool_use", "template": "{% for t in tools %}{{ t.name }}{% endfor %}!"})
+    folder = write_hf(tmp_path / "t", BPE.config, tokenizer_config={"chat_template": templates})
+    theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(folder), get_tokenizer(str(folder))
+    messages = [{"role": "user", "content": "hi"}]
+    for tools in (None, [{"name": "weather"}]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        extras = {"tools": tools} if tools else {}
+        assert ours.decode(chat.render(ours, records.Conversation(messages, extras))) == expected
+
+
+def pattern(regex: str) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
+EMPTY = dict.fromkeys(("type", "vocab", "merges"), None)
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {}},
+        {"model": EMPTY},
+        {"model": {"type": "BPE", "vocab": {}, "merges": []}},
+        {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}},
+        {"model": {"type": "Unigram", "vocab": [], "unk_id": None}},
+        {"pre_tokenizer": pattern("(a+)+$")},
+        {"pre_tokenizer": pattern(r"[\s\S]*[\x00\x01]|.")},  # the square of the text
+        {"pre_tokenizer": {"type": []}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}},  # 64 GB
+        {"normalizer": []},
+        {"added_tokens": [{"id": 2**40, "content": "x"}]},
+        {"added_tokens": {}},
+        {"decoder": {"type": "Replace", "pattern": {"Regex": "((("}, "content": ""}},
+    ],
+)
+def test_a_hostile_tokenizer_is_a_sentence(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(**changes)))
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_hf(tmp_path)
+    assert time.process_time() - began < 5  # the rest of it is another process's
+
+
+def test_usual_patterns_are_taken():
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    llama3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for regex in (gpt2, llama3):
+        tokenizer = from_dict({"kind": "hf", "config": tokenizer_json(pre_tokenizer=pattern(regex))})
+        assert tokenizer.decode(tokenizer.encode("to be, or 12 not")) == "to be, or 12 not"
+
+
+@pytest.mark.usefixtures("alarm")
+def test_a_pattern_that_fails_on_a_text_is_a_sentence(monkeypatch):
+    """One that is harmless where it is tried."""
+    tokenizer = from_dict({"kind": "hf", "config": tokenizer_json(pre_tokenizer=pattern("(?=(q+)+$)."))})
+    assert len(tokenizer.encode("to be")) > 0
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_part(text, True, True)):
+        with pytest.raises(UserError, match="fails on the text"):
+            encode("q" * 50 + "!")
