@@ -94,10 +94,10 @@ def machine_name(device: torch.device) -> str:
 
 def fixed(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithmetic:
     """Return the arithmetic for a known dtype. Nothing is timed, so the result is the same in every run."""
-    plain = device.type == "cpu" and (attention_dropout(config) > 0 or (dtype == torch.bfloat16 and plain_fits(config)))
+    attention = usual_attention(config, name(dtype)) if device.type == "cpu" else "fused"
     muon_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     threads = torch.get_num_threads()
-    return Arithmetic(name(dtype), name(muon_dtype), "plain" if plain else "fused", threads, machine_name(device))
+    return Arithmetic(name(dtype), name(muon_dtype), attention, threads, machine_name(device))
 
 
 def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic, list[str]]:
@@ -116,8 +116,7 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
         torch.set_num_threads(1)  # thread_time counts one thread, without the time of other programs
         slowdown = bfloat16_slowdown()
         dtypes = ["float32", "bfloat16"] if slowdown < 2 else ["float32"]  # emulated updates would take seconds
-        attention = {dtype: choose_attention(config, dtype) for dtype in dtypes}
-        updates = {dtype: update(model, tokens, dtype, attention[dtype]) for dtype in dtypes}
+        updates = {dtype: update(model, tokens, dtype, usual_attention(config, dtype)) for dtype in dtypes}
         dtype, times = fastest(updates, SECONDS, clock=time.thread_time)
         if len(dtypes) == 1:
             notes.append(f"dtype float32 (auto: bfloat16 takes {slowdown:.0f}x as long on this CPU)")
@@ -130,8 +129,9 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
             products = {kind: orthogonalization(matrix.to(getattr(torch, kind))) for kind in dtypes}
             muon_dtype, times = fastest(products, SECONDS, clock=time.thread_time)
             notes.append(f"Muon dtype {muon_dtype} (auto)")
+        attention = choose_attention(config, dtype)
         torch.set_num_threads(threads)
-    return Arithmetic(dtype, muon_dtype, attention[dtype], threads, machine_name(torch.device("cpu"))), notes
+    return Arithmetic(dtype, muon_dtype, attention, threads, machine_name(torch.device("cpu"))), notes
 
 
 def reduced(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[int, int]]:
@@ -188,6 +188,12 @@ def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
     if int(best) == most:
         return most, f"{most} threads"
     return int(best), f"{best} threads (auto: {times[str(most)] / times[best]:.1f}x as fast as {most})"
+
+
+def usual_attention(config: GPTConfig, dtype: str) -> str:
+    """Return the attention that is faster on most CPUs."""
+    plain = attention_dropout(config) > 0 or (dtype == "bfloat16" and plain_fits(config))
+    return "plain" if plain else "fused"
 
 
 def choose_attention(config: GPTConfig, dtype: str) -> str:
