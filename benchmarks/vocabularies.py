@@ -54,6 +54,11 @@ def tokenizer_of(name: str, texts: list[str], folder: Path) -> tokenizers.Tokeni
 def measure(name: str, train: list[str], val: list[str], folder: Path, args: argparse.Namespace) -> dict:
     """Return a row of the table: train a small model with the tokenizer `name` in `folder`."""
     tokenizer = tokenizer_of(name, [*train, *val] if name == "char" else train, folder)
+    size, tokens = sum(len(poem.encode()) for poem in val), sum(map(len, tokenizer.encode_batch(val)))
+    row = {"tokenizer": name, "vocabulary": f"{tokenizer.n_vocab:,}"}
+    row |= {"characters per token": f"{sum(map(len, val)) / tokens:.2f}"}
+    if args.no_training:
+        return row
     texts = [pipeline.Document(poem, split) for split, poems in (("train", train), ("val", val)) for poem in poems]
     meta = pipeline.prepare(texts, folder / "data", name="poems", tokenizer=tokenizer, source={})
     updates = meta["train"]["tokens"] // (args.batch_size * args.block_size)
@@ -64,15 +69,8 @@ def measure(name: str, train: list[str], val: list[str], folder: Path, args: arg
     model, _, _ = checkpoint.load_model(str(folder / "run"), "latest")
     data = load_dataset(str(folder / "data"))
     loss = evaluate(model, data.val, runtime.setup("cpu", "float32", False), 16, args.block_size)["loss"]
-    size = sum(len(poem.encode()) for poem in val)
-    return {
-        "tokenizer": name,
-        "vocabulary": f"{tokenizer.n_vocab:,}",
-        "characters per token": f"{sum(map(len, val)) / len(data.val):.2f}",
-        "updates": updates,
-        "bits per byte": f"{loss * len(data.val) / size / np.log(2):.3f}",
-        "seconds": f"{seconds:.0f}",
-    }
+    bits = loss * len(data.val) / size / np.log(2)  # the marks between documents count, too
+    return row | {"updates": updates, "bits per byte": f"{bits:.3f}", "seconds": f"{seconds:.0f}"}
 
 
 def main() -> None:
@@ -80,6 +78,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="poems", help="default: %(default)s")
     parser.add_argument("--tokenizers", nargs="+", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--characters", type=int, default=1_000_000, help="to train on; default: %(default)s")
+    parser.add_argument("--no_training", action="store_true", help="print the characters per token only")
     parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--block_size", type=int, default=64, help="default: %(default)s")
     args = parser.parse_args()
