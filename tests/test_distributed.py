@@ -24,7 +24,7 @@ train.heartbeat.join = lambda *how: torch.distributed.is_initialized() or join(*
 for words in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *words]
     assert train.main() == 0
-train.runtime.leave(0)
+train.runtime.shutdown(0)
 """
 # rows and matrices that two and four processes do not divide, micro-batches that they have to split
 SHAPE = "--n_layer=3 --n_hidden=50 --dropout=0 --eval_interval=10 --max_iters=20".split()
@@ -111,7 +111,7 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
 # in each run, updates 3 and 6 have a non-finite gradient; with FSDP, each process holds a part of it
 POISON = """
 from acorn.training import optim
-optim.HOST_DECIDES = ()  # as on a GPU
+optim.HOST_DECIDED_DEVICES = ()  # as on a GPU
 from acorn.distributed.sharding import local
 clip, calls = torch.nn.utils.clip_grad_norm_, []
 def poisoned(parameters, *how):
@@ -201,7 +201,7 @@ def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(da
     s = TrainSettings(dataset=str(dataset))
     for first, n_files in ((True, 2), (False, 0)):
         hashed.clear()
-        load_data(s, {}, SimpleNamespace(is_first_here=first, gather=lambda values: [values, values]))
+        load_data(s, {}, SimpleNamespace(is_first_on_machine=first, gather=lambda values: [values, values]))
         assert len(hashed) == n_files
     with pytest.raises(UserError, match="differs between machines"):
-        load_data(s, {}, SimpleNamespace(is_first_here=True, gather=lambda values: [values, [values[0] + 1]]))
+        load_data(s, {}, SimpleNamespace(is_first_on_machine=True, gather=lambda values: [values, [values[0] + 1]]))

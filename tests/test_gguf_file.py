@@ -8,8 +8,8 @@ import torch
 from hf_models import MODERN, greedy, ours, saved
 
 from acorn import UserError, checkpoint, hub
-from acorn.checkpoint.gguf_file import LLAMA3_PATTERN, QWEN2_PATTERN, export_gguf
-from acorn.data.tokenizer import HFTokenizer, get_tokenizer
+from acorn.checkpoint.gguf_file import LLAMA3_PATTERN, QWEN2_PATTERN, export_gguf, pre_tokenizer_name
+from acorn.data.tokenizer import HFTokenizer, get_tokenizer, train_bpe
 from acorn.inference.generate import encode_prompt
 from acorn.training import lora
 
@@ -69,13 +69,11 @@ def split_by(name: str) -> HFTokenizer:
     """Train a BPE with the pre-tokenizer that llama.cpp knows by this name."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    steps = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")],
-        "qwen2": [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")],
-    }[name]
-    if name != "smollm":
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    if name == "smollm":
+        return train_bpe([TEXT * 20], 300, digits=1, reserved=2)
+    pattern = {"llama-bpe": LLAMA3_PATTERN, "qwen2": QWEN2_PATTERN}[name]
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC() if name == "qwen2" else None
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
@@ -143,6 +141,7 @@ def test_what_llama_cpp_does_not_have_is_refused_and_leaves_nothing(tmp_path, mo
         saved(tmp_path / "out", ours(**changes), kind, [TEXT])
         with pytest.raises(UserError, match=words):
             export_gguf(str(tmp_path / "out"), tmp_path / "m.gguf")
+    assert pre_tokenizer_name(train_bpe([TEXT * 20], 300, digits=3).config) is None
     saved(tmp_path / "out", ours())
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda self: tmp_path.read_bytes())
     with pytest.raises(UserError, match="could not be written"):

@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.huggingface import ACTIVATIONS, CLASSES, GATES, NAMES, OWN, flat, is_norm, their_views
+from acorn.checkpoint.huggingface import (
+    ACORN_TOKENIZER,
+    ACTIVATIONS,
+    CLASSES,
+    GATES,
+    NAMES,
+    flatten,
+    hf_views,
+    is_norm,
+)
 from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
 from acorn.data import chat
@@ -24,14 +33,14 @@ from model import GPT, GPTConfig
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
     """Return the content of a tokenizer's files by file name, for transformers and for `load_tokenizer`."""
-    own = {OWN: json.dumps(tokenizer.to_dict())}
+    contents = {ACORN_TOKENIZER: json.dumps(tokenizer.to_dict())}
     text = tokenizer_json(tokenizer)
     if text is None:
         print(
             f"note: transformers has no equivalent of the {tokenizer.kind} tokenizer; no tokenizer.json is written",
             file=sys.stderr,
         )
-        return own
+        return contents
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads any tokenizer.json as it is
         "model_max_length": block_size,
@@ -42,7 +51,7 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[st
     # padding a batch needs pad_token, and CTranslate2 needs unk_token to read GPT-2
     extras |= {"pad_token": tokenizer.pad or eot, "unk_token": tokenizer.unk or eot}
     config |= {name: value for name, value in extras.items() if value}
-    return own | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
+    return contents | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
 def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
@@ -70,7 +79,7 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
     return None
 
 
-def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> str:
+def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype = torch.float32) -> str:
     """Export a model as a folder `target` that transformers loads: weights, configuration and tokenizer.
 
     `source` is anything that `checkpoint.load_model` accepts. A run of adapters gets its base's context length. The
@@ -78,7 +87,7 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     equivalent model, or if `target` exists."""
     if os.path.lexists(target):
         raise UserError(f"{target} already exists. Choose another folder, or remove it.")
-    model, tokenizer, _ = load_model(source, which, whole_context=True)
+    model, tokenizer, _ = load_model(source, choice, whole_context=True)
     cfg = model.config
     family = choose_family(cfg, source)
     if family == "gpt2" and cfg.mlp in ("relu", "relu2"):
@@ -92,12 +101,11 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     name = class_name(family)
     if tokenizer:  # rows after its last id only pad the vocabulary
         cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
-    tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, family).items()}
+    tensors = {name: t.to(dtype).contiguous() for name, t in hf_tensors(model, family).items()}
     control = tokenizer.control if tokenizer else {}
     ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
-    config = (
-        to_gpt2(cfg, **ids) if family == "gpt2" else to_llama(cfg, family, **ids)
-    )  # without ids: GPT-2's, a warning
+    # without ids, transformers warns of GPT-2's
+    config = to_gpt2(cfg, **ids) if family == "gpt2" else to_llama(cfg, family, **ids)
     config.update(dict(architectures=[name], dtype=str(dtype)[6:]))
     ends = [ids["eos_token_id"], *sorted(tokenizer.ends if tokenizer else ())]  # ends of texts and of turns
     if tokenizer and tokenizer.chat_template:
@@ -152,10 +160,10 @@ def choose_family(cfg: GPTConfig, source: str) -> str:
         supported |= dict(
             nope_every=[cfg.nope_every if family == "smollm3" else 0], scale_embedding=[family == "gemma"]
         )
-    if wrong := [f"{name}={getattr(cfg, name)!r}" for name in supported if getattr(cfg, name) not in supported[name]]:
+    if refused := [f"{name}={getattr(cfg, name)!r}" for name in supported if getattr(cfg, name) not in supported[name]]:
         raise UserError(
-            f"{source} cannot be exported: it has {', '.join(wrong)}, which {class_name(family)} of transformers does "
-            "not support. Train a model without that."
+            f"{source} cannot be exported: it has {', '.join(refused)}, which {class_name(family)} of transformers "
+            "does not support. Train a model without that."
         )
     return family
 
@@ -164,18 +172,20 @@ def class_name(family: str) -> str:
     return "GPT2LMHeadModel" if family == "gpt2" else f"{CLASSES[family]}ForCausalLM"
 
 
-def their_tensors(model: GPT, family: str) -> dict[str, Tensor]:
-    """Return the tensors of `their_views` for export, with the configuration's vocabulary size and with all biases."""
-    views = their_views(model, family)
-    tensors = flat(views)
+def hf_tensors(model: GPT, family: str) -> dict[str, Tensor]:
+    """Return the tensors of `hf_views` for export, with the configuration's vocabulary size and with all biases."""
+    views = hf_views(model, family)
+    tensors = flatten(views)
     if family == "gemma":  # stores the difference of norm weights from 1
-        tensors |= flat({name: {k: p - 1 for k, p in parts.items()} for name, parts in views.items() if is_norm(name)})
+        tensors |= flatten(
+            {name: {k: p - 1 for k, p in parts.items()} for name, parts in views.items() if is_norm(name)}
+        )
     for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             tensors[name] = tensors[name][: model.config.vocab_size]
     if family == "gpt2" and not model.config.bias:  # transformers' GPT-2 always has biases; zeros have no effect
         full = empty_model({**dataclasses.asdict(model.config), "bias": True}, family)
-        zeros = {name: torch.zeros(view.shape) for name, view in flat(their_views(full, family)).items()}
+        zeros = {name: torch.zeros(view.shape) for name, view in flatten(hf_views(full, family)).items()}
         tensors = zeros | tensors
     return tensors
 
@@ -184,23 +194,20 @@ def to_gpt2(cfg: GPTConfig, **ids: int | None):
     """Return a transformers GPT2Config with the `ids` of control tokens."""
     from transformers import GPT2Config
 
-    same = {theirs: getattr(cfg, name) for name, theirs in NAMES["gpt2"].items()}
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp)
+    fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["gpt2"].items()}
+    activation = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
     # llama.cpp's converter reads n_ctx, an older name of n_positions
-    return GPT2Config(**same, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
+    return GPT2Config(**fields, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
 
 
 def to_llama(cfg: GPTConfig, family: str, **ids: int | None):
     """Return a transformers configuration of Llama or its relative `family` with the `ids` of control tokens."""
     import transformers
 
-    values = {theirs: getattr(cfg, name) for name, theirs in NAMES["llama"].items()}
-    values |= {
-        "head_dim": cfg.head_dim,
-        "pad_token_id": None,
-    }  # SmolLM3's default pad_token_id exceeds a small vocabulary
-    values["hidden_act"] = next(theirs for theirs, ours in GATES.items() if ours == cfg.mlp)
+    values = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["llama"].items()}
+    values |= {"head_dim": cfg.head_dim, "pad_token_id": None}  # SmolLM3's default may exceed the vocabulary
+    values["hidden_act"] = next(hf_name for hf_name, mlp in GATES.items() if mlp == cfg.mlp)
     if family == "smollm3":
         values["no_rope_layers"] = [int((layer + 1) % cfg.nope_every != 0) for layer in range(cfg.n_layer)]
         values["no_rope_layer_interval"] = cfg.nope_every

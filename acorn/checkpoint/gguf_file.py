@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.export import choose_family, their_tensors
-from acorn.checkpoint.huggingface import turned
+from acorn.checkpoint.export import choose_family, hf_tensors
+from acorn.checkpoint.huggingface import is_transposed
 from acorn.checkpoint.load import load_model
 from acorn.data import chat
 from acorn.data import tokenizer as tokenizers
@@ -134,8 +134,8 @@ def gguf_tensors(model: GPT, family: str) -> dict[str, Tensor]:
     arch = gguf.MODEL_ARCH["LLAMA" if family == "mistral" else family.upper()]
     names = gguf.get_tensor_name_map(arch, cfg.n_layer)
     tensors = {}
-    for name, tensor in their_tensors(model, form).items():
-        tensor = tensor.t() if turned(form, name) else tensor
+    for name, tensor in hf_tensors(model, form).items():
+        tensor = tensor.t() if is_transposed(form, name) else tensor
         if family in ("llama", "mistral", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
             # there rope rotates neighbouring channels as pairs, here the channels i and i + D/2
             tensor = tensor.reshape(-1, 2, cfg.head_dim // 2, cfg.n_embd).transpose(1, 2).reshape(tensor.shape)
