@@ -23,6 +23,7 @@ from acorn.training.accumulate import Accumulator
 from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
 from acorn.training.progress import Console, Progress, evaluation_line
 from acorn.training.run import (
+    SIGNALED,
     RunState,
     SkippedUpdates,
     dry_run,
@@ -50,8 +51,11 @@ class TrainSettings:
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best
     sample_interval: int = 0  # updates between samples on the console; 0: none
     init_from: str = "scratch"  # scratch | resume | an out_dir | a nanoGPT ckpt.pt | gpt2, OWNER/NAME (hub), a folder
+    max_minutes: float = 0.0  # end after this much training, with resumed parts; 0: off; the lr schedule is unaffected
+    early_stopping: int = 0  # end after this many evaluations without a better val loss; 0: off; lr schedule as above
     dry_run: bool = False  # time a few updates, print the memory and time that the run would need, and write nothing
-    # wandb logging
+    # logging; metrics.jsonl is always written
+    tensorboard_log: bool = False  # also log to TensorBoard, in out_dir/tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run
@@ -161,8 +165,8 @@ def main() -> int:
 
     # ---- the state of the run, and the gradient accumulator
     state = RunState.from_saved(saved)
-    if state.is_finished(s.max_iters) and not s.eval_only:
-        log(f"{out_dir} has already made its {state.step} updates. Use a larger --max_iters to continue.")
+    if (reason := state.ended(s)) and not s.eval_only:
+        log(f"{out_dir} {reason}")
         return 0
     state.data = data.identity()
     n_sequences = s.gradient_accumulation_steps * s.batch_size  # per update
@@ -187,14 +191,14 @@ def main() -> int:
         console.start_bar(state.step, s.max_iters)
 
     # ---- the loop
-    first_step, stop = state.step, False
+    first_step, stop = state.step, 0  # stop: a reason to stop here, or 0
     state.start_clock()
     progress = Progress(s, state, accumulator, console, metrics)
     model.train()
     while True:
         step = state.step
         # evaluate, save a checkpoint, and sample
-        evaluates = state.is_evaluation_due(s.eval_interval, s.max_iters, s.eval_only) and not stop
+        evaluates = state.is_evaluation_due(s, stop)
         if evaluates:
             size, n = accumulator.micro_batch, s.eval_iters * s.batch_size
             train = evaluate_mixture(model, data, "train", dist, size, s.block_size, n, token_bytes)
@@ -207,22 +211,22 @@ def main() -> int:
                 checkpoints.save(best)
             if metrics is not None:
                 metrics.write_evaluation(step, train, val, state.tick())
-        samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and not stop
+        samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and stop != SIGNALED
         if samples and (dist.is_main or dist.fsdp):  # FSDP needs every rank in each forward pass
             log(f"--- sample at step {step}\n{sample(model, data.tokenizer, s.seed)}")
         if evaluates:
             progress.restart_clock()
-        if stop or step == s.max_iters:
+        if stop or step == s.max_iters or state.is_out_of_patience(s.early_stopping):
             return finish(s, state, checkpoints, console, stop, data.has_conversations)
 
         # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
-        asked_to_stop = dist.ask(bool(signals))
+        ask_to_stop = dist.ask(state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))
         loss_sum, n_targets = accumulator.backward(step, state.position)
         lr = set_learning_rates(s, optimizers, step)
         grad_norm = accumulator.step(optimizers, s.grad_clip, skipped.counts)
         state.step, state.position = step + 1, state.position + n_sequences
-        stop = asked_to_stop()  # all processes stop at the same step
-        if stop and dist.world_size > 1:  # only now, because torchrun also sends a signal when another rank has died
+        stop = ask_to_stop()  # all processes stop at the same step
+        if stop == SIGNALED and dist.world_size > 1:  # only now, as torchrun also signals when another rank has died
             log("stopping after this update, with a checkpoint")
 
         # log

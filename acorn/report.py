@@ -1,4 +1,4 @@
-"""Report a run (metrics.jsonl, loss.png, Weights & Biases), and compare the losses and settings of runs.
+"""Report a run (metrics.jsonl, loss.png, wandb, TensorBoard), and compare the losses and settings of runs.
 
 python -m acorn.report out/a out/b
 """
@@ -25,14 +25,19 @@ ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # se
 
 
 class Metrics:
-    """Writes metrics.jsonl in `out_dir`, one object per line, and sends the metrics to wandb if it is on.
+    """Writes metrics.jsonl in `out_dir`, one object per line, and sends the metrics to wandb and TensorBoard if given.
 
     A run that resumes at `step` first removes lines that would be duplicated: updates from `step` on, evaluations newer
     than the checkpoint, and an incomplete last line.
     """
 
-    def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):
-        self.path, self.wandb_run, self.torn = out_dir / "metrics.jsonl", wandb_run, False
+    def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None, tensorboard=None):
+        self.path, self.torn = out_dir / "metrics.jsonl", False
+        self.loggers = {}  # by name, functions that send figures elsewhere
+        if wandb_run is not None:
+            self.loggers["wandb"] = lambda figures: wandb_run.log(figures, step=figures["step"])
+        if tensorboard is not None:
+            self.loggers["TensorBoard"] = functools.partial(log_to_tensorboard, tensorboard)
         kept = [
             line
             for line in read_metrics(self.path, warn=True)
@@ -64,15 +69,15 @@ class Metrics:
             if not self.torn:
                 print(f"warning: cannot write {self.path} ({error.strerror}); its lines are lost", file=sys.stderr)
             self.torn = True  # perhaps in the middle of the line
-        if self.wandb_run is not None:  # wandb draws no lists, so they are split by rank: memory/0, memory/1, ...
-            lists = {k: v for k, v in values.items() if isinstance(v, list)}
-            each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
+        lists = {k: v for k, v in values.items() if isinstance(v, list)}  # split by rank: memory/0, memory/1, ...
+        each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
+        for name, send in list(self.loggers.items()):
             try:
-                self.wandb_run.log({k: v for k, v in values.items() if k not in lists} | each, step=values["step"])
+                send({k: v for k, v in values.items() if k not in lists} | each)
             except Exception as error:  # wandb raises many types of exceptions
                 reason = printable(f"{error!s:.200}")
-                print(f"warning: wandb logging failed ({reason}); the run continues without it", file=sys.stderr)
-                self.wandb_run = None
+                print(f"warning: {name} logging failed ({reason}); the run continues without it", file=sys.stderr)
+                del self.loggers[name]
 
 
 def read_metrics(path: Path, warn: bool = False) -> list[dict]:
@@ -319,6 +324,35 @@ def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: 
         raise UserError(
             f"wandb did not start ({reason}). Run `wandb login`, set WANDB_MODE=offline, or use --wandb_log=False."
         ) from error
+
+
+def start_tensorboard(out_dir: Path, step: int, evaluated_at: int | None):
+    """Return a writer of TensorBoard's event files, in which a run that resumes at `step` replaces what follows.
+
+    Raises UserError if tensorboard is not installed or its folder cannot be written.
+    """
+    folder = out_dir / "tensorboard"
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link, through which TensorBoard would write. Remove it.")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard_log=True, but tensorboard is not installed. Run `pip install tensorboard`, or use "
+            "--tensorboard_log=False."
+        ) from error
+    try:
+        return SummaryWriter(str(folder), purge_step=step + (evaluated_at == step))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Use another --out_dir.") from error
+
+
+def log_to_tensorboard(writer, figures: dict) -> None:
+    """Write the figures of a step, and flush them, because a killed process would lose them."""
+    for name, value in figures.items():
+        if name != "step" and value is not None:
+            writer.add_scalar(name, value, figures["step"])
+    writer.flush()
 
 
 def duration(seconds: float) -> str:

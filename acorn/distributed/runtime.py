@@ -108,19 +108,19 @@ class Runtime:
             torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
-    def ask(self, holds: bool) -> Callable[[], bool]:
-        """Start an asynchronous any-reduction of `holds` over all ranks.
+    def ask(self, value: int) -> Callable[[], int]:
+        """Start an asynchronous maximum of `value` over all ranks.
 
         Returns a function that waits for the other hosts (not for their GPUs) and returns the result.
         """
         if self.world_size == 1:
-            return lambda: holds
-        answers = np.array([holds], dtype=np.int64)
-        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=heartbeat.hosts, async_op=True)
+            return lambda: value
+        answers, largest = np.array([value], dtype=np.int64), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.hosts, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> int:
             work.wait()
-            return bool(answers[0])
+            return int(answers[0])
 
         return answer
 

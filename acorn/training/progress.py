@@ -158,6 +158,8 @@ class Progress:
         rate = n_updates * n_sequences * self.s.block_size / seconds
         mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
         left = self.time_left.estimate(state.step)
+        if left is not None and self.s.max_minutes:
+            left = min(left, max(0.0, 60 * self.s.max_minutes - state.tick()))
         self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left))
         of_rank = dist.gather([runtime.peak_memory(dist.device), self.accumulator.waited.take()])
         if self.metrics is not None:

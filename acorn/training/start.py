@@ -41,8 +41,9 @@ def check(s: "TrainSettings") -> None:
         "lr_decay_iters",
         "sample_interval",
         "lora_rank",
+        "early_stopping",
     )
-    for name in (*counts, "learning_rate", "muon_lr", "min_lr", "weight_decay", "grad_clip"):
+    for name in (*counts, "max_minutes", "learning_rate", "muon_lr", "min_lr", "weight_decay", "grad_clip"):
         if getattr(s, name) < 0:
             raise UserError(f"{name} = {getattr(s, name)} must not be negative")
     for name in ("beta1", "beta2", "dropout", "ngram_dropout"):
