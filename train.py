@@ -18,6 +18,7 @@ import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP
 from acorn import UserError, checkpoint, run, settings
 from acorn.distributed import heartbeat, runtime
 from acorn.evaluation.loss import evaluate_mixture
+from acorn.evaluation.monitor import measure_tasks, read_tasks
 from acorn.training import autotune
 from acorn.training.accumulate import Accumulator
 from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
@@ -46,6 +47,8 @@ class TrainSettings:
     eval_interval: int = 2000  # updates between evaluations
     log_interval: int = 0  # updates between lines on the console and in metrics.jsonl; 0: about 40 lines
     eval_iters: int = 200  # batches of each split per evaluation; 0: the whole val split
+    eval_choices: str = ""  # also measure accuracy at each evaluation: a .jsonl of {"prompt", "choices", "answer"}
+    eval_pairs: str = ""  # also measure greedy answers at each evaluation: a .jsonl of {"prompt", "response"}
     eval_only: bool = False  # evaluate once and exit
     always_save_checkpoint: bool = True  # save after each evaluation; if False, only if the val loss is the best so far
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best
@@ -141,6 +144,7 @@ def main() -> int:
     data = load_data(s, saved, dist)
     token_bytes = data.tokenizer.token_bytes()
     model, values, source, adapters = start_model(s, given, folder, saved, data, dist)
+    tasks = read_tasks(s.eval_choices, s.eval_pairs, data.tokenizer, model.config.block_size, log)
     muon = s.optimizer == "muon"
     arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, muon, dist, saved.get("arithmetic"))
     if notes:
@@ -203,14 +207,15 @@ def main() -> int:
             size, n = accumulator.micro_batch, s.eval_iters * s.batch_size
             train = evaluate_mixture(model, data, "train", dist, size, s.block_size, n, token_bytes)
             val = evaluate_mixture(model, data, "val", dist, size, s.block_size, n, token_bytes)
+            measured = measure_tasks(tasks, model, data.tokenizer, dist, size)
             best, failed = checkpoints.evaluated(val["loss"])
-            log(evaluation_line(step, train, val))
+            log(evaluation_line(step, train, val, measured))
             if s.eval_only:
                 return 0
             if step > 0 and (best or failed or s.always_save_checkpoint):
                 checkpoints.save(best)
             if metrics is not None:
-                metrics.write_evaluation(step, train, val, state.tick())
+                metrics.write_evaluation(step, train, val, measured, state.tick())
         samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and stop != SIGNALED
         if samples and (dist.is_main or dist.fsdp):  # FSDP needs every rank in each forward pass
             log(f"--- sample at step {step}\n{sample(model, data.tokenizer, s.seed)}")

@@ -20,6 +20,7 @@ from acorn import UserError, files, printable, visible
 MOST = 1 << 31  # bytes; a larger metrics.jsonl is not read
 FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
 FIGURES |= {"val_perplexity", "val_bits_per_byte"}
+TASKS = ("choices/", "pairs/")  # how the names of the figures in percent begin that `measure_tasks` returns
 
 ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that do not affect results
 
@@ -45,12 +46,20 @@ class Metrics:
         ]
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def write_evaluation(self, step: int, train: dict[str, float], val: dict[str, float], seconds: float) -> None:
-        """Append the results of `evaluate_mixture` on both splits, and redraw loss.png."""
+    def write_evaluation(
+        self,
+        step: int,
+        train: dict[str, float],
+        val: dict[str, float],
+        measured: dict[str, float | None],
+        seconds: float,
+    ) -> None:
+        """Append the results of `evaluate_mixture` on both splits and of `measure_tasks`, and redraw loss.png."""
         self.write(
             step=step,
             train_loss=train["loss"],
             **{f"val_{name}": value for name, value in val.items()},
+            **measured,
             seconds=seconds,
         )
         draw_curve(read_metrics(self.path), self.path.with_name("loss.png"))
@@ -97,7 +106,7 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
             line = json.loads(text)
             if not isinstance(line["step"], int) or not 0 <= line["step"] < 2**53 or line["step"] is True:
                 raise ValueError("step is not a count")
-            for name in FIGURES & line.keys():
+            for name in {name for name in line if name in FIGURES or name.startswith(TASKS)}:
                 line[name] = None if line[name] is None or not math.isfinite(line[name]) else line[name]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += [number] if text.strip() else []
@@ -141,10 +150,16 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
         print(f"warning: cannot write {picture} ({reason}); the run continues", file=sys.stderr)
 
 
+def task_name(name: str) -> str:
+    """Return the name of a figure of `measure_tasks` for people: exact match for pairs/exact_match."""
+    return name.partition("/")[2].replace("_", " ")
+
+
 def draw_losses(metrics: list[dict], picture: Path) -> None:
     """Draw losses over steps into the PNG file `picture`, with marks at spikes and its folder as the title.
 
-    The y-axis is scaled to the losses after the first tenth of the run.
+    The y-axis is scaled to the losses after the first tenth of the run. If evaluations measured tasks, a second panel
+    below shows them.
     """
     plt = import_pyplot()
     updates = [m for m in metrics if m.get("loss") is not None]
@@ -152,9 +167,16 @@ def draw_losses(metrics: list[dict], picture: Path) -> None:
     lines = {"batch": [(m["step"], m["loss"]) for m in updates]}
     for split in ("train", "val"):
         lines[split] = [(m["step"], m[f"{split}_loss"]) for m in evaluations if m.get(f"{split}_loss") is not None]
+    tasks = {}  # by name, the points of each line
+    for m in metrics:
+        for name in (name for name in m if name.startswith(TASKS) and m[name] is not None):
+            tasks.setdefault(name, []).append((m["step"], m[name]))
     (title,), fonts, note = drawable([visible(str(picture.parent))])
     with plt.rc_context({"font.family": fonts}):
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        n_panels = 2 if tasks else 1
+        options = dict(sharex=True, squeeze=False, height_ratios=[3, 2][:n_panels], layout="constrained")
+        figure, panels = plt.subplots(n_panels, 1, figsize=(10, 7.5) if tasks else (8, 4.5), **options)
+        axes = panels[0, 0]
         if lines["batch"]:
             axes.plot(*zip(*lines["batch"], strict=True), color="0.75", lw=1, label="batch")
         for split, color in (("train", "tab:blue"), ("val", "tab:orange")):
@@ -169,11 +191,19 @@ def draw_losses(metrics: list[dict], picture: Path) -> None:
             points = [m["step"] for m in marks], [min(m["loss"], top) for m in marks]
             style = dict(color="tab:red", marker="v", s=24, zorder=3, clip_on=False)
             axes.scatter(*points, label=f"spikes: {len(marks)}", **style)
-        axes.set(xlabel="step (updates)", ylabel="loss (nats per token)")
+        axes.set(ylabel="loss (nats per token)")
+        panels[-1, 0].set(xlabel="step (updates)")
         axes.set_title("" if note else title, parse_math=False)
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(loc="upper right")
+        if tasks:
+            for name, points in tasks.items():
+                label = f"{task_name(name)} {points[-1][1]:.1f}"
+                panels[1, 0].plot(*zip(*points, strict=True), marker=".", lw=1.5, label=label)
+            panels[1, 0].set(ylabel="tasks (percent)", ylim=(-2, 102))
+            panels[1, 0].grid(alpha=0.3)
+            panels[1, 0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         save_picture(figure, picture)
 
 

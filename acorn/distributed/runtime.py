@@ -101,6 +101,14 @@ class Runtime:
         torch.distributed.all_gather(gathered, own, group=heartbeat.hosts)
         return torch.stack(gathered).tolist()
 
+    def gather_lists(self, values: list) -> list:
+        """Return the concatenated lists of all ranks, in the order of ranks. The items may be any plain objects."""
+        if self.world_size == 1:
+            return values
+        parts = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, values, group=heartbeat.hosts)
+        return [value for part in parts for value in part]
+
     def broadcast(self, value: object) -> object:
         """Return rank 0's `value` on all ranks."""
         values = [value]

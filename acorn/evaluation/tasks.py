@@ -278,23 +278,34 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
     return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
+def encode_choices(
+    tokenizer: Tokenizer, records: list[tuple[str, dict]]
+) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
+    """Return the rows of each record's choices, from `encode_choice`, and the length of its longest input."""
+    encoded = [[encode_choice(tokenizer, each["prompt"], choice) for choice in each["choices"]] for _, each in records]
+    return encoded, [max(len(prompt) + len(continuation) for prompt, continuation in own) - 1 for own in encoded]
+
+
 def measure_choices(
-    model: GPT, tokenizer: Tokenizer, records: list[tuple[str, dict]], r: runtime.Runtime, batch_size: int
+    model: GPT,
+    records: list[tuple[str, dict]],
+    encoded: list[list[tuple[list[int], list[int]]]],
+    lengths: list[int],
+    r: runtime.Runtime,
+    batch_size: int,
 ) -> tuple[dict[str, Figure], list[int | None]]:
     """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
 
-    "accuracy" compares log-probabilities, "accuracy by byte" log-probabilities per byte. A record with a choice that
-    exceeds the block size is skipped, and its chosen index is None.
+    `encoded` and `lengths` are the results of `encode_choices`. "accuracy" compares log-probabilities, "accuracy by
+    byte" log-probabilities per byte. A record with a choice that exceeds the block size is skipped; its chosen index is
+    None.
     """
-    rows, lengths = [], []
-    for _, record in records:
-        own = [encode_choice(tokenizer, record["prompt"], choice) for choice in record["choices"]]
-        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in own) - 1)  # input length
-        rows += own if lengths[-1] <= model.config.block_size else []
+    fits = [length <= model.config.block_size for length in lengths]
+    rows = [row for own, fit in zip(encoded, fits, strict=True) if fit for row in own]
     logprobs = choice_logprobs(model, rows, r, batch_size)
     right, right_by_bytes, chosen, start = [], [], [], 0
-    for (_, record), length in zip(records, lengths, strict=True):
-        if length > model.config.block_size:
+    for (_, record), fit in zip(records, fits, strict=True):
+        if not fit:
             chosen.append(None)
             continue
         own = logprobs[start : start + len(record["choices"])]
@@ -307,6 +318,28 @@ def measure_choices(
     note = skipped_note(records, lengths, model.config.block_size)
     figures = {"accuracy": right, "accuracy by byte": right_by_bytes}
     return {name: figure(*mean_and_error(each), len(each), note=note) for name, each in figures.items()}, chosen
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, dict]]) -> tuple[list[list[int]], list[str]]:
+    """Return the ids of the prompt and the text of the reference answer of each record of --pairs.
+
+    Raises UserError, which names the record's location, if it has no prompt or no answer.
+    """
+    prompts, references = [], []
+    for where, record in pairs:
+        try:
+            messages = records.read_messages(record)
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            if "content" not in messages[last]:
+                raise UserError(
+                    "ends with a reply without text, such as a tool call. Answers are compared as text, so end it "
+                    "with a text reply."
+                )
+            prompts.append(prompt_ids(tokenizer, messages[:last]))
+        except UserError as error:
+            raise UserError(f"{where} {error}") from error
+        references.append(messages[last]["content"].strip())
+    return prompts, references
 
 
 def skipped_note(records: list[tuple[str, dict]], lengths: list[int], most: int) -> str:
@@ -336,6 +369,14 @@ def read_jsonl(path: str, limit: int) -> list[tuple[str, dict]]:
     if not records:
         raise UserError(f"{path} is empty. Write one JSON object per line.")
     return records
+
+
+def read_choices(path: str, limit: int = 0) -> list[tuple[str, dict]]:
+    """Read multiple-choice records like `read_jsonl`. Raises UserError for an invalid one."""
+    found = read_jsonl(path, limit)
+    for where, record in found:
+        check_choices(where, record)
+    return found
 
 
 def check_choices(where: str, record: dict) -> None:
@@ -425,9 +466,7 @@ def main() -> int:
     if not (args.dataset or args.text or args.pairs or args.choices):
         dataset, document_mask = trained_beside(args.source, args.checkpoint)
     pairs = read_jsonl(args.pairs, args.limit) if args.pairs else []
-    choices = read_jsonl(args.choices, args.limit) if args.choices else []
-    for where, record in choices:
-        check_choices(where, record)
+    choices = read_choices(args.choices, args.limit) if args.choices else []
 
     # ---- model
     r = runtime.setup(args.device, args.dtype, False)
@@ -462,20 +501,8 @@ def main() -> int:
 
     # ---- answers and choices
     if pairs:
-        prompts, references, most = [], [], model.config.block_size - 1  # leaves room for one token of the answer
-        for where, record in pairs:
-            try:
-                messages = records.read_messages(record)
-                last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-                if "content" not in messages[last]:
-                    raise UserError(
-                        "ends with a reply without text, such as a tool call. Answers are compared as text, so end it "
-                        "with a text reply."
-                    )
-                prompts.append(prompt_ids(tokenizer, messages[:last]))
-            except UserError as error:
-                raise UserError(f"{where} {error}") from error
-            references.append(messages[last]["content"].strip())
+        prompts, references = encode_pairs(tokenizer, pairs)
+        most = model.config.block_size - 1  # leaves room for one token of the answer
         lengths = [len(prompt) for prompt in prompts]
         fitting = [i for i, length in enumerate(lengths) if length <= most]
         with r.autocast():
@@ -490,7 +517,9 @@ def main() -> int:
         answer_of = dict(zip(fitting, answers, strict=True))
         answered += [record | {"answered": answer_of.get(i)} for i, (_, record) in enumerate(pairs)]
     if choices:
-        figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
+        figures[args.choices], chosen = measure_choices(
+            model, choices, *encode_choices(tokenizer, choices), r, args.batch_size
+        )
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
     # ---- output

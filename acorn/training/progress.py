@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acorn import printable, report
 from acorn.distributed import runtime
-from acorn.report import duration
+from acorn.report import duration, task_name
 from acorn.training.accumulate import Accumulator
 
 if TYPE_CHECKING:
@@ -198,11 +198,17 @@ def update_parts(
     return parts
 
 
-def evaluation_line(step: int, train: dict[str, float], val: dict[str, float]) -> str:
-    """Return the console line of an evaluation at `step`, from the results of `evaluate_mixture` on both splits."""
+def evaluation_line(
+    step: int, train: dict[str, float], val: dict[str, float], measured: dict[str, float | None]
+) -> str:
+    """Return the console line of an evaluation at `step`.
+
+    `train` and `val` are the results of `evaluate_mixture`, `measured` those of `measure_tasks`.
+    """
     each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
     per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
+    tasks = "".join(f", {task_name(name)} {'n/a' if x is None else f'{x:.1f}%'}" for name, x in measured.items())
     return (
         f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "
-        f"perplexity {val['perplexity']:.2f}{per_byte}"
+        f"perplexity {val['perplexity']:.2f}{per_byte}{tasks}"
     )
