@@ -334,9 +334,11 @@ class GPT(nn.Module):
             head.weight = wte.weight
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
-        """Create AdamW, fused if supported, with weight decay on matrices and embeddings, not on biases and norms."""
-        params = [p for p in self.parameters() if p.requires_grad]
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, params=None) -> torch.optim.AdamW:
+        """Create AdamW, fused if supported, with weight decay on matrices and embeddings, not on biases and norms.
+
+        `params` are the parameters to update; the default is all."""
+        params = [p for p in (self.parameters() if params is None else params) if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},

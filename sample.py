@@ -62,19 +62,7 @@ class SampleSettings:
 
 def check(s: SampleSettings, given: dict) -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
-    for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "temperature"):
-        if getattr(s, name) < 0:
-            raise UserError(f"{name} = {getattr(s, name)} must not be negative")
-    if s.num_samples < 1:
-        raise UserError(f"num_samples = {s.num_samples} must be at least 1")
-    if not 0 < s.top_p <= 1:
-        raise UserError(f"top_p = {s.top_p} must be above 0 and at most 1")
-    if not 0 <= s.min_p <= 1:
-        raise UserError(f"min_p = {s.min_p} must be from 0 to 1")
-    if s.repetition_penalty <= 0:
-        raise UserError(f"repetition_penalty = {s.repetition_penalty} must be above 0")
-    if not 0 <= s.seed < 2**62:
-        raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
+    settings.check_bounds(vars(s))
     if s.chat and (s.interactive or s.prompts or s.json or s.logprobs):
         raise UserError("chat works on the console only. Leave out interactive, prompts, json and logprobs.")
     if s.control_tokens and (s.chat or s.interactive or s.prompts):

@@ -249,7 +249,7 @@ def main() -> int:
 def main_or_advice() -> int:
     """Run `main`, with advice when memory runs out. Errors common to all ranks are printed once."""
     try:
-        return runtime.leave(main())
+        return runtime.shutdown(main())
     except Exception as error:
         heartbeat.explain(error)
         heartbeat.fail()
@@ -258,7 +258,7 @@ def main_or_advice() -> int:
                 "out of memory. Halve --batch_size and double --gradient_accumulation_steps for the same updates, or "
                 "reduce --block_size or the model."
             )
-        if isinstance(error, (UserError, OSError)) and not heartbeat.is_news(str(error)):
+        if isinstance(error, (UserError, OSError)) and not heartbeat.first_to_report(str(error)):
             return 2
         raise error
 

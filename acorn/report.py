@@ -4,6 +4,7 @@ python -m acorn.report out/a out/b
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -17,12 +18,13 @@ import numpy as np
 
 from acorn import UserError, files, printable, visible
 
-MOST = 1 << 31  # bytes; a larger metrics.jsonl is not read
-FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
-FIGURES |= {"val_perplexity", "val_bits_per_byte"}
+MAX_METRICS_BYTES = 1 << 31  # bytes; a larger metrics.jsonl is not read
+NUMERIC_FIELDS = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
+NUMERIC_FIELDS |= {"val_perplexity", "val_bits_per_byte"}
 TASKS = ("choices/", "pairs/")  # how the names of the figures in percent begin that `measure_tasks` returns
 
-ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that do not affect results
+# settings that do not affect results
+SETTINGS_WITHOUT_EFFECT = "out_dir overwrite dry_run eval_only wandb_run_name log_interval".split()
 
 
 class Metrics:
@@ -96,7 +98,7 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
     """
     lines, bad, content = [], [], b""
     try:
-        content = files.read_bytes(path, MOST)
+        content = files.read_bytes(path, MAX_METRICS_BYTES)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -106,7 +108,7 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
             line = json.loads(text)
             if not isinstance(line["step"], int) or not 0 <= line["step"] < 2**53 or line["step"] is True:
                 raise ValueError("step is not a count")
-            for name in {name for name in line if name in FIGURES or name.startswith(TASKS)}:
+            for name in {name for name in line if name in NUMERIC_FIELDS or name.startswith(TASKS)}:
                 line[name] = None if line[name] is None or not math.isfinite(line[name]) else line[name]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += [number] if text.strip() else []
@@ -286,6 +288,10 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     default = font_manager.findfont(font_manager.FontProperties())
     missing = {ord(c) for name in names for c in name} - characters(default)
     if missing:
+        known = {font.fname for font in font_manager.fontManager.ttflist}
+        for path in sorted({*font_manager.findSystemFonts()} - known):  # installed after matplotlib cached its list
+            with contextlib.suppress(OSError, RuntimeError):
+                font_manager.fontManager.addfont(path)
         # likely fonts first, because opening a font takes time
         likely = re.compile("CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans")
         fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
@@ -298,8 +304,11 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     if not replaced:
         return drawn, families, None
     without = "".join(map(chr, sorted(missing)))
-    note = f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}"
-    return drawn, families, f"{note}. Install a font with these characters, such as Noto Sans CJK."
+    note = (
+        f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}. Install a font with these "
+        "characters, such as Noto Sans CJK (on Debian and Ubuntu: apt install fonts-noto-cjk)."
+    )
+    return drawn, families, note
 
 
 @functools.cache
@@ -459,7 +468,7 @@ def rank(runs: list[dict]) -> bool:
 
 def differences(runs: list[dict]) -> dict[str, list]:
     """Return the settings that differ between runs, each with its value in every run (None if unknown)."""
-    names = dict.fromkeys(name for settings in runs for name in settings if name not in ASIDE)
+    names = dict.fromkeys(name for settings in runs for name in settings if name not in SETTINGS_WITHOUT_EFFECT)
     differ = {}
     for name in names:
         known = [settings.get(name) for settings in runs if settings]

@@ -87,7 +87,7 @@ def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corp
             partial.symlink_to(precious)
         elif corpus == "text":  # it was stopped after some shards, and what it wrote next are links
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(pipeline, "BATCH", 500)
+                patch.setattr(pipeline, "BATCH_CHARS", 500)
                 patch.setattr(pipeline, "_write", stopping(pipeline._write, 5))
                 prepare_cli.prepare_corpus([*argv, "--overwrite"])
             assert (partial / "progress.json").exists()
@@ -198,7 +198,7 @@ def test_pipes_are_not_waited_for(tmp_path, capsys):
 def test_a_finished_preparation_moves_nothing_from_elsewhere(tmp_path, precious, monkeypatch):
     documents, command = ["to be or not to be " * 100], dict(name="d", tokenizer="byte", source={})
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(pipeline, "BATCH", 100)
+        patch.setattr(pipeline, "BATCH_CHARS", 100)
         patch.setattr(pipeline, "move_in", lambda *_: 1 / 0)
         pipeline.prepare(documents, tmp_path / "d", **command, shard_tokens=500)
     partial = tmp_path / "d" / shards.PARTIAL

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 from helpers import SMALL, TINY, metrics, numbers, train_here
-from test_distributed import train as train_on
 
 from acorn import UserError, report
 from acorn.evaluation import tasks
@@ -61,18 +60,3 @@ def test_a_broken_file_is_refused_before_the_run_writes(files, dataset, tmp_path
     with pytest.raises(UserError, match=said):
         train_here(monkeypatch, *RUN, f"--{name}=bad.jsonl", f"--dataset={dataset}", "--out_dir=o")
     assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.slow
-def test_several_processes_measure_the_same(files, dataset, tmp_path):
-    words = [*RUN, f"--dataset={dataset}", "--dropout=0"]
-    train_on(tmp_path, 1, [*words, "--out_dir=one"])
-    train_on(tmp_path, 3, [*words, "--gradient_accumulation_steps=1", "--batch_size=6", "--out_dir=ddp"])
-    train_on(tmp_path, 2, [*words, "--out_dir=ddp2"], [*words, "--fsdp=True", "--out_dir=fsdp"])
-    names = [name for name in metrics(tmp_path / "one")[0] if name.startswith(report.TASKS)]
-    assert len(names) == 8
-    for out_dir in ("ddp2", "fsdp"):
-        for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / out_dir), strict=True):
-            assert [a.get(name) for name in names] == pytest.approx([b.get(name) for name in names], abs=1e-6)
-    first, other = (metrics(tmp_path / out_dir)[0] for out_dir in ("one", "ddp"))  # before the first update
-    assert [first[name] for name in names] == pytest.approx([other[name] for name in names], abs=1e-6)

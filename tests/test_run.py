@@ -49,7 +49,7 @@ def test_patience_ends_a_run_with_its_best_checkpoint_and_resuming_continues_it_
 
 def test_the_time_limit_ends_a_run_as_if_it_were_finished(run, tmp_path):
     run("whole")
-    said = run("part", "--max_minutes=0.0001")  # over before the first update
+    said = run("part", "--max_minutes=1e-9")  # over before the first update
     saved = state(tmp_path / "part")
     assert saved["step"] == saved["evaluated_at"] == 1 and "max_minutes" in said and "done" in said
     assert "max_minutes" in run("part", "--init_from=resume")  # it has ended

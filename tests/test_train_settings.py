@@ -56,6 +56,8 @@ PLAIN = dict(
     freeze=["", "wte", r"h\.0"],
     init_from=["scratch", "RUN"],
     dataset=["CHAR", "BYTE", "BYTE:1,OTHER:2"],
+    eval_choices=[""],
+    eval_pairs=[""],
     dtype=["float32", "bfloat16", "float16", "auto"],
 )
 STRANGE = {

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.huggingface import ACTIVATIONS, CLASSES, HAS, NAMES, OWN, flat, their_views
+from acorn.checkpoint.huggingface import ACORN_TOKENIZER, ACTIVATIONS, CLASSES, NAMES, SUPPORTED, flatten, hf_views
 from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
 from acorn.data import chat
@@ -24,14 +24,14 @@ from model import GPT, GPTConfig
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
     """Return the content of a tokenizer's files by file name, for transformers and for `load_tokenizer`."""
-    own = {OWN: json.dumps(tokenizer.to_dict())}
+    contents = {ACORN_TOKENIZER: json.dumps(tokenizer.to_dict())}
     text = tokenizer_json(tokenizer)
     if text is None:
         print(
             f"note: transformers has no equivalent of the {tokenizer.kind} tokenizer; no tokenizer.json is written",
             file=sys.stderr,
         )
-        return own
+        return contents
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads any tokenizer.json as it is
         "model_max_length": block_size,
@@ -42,7 +42,7 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[st
     # padding a batch needs pad_token, and CTranslate2 needs unk_token to read GPT-2
     extras |= {"pad_token": tokenizer.pad or eot, "unk_token": tokenizer.unk or eot}
     config |= {name: value for name, value in extras.items() if value}
-    return own | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
+    return contents | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
 def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
@@ -70,7 +70,7 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
     return None
 
 
-def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> str:
+def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype = torch.float32) -> str:
     """Export a model as a folder `target` that transformers loads: weights, configuration and tokenizer.
 
     `source` is anything that `checkpoint.load_model` accepts. A run of adapters gets its base's context length. The
@@ -78,16 +78,16 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     equivalent model, or if `target` exists."""
     if os.path.lexists(target):
         raise UserError(f"{target} already exists. Choose another folder, or remove it.")
-    model, tokenizer, _ = load_model(source, which, whole_context=True)
+    model, tokenizer, _ = load_model(source, choice, whole_context=True)
     cfg = model.config
     family = "llama" if cfg.pos == "rope" else "gpt2"
-    supported = {"qk_norm": [False], "logit_softcap": [0.0], "ngram": [1], **HAS[family]}
+    supported = {"qk_norm": [False], "logit_softcap": [0.0], "ngram": [1], **SUPPORTED[family]}
     if family == "gpt2":
         supported["n_kv_head"] = [cfg.n_head]
-    if wrong := [f"{name}={getattr(cfg, name)!r}" for name in supported if getattr(cfg, name) not in supported[name]]:
+    if refused := [f"{name}={getattr(cfg, name)!r}" for name in supported if getattr(cfg, name) not in supported[name]]:
         raise UserError(
-            f"{source} cannot be exported: it has {', '.join(wrong)}, which {CLASSES[family]} of transformers does not "
-            "support. Train a model without that."
+            f"{source} cannot be exported: it has {', '.join(refused)}, which {CLASSES[family]} of transformers does "
+            "not support. Train a model without that."
         )
     if family == "gpt2" and cfg.mlp == "relu2":
         print(
@@ -99,7 +99,7 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
 
     if tokenizer:  # rows after its last id only pad the vocabulary
         cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
-    tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, family).items()}
+    tensors = {name: t.to(dtype).contiguous() for name, t in hf_tensors(model, family).items()}
     control = tokenizer.control if tokenizer else {}
     ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
     config = (to_gpt2 if family == "gpt2" else to_llama)(cfg, **ids)  # without ids, transformers warns of GPT-2's
@@ -133,15 +133,15 @@ def export(source: str, target: Path, which: str = "best", dtype: torch.dtype = 
     return CLASSES[family]
 
 
-def their_tensors(model: GPT, family: str) -> dict[str, Tensor]:
-    """Return the tensors of `their_views` for export, with the configuration's vocabulary size and with all biases."""
-    tensors = flat(their_views(model, family))
+def hf_tensors(model: GPT, family: str) -> dict[str, Tensor]:
+    """Return the tensors of `hf_views` for export, with the configuration's vocabulary size and with all biases."""
+    tensors = flatten(hf_views(model, family))
     for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             tensors[name] = tensors[name][: model.config.vocab_size]
     if family == "gpt2" and not model.config.bias:  # transformers' GPT-2 always has biases; zeros have no effect
         full = empty_model({**dataclasses.asdict(model.config), "bias": True}, family)
-        zeros = {name: torch.zeros(view.shape) for name, view in flat(their_views(full, family)).items()}
+        zeros = {name: torch.zeros(view.shape) for name, view in flatten(hf_views(full, family)).items()}
         tensors = zeros | tensors
     return tensors
 
@@ -150,18 +150,18 @@ def to_gpt2(cfg: GPTConfig, **ids: int | None):
     """Return a transformers GPT2Config with the `ids` of control tokens."""
     from transformers import GPT2Config
 
-    same = {theirs: getattr(cfg, name) for name, theirs in NAMES["gpt2"].items()}
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.mlp)
+    fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["gpt2"].items()}
+    activation = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
     # llama.cpp's converter reads n_ctx, an older name of n_positions
-    return GPT2Config(**same, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
+    return GPT2Config(**fields, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
 
 
 def to_llama(cfg: GPTConfig, **ids: int | None):
     """Return a transformers LlamaConfig with the `ids` of control tokens."""
     from transformers import LlamaConfig
 
-    same = {theirs: getattr(cfg, name) for name, theirs in NAMES["llama"].items()}
+    fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["llama"].items()}
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     # transformers before version 5 and tools made for it read the separate rope_theta
-    return LlamaConfig(**same, **ids, rope_parameters=rope, rope_theta=cfg.rope_theta)
+    return LlamaConfig(**fields, **ids, rope_parameters=rope, rope_theta=cfg.rope_theta)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.tensors import Stored, empty_model
+from acorn.checkpoint.tensors import empty_model, lazy_cat, lazy_slice, lazy_transpose
 from acorn.data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 
@@ -25,10 +25,10 @@ TOKENIZER_FILES = """
     config.json tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
     additional_chat_templates/*.jinja acorn_tokenizer.json
 """
-OWN = "acorn_tokenizer.json"  # acorn's own copy of the tokenizer in an exported folder, for an exact round trip
+ACORN_TOKENIZER = "acorn_tokenizer.json"  # the tokenizer of an exported folder, for an exact round trip
 PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all parameter names except the head's; some files omit it
 EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
-CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
 NAMES = {  # field of GPTConfig -> field of transformers' configuration
@@ -54,7 +54,7 @@ NAMES = {  # field of GPTConfig -> field of transformers' configuration
         "tie_weights": "tie_word_embeddings",
     },
 }
-HAS = {  # the values of GPTConfig's switches that each family supports
+SUPPORTED = {  # the values of GPTConfig's switches that each family supports
     "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
     "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
 }
@@ -63,32 +63,32 @@ HAS = {  # the values of GPTConfig's switches that each family supports
 def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     """Open a checkpoint by its name on the hub ("gpt2-xl") or its folder.
 
-    Returns the model on the meta device, its parameters, not read yet (see `checkpoint.Opened`), and its tokenizer,
+    Returns the model on the meta device, its parameters, not read yet (see `LazyCheckpoint`), and its tokenizer,
     None if the checkpoint has none. Raises UserError if the checkpoint is missing, broken or not supported.
     """
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
-    stored = open_tensors(folder, source, PREFIX[family])
+    slices = open_tensors(folder, source, PREFIX[family])
     embedding = f"{PREFIX[family]}{EMBEDDING[family]}.weight"
-    if config.tie_weights and embedding not in stored and "lm_head.weight" in stored:  # tied weights have either name
-        stored[embedding] = stored.pop("lm_head.weight")
+    if config.tie_weights and embedding not in slices and "lm_head.weight" in slices:  # tied weights have either name
+        slices[embedding] = slices.pop("lm_head.weight")
 
     model = empty_model(dataclasses.asdict(config), source)
-    views = their_views(model, family)
-    shapes = {name: list(view.shape) for name, view in flat(views).items()}
-    if config.tie_weights and "lm_head.weight" in stored:
+    views = hf_views(model, family)
+    shapes = {name: list(view.shape) for name, view in flatten(views).items()}
+    if config.tie_weights and "lm_head.weight" in slices:
         shapes["lm_head.weight"] = [config.vocab_size, config.n_embd]
-    if missing := sorted(shapes.keys() - stored.keys()):
+    if missing := sorted(shapes.keys() - slices.keys()):
         raise UserError(
             f"the checkpoint {source} lacks {len(missing)} tensors, {missing[0]} first. Download the checkpoint again."
         )
-    if extra := sorted(stored.keys() - shapes.keys()):
+    if extra := sorted(slices.keys() - shapes.keys()):
         raise UserError(
             f"the checkpoint {source} has {len(extra)} tensors, {extra[0]} first, that a {family} model with its "
             "config.json does not have: its architecture is not supported. Use a plain gpt2 or llama checkpoint."
         )
     for name, shape in shapes.items():
-        actual, dtype = stored[name].get_shape(), stored[name].get_dtype()
+        actual, dtype = slices[name].get_shape(), slices[name].get_dtype()
         if actual != shape:
             raise UserError(
                 f"{name} of the checkpoint {source} has the shape {actual}, but its config.json says {shape}. Download "
@@ -101,11 +101,11 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
             )
     values = {}
     for name, parts in views.items():
-        pieces = [Turned(stored[part]) if turned(family, part) else stored[part] for part in parts]
-        values[name] = Stored(" and ".join(parts), source, pieces)
-    if config.tie_weights and "lm_head.weight" in stored:
+        pieces = [(lazy_transpose if is_transposed(family, part) else lazy_slice)(slices[part]) for part in parts]
+        values[name] = lazy_cat(pieces, " and ".join(parts), source)
+    if config.tie_weights and "lm_head.weight" in slices:
         wte = values["transformer.wte.weight"]
-        head = Stored("lm_head.weight", source, [stored["lm_head.weight"]])
+        head = lazy_cat([lazy_slice(slices["lm_head.weight"])], "lm_head.weight", source)
         blocks = [slice(row, row + 4096) for row in range(0, config.vocab_size, 4096)]  # saves memory
         if not all(torch.equal(head[rows].float(), wte[rows].float()) for rows in blocks):
             raise UserError(
@@ -189,9 +189,9 @@ def from_gpt2(c, path: Path) -> GPTConfig:
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
-    same = {name: getattr(c, theirs) for name, theirs in NAMES["gpt2"].items()}
-    same["n_hidden"] = c.n_inner or 0
-    return GPTConfig(**same, mlp=ACTIVATIONS[c.activation_function])
+    fields = {name: getattr(c, hf_name) for name, hf_name in NAMES["gpt2"].items()}
+    fields["n_hidden"] = c.n_inner or 0
+    return GPTConfig(**fields, mlp=ACTIVATIONS[c.activation_function])
 
 
 def from_llama(c, path: Path) -> GPTConfig:
@@ -210,9 +210,9 @@ def from_llama(c, path: Path) -> GPTConfig:
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
-    same = {name: getattr(c, theirs) for name, theirs in NAMES["llama"].items()}
+    fields = {name: getattr(c, hf_name) for name, hf_name in NAMES["llama"].items()}
     form = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False)
-    return GPTConfig(**same, **form, rope_theta=rope["rope_theta"])
+    return GPTConfig(**fields, **form, rope_theta=rope["rope_theta"])
 
 
 def refuse(path: Path, unsupported: dict[str, object]) -> None:
@@ -254,36 +254,23 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is incomplete or damaged ({error}). Download the checkpoint again.") from error
         for name in keys:
-            if not name.endswith(CONSTANTS):
+            if not name.endswith(BUFFERS):
                 tensors[name if name.startswith((prefix, "lm_head.")) else prefix + name] = file.get_slice(name)
     return tensors
 
 
-class Turned:
-    """A stored matrix, transposed, whose rows are read on demand."""
-
-    def __init__(self, stored):
-        self.stored = stored
-
-    def get_shape(self) -> list[int]:
-        return self.stored.get_shape()[::-1]
-
-    def __getitem__(self, rows) -> Tensor:
-        return self.stored[:, rows].t()
-
-
-def turned(family: str, name: str) -> bool:
+def is_transposed(family: str, name: str) -> bool:
     """Whether transformers stores this tensor transposed (its Conv1D)."""
     return family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
+def hf_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
     """Return, for each parameter of a model, the tensors that transformers has instead, as views of the parameter.
 
     Both are keyed by name. If there are several, they are the rows of the parameter, in order."""
     parameters = dict(model.named_parameters())
     if family == "gpt2":
-        return {name: {name: p.t() if turned(family, name) else p} for name, p in parameters.items()}
+        return {name: {name: p.t() if is_transposed(family, name) else p} for name, p in parameters.items()}
     cfg = model.config
     views = {
         "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},
@@ -304,21 +291,21 @@ def their_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
             "mlp.c_proj": {"mlp.down_proj": block.mlp.c_proj.weight},
         }
         for name, parts in layer.items():
-            theirs = {f"model.layers.{i}.{part}.weight": view for part, view in parts.items()}
-            views[f"transformer.h.{i}.{name}.weight"] = theirs
+            hf_parts = {f"model.layers.{i}.{part}.weight": view for part, view in parts.items()}
+            views[f"transformer.h.{i}.{name}.weight"] = hf_parts
     return views
 
 
-def flat(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return all tensors of `their_views` in one dict."""
+def flatten(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return all tensors of `hf_views` in one dict."""
     return {name: view.detach() for parts in views.values() for name, view in parts.items()}
 
 
 def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
     """Load the tokenizer of a checkpoint by its name on the hub or its folder; None if it has none."""
     folder = Path(source) if Path(source).is_dir() else download(source, TOKENIZER_FILES)
-    if (folder / OWN).exists():
-        tokenizer = tokenizers.from_dict(read_json(folder / OWN))
+    if (folder / ACORN_TOKENIZER).exists():
+        tokenizer = tokenizers.from_dict(read_json(folder / ACORN_TOKENIZER))
         tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # the user may have edited them
         return tokenizer
     return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None

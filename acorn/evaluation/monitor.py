@@ -46,22 +46,22 @@ def read_tasks(
                 f"eval_pairs needs the package {missing[0]}, which is not installed. "
                 "Run `pip install sacrebleu rouge-score regex`, or leave out eval_pairs."
             )
-        found = tasks.read_jsonl(pairs, 0)
-        prompts, references = tasks.encode_pairs(tokenizer, found)
-        most = block_size - 1  # leaves room for one token of the answer
-        report_skipped(pairs, found, list(map(len, prompts)), most, log)
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= most]
-        result.prompts, result.references = [prompts[i] for i in fitting], [references[i] for i in fitting]
+        records = tasks.read_records(pairs, 0)
+        encoded = tasks.encode_pairs(tokenizer, records)
+        limit = block_size - 1  # leaves room for one token of the answer
+        report_skipped(pairs, records, [len(prompt) for prompt, _ in encoded], limit, log)
+        fitting = [(prompt, reference) for prompt, reference in encoded if len(prompt) <= limit]
+        result.prompts, result.references = map(list, zip(*fitting, strict=True))
     return result
 
 
 def report_skipped(
-    path: str, found: list[tuple[str, dict]], lengths: list[int], most: int, log: Callable[[str], None]
+    path: str, records: list[tuple[str, dict]], lengths: list[int], limit: int, log: Callable[[str], None]
 ) -> None:
-    """Log how many records exceed `most` tokens. Raises UserError if all of them do."""
-    if min(lengths) > most:
-        raise UserError(f"every record of {path} exceeds {most} tokens. Use shorter ones, or a larger --block_size.")
-    if note := tasks.skipped_note(found, lengths, most):
+    """Log how many records exceed `limit` tokens. Raises UserError if all of them do."""
+    if min(lengths) > limit:
+        raise UserError(f"every record of {path} exceeds {limit} tokens. Use shorter ones, or a larger --block_size.")
+    if note := tasks.skipped_note(records, lengths, limit):
         log(f"note: {note}")
 
 
@@ -77,8 +77,8 @@ def measure_tasks(
     result = {}
     with evaluating(model):
         if given.choices:
-            own = given.choices[first::step], given.rows[first::step], given.lengths[first::step]
-            figures, _ = tasks.measure_choices(model, *own, dist, batch_size)
+            share = given.choices[first::step], given.rows[first::step], given.lengths[first::step]
+            figures, _ = tasks.measure_choices(model, *share, dist, batch_size)
             for name, figure in figures.items():
                 value = float("nan") if figure.value is None and figure.n else figure.value or 0.0
                 total, n = dist.sum(torch.tensor([value * figure.n, figure.n], dtype=torch.float64)).tolist()

@@ -156,11 +156,7 @@ def filter_repetition(logprobs: Tensor, rows: list[list[int]], penalty: float, n
 
 
 def check(s: "SampleSettings", given: dict) -> None:
-    """Raise UserError for settings of beam search that are out of range, or exclude settings that the user gave."""
-    if not 1 <= s.num_beams <= 1000:
-        raise UserError(f"num_beams = {s.num_beams} must be from 1 to 1000")
-    if not -10 <= s.length_penalty <= 10:
-        raise UserError(f"length_penalty = {s.length_penalty} must be from -10 to 10")
+    """Raise UserError for settings of beam search that exclude settings which the user gave."""
     if s.num_beams == 1:
         for name in ("length_penalty", "early_stopping"):
             if name in given:

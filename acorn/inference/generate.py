@@ -5,7 +5,7 @@ The loop owns the KV cache: `GPT.forward` writes into it, and only the loop adva
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ def penalize_repetition(logits: Tensor, row: list[int], penalty: float) -> Tenso
 
     CTRL, https://arxiv.org/abs/1909.05858.
     """
-    seen = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
-    chosen, largest = logits[seen], torch.finfo(logits.dtype).max
+    used_ids = torch.tensor(sorted({id for id in row if id < len(logits)}), dtype=torch.long, device=logits.device)
+    chosen, largest = logits[used_ids], torch.finfo(logits.dtype).max
     penalized = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-largest, largest)
-    return logits.scatter(0, seen, penalized.where(chosen > -torch.inf, chosen))
+    return logits.scatter(0, used_ids, penalized.where(chosen > -torch.inf, chosen))
 
 
 def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
@@ -69,8 +69,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     descending, order = logits.sort(descending=True, stable=True)
     probs = descending.softmax(0)
-    before = probs.cumsum(0) - probs  # total probability of the more likely tokens
-    drop = before >= p
+    mass_before = probs.cumsum(0) - probs  # total probability of the more likely tokens
+    drop = mass_before >= p
     drop[0] = False
     return logits.index_fill(0, order[drop], -torch.inf)
 
@@ -283,42 +283,73 @@ class TextStream:
             self.stopped_by = "end of turn" if token in self.ends else "end of text"
             return self.finish()
         self.pending += self.decoder.push(token)
-        found = [(self.pending.find(s), s) for s in self.stop if s in self.pending]
-        if found:
-            cut, self.stopped_by = min(found)
-            shown, self.pending = self.pending[:cut], ""
-            return shown
+        matches = [(self.pending.find(s), s) for s in self.stop if s in self.pending]
+        if matches:
+            cut, self.stopped_by = min(matches)
+            visible_text, self.pending = self.pending[:cut], ""
+            return visible_text
         n_held = max((n for s in self.stop for n in range(1, len(s)) if self.pending.endswith(s[:n])), default=0)
         cut = len(self.pending) - n_held
-        shown, self.pending = self.pending[:cut], self.pending[cut:]
-        return shown
+        visible_text, self.pending = self.pending[:cut], self.pending[cut:]
+        return visible_text
 
     def finish(self) -> str:
         """Return the text that was held back, without an incomplete last character."""
-        shown, self.pending = self.pending + self.decoder.finish(), ""
-        return shown
+        visible_text, self.pending = self.pending + self.decoder.finish(), ""
+        return visible_text
+
+
+@dataclass
+class Continuation:
+    """The text that the model generated after a prompt."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of each token, in nats
+    stopped_by: str | None = None  # a stop string, "end of text" or "end of turn"; None: the limit of new tokens
+
+
+def continue_texts(
+    model: GPT,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: list[int],
+    stop: list[str] = (),
+    ends: set[int] = frozenset(),
+    on_text: Callable[[int, str], None] = lambda row, piece: None,
+    compile: bool = False,
+) -> list[Continuation]:
+    """Continue each prompt (token ids) with text, as one batch; see `generate` and `TextStream`.
+
+    `on_text(row, piece)` is called with each piece of text when it is complete.
+    """
+    streams = [TextStream(tokenizer, stop, ends) for _ in prompts]
+    results = [Continuation() for _ in prompts]
+
+    def add(row: int, piece: str) -> None:
+        results[row].text += piece
+        on_text(row, piece)
+
+    def on_token(row: int, token: int, logprob: float) -> bool:
+        results[row].ids.append(token)
+        results[row].logprobs.append(logprob)
+        add(row, streams[row].push(token))
+        return streams[row].stopped_by is not None
+
+    generate(model, prompts, max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile)
+    for row, stream in enumerate(streams):
+        add(row, stream.finish())
+        results[row].stopped_by = stream.stopped_by
+    return results
 
 
 def sample_text(model: GPT, tokenizer, max_new_tokens: int, seed: int, sampling: Sampling | None = None) -> str:
     """Sample a text without a prompt: from the start-of-document tokens, or from token 0 if there are none."""
-    text = TextStream(tokenizer)
-    pieces = []
-
-    def on_token(row: int, token: int, logprob: float) -> bool:
-        pieces.append(text.push(token))
-        return text.stopped_by is not None
-
     start = list(tokenizer.before_document) or [0 if tokenizer.eot is None else tokenizer.eot]
-    generate(
-        model,
-        [start],
-        max_new_tokens,
-        sampling or Sampling(temperature=0.8, top_k=200),
-        [seed],
-        on_token,
-        tokenizer.n_vocab,
-    )
-    return "".join([*pieces, text.finish()])
+    sampling = sampling or Sampling(temperature=0.8, top_k=200)
+    return continue_texts(model, tokenizer, [start], max_new_tokens, sampling, [seed])[0].text
 
 
 def encode_prompt(tokenizer, text: str, control: bool = False) -> list[int]:
