@@ -499,6 +499,14 @@ class KVCache:
         self.idx = torch.zeros(batch_size, size, device=device, dtype=torch.long)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.long)
 
+    def copy_rows(self, source: "KVCache", rows: Tensor) -> None:
+        """Make row b a copy of row rows[b] of `source`, a cache of the same size, which may be this cache itself."""
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            for own, tensor in zip(layer, other, strict=True):
+                own.copy_(tensor[rows])
+        self.idx.copy_(source.idx[rows])
+        self.length.copy_(source.length[rows])
+
 
 # -------------------- documents: several in one row
 

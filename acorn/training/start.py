@@ -32,6 +32,8 @@ def shape_settings(s: "TrainSettings") -> set[str]:
 def check(s: "TrainSettings") -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     settings.check_bounds(vars(s))
+    if s.early_stopping < 0:  # not among the bounds, because sample.py has another setting of this name
+        raise UserError(f"early_stopping = {s.early_stopping} must not be negative")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
         raise UserError(
             "gradient_accumulation_steps x batch_size x block_size exceeds 2^32 tokens per update. Reduce one of them."
