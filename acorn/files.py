@@ -14,16 +14,16 @@ from typing import IO, BinaryIO
 
 from acorn import UserError
 
-MOST = 1 << 27  # bytes of a JSON file; a tokenizer of 256,000 tokens takes a third of it
-DEPTH = 100  # nesting levels in a JSON file; small enough for recursive readers
+MAX_JSON_BYTES = 1 << 27  # bytes of a JSON file; a tokenizer of 256,000 tokens takes a third of it
+MAX_JSON_DEPTH = 100  # nesting levels in a JSON file; small enough for recursive readers
 
 
-def lock(folder: Path, doing: str):
+def lock(folder: Path, activity: str):
     """Lock `folder` against other processes that call this, for as long as the returned file is open.
 
-    The system releases the lock when this process ends for any reason. `doing` describes the use for messages, such as
-    "training into". Raises UserError if another process holds the lock. On Windows and on file systems without locks,
-    nothing is locked."""
+    The system releases the lock when this process ends for any reason. `activity` describes the use for messages, such
+    as "training into". Raises UserError if another process holds the lock. On Windows and on file systems without
+    locks, nothing is locked."""
     file = open_own(folder / ".lock", "a+")
     try:
         import fcntl
@@ -36,7 +36,7 @@ def lock(folder: Path, doing: str):
             return file  # a file system without locks
         file.seek(0)
         holder = file.read(100).strip() or "another process"
-        raise UserError(f"{folder} is in use: {holder} is {doing} it. Wait, or choose another folder.") from error
+        raise UserError(f"{folder} is in use: {holder} is {activity} it. Wait, or choose another folder.") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -125,28 +125,28 @@ def open_regular(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def read_bytes(path: str | Path, most: int = MOST) -> bytes:
-    """Return the content of a regular file. Raises OSError if it has more than `most` bytes."""
+def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a regular file. Raises OSError if it has more than `max_bytes` bytes."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
     return content
 
 
 def read_json(path: str | Path):
     """Return the value in a JSON file. Raises OSError if the file cannot be read, and ValueError if it is not JSON or
-    has more than DEPTH nesting levels."""
+    has more than MAX_JSON_DEPTH nesting levels."""
     try:
         value = json.loads(read_bytes(path))
     except (RecursionError, MemoryError) as error:
         raise ValueError("it is nested too deeply or too large") from error
     level, depth = [[value]], 0
     while level:
-        if depth > DEPTH:
-            raise ValueError(f"it has more than {DEPTH} nesting levels")
-        inside = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-        level, depth = [child for child in inside if isinstance(child, (dict, list))], depth + 1
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"it has more than {MAX_JSON_DEPTH} nesting levels")
+        children = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        level, depth = [child for child in children if isinstance(child, (dict, list))], depth + 1
     return value
 
 
@@ -158,3 +158,21 @@ def read_text(path: str) -> str:
         raise UserError(f"the file {path} cannot be read: {error.strerror}. Give another path.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the file {path} is not UTF-8 at byte {error.start}. Convert it to UTF-8.") from error
+
+
+def parse_json_line(text: str, location: str):
+    """Return the value in a line of a .jsonl file. Raises UserError, which names the location, if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is not valid JSON ({error}). A .jsonl file has one object per line.") from error
+
+
+def read_json_lines(path: str, limit: int = 0) -> list[tuple[str, object]]:
+    """Return the first `limit` values (0: all) of a small .jsonl file, each with its location ("line 3 of FILE").
+
+    Raises UserError if a line is not JSON, and if there is none."""
+    lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty. Write one JSON object per line.")
+    return [(location, parse_json_line(line, location)) for location, line in lines[: limit or None]]

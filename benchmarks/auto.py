@@ -93,9 +93,9 @@ def main() -> None:
             found, chose = {"auto": [], "float32": []}, ""
             for _ in range(args.rounds):
                 for dtype, ms in found.items():
-                    each, said = run([*words, f"--dtype={dtype}"], Path(scratch) / "out", args.limit)
+                    each, output = run([*words, f"--dtype={dtype}"], Path(scratch) / "out", args.limit)
                     ms.append(each)
-                    chose = said or chose
+                    chose = output or chose
             results[name] = found | {"chose": chose}
             row = {"config": name, "auto chose": chose, "settings": " ".join(settings)}
             for dtype, ms in found.items():

@@ -69,7 +69,7 @@ def worker(args: argparse.Namespace) -> None:
         torch.distributed.all_gather_object(peaks, runtime.peak_memory(r.device))
     if r.is_main:
         print(json.dumps({"peak_bytes": peaks, "seconds": median(seconds[1:]) if seconds else None}), flush=True)
-    runtime.leave(0)
+    runtime.shutdown(0)
 
 
 def main() -> None:

@@ -184,8 +184,8 @@ def main() -> None:
                     continue
                 run = measure(name, corpus, args.limit)
                 results += [run] if run else []
-                said = f"{run[0]:.2f} s, {run[1]:,.0f} MB" if run else f"stopped after {args.limit:g} s"
-                print(f"round {turn + 1}, {name}: {said}", flush=True)
+                output = f"{run[0]:.2f} s, {run[1]:,.0f} MB" if run else f"stopped after {args.limit:g} s"
+                print(f"round {turn + 1}, {name}: {output}", flush=True)
     seconds = {name: median([run[0] for run in results]) for name, results in runs.items() if results}
     base = seconds.get("nanoGPT's way")
     rows = []

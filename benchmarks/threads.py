@@ -72,10 +72,10 @@ def main() -> None:
                     runs = list(pool.map(lambda out, env=SETTINGS[name]: run(out, words, env, args.limit), outs[:n]))
                     found[case] += runs
                     for each in runs:
-                        said = f"over {args.limit:g} s"
+                        output = f"over {args.limit:g} s"
                         if each:
-                            said = f"{each['seconds']:.1f} s, {each['ms']:.1f} ms per update; {each['chose']}"
-                        print(f"round {turn + 1}, {name}, {case}: {said}", flush=True)
+                            output = f"{each['seconds']:.1f} s, {each['ms']:.1f} ms per update; {each['chose']}"
+                        print(f"round {turn + 1}, {name}, {case}: {output}", flush=True)
 
     rows, ms = [], {}
     for name, found in results.items():

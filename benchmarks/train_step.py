@@ -64,8 +64,8 @@ def acorn_step(shape, modern, dtype, compile, x, y, documents=None, rank=0):
     model = GPT(GPTConfig(T, V, L, H, C, bias=False, **switches)).to(x.device)
     if rank:
         lora.add_adapters(model, lora.linear_layers(model), rank, 2.0 * rank)
-        model.load_state_dict(lora.initial(model, seed=0), strict=False)
-    arithmetic = autotune.fixed(dtype, model.config, x.device)  # as in train.py with an explicit dtype
+        model.load_state_dict(lora.initial_adapters(model, seed=0), strict=False)
+    arithmetic = autotune.fix_arithmetic(dtype, model.config, x.device)  # as in train.py with an explicit dtype
     arithmetic.apply(model)
     optimizer, rates = "muon" if modern else "adamw", (6e-4, 0.02, 0.1, (0.9, 0.95))
     optimizers = make_optimizers(model, optimizer, *rates, x.device.type, arithmetic.torch_muon_dtype)

@@ -1,7 +1,7 @@
 """Turn text into token shards: `python prepare CORPUS [options]`.
 
 Every module here is a corpus, except `pipeline` (documents -> shards), `reading` (files -> documents), `encoding`
-(character encodings) and `inspection`. To add a corpus, add a file with:
+(character encodings) and `inspection`; acorn/data/corpora.py lists them. To add a corpus, add a file with:
 
     the first line of its docstring   a description
     TOKENIZER                         the default tokenizer

@@ -4,8 +4,8 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import json
 import os
-import pkgutil
 import shlex
 import sys
 import types
@@ -18,21 +18,17 @@ if not __package__:  # run as `python prepare`: sys.path[0] is this folder, but 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would compete with the tokenizer's
 
 import acorn  # noqa: E402
-import prepare  # noqa: E402
 from acorn import UserError, files, printable, settings  # noqa: E402
 from acorn.data import tokenizer as tokenizers  # noqa: E402
+from acorn.data.corpora import corpora  # noqa: E402
 from acorn.data.shards import SHARD_TOKENS, load_dataset  # noqa: E402
 from acorn.data.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import pipeline  # noqa: E402
 
-CORPORA = [
-    module.name
-    for module in pkgutil.iter_modules(prepare.__path__)
-    if module.name not in ("__main__", "encoding", "inspection", "pipeline", "reading")
-]
-
 # options of every corpus; meta.json records all other options, so that the text can be read again
-OPTIONS = "corpus tokenizer new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
+OPTIONS = (
+    "corpus tokenizer digits reserve new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
+)
 
 
 def main() -> int:
@@ -45,18 +41,18 @@ def main() -> int:
 
 
 def prepare_corpus(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-") and argv[0] not in (*CORPORA, "inspect"):
+    if argv and not argv[0].startswith("-") and argv[0] not in (*corpora(), "inspect"):
         raise UserError(_unknown_corpus(argv[0]))
-    corpora, broken = {}, {}
-    if argv and argv[0] in CORPORA:
-        corpora[argv[0]] = load_corpus(argv[0])
+    modules, broken = {}, {}
+    if argv and argv[0] in corpora():
+        modules[argv[0]] = load_corpus(argv[0])
     elif not argv or argv[0] != "inspect":  # load all, for the help
-        for name in CORPORA:
+        for name in corpora():
             try:
-                corpora[name] = load_corpus(name)
+                modules[name] = load_corpus(name)
             except UserError as error:
                 broken[name] = str(error)
-    args, unknown = _parser(corpora, broken).parse_known_args(argv)
+    args, unknown = _parser(modules, broken).parse_known_args(argv)
     if unknown:
         options = [f"--{name}" for name in vars(args)]
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--"), options, 1)
@@ -70,7 +66,7 @@ def prepare_corpus(argv: list[str]) -> None:
 
         inspection.inspect(args)
         return
-    corpus = corpora[args.corpus]
+    corpus = modules[args.corpus]
     name = args.name or (corpus.default_name(args) if hasattr(corpus, "default_name") else args.corpus)
     if name in (".", "..") or os.path.basename(name) != name:
         raise UserError(f"the name '{name}' is a path. Use a plain --name, and choose the folder with --out DIR.")
@@ -86,6 +82,8 @@ def prepare_corpus(argv: list[str]) -> None:
     arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
     source = {"corpus": args.corpus, "description": description, "arguments": arguments}
     tokenizer = tokenizer_of(args.tokenizer)
+    if args.digits or args.reserve:
+        tokenizer = with_bpe_options(tokenizer, args.digits, args.reserve)
     if args.new_tokens:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # a corpus that does not consist of documents
@@ -140,7 +138,7 @@ def tokenizer_of(name: str) -> str | Tokenizer:
     if name == "bpe" and not Path(name).exists():
         raise UserError("--tokenizer bpe lacks the size of its vocabulary. Add it, such as --tokenizer bpe:8192.")
     if name.startswith("bpe:"):
-        tokenizers.bpe_size(name)  # checked before a long read
+        tokenizers.bpe_options(name)  # checked before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
     states = _states(name)
@@ -173,8 +171,8 @@ def tokenizer_of(name: str) -> str | Tokenizer:
 def _states(source: str) -> list[Path]:
     """Return the state.json files of the checkpoints in an out_dir, the newest last, or of a step folder."""
     states = sorted(Path(source).glob("step_*/state.json"), key=lambda path: (len(path.parent.name), path))
-    own = Path(source) / "state.json"
-    return [own] if own.is_file() else states
+    state_file = Path(source) / "state.json"
+    return [state_file] if state_file.is_file() else states
 
 
 def _block_size(source: str) -> int:
@@ -182,6 +180,18 @@ def _block_size(source: str) -> int:
     from acorn import checkpoint
 
     return checkpoint.open_model(source).model.config.block_size
+
+
+def with_bpe_options(tokenizer: str | Tokenizer, digits: int, reserve: int) -> str:
+    """Return the spec of a BPE to train, with these options. Raises UserError for another kind of tokenizer."""
+    if not isinstance(tokenizer, str) or not tokenizer.startswith("bpe:"):
+        option = "--digits" if digits else "--reserve"
+        raise UserError(
+            f"{option} applies only to a tokenizer that is trained. Use --tokenizer bpe:8192, or leave it out."
+        )
+    spec = f"{tokenizer}:{digits}:{reserve}"
+    tokenizers.bpe_options(spec)
+    return spec
 
 
 def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
@@ -205,6 +215,8 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/train_shakespeare_char.py"
     elif dataset == "plays" and kind == "char":
         command = "python train.py config/quickstart.py"
+    elif dataset == "poems" and kind == "char":
+        command = "python train.py config/poems.py"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
         published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # a name on the hub
@@ -224,6 +236,7 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         chat.append(f"learned          {learned:,} tokens ({learned / tokens:.1%}): the replies")
         cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
         chat.append(f"too long         {cut:,} shortened (oldest turns or the reply's end); {left_out:,} left out")
+    chat += losses(meta)
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
@@ -238,10 +251,23 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
     )
 
 
-def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.ArgumentParser:
+def losses(meta: dict) -> list[str]:
+    """Return lines of the summary that name what a WordPiece tokenizer does not keep of the text."""
+    config = meta["tokenizer"].get("config") or {}
+    if config.get("model", {}).get("type") != "WordPiece":
+        return []
+    lowercase = '"lowercase": true' in json.dumps(config.get("normalizer"))
+    lines = [f"lost             line breaks, repeated spaces{' and the case of letters' if lowercase else ''}"]
+    if unknown := meta.get("unknown"):
+        most = ", ".join(f"{acorn.visible(word)} ({count:,})" for word, count in list(unknown["words"].items())[:8])
+        lines.append(f"unknown          {unknown['tokens']:,} words became [UNK], most often {most}")
+    return lines
+
+
+def _parser(modules: dict, broken: dict[str, str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python prepare", description=__doc__.split(":")[0], allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
-    for name, corpus in corpora.items():
+    for name, corpus in modules.items():
         sub = subparsers.add_parser(
             name,
             help=_first_line(corpus).replace("%", "%%"),
@@ -257,6 +283,22 @@ def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.Arg
             default=corpus.TOKENIZER,
             help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (trains a tokenizer of that size on the corpus), "
             "or a tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
+        )
+        add(
+            "--digits",
+            type=int,
+            choices=(1, 3),
+            default=0,
+            help="with bpe:SIZE: split numbers into groups of at most this many digits, from the left; default: whole "
+            "numbers",
+        )
+        add(
+            "--reserve",
+            type=int,
+            metavar="N",
+            default=0,
+            help="with bpe:SIZE: reserve N of its tokens as control tokens for later use by a chat template: "
+            "<|reserved_0|>, <|reserved_1|>, ...",
         )
         add(
             "--new_tokens",
@@ -298,7 +340,7 @@ def _parser(corpora: dict, broken: dict[str, str] | None = None) -> argparse.Arg
         )
     for name, error in (broken or {}).items():
         subparsers.add_parser(name, help=f"broken: {error}".replace("%", "%%"))
-    if len(corpora) != 1:  # no corpus was named
+    if len(modules) != 1:  # no corpus was named
         _add_inspect(subparsers)
     return parser
 
@@ -327,9 +369,9 @@ def _default_name(corpus, name: str) -> str:
 def _unknown_corpus(name: str) -> str:
     if os.path.exists(name):
         return f"'{name}' is a path, not a corpus. Use `python prepare text {shlex.quote(name)}`."
-    near = difflib.get_close_matches(name, [*CORPORA, "inspect"], 1)
+    near = difflib.get_close_matches(name, [*corpora(), "inspect"], 1)
     hint = f"Did you mean {near[0]}? " if near else ""
-    return f"there is no corpus '{name}'. {hint}The corpora are {', '.join(CORPORA)}."
+    return f"there is no corpus '{name}'. {hint}The corpora are {', '.join(corpora())}."
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files, printable
+from acorn import UserError, files, printable, settings
 from acorn.data import chat
 from acorn.data.records import Conversation, read_messages
 from acorn.data.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
@@ -66,15 +66,9 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     """Write the dataset `out` and return its meta.json. An existing dataset is replaced when the new one is complete.
 
     Raises UserError for invalid options, files or records."""
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"val_fraction={args.val_fraction} must be between 0 and 1, such as 0.1")
+    settings.check_bounds(vars(args))
     if args.val_by == "end":
         raise UserError("conversations are split by their hash. Remove --val_by end.")
-    if args.max_tokens is not None and args.max_tokens < 8:
-        raise UserError(f"max_tokens={args.max_tokens} must be 8 or more")
-    for option in ("val_tokens", "shard_tokens"):
-        if (count := getattr(args, option)) is not None and count < 2:
-            raise UserError(f"{option}={count} must be 2 or more")
     for path in args.files:
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
@@ -142,7 +136,7 @@ def conversations(
 ) -> Iterator[tuple[str, Conversation]]:
     """Yield the location of each record, for messages, and its conversation; errors go to `bad`."""
     for path in args.files:
-        for where, record in reading.objects(path, encoding.counted(args.errors), bad, encodings[path]):
+        for where, record in reading.objects(path, encoding.counting_handler(args.errors), bad, encodings[path]):
             try:
                 messages = read_messages(record)
             except UserError as error:
@@ -158,7 +152,7 @@ def encodings_of(args: argparse.Namespace) -> dict[str, str]:
     found = {path: encoding.Detected(given or "utf-8") for path in args.files}
     for path in args.files:
         if reading.suffix(path) != ".parquet":
-            found[path] = encoding.encoding_of(reading.head(path, encoding.SEARCHED), path, given, args.errors)
+            found[path] = encoding.encoding_of(reading.head(path, encoding.SEARCHED_BYTES), path, given, args.errors)
     for note in [] if given else encoding.detection_notes(found):
         print(printable(note), file=sys.stderr)
     return {path: detected.encoding for path, detected in found.items()}

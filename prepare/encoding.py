@@ -15,21 +15,21 @@ from typing import NamedTuple
 
 from acorn import UserError
 
-SAMPLE = 1 << 16  # bytes that charset-normalizer examines
-SEARCHED = 1 << 20  # bytes at the start of a file that are searched for non-ASCII bytes
-CONFIDENT = 0.9  # minimum confidence of a guess: 1 minus charset-normalizer's `chaos`
-MARGIN = 0.1  # minimum lead in confidence over the next guess
-NARROW = 0.2  # maximum fraction of half-width katakana among non-ASCII characters
-EVIDENCE = 10  # minimum number of non-ASCII characters
-NULS = 0.01  # fraction of NUL bytes above which a file is not text
-MARKS = {  # byte order marks, longer ones before their prefixes
+SAMPLE_BYTES = 1 << 16  # bytes that charset-normalizer examines
+SEARCHED_BYTES = 1 << 20  # bytes at the start of a file that are searched for non-ASCII bytes
+MIN_CONFIDENCE = 0.9  # minimum confidence of a guess: 1 minus charset-normalizer's `chaos`
+MIN_LEAD = 0.1  # minimum lead in confidence over the next guess
+MAX_NARROW = 0.2  # maximum fraction of half-width katakana among non-ASCII characters
+MIN_NON_ASCII = 10  # minimum number of non-ASCII characters
+MAX_NUL_FRACTION = 0.01  # fraction of NUL bytes above which a file is not text
+BYTE_ORDER_MARKS = {  # byte order marks, longer ones before their prefixes
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-ESCAPES = (b"\x1b$B", b"\x1b$@")  # escape sequences of ISO-2022-JP, whose bytes are all ASCII
+JIS_ESCAPES = (b"\x1b$B", b"\x1b$@")  # escape sequences of ISO-2022-JP, whose bytes are all ASCII
 DETECTED = {  # Python's name (of the superset of encodings that look alike) -> common name
     "gb18030": "GB18030",
     "big5hkscs": "Big5",
@@ -41,7 +41,7 @@ DETECTED = {  # Python's name (of the superset of encodings that look alike) -> 
     "utf_32_le": "UTF-32 without a byte order mark",
     "utf_32_be": "UTF-32 without a byte order mark",
 }
-COMMON = ("cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256", "tis_620")
+COMMON_ENCODINGS = ("cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256", "tis_620")
 FAMILIES = {
     **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
     **dict.fromkeys(("big5", "cp950"), "big5hkscs"),
@@ -49,7 +49,7 @@ FAMILIES = {
     **dict.fromkeys(("euc_jis_2004", "euc_jisx0213"), "euc_jp"),
     "euc_kr": "cp949",
 }
-NOT_TEXT = {  # first bytes: (type of the file, what to do)
+BINARY_SIGNATURES = {  # first bytes: (type of the file, what to do)
     b"%PDF-": ("a PDF document", "Extract its text first, for example with pdftotext"),
     b"{\\rtf": ("an RTF document", "Save its content as plain text"),
     b"PK\x03\x04": ("a zip archive, like .docx, .xlsx and .epub", "Unpack it, or save its content as plain text"),
@@ -100,42 +100,42 @@ def _text_encoding(encoding: str) -> str | None:
 
 
 def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
-    """Detect the encoding of a text file from its first SEARCHED bytes, or all of it. Messages call the file `name`.
+    """Detect the encoding of a text file from its first SEARCHED_BYTES, or all of it. Messages call the file `name`.
 
     If the encoding is unclear, raises UserError, or returns UTF-8 if `errors` is not "strict".
     """
-    for mark, encoding in MARKS.items():
+    for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return Detected(encoding)
-    if any(escape in data for escape in ESCAPES):
+    if any(escape in data for escape in JIS_ESCAPES):
         return Detected("iso2022_jp")
-    wrong, nuls = _first_not_utf8(data), data.count(0)
-    if wrong is None and not nuls:
+    n_invalid, nuls = _first_not_utf8(data), data.count(0)
+    if n_invalid is None and not nuls:
         return Detected("utf-8")
-    sample = data[:SAMPLE]
-    if not nuls and wrong >= SAMPLE:
-        start = data.rfind(b"\n", wrong - SAMPLE // 2, wrong) + 1 or wrong  # not inside a character
-        sample = data[start : start + SAMPLE]
-    guesses = [] if wrong is not None and _is_damaged_utf8(sample) else _guesses(sample, bool(nuls))
+    sample = data[:SAMPLE_BYTES]
+    if not nuls and n_invalid >= SAMPLE_BYTES:
+        start = data.rfind(b"\n", n_invalid - SAMPLE_BYTES // 2, n_invalid) + 1 or n_invalid  # not inside a character
+        sample = data[start : start + SAMPLE_BYTES]
+    guesses = [] if n_invalid is not None and _is_damaged_utf8(sample) else _guesses(sample, bool(nuls))
     if guesses and _is_sure(guesses, sample):
         return Detected(*guesses[0])
-    if wrong is None and nuls < NULS * len(data):
+    if n_invalid is None and nuls < MAX_NUL_FRACTION * len(data):
         return Detected("utf-8")  # `Faults` counts the few NUL characters
-    if nuls >= NULS * len(data):
+    if nuls >= MAX_NUL_FRACTION * len(data):
         raise UserError(
             f"{name} is not text: {nuls:,} of its first {len(data):,} bytes are NUL. Leave it out. If it is text, use "
             "--encoding NAME, such as utf-16-le."
         )
     if errors != "strict":
         return Detected("utf-8")
-    line = data.count(b"\n", 0, wrong) + 1
-    raise UserError(not_in("utf-8", f"{name} is not UTF-8: byte {wrong}", data[wrong], guesses, line))
+    line = data.count(b"\n", 0, n_invalid) + 1
+    raise UserError(byte_error("utf-8", f"{name} is not UTF-8: byte {n_invalid}", data[n_invalid], guesses, line))
 
 
 def encoding_of(data: bytes, name: str, encoding: str | None = None, errors: str = "strict") -> Detected:
     """Return `encoding` if it is given, else what `detect` returns for these arguments. Raises UserError for a type of
     file that is not text."""
-    if found := not_text(data):
+    if found := binary_type(data):
         raise UserError(f"{name} is {found[0]}, not text. {found[1]}.")
     return Detected(encoding) if encoding else detect(data, name, errors)
 
@@ -160,7 +160,7 @@ def subject(names: list[str]) -> str:
     return f"{names[0]}{others} {'is' if len(names) == 1 else 'are'}"
 
 
-def not_in(
+def byte_error(
     encoding: str | None, where: str, byte: int, guesses: list[tuple[str, float]] = (), line: int | None = None
 ) -> str:
     """Return the message for a byte that is invalid in the encoding. An `encoding` of None means UTF-8 in a command
@@ -173,9 +173,9 @@ def not_in(
     return f"{where} is 0x{byte:02x}{in_line}. {unclear}{advice[0].upper()}{advice[1:]}"
 
 
-def not_text(data: bytes) -> tuple[str, str] | None:
+def binary_type(data: bytes) -> tuple[str, str] | None:
     """Return the type of a file that is not text, by its first bytes, and what to do; None if it may be text."""
-    return next((description for first, description in NOT_TEXT.items() if data.startswith(first)), None)
+    return next((description for first, description in BINARY_SIGNATURES.items() if data.startswith(first)), None)
 
 
 def is_html(text: str) -> bool:
@@ -185,7 +185,7 @@ def is_html(text: str) -> bool:
 
 def _first_not_utf8(data: bytes) -> int | None:
     try:
-        is_whole = len(data) < SEARCHED  # otherwise the data may end inside a character
+        is_whole = len(data) < SEARCHED_BYTES  # otherwise the data may end inside a character
         codecs.getincrementaldecoder("utf-8")().decode(data, final=is_whole)
         return None
     except UnicodeDecodeError as error:
@@ -195,8 +195,8 @@ def _first_not_utf8(data: bytes) -> int | None:
 def _is_damaged_utf8(sample: bytes) -> bool:
     """Whether most non-ASCII characters are valid UTF-8. Damaged UTF-8 would otherwise be taken for GB18030."""
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
-    wrong = text.count("\ufffd")
-    return sum(not char.isascii() for char in text) - wrong > 4 * wrong
+    n_invalid = text.count("\ufffd")
+    return sum(not char.isascii() for char in text) - n_invalid > 4 * n_invalid
 
 
 def _guesses(sample: bytes, has_nuls: bool) -> list[tuple[str, float]]:
@@ -214,19 +214,20 @@ def _guesses(sample: bytes, has_nuls: bool) -> list[tuple[str, float]]:
                 guesses.setdefault(name, 1 - match.chaos)
         if guesses and next(iter(guesses)) in DETECTED:
             break
-    order = [*DETECTED, *COMMON]
+    order = [*DETECTED, *COMMON_ENCODINGS]
     return sorted(guesses.items(), key=lambda guess: (-guess[1], order.index(guess[0]) if guess[0] in order else 99))
 
 
 def _is_sure(guesses: list[tuple[str, float]], sample: bytes) -> bool:
     (name, confidence), *others = guesses
-    if name not in DETECTED or confidence < CONFIDENT or (others and confidence - others[0][1] < MARGIN):
+    if name not in DETECTED or confidence < MIN_CONFIDENCE or (others and confidence - others[0][1] < MIN_LEAD):
         return False
     text = codecs.getincrementaldecoder(name)("replace").decode(sample)
     strange = sum(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f" for char in text)
     narrow = sum("\uff61" <= char <= "\uff9f" for char in text)  # 1 byte in Shift-JIS, like KOI8-R
     evidence = len(text) if name.startswith("utf") else sum(not char.isascii() for char in text)
-    return evidence >= EVIDENCE and strange + text.count("\ufffd") < 0.01 * len(text) and narrow < NARROW * evidence
+    strange += text.count("\ufffd")
+    return evidence >= MIN_NON_ASCII and strange < 0.01 * len(text) and narrow < MAX_NARROW * evidence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ _replace = _Replace()
 codecs.register_error("acorn.replace", _replace)
 
 
-def counted(errors: str) -> str:
+def counting_handler(errors: str) -> str:
     """Return the name of the error handler for `errors` whose replacements `Faults` counts."""
     return "acorn.replace" if errors == "replace" else errors
 

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 
 from acorn import UserError, printable
-from prepare.encoding import Faults, counted
+from prepare.encoding import Faults, counting_handler
 from prepare.pipeline import Document
 from prepare.reading import cell, parquet_batches
 
 TOKENIZER = "gpt2"
 VAL_FRACTION = 0.0005
-ROWS = 1000  # maximum rows to read at once
+MAX_ROWS = 1000  # maximum rows to read at once
 FIRST_ROWS = 16  # rows whose size determines how many rows to read at once
-HELD = 1 << 24  # target bytes of the rows to read at once
+BATCH_BYTES = 1 << 24  # target bytes of the rows to read at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def _parquet_columns(files: list[str], name: str, key: str, state: dict | None) 
     try:
         first, skip = (int(state["file"]), int(state["rows"])) if state else (0, 0)
     except (KeyError, TypeError, ValueError) as error:
-        raise _not_as_written(name, error) from error
+        raise _damaged_bookmark(name, error) from error
     for number in range(first, len(files)):
         with xopen(files[number], "rb") as file:
             for batch in parquet_batches(file, f"{name} ({os.path.basename(files[number])})", key, skip):
@@ -80,20 +80,20 @@ def _columns(rows, name: str, key: str, state: dict | None) -> Iterator[tuple]:
     """Yield the field `key` of an iterable dataset from `state` on as arrays, each with the state after it."""
     if state:
         try:
-            batch_size = min(ROWS, max(1, int(state["rows"])))
+            batch_size = min(MAX_ROWS, max(1, int(state["rows"])))
             rows.load_state_dict(state["datasets"])
         except Exception as error:  # the library does not validate the state
-            raise _not_as_written(name, error) from error
+            raise _damaged_bookmark(name, error) from error
     else:
-        first = next(rows.iter(min(FIRST_ROWS, ROWS)), None)
-        batch_size = HELD * len(first) // max(1, first.nbytes) if first is not None else ROWS
-        batch_size = min(ROWS, max(1, batch_size))
+        first = next(rows.iter(min(FIRST_ROWS, MAX_ROWS)), None)
+        batch_size = BATCH_BYTES * len(first) // max(1, first.nbytes) if first is not None else MAX_ROWS
+        batch_size = min(MAX_ROWS, max(1, batch_size))
     for table in rows.iter(batch_size):
         # the state holds batch_size, because datasets would lose or repeat rows with a different one
         yield table[key], {"rows": batch_size, "datasets": rows.state_dict()}
 
 
-def _not_as_written(name: str, error: Exception) -> UserError:
+def _damaged_bookmark(name: str, error: Exception) -> UserError:
     return UserError(
         f"the saved position in {name} is damaged ({error!s:.80}). Remove the dataset's folder .acorn_partial, and "
         "start again."
@@ -144,7 +144,7 @@ class HubDocuments:
         """Yield the texts of a part from the bookmark on. The bookmark is updated, except if rows are joined."""
         source, key = self._open(self.parts[part][1]), self.args.key
         count, state = self._bookmark["documents"], self._bookmark["state"]
-        errors = counted(getattr(self.args, "errors", "strict"))
+        errors = counting_handler(getattr(self.args, "errors", "strict"))
         read = _parquet_columns if isinstance(source, list) else _columns
         columns = read(source, self.name, key, state)
         while True:

@@ -20,8 +20,8 @@ from acorn.data.shards import KINDS, Dataset, Tokens, load_dataset
 from acorn.data.tokenizer import Tokenizer
 from prepare.pipeline import Reader
 
-PIECE = 1 << 22  # tokens to read at once
-SHOWN = 3  # number of longest and shortest documents to show
+PIECE_TOKENS = 1 << 22  # tokens to read at once
+N_SHOWN = 3  # number of longest and shortest documents to show
 SAMPLE_TOKENS = 48
 
 
@@ -110,8 +110,8 @@ class Survey:
         self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         order = np.argsort(lengths, kind="stable")
         by_length = list(zip(lengths[order].tolist(), starts[order].tolist(), strict=True))
-        self.shortest = sorted(self.shortest + by_length[:SHOWN])[:SHOWN]
-        self.longest = sorted(self.longest + by_length[-SHOWN:], reverse=True)[:SHOWN]
+        self.shortest = sorted(self.shortest + by_length[:N_SHOWN])[:N_SHOWN]
+        self.longest = sorted(self.longest + by_length[-N_SHOWN:], reverse=True)[:N_SHOWN]
 
     def length_at(self, share: float) -> int:
         """Return the length that this fraction of the documents does not exceed; 0 if there are no documents."""
@@ -124,8 +124,8 @@ def survey(tokens: Tokens, tokenizer: Tokenizer, progress: tqdm, mark: int | Non
     """Read the split once, piece by piece, in bounded memory. `mark` is the token between documents."""
     found, token_bytes = Survey(), tokenizer.token_bytes()
     begin = 0  # where the current document begins
-    for start in range(0, len(tokens), PIECE):
-        ids = tokens.read([start], min(PIECE, len(tokens) - start))[0]
+    for start in range(0, len(tokens), PIECE_TOKENS):
+        ids = tokens.read([start], min(PIECE_TOKENS, len(tokens) - start))[0]
         found.bytes += int(token_bytes[ids].sum(dtype=np.int64))
         if tokens.mask:
             found.learned += int(tokens.mask.read([start], len(ids)).sum())
@@ -189,8 +189,8 @@ def verify(dataset: Dataset) -> None:
     source = _source(dataset)
     arguments = source.get("arguments")
     paths = arguments.get("files", []) if isinstance(arguments, dict) else None
-    again = isinstance(paths, list) and "streaming" not in arguments and "-" not in paths
-    if not again or source.get("corpus") == "chat":
+    can_reread = isinstance(paths, list) and "streaming" not in arguments and "-" not in paths
+    if not can_reread or source.get("corpus") == "chat":
         print("the source text was not checked: this is possible only for files that are read as documents")
         return
     try:

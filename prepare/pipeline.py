@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,18 +25,19 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files
+from acorn import UserError, files, settings
 from acorn.data.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
 from acorn.data.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
 
 SEPARATOR = "\n\n"  # between documents, for tokenizers without an end-of-text token
-FEW = 100  # with fewer documents, a validation split of whole documents would be poor
-PIECE = 1 << 17  # target characters of a piece
-LONGEST_PIECE = 1 << 20  # maximum characters of a piece; cutting a long run of letters may change a token or two
-BATCH = 1 << 20  # characters
-READ_AHEAD = 32  # batches
-LEARN_FROM = 1 << 30  # maximum characters of the train split that a tokenizer is trained on
-PROGRESS = "progress.json"  # the file in PARTIAL that holds the progress
+MIN_DOCUMENTS = 100  # with fewer documents, a validation split of whole documents would be poor
+PIECE_CHARS = 1 << 17  # target characters of a piece
+MAX_PIECE_CHARS = 1 << 20  # maximum characters of a piece; cutting a long run of letters may change a token or two
+BATCH_CHARS = 1 << 20  # characters
+MAX_QUEUED_BATCHES = 32  # batches
+MAX_UNKNOWN = 10_000  # different words unknown to the tokenizer that are counted
+MAX_TRAINING_CHARS = 1 << 30  # maximum characters of the train split that a tokenizer is trained on
+PROGRESS_FILE = "progress.json"  # the file in PARTIAL that holds the progress
 
 
 class Document(NamedTuple):
@@ -67,7 +68,7 @@ class Place:
 
 class Batch(NamedTuple):
     pieces: list[Piece]
-    after: Place
+    end: Place
 
 
 class EmptySplit(UserError):
@@ -108,14 +109,11 @@ def prepare(
     After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
     result is byte-identical. An existing dataset is replaced only with `overwrite`, once the new one is complete.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction} must be between 0 and 1, such as 0.1")
-    for option, count in (("val_tokens", val_tokens), ("max_tokens", max_tokens), ("shard_tokens", shard_tokens)):
-        if count is not None and count < 2:
-            raise UserError(f"{option}={count} must be 2 or more")
+    counts = {"val_tokens": val_tokens, "max_tokens": max_tokens, "shard_tokens": shard_tokens}
+    settings.check_bounds({"val_fraction": val_fraction, **counts})
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
-    if not val_by and (max_tokens or operator.length_hint(documents, FEW) >= FEW):
+    if not val_by and (max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS):
         options = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
         options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
         try:
@@ -144,7 +142,7 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
-        progress = _take_up(partial, command)
+        progress = _read_partial(partial, command)
         if not (partial / "meta.json").exists():  # otherwise the interruption was after the last shard
             if not progress:
                 progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction)
@@ -155,7 +153,7 @@ def prepare(
         raise UserError(explain(error, out, partial, progress.get("size"))) from error
     finally:
         if lock is not None:
-            if not (partial / PROGRESS).exists():
+            if not (partial / PROGRESS_FILE).exists():
                 files.remove(partial, ignore_errors=True)
             elif sys.exc_info()[0] is not None:
                 print(f"complete shards are kept in {partial}; run the same command to resume", file=sys.stderr)
@@ -180,13 +178,13 @@ def _survey(documents: Iterable, requested: str | Tokenizer, val_by: str, val_fr
         nonlocal count, chars, size
         with tqdm(desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
             for document in documents:
-                before = chars
+                chars_before = chars
                 for block in _blocks(document):
                     chars += len(block)
                     size += (bytes_ := _size(block))
                     bar.update(bytes_)
                     yield block
-                count += chars > before
+                count += chars > chars_before
         if count > 1:
             yield SEPARATOR
 
@@ -211,7 +209,7 @@ def _train_part(reader: "Reader") -> Iterator[str]:
         if piece.split == "train":
             yield piece.text
             chars += len(piece.text)
-        if chars > LEARN_FROM:
+        if chars > MAX_TRAINING_CHARS:
             return
 
 
@@ -238,7 +236,7 @@ class Reader:
             self.place.pieces = skipped = 0
             self.place.chars, self.place.sha256 = self._at_end
 
-    def here(self) -> Place:
+    def current_place(self) -> Place:
         """Return a copy of `place` with the corpus's bookmark for it."""
         if hasattr(self.documents, "bookmark"):
             self.place.bookmark = self.documents.bookmark()
@@ -269,8 +267,9 @@ class Reader:
             if split:
                 yield block, split
             else:
-                before = max(0, self.cut - chars)
-                yield from ((part, name) for part, name in ((block[:before], "train"), (block[before:], "val")) if part)
+                n_train = max(0, self.cut - chars)
+                parts = (block[:n_train], "train"), (block[n_train:], "val")
+                yield from ((part, name) for part, name in parts if part)
             chars += len(block)
         is_empty = chars == self.place.chars
         self._at_end = chars, self.place.sha256 if is_empty else _chain(self.place.sha256, digest.hexdigest())
@@ -301,31 +300,31 @@ def cut_pieces(texts: Iterable[str]) -> Iterator[str]:
     divided into `texts`."""
     rest = ""
     for text in texts:
-        *whole, rest = split_text(rest + text, PIECE)
-        while whole and len(rest) <= PIECE:  # near the end, the following text may move a cut
+        *whole, rest = split_text(rest + text, PIECE_CHARS)
+        while whole and len(rest) <= PIECE_CHARS:  # near the end, the following text may move a cut
             rest = whole.pop() + rest
         *chopped, rest = _chop(rest)
         for piece in whole:
             yield from _chop(piece)
         yield from chopped
-    for piece in split_text(rest, PIECE):
+    for piece in split_text(rest, PIECE_CHARS):
         yield from _chop(piece)
 
 
 def _chop(piece: str) -> Iterator[str]:
-    """Yield a piece without whitespace in parts of at most LONGEST_PIECE characters. It is cut between a digit or
+    """Yield a piece without whitespace in parts of at most MAX_PIECE_CHARS characters. It is cut between a digit or
     punctuation and a letter, where tokens have a boundary, or anywhere if there is no such place."""
     start = 0
-    while len(piece) - start > LONGEST_PIECE:
-        end = start + LONGEST_PIECE
-        if found := _NO_WORD.search(piece, end - LONGEST_PIECE // 2, end):
+    while len(piece) - start > MAX_PIECE_CHARS:
+        end = start + MAX_PIECE_CHARS
+        if found := _SAFE_CUT.search(piece, end - MAX_PIECE_CHARS // 2, end):
             end = found.start()
         yield piece[start:end]
         start = end
     yield piece[start:]
 
 
-_NO_WORD = re.compile(r"(?<=[0-9;,)}])(?=[A-Za-z])")
+_SAFE_CUT = re.compile(r"(?<=[0-9;,)}])(?=[A-Za-z])")
 
 
 def _batches(reader: Reader) -> Iterator[Batch]:
@@ -333,10 +332,10 @@ def _batches(reader: Reader) -> Iterator[Batch]:
     for piece in reader:
         pieces.append(piece)
         chars += len(piece.text)
-        if chars >= BATCH:
-            yield Batch(pieces, reader.here())
+        if chars >= BATCH_CHARS:
+            yield Batch(pieces, reader.current_place())
             pieces, chars = [], 0
-    yield Batch(pieces, reader.here())  # possibly empty, but with the final position
+    yield Batch(pieces, reader.current_place())  # possibly empty, but with the final position
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,13 +358,13 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
                 try:
                     writer.resume(progress["splits"][split])
                 except UserError:  # would recur on every attempt
-                    (folder / PROGRESS).unlink(missing_ok=True)
+                    (folder / PROGRESS_FILE).unlink(missing_ok=True)
                     raise
         bar = stack.enter_context(
             tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True, disable=None)
         )
         bar.update(counts["train"] + counts["val"])
-        for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
+        for batch, ids, lengths, unknown in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
             if room := command["max_tokens"]:
                 room -= sum(writer.tokens for writer in writers.values())
@@ -373,18 +372,22 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             if is_full:
                 batch, ids = _beginning(batch, ids, lengths, room, tokenizer)
             _write(batch, ids, tokenizer, writers, counts, command["val_tokens"])
+            if n_unknown := sum(int((array == tokenizer.unk_id).sum()) for array in ids.values() if unknown):
+                found = counts.setdefault("unknown", {"tokens": 0, "words": {}})
+                found["tokens"] += n_unknown
+                found["words"] = dict((Counter(found["words"]) + unknown).most_common(MAX_UNKNOWN))
             bar.update(counts["train"] + counts["val"] - bar.n)
-            place = batch.after
+            place = batch.end
             if is_full:
                 break
             if sum(len(writer.shards) for writer in writers.values()) > finished:
                 progress |= {"place": asdict(place), "counts": counts}
                 progress["splits"] = {split: writer.save() for split, writer in writers.items()}
-                files.replace(folder / PROGRESS, json.dumps(progress))
+                files.replace(folder / PROGRESS_FILE, json.dumps(progress))
     changed = progress["cut"] is not None and place.chars != progress["chars"]
     if changed or min(writer.tokens for writer in writers.values()) < 2:
-        (folder / PROGRESS).unlink(missing_ok=True)  # resuming would fail again
-        raise _what_is_wrong(changed, writers, counts, command, place.chars)
+        (folder / PROGRESS_FILE).unlink(missing_ok=True)  # resuming would fail again
+        raise _empty_split_error(changed, writers, counts, command, place.chars)
     return {
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -393,13 +396,14 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
         "documents": counts["documents"],
         "val_by": command["val_by"],
         "source": command["source"] | {"sha256": place.sha256},
+        **{name: counts[name] for name in ("unknown",) if name in counts},  # and the most frequent words among them
     } | {
         split: {"tokens": writer.tokens, "bytes": counts[split], "shards": writer.shards}
         for split, writer in writers.items()
     }
 
 
-def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
+def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray, Counter]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads suffice, because tokenizers, hashes and file
     access release the interpreter lock. Reading runs further ahead than encoding, because the vocabulary is loaded at
     the start."""
@@ -415,7 +419,7 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             loaded.result()  # two threads must not load the vocabulary at once
             return _encode(batch, tokenizer)
 
-        reading = deque(reader.submit(next, batches, None) for _ in range(READ_AHEAD))
+        reading = deque(reader.submit(next, batches, None) for _ in range(MAX_QUEUED_BATCHES))
         ahead = deque()
         while batch := reading.popleft().result():
             reading.append(reader.submit(next, batches, None))
@@ -427,15 +431,19 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             yield batch, *ids.result()
 
 
-def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return a batch's ids by split (int32, with the marks before and after each document) and each piece's length."""
-    before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
-    parts, lengths = {"train": [before[:0]], "val": [before[:0]]}, []
+def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray, Counter]:
+    """Return a batch's ids by split (int32, with the marks before and after each document), each piece's length, and
+    the words that the tokenizer does not know with their counts."""
+    prefix, ending = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
+    parts, lengths, unknown = {"train": [prefix[:0]], "val": [prefix[:0]]}, [], Counter()
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
-        whole = [before] * piece.starts_document + [ids] + [after] * piece.ends_document
+        whole = [prefix] * piece.starts_document + [ids] + [ending] * piece.ends_document
         parts[piece.split] += whole
         lengths.append(sum(map(len, whole)))
-    return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
+        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+            unknown.update(tokenizer.unknown(piece.text))
+    flat = {split: np.concatenate(arrays) for split, arrays in parts.items()}
+    return flat, np.array(lengths, dtype=np.int64), unknown
 
 
 def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenizer: Tokenizer) -> tuple[Batch, dict]:
@@ -450,7 +458,7 @@ def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenize
             piece = piece._replace(size=size)
         pieces.append(piece)
         room -= length
-    return Batch(pieces, batch.after), {split: array[: taken[split]] for split, array in ids.items()}
+    return Batch(pieces, batch.end), {split: array[: taken[split]] for split, array in ids.items()}
 
 
 def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens: int | None) -> None:
@@ -472,7 +480,7 @@ def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:
     return int(tokenizer.token_bytes()[ids].sum())
 
 
-def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, chars: int) -> UserError:
+def _empty_split_error(changed: bool, writers: dict, counts: dict, command: dict, chars: int) -> UserError:
     if changed:
         return UserError("the corpus changed while it was being read. Run this again once its files stop changing.")
     if not chars:
@@ -495,10 +503,10 @@ def _what_is_wrong(changed: bool, writers: dict, counts: dict, command: dict, ch
 # Interruption and resuming
 
 
-def _take_up(partial: Path, command: dict) -> dict:
+def _read_partial(partial: Path, command: dict) -> dict:
     """Return the progress of an interrupted run of the same command; without one, empty `partial` and return {}."""
     files.make_folder(partial)
-    if os.path.lexists(partial / PROGRESS):
+    if os.path.lexists(partial / PROGRESS_FILE):
         if progress := _read_progress(partial, json.loads(json.dumps(command))):
             tokens = sum(split["tokens"] for split in progress["splits"].values())
             print(f"resuming after {tokens:,} tokens of an earlier run", file=sys.stderr)
@@ -512,7 +520,7 @@ def _take_up(partial: Path, command: dict) -> dict:
 def _read_progress(partial: Path, command: dict) -> dict:
     """Return the progress of `command` in `partial`; {} if it belongs to another command or is damaged."""
     try:
-        progress = files.read_json(partial / PROGRESS)
+        progress = files.read_json(partial / PROGRESS_FILE)
         place, bookmark, splits = progress["place"], progress["place"]["bookmark"] or {}, progress["splits"]
         listed = [shard for split in splits.values() for shard in split["shards"]]
         counts = [progress["chars"], progress["size"], 0 if progress["cut"] is None else progress["cut"]]

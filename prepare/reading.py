@@ -14,22 +14,22 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from acorn import UserError
-from prepare.encoding import not_in
+from acorn import UserError, files
+from prepare.encoding import byte_error
 
-BLOCK = 1 << 20  # bytes of text that are read at once
-LONGEST = 1 << 26  # maximum bytes of a .jsonl line or characters of a .csv field, which are held in memory as a whole
-LONG = 1 << 24  # bytes above which a .parquet cell is decoded in blocks
-HELD = 1 << 25  # bytes of .parquet rows that are decoded at once
-LARGEST_PAGE = 1 << 29  # maximum decompressed bytes of a .parquet page
-MOST_UNPACKED = 1000  # maximum compression ratio of a .parquet row group that decompresses to more than LARGEST_PAGE
-PACKED = (".gz", ".zst")
+BLOCK_BYTES = 1 << 20  # bytes of text that are read at once
+MAX_RECORD = 1 << 26  # bytes of a .jsonl line, or characters of a .csv field, which are held in memory as a whole
+MAX_WHOLE_CELL_BYTES = 1 << 24  # bytes above which a .parquet cell is decoded in blocks
+BATCH_BYTES = 1 << 25  # bytes of .parquet rows that are decoded at once
+MAX_PAGE_BYTES = 1 << 29  # maximum decompressed bytes of a .parquet page
+MAX_RATIO = 1000  # compression ratio of a .parquet row group that decompresses to more than MAX_PAGE_BYTES
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 
 def suffix(path: str) -> str:
     """Return the suffix of the file's format: .jsonl for x.JSONL.zst."""
     path = path.lower()
-    for packed in PACKED:
+    for packed in COMPRESSED_SUFFIXES:
         path = path.removesuffix(packed)
     return os.path.splitext(path)[1]
 
@@ -46,7 +46,7 @@ def open_unpacked(path: str) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def naming(path: str):
+def naming_file(path: str):
     """A context manager that turns read errors into UserErrors that name the file."""
     try:
         yield
@@ -60,7 +60,7 @@ def naming(path: str):
 
 def head(path: str, size: int = 8192) -> bytes:
     """Return the first `size` bytes of a file, after decompression."""
-    with naming(path), open_unpacked(path) as file:
+    with naming_file(path), open_unpacked(path) as file:
         return file.read(size)
 
 
@@ -73,25 +73,25 @@ def text_blocks(path: str, errors: str = "strict", name: str = "", encoding: str
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")(errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     done = 0
-    with naming(name), open_unpacked(path) as file:
+    with naming_file(name), open_unpacked(path) as file:
         while True:
-            data = file.read(BLOCK)
+            data = file.read(BLOCK_BYTES)
             pending = len(decoder.getstate()[0])  # bytes of an incomplete character at the end of the last block
             try:
                 text = newlines.decode(decoder.decode(data, final=not data), final=not data)
             except UnicodeDecodeError as error:
                 position = done - pending + error.start
-                raise UserError(_not_in(encoding, f"{name} is not {{}}: byte {position}", error)) from error
+                raise UserError(_byte_error(encoding, f"{name} is not {{}}: byte {position}", error)) from error
             yield text if done else text.removeprefix("\ufeff")  # a byte order mark
             if not data:
                 return
             done += len(data)
 
 
-def _not_in(encoding: str | None, where: str, error: UnicodeDecodeError) -> str:
+def _byte_error(encoding: str | None, where: str, error: UnicodeDecodeError) -> str:
     """Return the message for invalid bytes; `where` has a {} for the name of the encoding."""
     name = "UTF-8" if encoding in (None, "utf-8") else encoding
-    return not_in(encoding, where.format(name), error.object[error.start])
+    return byte_error(encoding, where.format(name), error.object[error.start])
 
 
 def records(
@@ -104,7 +104,7 @@ def records(
     """
     reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _jsonl)
     field = key or "text"
-    with naming(path):
+    with naming_file(path):
         for where, value in reader(path, field, errors, encoding):
             if value is not None and not isinstance(value, str | Iterator):
                 raise UserError(
@@ -140,21 +140,21 @@ def fail(error: UserError) -> None:
 
 
 def objects(
-    path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail, encoding: str | None = None
+    path: str, errors: str = "strict", on_error: Callable[[UserError], None] = fail, encoding: str | None = None
 ) -> Iterator[tuple[str, dict]]:
     """Yield the location of each record, for messages, and the record as a dict: lines of .jsonl, elements of a list in
-    .json, rows of .csv and .parquet. `bad` is called with the errors of single records. `errors` and `encoding` are as
-    in `text_blocks`."""
+    .json, rows of .csv and .parquet. `on_error` is called with the errors of single records. `errors` and `encoding`
+    are as in `text_blocks`."""
     if suffix(path) == ".json" and head(path).decode(encoding or "utf-8", "replace").lstrip("\ufeff \t\r\n").startswith(
         "["
     ):
-        yield from _json_list(path, errors, bad, encoding)
+        yield from _json_list(path, errors, on_error, encoding)
     elif reader := {".parquet": _parquet, ".csv": _csv}.get(suffix(path)):
-        with naming(path):
+        with naming_file(path):
             for where, record in reader(path, None, errors, encoding):
                 yield where, _without_nulls(record)
     else:
-        yield from json_lines(path, errors, bad, encoding)
+        yield from json_lines(path, errors, on_error, encoding)
 
 
 def _without_nulls(value):
@@ -167,7 +167,7 @@ def _without_nulls(value):
 
 
 def _json_list(
-    path: str, errors: str, bad: Callable[[UserError], None], encoding: str | None
+    path: str, errors: str, on_error: Callable[[UserError], None], encoding: str | None
 ) -> Iterator[tuple[str, dict]]:
     text = "".join(text_blocks(path, errors, encoding=encoding))
     try:
@@ -181,54 +181,54 @@ def _json_list(
         if isinstance(record, dict):
             yield where, record
         else:
-            bad(UserError(f"{where} is {json.dumps(record)[:40]}, not an object. Correct it, or leave it out."))
+            on_error(UserError(f"{where} is {json.dumps(record)[:40]}, not an object. Correct it, or leave it out."))
 
 
 def json_lines(
-    path: str, errors: str = "strict", bad: Callable[[UserError], None] = fail, encoding: str | None = None
+    path: str, errors: str = "strict", on_error: Callable[[UserError], None] = fail, encoding: str | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """Yield the location of each object in a .jsonl file, for messages, and the object. `bad` is called with the errors
-    of single lines."""
-    with naming(path), open_unpacked(path) as file:
-        lines, line_encoding = iter(lambda: file.readline(LONGEST), b""), encoding or "utf-8"
+    """Yield the location of each object in a .jsonl file, for messages, and the object. `on_error` is called with the
+    errors of single lines."""
+    with naming_file(path), open_unpacked(path) as file:
+        lines, line_encoding = iter(lambda: file.readline(MAX_RECORD), b""), encoding or "utf-8"
         if "\n".encode(line_encoding) != b"\n":  # e.g. UTF-16, where a line break is not one byte
             lines, line_encoding = _as_utf8(file, path, errors, encoding), "utf-8"
         for number, line in enumerate(lines, 1):
             where = f"line {number} of {path}"
-            if len(line) == LONGEST:
-                raise UserError(f"{where} has more than {LONGEST:,} bytes. Put such a long text into its own file.")
+            if len(line) == MAX_RECORD:
+                raise UserError(f"{where} has more than {MAX_RECORD:,} bytes. Put such a long text into its own file.")
             if line.isspace():
                 continue
             try:
                 text = line.decode(line_encoding, errors)
-                record = json.loads(text.removeprefix("\ufeff") if number == 1 else text)
+                record = files.parse_json_line(text.removeprefix("\ufeff") if number == 1 else text, where)
             except UnicodeDecodeError as error:
-                bad(UserError(_not_in(encoding, f"{where} is not {{}}: its byte {error.start}", error)))
+                on_error(UserError(_byte_error(encoding, f"{where} is not {{}}: its byte {error.start}", error)))
                 continue
-            except (ValueError, RecursionError) as error:
-                bad(UserError(f"{where} is not valid JSON ({error}). A .jsonl file has one object per line."))
+            except UserError as error:
+                on_error(error)
                 continue
             if isinstance(record, dict):
                 yield where, record
                 continue
             content = line.decode(errors="replace").strip()[:40]
-            bad(UserError(f"{where} is {content}, not an object. A .jsonl file has one object per line."))
+            on_error(UserError(f"{where} is {content}, not an object. A .jsonl file has one object per line."))
 
 
 def _as_utf8(file: BinaryIO, path: str, errors: str, encoding: str) -> Iterator[bytes]:
     """Yield the lines of a file in any encoding, converted to UTF-8."""
     text, number = io.TextIOWrapper(file, encoding, errors, newline="\n"), 0
     try:
-        while line := text.readline(LONGEST):
+        while line := text.readline(MAX_RECORD):
             yield line.encode("utf-8", "surrogatepass")
             number += 1
     except UnicodeDecodeError as error:
-        raise UserError(_not_in(encoding, f"{path} is not {{}} after line {number}: a byte", error)) from error
+        raise UserError(_byte_error(encoding, f"{path} is not {{}} after line {number}: a byte", error)) from error
 
 
 def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Iterator[tuple[str, object]]:
     """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None."""
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(MAX_RECORD)
     codec = "utf-8-sig" if encoding in (None, "utf-8") else encoding
     with open_unpacked(path) as file, io.TextIOWrapper(file, codec, errors) as text:
         rows = csv.reader(text, strict=True)  # otherwise an unclosed quote swallows the rest of the file
@@ -246,13 +246,15 @@ def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Ite
                     yield f"row {number} of {path}", row[column] if column < len(row) else None
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
-            raise UserError(_not_in(encoding, f"{path} is not {{}} after row {number - 1}: a byte", error)) from error
+            raise UserError(
+                _byte_error(encoding, f"{path} is not {{}} after row {number - 1}: a byte", error)
+            ) from error
         except csv.Error as error:
             reason = str(error)
             if "end of data" in reason:
                 reason = "a quote is never closed"
             elif "field limit" in reason:
-                reason = f"a field has more than {LONGEST:,} characters, perhaps because a quote is never closed"
+                reason = f"a field has more than {MAX_RECORD:,} characters, perhaps because a quote is never closed"
             raise UserError(
                 f"{path} is not valid CSV in row {number}, which begins in line {line} ({reason}). Correct it, or "
                 "leave the file out."
@@ -279,15 +281,15 @@ def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 
     """Yield the rows of a parquet file after the first `skip` rows as pyarrow.RecordBatches of one field, or of all
     fields if `field` is None. Messages call the file `path`.
 
-    pyarrow holds one page, compressed and decompressed, and one batch in memory. A batch has at most HELD bytes if
-    texts have similar lengths. Raises UserError before decompressing texts if the average row is longer than LONGEST,
-    if a page is larger than LARGEST_PAGE, or if the compression ratio exceeds MOST_UNPACKED.
+    pyarrow holds one page, compressed and decompressed, and one batch in memory. A batch has at most BATCH_BYTES if
+    texts have similar lengths. Raises UserError before decompressing texts if the average row is longer than
+    MAX_RECORD, if a page is larger than MAX_PAGE_BYTES, or if the compression ratio exceeds MAX_RATIO.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK) as file:
+        with pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
             names = file.schema_arrow.names
             if field is not None and field not in names:
                 raise _missing(path, field, names)
@@ -317,17 +319,17 @@ def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:
     mean = size / max(1, group.num_rows)
     pages = [(column, _first_page_size(source, column)) for column in columns]
     page = max((size for _, size in pages), default=0)
-    if mean > LONGEST:
+    if mean > MAX_RECORD:
         raise UserError(
-            f"{path} has rows of {mean / 1e6:,.0f} MB on average, more than the limit of {LONGEST / 1e6:.0f} MB. Put "
-            "such long texts into their own files."
+            f"{path} has rows of {mean / 1e6:,.0f} MB on average, more than the limit of {MAX_RECORD / 1e6:.0f} MB. "
+            "Put such long texts into their own files."
         )
-    if page > LARGEST_PAGE:
+    if page > MAX_PAGE_BYTES:
         raise UserError(
-            f"{path} has a page of {page / 1e6:,.0f} MB, more than the limit of {LARGEST_PAGE / 1e6:.0f} MB. Write the "
-            "file again with fewer rows per row group, such as row_group_size=100 in pyarrow."
+            f"{path} has a page of {page / 1e6:,.0f} MB, more than the limit of {MAX_PAGE_BYTES / 1e6:.0f} MB. Write "
+            "the file again with fewer rows per row group, such as row_group_size=100 in pyarrow."
         )
-    if size > LARGEST_PAGE and size > MOST_UNPACKED * packed:  # then any page may be as large
+    if size > MAX_PAGE_BYTES and size > MAX_RATIO * packed:  # then any page may be as large
         raise UserError(
             f"{path} has a row group of {packed / 1e6:,.1f} MB that decompresses to {size / 1e6:,.0f} MB, like a "
             "decompression bomb. Leave it out, or write it again with smaller row groups."
@@ -335,7 +337,7 @@ def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:
     # a dictionary stores a long value once, but any number of rows may have it
     dictionaries = sum(size for column, size in pages if any("DICTIONARY" in name for name in column.encodings))
     longest = max(dictionaries, 16 * mean, 1)
-    return int(min(256, max(1, HELD // longest)))
+    return int(min(256, max(1, BATCH_BYTES // longest)))
 
 
 def _first_page_size(source: BinaryIO, column) -> int:
@@ -373,21 +375,21 @@ def cell(scalar, where: str, field: str, errors: str = "strict", encoding: str |
         data = scalar.as_buffer()
         if data is None:
             return None
-        if data.size > LONG:
+        if data.size > MAX_WHOLE_CELL_BYTES:
             return _cell_blocks(data, where, field, errors, encoding)
         return str(data, encoding or "utf-8", errors)
     except UnicodeDecodeError as error:
         location = f"{where} is not {{}} in its field '{field}': byte {error.start}"
-        raise UserError(_not_in(encoding, location, error)) from error
+        raise UserError(_byte_error(encoding, location, error)) from error
 
 
 def _cell_blocks(data, where: str, field: str, errors: str, encoding: str | None) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")(errors)
-    for start in range(0, data.size, BLOCK):
-        block = bytes(data[start : start + BLOCK])
+    for start in range(0, data.size, BLOCK_BYTES):
+        block = bytes(data[start : start + BLOCK_BYTES])
         pending = len(decoder.getstate()[0])
         try:
-            yield decoder.decode(block, final=start + BLOCK >= data.size)
+            yield decoder.decode(block, final=start + BLOCK_BYTES >= data.size)
         except UnicodeDecodeError as error:
             location = f"{where} is not {{}} in its field '{field}': byte {start - pending + error.start}"
-            raise UserError(_not_in(encoding, location, error)) from error
+            raise UserError(_byte_error(encoding, location, error)) from error

@@ -21,18 +21,18 @@ from typing import BinaryIO, NamedTuple
 
 from acorn import UserError, printable
 from prepare.encoding import (
-    SEARCHED,
+    SEARCHED_BYTES,
     Detected,
     Faults,
+    binary_type,
     check_name,
-    counted,
+    counting_handler,
     detection_notes,
     encoding_of,
     is_html,
-    not_text,
     subject,
 )
-from prepare.reading import has_field, head, naming, records, suffix, text_blocks
+from prepare.reading import has_field, head, naming_file, records, suffix, text_blocks
 
 TOKENIZER = "gpt2"
 SUFFIXES = """
@@ -108,23 +108,23 @@ class TextFiles:
         if name == "-":
             self._spool("standard input", sys.stdin.buffer)
         elif os.path.isdir(name):
-            found = self._in_folder(name)
-            if not found:
+            paths_found = self._in_folder(name)
+            if not paths_found:
                 raise UserError(f"the folder {name} holds no text files. To read files of any suffix, name them.")
-            self._add_files(found, in_folder=True)
+            self._add_files(paths_found, in_folder=True)
         elif os.path.isfile(name):
             if os.path.getsize(name) == 0:
                 raise UserError(f"{name} is empty. Leave it out, or name a file with text in it.")
             self._add_files([name])
         elif os.path.exists(name):  # a pipe, such as in `python prepare text <(zcat mine.gz)`
-            with naming(name), open(name, "rb") as pipe:
+            with naming_file(name), open(name, "rb") as pipe:
                 self._spool(name, pipe)
         elif glob.has_magic(name):
-            found = sorted(glob.glob(name, recursive=True))
-            if not found:
+            paths_found = sorted(glob.glob(name, recursive=True))
+            if not paths_found:
                 raise UserError(f"no file matches {name}. Paths are relative to the working directory {os.getcwd()}.")
-            before = len(self.sources)
-            for path in found:
+            n_before = len(self.sources)
+            for path in paths_found:
                 if os.path.isdir(path):
                     self._add_files(self._in_folder(path), in_folder=True)
                 elif not os.path.exists(path) or os.path.isfile(path):
@@ -132,8 +132,8 @@ class TextFiles:
                 else:
                     raise UserError(f"{path} is neither a file nor a folder. Leave it out, or name it without a glob.")
             # ** matches a folder and its files; keep the first occurrence of each file
-            unique = {os.path.normpath(source.path): source for source in reversed(self.sources[before:])}
-            self.sources[before:] = reversed(unique.values())
+            unique = {os.path.normpath(source.path): source for source in reversed(self.sources[n_before:])}
+            self.sources[n_before:] = reversed(unique.values())
         else:
             raise UserError(
                 f"there is no file or folder {name}. Paths are relative to the working directory {os.getcwd()}."
@@ -141,18 +141,18 @@ class TextFiles:
 
     def _add_files(self, paths: list[str], in_folder: bool = False) -> None:
         for path in paths:
-            with naming(path):
+            with naming_file(path):
                 status = os.stat(path)
             self._add_file(path, path, suffix(path) in RECORDS, [status.st_size, status.st_mtime_ns], in_folder)
 
     def _add_file(self, name: str, path: str, is_records: bool, version: list, in_folder: bool = False) -> None:
         encoding = self.encoding or "utf-8"
         if suffix(path) != ".parquet":
-            data = head(path, SEARCHED)
+            data = head(path, SEARCHED_BYTES)
             try:
                 detected = encoding_of(data, name, self.encoding, self.errors)
             except UserError:
-                if in_folder and (not_text(data) or b"\0" in data):
+                if in_folder and (binary_type(data) or b"\0" in data):
                     self.skipped += 1
                     return
                 raise
@@ -169,7 +169,7 @@ class TextFiles:
         self.sources.append(Source(name, path, is_records, version, encoding))
 
     def _in_folder(self, folder: str) -> list[str]:
-        found = []
+        paths_found = []
 
         def refuse(error: OSError) -> None:
             raise UserError(f"cannot read the folder {error.filename}: {error.strerror}. Leave it out.") from error
@@ -179,10 +179,10 @@ class TextFiles:
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
                 is_file = os.path.isfile(path)  # not a FIFO, which would block
                 if is_file and (suffix(path) in SUFFIXES.split() or suffix(path) == ".parquet"):
-                    found.append(path)
+                    paths_found.append(path)
                 else:
                     self.skipped += 1
-        return found
+        return paths_found
 
     def _spool(self, name: str, stream: BinaryIO) -> None:
         """Copy a stream, which can be read only once, to a temporary file. Its first bytes tell its compression."""
@@ -217,7 +217,7 @@ class TextFiles:
         return NotImplemented if any(source.is_records for source in self.sources) else len(self.sources)
 
     def __iter__(self) -> Iterator[str | Iterator[str]]:
-        faults, errors = Faults(), counted(self.errors)
+        faults, errors = Faults(), counting_handler(self.errors)
         for source in self.sources:
             name = source.name
             if source.is_records:

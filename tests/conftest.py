@@ -92,8 +92,8 @@ def in_tmp_path(tmp_path, monkeypatch):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Preparation notes its progress after each few hundred bytes."""
-    monkeypatch.setattr(pipeline, "BATCH", 300)
-    monkeypatch.setattr(pipeline, "PIECE", 200)
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 300)
+    monkeypatch.setattr(pipeline, "PIECE_CHARS", 200)
 
 
 @pytest.fixture

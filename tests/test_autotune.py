@@ -22,7 +22,7 @@ def test_emulated_bfloat16_is_never_chosen():
         "import acorn, json, dataclasses\n"
         "from acorn.training import autotune\n"
         "from model import GPTConfig\n"
-        "chosen, notes = autotune.measured(GPTConfig(block_size=64, vocab_size=64, n_embd=256, n_head=4), 8, True)\n"
+        "chosen, notes = autotune.measure(GPTConfig(block_size=64, vocab_size=64, n_embd=256, n_head=4), 8, True)\n"
         "print(json.dumps([dataclasses.asdict(chosen), notes]))"
     )
     environment = {**os.environ, **AVX2, "OMP_NUM_THREADS": "1"}
@@ -39,7 +39,7 @@ def test_the_choice_is_the_fastest_and_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(autotune, "bfloat16_slowdown", lambda: 1.0)
     for speed, winner in ((0.5, "bfloat16"), (2.0, "float32")):
         monkeypatch.setattr(autotune, "fastest", faked(speed))
-        chosen, notes = autotune.measured(SMALL, 4, muon=True)
+        chosen, notes = autotune.measure(SMALL, 4, muon=True)
         assert chosen.dtype == chosen.muon_dtype == winner
         assert any("2.00x" in note for note in notes)
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
@@ -66,7 +66,11 @@ def test_a_named_dtype_is_taken_without_timing(monkeypatch):
 def test_a_checkpoint_keeps_the_choice_on_its_own_machine_only(monkeypatch):
     r = runtime.setup("cpu", "auto", False)
     here = autotune.machine_name(r.device)
-    monkeypatch.setattr(autotune, "measured", lambda *_: (autotune.fixed(torch.float32, SMALL, r.device), ["measured"]))
+    monkeypatch.setattr(
+        autotune,
+        "measure",
+        lambda *_: (autotune.fix_arithmetic(torch.float32, SMALL, r.device), ["measured"]),
+    )
     before = dict(dtype="bfloat16", muon_dtype="float32", attention="plain", threads=1, machine=here)
     chosen, notes = autotune.choose("auto", SMALL, 4, True, r, before)
     assert dataclasses.asdict(chosen) == before and "from the checkpoint" in notes[0]
@@ -82,7 +86,7 @@ def test_plain_and_fused_attention_train_alike(p):
     model = GPT(dataclasses.replace(SMALL, n_layer=1, attn_dropout=0.0, dropout=p))
     idx, losses = torch.randint(64, (2, 64)), []
     for attention in ("fused", "plain"):
-        dataclasses.replace(autotune.fixed(torch.float32, SMALL, idx.device), attention=attention).apply(model)
+        dataclasses.replace(autotune.fix_arithmetic(torch.float32, SMALL, idx.device), attention=attention).apply(model)
         torch.manual_seed(1)
         model.zero_grad()
         loss = model(idx, idx)[1]

@@ -326,7 +326,7 @@ def test_conversations_of_an_older_version_still_load(zephyr):
 
 def test_an_index_that_does_not_belong_is_refused(zephyr):
     table = zephyr.train.conversations
-    index = np.stack([table.dropped, table.head, table.own, table.tail, table.prompt], axis=1)
+    index = np.stack([table.dropped, table.head, table.middle, table.tail, table.prompt], axis=1)
     batches.Conversations(zephyr.train, index)
     for row, column, value in ((0, 0, 1), (0, 2, 10**6), (0, 1, 3), (3, 4, 10**6), (5, 3, -1)):
         broken = index.copy()

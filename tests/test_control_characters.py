@@ -13,7 +13,6 @@ import sample
 from acorn import UserError, printable, report
 from acorn.data import shards
 from acorn.data.shards import load_dataset
-from acorn.inference import console
 from prepare import pipeline
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\x7f\u202egnp.exe\u2066"
@@ -83,7 +82,7 @@ def test_a_terminal_gets_samples_escaped_and_a_pipe_gets_them_as_they_are(tmp_pa
         for token in drawn:
             on_token(0, token, -1.0)
 
-    monkeypatch.setattr(console, "generate", generate)
+    monkeypatch.setattr("acorn.inference.generate.generate", generate)
     argv = [
         "sample.py",
         f"--out_dir={tmp_path}",

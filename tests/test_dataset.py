@@ -209,7 +209,7 @@ def test_a_damaged_dataset_is_never_taken_for_what_was_written(tmp_path, rounds)
 def test_shards_beyond_what_is_hashed_at_each_start_are_said_to_be(tmp_path, monkeypatch):
     folder = chat_dataset(tmp_path)
     assert load_dataset(str(folder)).unhashed == 0
-    monkeypatch.setattr(shards, "HASHED", 5000)
+    monkeypatch.setattr(shards, "HASH_LIMIT", 5000)
     sizes = sum(
         f.stat().st_size - shards.HEADER_BYTES for f in folder.iterdir() if f.suffix in (".bin", ".mask", ".index")
     )

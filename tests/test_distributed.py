@@ -24,7 +24,7 @@ train.heartbeat.join = lambda *how: torch.distributed.is_initialized() or join(*
 for words in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *words]
     assert train.main() == 0
-train.runtime.leave(0)
+train.runtime.shutdown(0)
 """
 # rows and matrices that two and four processes do not divide, micro-batches that they have to split
 SHAPE = "--n_layer=3 --n_hidden=50 --dropout=0 --eval_interval=10 --max_iters=20".split()
@@ -111,7 +111,7 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
 # in each run, updates 3 and 6 have a non-finite gradient; with FSDP, each process holds a part of it
 POISON = """
 from acorn.training import optim
-optim.HOST_DECIDES = ()  # as on a GPU
+optim.HOST_DECIDED_DEVICES = ()  # as on a GPU
 from acorn.distributed.sharding import local
 clip, calls = torch.nn.utils.clip_grad_norm_, []
 def poisoned(parameters, *how):
@@ -201,7 +201,24 @@ def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(da
     s = TrainSettings(dataset=str(dataset))
     for first, n_files in ((True, 2), (False, 0)):
         hashed.clear()
-        load_data(s, {}, SimpleNamespace(is_first_here=first, gather=lambda values: [values, values]))
+        load_data(s, {}, SimpleNamespace(is_first_on_machine=first, gather=lambda values: [values, values]))
         assert len(hashed) == n_files
     with pytest.raises(UserError, match="differs between machines"):
-        load_data(s, {}, SimpleNamespace(is_first_here=True, gather=lambda values: [values, [values[0] + 1]]))
+        load_data(s, {}, SimpleNamespace(is_first_on_machine=True, gather=lambda values: [values, [values[0] + 1]]))
+
+
+@pytest.mark.slow
+def test_tasks_measured_by_several_processes_are_those_of_one(dataset, tmp_path):
+    prompts, words = [f"{verb} the " for verb in ("take", "bring", "leave")], ("letter", "lantern", "horse")
+    for name, answer in (("c", lambda i: {"choices": words, "answer": i}), ("p", lambda i: {"response": words[i]})):
+        records = [{"prompt": prompt, **answer(i)} for i, prompt in enumerate(prompts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = ["--max_iters=4", "--eval_interval=2", "--eval_choices=c.jsonl", "--eval_pairs=p.jsonl", "--dropout=0"]
+    run += [f"--dataset={dataset}"]
+    train(tmp_path, 1, [*run, "--out_dir=one"])
+    train(tmp_path, 2, [*run, "--out_dir=ddp"], [*run, "--out_dir=fsdp", "--fsdp=True"])
+    names = [name for name in metrics(tmp_path / "one")[0] if name.startswith(("choices/", "pairs/"))]
+    assert len(names) == 8
+    for out_dir in ("ddp", "fsdp"):
+        for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / out_dir), strict=True):
+            assert [one.get(name) for name in names] == pytest.approx([other.get(name) for name in names], abs=1e-6)

@@ -110,7 +110,7 @@ def test_damaged_utf8_is_not_taken_for_another():
 
 def test_the_ascii_beginning_of_a_file_does_not_decide():
     data = ENGLISH.encode() * 20_000 + (CHINESE * 20).encode("gb18030")
-    assert len(data) > 5 * encoding.SAMPLE and detect(data, "f").encoding == "gb18030"
+    assert len(data) > 5 * encoding.SAMPLE_BYTES and detect(data, "f").encoding == "gb18030"
 
 
 @pytest.mark.parametrize("name", ["gb18030", "big5", "shift_jis", "utf-16-le", "utf-16-be", "utf-16", "utf-8"])
@@ -150,7 +150,7 @@ def test_records_have_an_encoding_too():
 
 def test_blocks_cut_characters(monkeypatch):
     for size in (7, 64, 1001):
-        monkeypatch.setattr(reading, "BLOCK", size)
+        monkeypatch.setattr(reading, "BLOCK_BYTES", size)
         for name in ("gb18030", "utf-16-le", "shift_jis", "iso2022_jp"):
             text = JAPANESE * 20 if "jis" in name or "jp" in name else (CHINESE + "𠮷\r\n") * 20
             Path("a.txt").write_bytes(text.encode(name))
@@ -161,7 +161,7 @@ def test_line_breaks_are_those_of_text_mode(monkeypatch, capsys):
     Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n" * 400)
     want = Path("a.txt").read_text()
     assert "\r" not in want and prepare("a.txt") == want
-    monkeypatch.setattr(reading, "BLOCK", 4)  # a block ends between \r and \n
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 4)  # a block ends between \r and \n
     assert prepare("a.txt") == want
 
 
@@ -266,7 +266,7 @@ def test_a_large_file_is_not_read_whole_to_detect(monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert files.sources[0].encoding == "gb18030" and peak < 32 << 20
-    assert max(len(sample) for sample, _ in asked) <= encoding.SAMPLE
+    assert max(len(sample) for sample, _ in asked) <= encoding.SAMPLE_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,8 +305,8 @@ def test_strings_of_parquet_that_are_not_utf8(dictionary, capsys):
 
 
 def test_long_cells_come_in_blocks(monkeypatch):
-    monkeypatch.setattr(reading, "LONG", 1000)
-    monkeypatch.setattr(reading, "BLOCK", 64)
+    monkeypatch.setattr(reading, "MAX_WHOLE_CELL_BYTES", 1000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 64)
     long = CHINESE * 50
     path = write_parquet("p", [long, "short", long, ""]) + "/train.parquet"
     texts = [text if isinstance(text, str) else "".join(text) for text in reading.records(path, None)]
@@ -331,10 +331,10 @@ def test_rows_of_parquet_are_decoded_in_bounded_memory(dictionary):
 
 
 def test_parquet_that_would_fill_the_memory_is_refused(monkeypatch):
-    for limit, match in (("LONGEST", "rows of"), ("LARGEST_PAGE", "a page of")):
+    for limit, match in (("MAX_RECORD", "rows of"), ("MAX_PAGE_BYTES", "a page of")):
         with monkeypatch.context() as patch:
             patch.setattr(reading, limit, 1 << 20)
-            folder = write_parquet("p", ["word " * (1 << 19)] * 2 + ["x"] * (limit != "LONGEST"), compression="zstd")
+            folder = write_parquet("p", ["word " * (1 << 19)] * 2 + ["x"] * (limit != "MAX_RECORD"), compression="zstd")
             with pytest.raises(UserError, match=f"p/train.parquet has {match}"):
                 prepare(f"{folder}/train.parquet")
             with pytest.raises(UserError, match=f"{match} "):
@@ -342,5 +342,10 @@ def test_parquet_that_would_fill_the_memory_is_refused(monkeypatch):
 
 
 def test_every_name_that_is_detected_is_an_encoding():
-    for name in (*encoding.DETECTED, *encoding.COMMON, *encoding.FAMILIES.values(), *encoding.MARKS.values()):
+    for name in (
+        *encoding.DETECTED,
+        *encoding.COMMON_ENCODINGS,
+        *encoding.FAMILIES.values(),
+        *encoding.BYTE_ORDER_MARKS.values(),
+    ):
         assert codecs.lookup(name)

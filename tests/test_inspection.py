@@ -28,7 +28,7 @@ def inspect(capsys, *words) -> str:
 @pytest.mark.parametrize("begins, ends", [("eot", "text"), ("text", "eot")])
 def test_a_survey_counts_what_is_there(tmp_path, monkeypatch, piece, begins, ends):
     """Documents preceded by end-of-text as here, or followed by it as in nanoGPT's files; empty ones among them."""
-    monkeypatch.setattr(inspection, "PIECE", piece)
+    monkeypatch.setattr(inspection, "PIECE_TOKENS", piece)
     draw = random.Random(0)
     texts = ["x" * draw.choice([0, 1, 2, 3, 5, 30]) for _ in range(40)] + ["last"]
     ids = []

@@ -131,7 +131,7 @@ def test_a_weight_map_of_any_form_is_a_sentence(tmp_path):
 
 
 def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "BATCH", 500)
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 500)
     documents = [f"document {i}, " * 20 for i in range(40)]
     command = dict(name="d", tokenizer="byte", source={"corpus": "text"}, shard_tokens=2000, val_by="document")
     expected = pipeline.prepare(documents, tmp_path / "d", **command)

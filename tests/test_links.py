@@ -87,7 +87,7 @@ def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corp
             partial.symlink_to(precious)
         elif corpus == "text":  # it was stopped after some shards, and what it wrote next are links
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(pipeline, "BATCH", 500)
+                patch.setattr(pipeline, "BATCH_CHARS", 500)
                 patch.setattr(pipeline, "_write", stopping(pipeline._write, 5))
                 prepare_cli.prepare_corpus([*argv, "--overwrite"])
             assert (partial / "progress.json").exists()
@@ -135,6 +135,12 @@ def test_wandb_does_not_write_through_a_link(tmp_path, precious, monkeypatch):
     (tmp_path / "wandb").symlink_to(precious)
     with pytest.raises(UserError, match="symbolic link"):
         report.start_wandb("p", "n", {}, tmp_path, None)
+
+
+def test_tensorboard_does_not_write_through_a_link(tmp_path, precious):
+    (tmp_path / "tensorboard").symlink_to(precious)
+    with pytest.raises(UserError, match="symbolic link"):
+        report.start_tensorboard(tmp_path, 0, None)
 
 
 def test_a_folder_or_a_shard_on_another_disk_may_be_a_link(dataset, tmp_path, monkeypatch):
@@ -198,7 +204,7 @@ def test_pipes_are_not_waited_for(tmp_path, capsys):
 def test_a_finished_preparation_moves_nothing_from_elsewhere(tmp_path, precious, monkeypatch):
     documents, command = ["to be or not to be " * 100], dict(name="d", tokenizer="byte", source={})
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(pipeline, "BATCH", 100)
+        patch.setattr(pipeline, "BATCH_CHARS", 100)
         patch.setattr(pipeline, "move_in", lambda *_: 1 / 0)
         pipeline.prepare(documents, tmp_path / "d", **command, shard_tokens=500)
     partial = tmp_path / "d" / shards.PARTIAL

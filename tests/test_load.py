@@ -15,7 +15,7 @@ import torch
 from helpers import STATE, damaged, rounds, save_small
 
 from acorn import UserError, checkpoint, files
-from acorn.distributed.runtime import ALONE
+from acorn.distributed.runtime import ONE_RANK
 from acorn.evaluation import tasks
 from acorn.files import sha256 as files_sha256
 
@@ -36,7 +36,7 @@ def test_processes_share_the_files_out_and_all_hear_of_a_damaged_one(tmp_path, m
         return both
 
     def process(rank):
-        r = dataclasses.replace(ALONE, rank=rank, world_size=2)
+        r = dataclasses.replace(ONE_RANK, rank=rank, world_size=2)
         r.gather = functools.partial(gather, rank)
         return checkpoint.find(tmp_path, r=r)[0].name
 
@@ -130,7 +130,7 @@ def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out/mine"):
         checkpoint.find(Path("elsewhere/quite"))
     with pytest.raises(UserError, match=r"out/mien.*Did you mean out/mine"):
-        tasks.trained_beside("out/mien", "best")
+        tasks.training_dataset("out/mien", "best")
 
 
 def test_a_pointer_cannot_lead_out_of_the_folder(tmp_path):

@@ -14,6 +14,7 @@ from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 SHAPES = [{}, dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, bias=False, tie_weights=False)]
+SHAPES[1] |= dict(head_dim=12, qkv_bias=True, qk_norm=True, qk_norm_weight=True, nope_every=2)
 
 
 def small(shape) -> GPT:
@@ -24,13 +25,13 @@ def small(shape) -> GPT:
 def with_adapters(shape, pattern=".", rank=3, alpha=6.0) -> GPT:
     model = small(shape)
     lora.add_adapters(model, lora.choose_targets(model, pattern), rank, alpha)
-    model.load_state_dict(lora.initial(model, seed=1), strict=False)
+    model.load_state_dict(lora.initial_adapters(model, seed=1), strict=False)
     return model
 
 
 def merged(model: GPT, shape, scale=2.0) -> GPT:
     plain = small(shape)
-    return checkpoint.fill(plain, lora.merged(dict(model.named_parameters()), scale))
+    return checkpoint.fill(plain, checkpoint.merge_adapters(dict(model.named_parameters()), scale))
 
 
 def test_new_adapters_and_merging_them_change_no_bit():

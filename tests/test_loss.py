@@ -60,7 +60,7 @@ def test_a_split_without_a_token_that_counts_is_refused(byte_tokens, tmp_path):
         writer.write(np.zeros(len(ids), dtype=np.int64))
     tokens.mask = shards.Tokens([shards.open_shard(tmp_path / "val_000000.mask")], 2, "mask")
     with pytest.raises(UserError, match="the val split has no loss"):
-        evaluate(random_model(), tokens, runtime.ALONE, 2, 16)
+        evaluate(random_model(), tokens, runtime.ONE_RANK, 2, 16)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

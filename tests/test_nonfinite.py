@@ -41,7 +41,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_re
 def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_end_the_run_at_once(
     dataset, tmp_path, monkeypatch, capsys, host_decides
 ):
-    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", host_decides)
     clip, calls, broken = torch.nn.utils.clip_grad_norm_, [], {2, 3, 5, 8, 9, *range(11, 16), 18, 19, 20, 21, 22, 23}
 
     def poisoned(parameters, *args, **kwargs):
@@ -69,7 +69,7 @@ def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_e
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(save, "astray", lambda *_: None)  # another program may have written non-finite values
+    monkeypatch.setattr(save, "check_finite", lambda *_: None)  # another program may have written non-finite values
     m = small_model()
     with torch.no_grad():
         m.transformer.h[0].mlp.c_fc.weight[3, 2] = bad

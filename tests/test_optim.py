@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import train
-from acorn import UserError
+from acorn import UserError, checkpoint
 from acorn.training import optim, start
 from acorn.training.optim import (
     Muon,
     learning_rate_at,
     make_optimizers,
-    named_moments,
     orthogonalize,
     rate_change,
     step_if_finite,
@@ -141,7 +140,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert matrices == {f"transformer.h.{i}.{m}.weight" for i in (0, 1) for m in NAMES}
     count = sum(len(group["params"]) for each in (adamw, muon) for group in each.param_groups)
     assert count == len(list(model.parameters()))
-    assert [group["peak_lr"] for each in (adamw, muon) for group in each.param_groups] == [1e-3, 0.02]
+    assert {group["peak_lr"] for group in adamw.param_groups} == {1e-3}
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.0}
+    assert [group["peak_lr"] for group in muon.param_groups] == [0.02]
 
 
 def test_muon_state_is_restored_to_the_bit():
@@ -163,7 +164,7 @@ def test_muon_state_is_restored_to_the_bit():
 @pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
 def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
     """Compare with an optimizer that gets the same gradients and does not step if they are non-finite."""
-    monkeypatch.setattr(optim, "HOST_DECIDES", host_decides)
+    monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", host_decides)
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
     models = [GPT(config), GPT(config)]
@@ -184,7 +185,7 @@ def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_dec
         counts.append(skipped.tolist())
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(p, q)
-        mine, expected = named_moments(models[0], one), named_moments(models[1], other)
+        mine, expected = checkpoint.named_moments(models[0], one), checkpoint.named_moments(models[1], other)
         assert all(torch.equal(mine[name], value) for name, value in expected.items())
         assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # absent, or zeros
     assert counts == [[1, 4], [0, 4], [0, 4], [1, 5], [2, 6], [0, 6], [0, 6], [1, 7]]

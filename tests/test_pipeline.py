@@ -75,15 +75,15 @@ def test_long_documents_have_the_ids_of_the_whole(tmp_path):
 
 
 def test_a_text_comes_in_the_same_pieces_however_it_comes_in_blocks(monkeypatch):
-    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 300_000)
+    monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 300_000)
     rng = np.random.default_rng(0)
     words = rng.choice(["word", "  \n", " ", "x" * 30, "é", "\u3000", "\n\n", "naïve"], 400_000)
-    text = " ".join(words) + "y" * (pipeline.LONGEST_PIECE + 5)
+    text = " ".join(words) + "y" * (pipeline.MAX_PIECE_CHARS + 5)
     whole = list(pipeline.cut_pieces([text]))
     ends = np.sort(rng.integers(0, len(text), 40)).tolist()
     blocks = [text[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
     assert list(pipeline.cut_pieces(blocks)) == whole and "".join(whole) == text
-    assert len(whole) > 10 and max(map(len, whole)) <= pipeline.LONGEST_PIECE
+    assert len(whole) > 10 and max(map(len, whole)) <= pipeline.MAX_PIECE_CHARS
 
 
 @pytest.mark.parametrize("val_by", ["end", "document"])
@@ -104,11 +104,11 @@ def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
 def test_a_split_that_gets_nothing_says_what_to_do():
     Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     prepare_fails("too little text of 2 documents into val.* or --val_by end", "text", "few.jsonl", "--val_by=document")
-    prepare_fails("val_tokens=1", "text", "few.jsonl", "--val_tokens=1")
+    prepare_fails("val_tokens = 1", "text", "few.jsonl", "--val_tokens=1")
 
 
 def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
-    monkeypatch.setattr(pipeline, "LONGEST_PIECE", 5000)
+    monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 5000)
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("abcXYZ0123,;)'/+\""), 60_000)) + " the end"
     pieces = list(pipeline.cut_pieces([text[:9000], text[9000:]]))

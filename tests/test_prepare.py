@@ -72,8 +72,10 @@ def test_help_lists_the_corpora():
 def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, capsys):
     Path("corpora").mkdir()
     Path("corpora/broken_one.py").write_text(text)
-    monkeypatch.setattr(cli.prepare, "__path__", [*cli.prepare.__path__, str(tmp_path / "corpora")])
-    monkeypatch.setattr(cli, "CORPORA", [*cli.CORPORA, "broken_one"])
+    package = sys.modules["prepare"]
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "corpora")])
+    names = [*cli.corpora(), "broken_one"]
+    monkeypatch.setattr(cli, "corpora", lambda: names)
     prepare_fails(match, "broken_one")
     Path("mine.txt").write_text(FOX)
     assert prepare("text", "mine.txt", "--tokenizer=char")["name"] == "mine"

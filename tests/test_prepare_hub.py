@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 def test_the_hub_goes_on_by_its_bookmark(capsys, small_steps, monkeypatch):
     hub_folder()
-    monkeypatch.setattr(hub, "ROWS", 70)
+    monkeypatch.setattr(hub, "MAX_ROWS", 70)
     argv = ["hub", "hubset", "--val_split=validation", "--tokenizer=byte", "--shard_tokens=1500"]
     prepare(*argv)
     want = {path.name: path.read_bytes() for path in Path("data/hubset").iterdir()}

@@ -72,7 +72,7 @@ def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(publish
     fast = transformers.AutoTokenizer.from_pretrained(published)
     seen, name = [], "the<|im_end|>one"
     (tmp_path / "p.txt").write_text(name)
-    monkeypatch.setattr(console, "generate", lambda model, rows, *_: seen.extend(rows))
+    monkeypatch.setattr("acorn.inference.generate.generate", lambda model, rows, *_: seen.extend(rows))
     monkeypatch.setattr(sample.runtime, "setup", lambda *_: ALONE)
     monkeypatch.setattr(sys, "stdin", None)
 
@@ -119,8 +119,7 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
                 if on_token(row, token, 0.0):
                     break
 
-    monkeypatch.setattr(console, "generate", think)
-    monkeypatch.setattr(tasks, "generate", think)
+    monkeypatch.setattr("acorn.inference.generate.generate", think)
     said = iter(["Hi", "And <|im_end|>?"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or raise_eof())
     console.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)

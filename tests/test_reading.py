@@ -20,13 +20,13 @@ from acorn import UserError
 from acorn.data.shards import load_dataset
 from prepare import reading
 from prepare import text as text_corpus
-from prepare.encoding import not_text
+from prepare.encoding import binary_type
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def test_a_file_longer_than_a_block_is_read_exactly(monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK", 1001)  # cuts characters of two and three bytes
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1001)  # cuts characters of two and three bytes
     text = "\ufeffcafé €uro 文字 " * 2000
     Path("long.txt").write_text(text, encoding="utf-8")
     prepare("text", "long.txt", "--tokenizer=byte")
@@ -81,7 +81,7 @@ def test_records_in_a_folder_and_lines_that_are_none():
 
 def test_records_too_long_to_be_held_are_refused(monkeypatch):
     """A quote that is never closed would take in all of a large file."""
-    monkeypatch.setattr(reading, "LONGEST", 500)
+    monkeypatch.setattr(reading, "MAX_RECORD", 500)
     Path("a.csv").write_text('text\n"a\na"\n"' + 200 * "b,\n")
     prepare_fails(r"row 3, which begins in line 4 \(a field has more than 500 characters", "text", "a.csv")
     Path("b.jsonl").write_text('{"text": "a"}\n{"text": "' + 600 * "b" + '"}\n')
@@ -164,7 +164,7 @@ def test_any_bytes_are_prepared_as_they_are_or_refused_with_a_sentence(tmp_path,
         with contextlib.suppress(UserError):
             prepare_cli.prepare_corpus(argv)  # with any detected encoding
         argv.append("--encoding=utf-8")
-        if not_text(data):
+        if binary_type(data):
             with pytest.raises(UserError, match="not text"):
                 prepare_cli.prepare_corpus(argv)
             return

@@ -168,9 +168,14 @@ def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_
     with matplotlib.rc_context({"font.family": ["DejaVu Sans"]}):
         assert report.drawable(["a", "b"]) == (["a", "b"], ["DejaVu Sans"], None)
         only = [font for font in font_manager.fontManager.ttflist if font.name in ("DejaVu Sans", "STIXGeneral")]
+        only.sort(key=lambda font: font.name)
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
         monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
         assert report.drawable(["a", f"x{rare}"]) == (["a", f"x{rare}"], ["DejaVu Sans", "STIXGeneral"], None)
         names, _, note = report.drawable(["a", f"x\U0010fffd{rare}"])
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", only[:1])  # the other one is newly installed
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [fonts["STIXGeneral"], "/no/such/font.ttf"])
+        assert report.drawable([rare]) == ([rare], ["DejaVu Sans", "STIXGeneral"], None)
     assert names == ["a", "run 2"] and f"run 2 is x\U0010fffd{rare}" in note
     assert visible("a\nb\x1b[31m\udcff中") == "a\\nb\\x1b[31m\\udcff中"
 
@@ -274,3 +279,26 @@ def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_p
     assert len(seen) == 3 and saved == [1, 2]  # at steps 0, 2 and 4; a checkpoint at 2 and 4, each before its picture
     assert said.count("the run continues") == 4 and said.count("wandb logging failed") == 1 and "\x1b" not in said
     assert checkpoint.find(tmp_path / "o")[1]["step"] == 4
+
+
+def test_tensorboard_has_the_figures_of_a_resumed_run_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = report.Metrics(tmp_path, 0, None, tensorboard=report.start_tensorboard(tmp_path, 0, None))
+    for step in range(4):
+        metrics.write(step=step, loss=4.0 - step, mfu=None, memory=[7, 8])
+    metrics.write(step=2, val_loss=2.5)  # then a kill, after the checkpoint of step 2
+    metrics = report.Metrics(tmp_path, 2, 2, tensorboard=report.start_tensorboard(tmp_path, 2, 2))
+    metrics.write(step=3, loss=0.5)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read["loss"] == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 0.5)]
+    assert read["val_loss"] == [(2, 2.5)] and read["memory/1"][0] == (0, 8.0) and "mfu" not in read
+
+
+def test_absent_tensorboard_is_one_clear_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        report.start_tensorboard(tmp_path, 0, None)

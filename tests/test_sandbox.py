@@ -34,7 +34,7 @@ pytestmark = [on_posix, pytest.mark.usefixtures("alarm")]
     ids=range(11),
 )
 def test_an_endless_template_is_a_sentence(template, monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = template
     began = time.process_time()
@@ -64,7 +64,7 @@ def test_a_forked_process_has_a_sandbox_of_its_own():
 
 
 def test_a_conversation_with_a_checkpoint_whose_template_never_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     step = save_small(tmp_path, 1, best=True)
     state = json.loads((step / "state.json").read_text())
     state["tokenizer"]["chat_template"] = (

@@ -9,7 +9,7 @@ import pytest
 from helpers import REPO
 
 from acorn import UserError
-from acorn.settings import build, parse
+from acorn.settings import BOUNDS, build, check_bounds, parse
 
 
 @dataclass
@@ -178,3 +178,30 @@ print(*sorted(set(sys.modules) - at_start), file=sys.stderr)
     slow = "torch.distributed.tensor torch.distributed.fsdp torch._dynamo torch._inductor sympy triton matplotlib "
     slow += "datasets transformers tokenizers tiktoken fastokens wandb pandas pyarrow scipy"
     assert not set(slow.split()) & set(imported)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("batch_size", [1, 512], [0, -1]),
+        ("temperature", [0, 0.0, 3.5], [-1e-9]),
+        ("dropout", [0, 0.999], [1, -0.1]),
+        ("attn_dropout", [-1, 0, 0.999], [1, -0.5]),
+        ("top_p", [1e-9, 1], [0, 1.001]),
+        ("min_p", [0, 1], [-0.1, 1.1]),
+        ("seed", [0, 2**62 - 1], [-1, 2**62]),
+        ("val_fraction", [0.1, 0.999], [0, 1, float("nan")]),
+        ("max_tokens", [None, 8], [7, 0]),
+    ],
+)
+def test_bounds_are_checked_to_the_edge(name, inside, outside):
+    for value in inside:
+        check_bounds({name: value, "unknown": -5})
+    for value in outside:
+        with pytest.raises(UserError, match=name):
+            check_bounds({name: value})
+
+
+def test_each_setting_has_its_bounds_once():
+    names = [name for _, _, group in BOUNDS for name in group.split()]
+    assert sorted(set(names)) == sorted(names)

@@ -55,7 +55,7 @@ class HostReads(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.of_update, self.step = Counter(), None
-        monkeypatch.setattr(train_script.heartbeat, "note", self.begin)
+        monkeypatch.setattr(train_script.heartbeat, "report_step", self.begin)
         for name in ("tolist", "numpy", "cpu", "__array__"):
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
 
@@ -85,7 +85,7 @@ class HostReads(TorchDispatchMode):
 )
 def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, monkeypatch, words, reads):
     """Count host reads on a CPU that is treated as a GPU. With `reads`, each update has one extra read."""
-    monkeypatch.setattr(optim, "HOST_DECIDES", ())
+    monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", ())
     (tmp_path / "t.txt").write_text("this is a document. " * 200)
     assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     monkeypatch.chdir(tmp_path)

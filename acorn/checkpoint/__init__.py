@@ -28,18 +28,19 @@ from acorn.checkpoint.layout import (
     state_hash,
     step_folders,
 )
-from acorn.checkpoint.load import Opened, build_model, is_on_hub, load_model, load_optimizers, open_model
+from acorn.checkpoint.load import LazyCheckpoint, build_model, is_on_hub, load_model, open_model
 from acorn.checkpoint.manager import CheckpointManager
+from acorn.checkpoint.moments import load_optimizers, named_moments
 from acorn.checkpoint.save import Writer
-from acorn.checkpoint.tensors import Stored, empty_model, fill, open_tensors
+from acorn.checkpoint.tensors import LazyTensor, empty_model, fill, merge_adapters, open_tensors
 
 __all__ = [
     "FORMAT",
     "PINNED",
     "CheckpointManager",
     "Damaged",
-    "Opened",
-    "Stored",
+    "LazyCheckpoint",
+    "LazyTensor",
     "Writer",
     "build_model",
     "empty_model",
@@ -53,6 +54,8 @@ __all__ = [
     "launched_by",
     "load_model",
     "load_optimizers",
+    "merge_adapters",
+    "named_moments",
     "open_model",
     "open_tensors",
     "pin",

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from acorn import UserError, files, printable
-from acorn.distributed.runtime import ALONE, Runtime
+from acorn.distributed.runtime import ONE_RANK, Runtime
 
 FORMAT = 2  # of state.json; format 1 had optimizer.pt, with the optimizer state by parameter number
 STEP_NAME = re.compile(r"step_[0-9]{6,18}")
-REPLACED = ".replaced-"  # prefix of a step folder's name while the same step is saved again
+REPLACED_PREFIX = ".replaced-"  # prefix of a step folder's name while the same step is saved again
 PINNED = "pinned"  # a file that marks a step folder as not to be removed
-SCALER = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()  # keys of a GradScaler's state
+SCALER_KEYS = "scale growth_factor backoff_factor growth_interval _growth_tracker".split()  # in GradScaler.state_dict()
 
 
 class Damaged(Exception):
@@ -77,8 +77,8 @@ def read_pointer(pointer: Path) -> Path | None:
 
 
 def step_name(folder: Path) -> str:
-    """Return a step folder's name, without the prefix REPLACED."""
-    return folder.name.removeprefix(REPLACED)
+    """Return a step folder's name, without the prefix REPLACED_PREFIX."""
+    return folder.name.removeprefix(REPLACED_PREFIX)
 
 
 def step_of(folder: Path) -> int:
@@ -89,8 +89,8 @@ def step_of(folder: Path) -> int:
 def step_folders(out_dir: Path) -> list[Path]:
     """Return the step folders in `out_dir`, newest first. A name `.replaced-step_NNNNNN` remains if a kill interrupted
     saving that step again."""
-    both = (*out_dir.glob(f"{REPLACED}step_*"), *out_dir.glob("step_*"))
-    by_name = {step_name(folder): folder for folder in both}  # if both exist, the one without the prefix
+    found_folders = (*out_dir.glob(f"{REPLACED_PREFIX}step_*"), *out_dir.glob("step_*"))
+    by_name = {step_name(folder): folder for folder in found_folders}  # if both exist, the one without the prefix
     return sorted((by_name[name] for name in by_name if STEP_NAME.fullmatch(name)), key=step_of, reverse=True)
 
 
@@ -135,7 +135,7 @@ def read_state(folder: Path) -> dict:
     # an untrusted file may match its hash and still hold any values
     number, count = (int, float, type(None)), int
     kinds = dict.fromkeys(("config", "settings", "tokenizer", "scaler"), dict)
-    kinds |= dict.fromkeys(("step", "position", "skipped", "bad_steps", "shards"), count)
+    kinds |= dict.fromkeys(("step", "position", "skipped", "bad_steps", "stale_evaluations", "shards"), count)
     kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
     for name, kind in kinds.items():
         value = state.get(name)
@@ -149,7 +149,7 @@ def read_state(folder: Path) -> dict:
     shards = state.get("shards", 1)
     if not 0 < shards < 2**20:
         raise Damaged(f"{path}: shards={shards} is invalid")
-    numbers = [state["scaler"].get(name) for name in SCALER] if state.get("scaler") else []
+    numbers = [state["scaler"].get(name) for name in SCALER_KEYS] if state.get("scaler") else []
     if not all(isinstance(number, (int, float)) and 0 <= number < 2**62 for number in numbers):
         raise Damaged(f"{path}: scaler has an invalid value")
     if adapters := state.get("lora"):
@@ -172,21 +172,21 @@ def check_files(folder: Path, state: dict, rank: int, world_size: int) -> None:
             raise Damaged(f"{file} was changed: its SHA-256 differs from the one in state.json")
 
 
-def in_order(out_dir: Path, which: str = "latest") -> list[Path]:
-    """Return the step folders in `out_dir` in the order of preference: first `which` ("latest", "best" or the name of
+def in_order(out_dir: Path, choice: str = "latest") -> list[Path]:
+    """Return the step folders in `out_dir` in the order of preference: first `choice` ("latest", "best" or the name of
     a step folder), then the newest first. Raises UserError if there is none, or none of that name."""
     if not out_dir.is_dir():
         raise UserError(f"there is no folder {out_dir}. {_runs_near(out_dir)}")
     if (out_dir / "state.json").exists():  # a step folder
         return [out_dir]
     folders = step_folders(out_dir)
-    if which in ("latest", "best"):
-        first = read_pointer(out_dir / which)
+    if choice in ("latest", "best"):
+        first = read_pointer(out_dir / choice)
     else:
-        first = next((folder for folder in folders if step_name(folder) == which), None)
+        first = next((folder for folder in folders if step_name(folder) == choice), None)
         if first is None:
             choices = ", ".join(["best", "latest", *map(step_name, folders)])
-            raise UserError(f"there is no {which} in {out_dir}. Choose one of {choices}.")
+            raise UserError(f"there is no {choice} in {out_dir}. Choose one of {choices}.")
     if not folders and (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a nanoGPT checkpoint. Start from it with --init_from={out_dir / 'ckpt.pt'}")
     if not folders and (out_dir / "adapter_config.json").exists():
@@ -213,14 +213,14 @@ def _runs_near(out_dir: Path) -> str:
     return f"Existing runs: {', '.join(sorted(runs)[:10])}" if runs else "Train first, or give the out_dir of a run."
 
 
-def find(out_dir: Path, which: str = "latest", r: Runtime = ALONE) -> tuple[Path, dict]:
+def find(out_dir: Path, choice: str = "latest", r: Runtime = ONE_RANK) -> tuple[Path, dict]:
     """Return the folder and state of the first intact checkpoint in `in_order`, with a warning for each damaged one
     before it. Files are only read, because a run may be saving. Raises UserError if none is intact.
 
     The ranks divide the files among them, so that each file is hashed once. All must see the same `out_dir`.
     """
-    folders, pointer = in_order(out_dir, which), out_dir / which
-    if r.is_main and which in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
+    folders, pointer = in_order(out_dir, choice), out_dir / choice
+    if r.is_main and choice in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
         print(f"warning: {pointer} names a checkpoint that does not exist", file=sys.stderr)
     for folder in folders:
         state, is_intact = {}, True

@@ -6,34 +6,32 @@ import sys
 import typing
 from pathlib import Path
 
-import torch
-
 from acorn import UserError, files
 from acorn.checkpoint import huggingface
-from acorn.checkpoint.layout import FORMAT, file_names, find, step_folders, weights_kind
+from acorn.checkpoint.layout import file_names, find, step_folders, weights_kind
 from acorn.checkpoint.nanogpt import open_nanogpt
-from acorn.checkpoint.tensors import check_tensors, empty_model, fill, fitting_model, open_tensors
+from acorn.checkpoint.tensors import empty_model, fill, fitting_model, merge_adapters, open_tensors
 from acorn.data import tokenizer as tokenizers
 from acorn.data.shards import load_dataset
-from acorn.distributed.runtime import ALONE, Runtime
-from acorn.training import lora, optim
+from acorn.distributed.runtime import ONE_RANK, Runtime
+from acorn.training import lora
 from model import DROPOUTS, GPT
 
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
+HUB_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # other names there: owner/name
 
 
-class Opened(typing.NamedTuple):
+class LazyCheckpoint(typing.NamedTuple):
     """An opened checkpoint, whose weights are not read yet."""
 
     model: GPT  # on the meta device, where it takes no memory
-    values: dict  # parameter name -> a tensor, Stored or lora.Merged; indexing it with rows reads them
+    values: dict  # parameter name -> Tensor or LazyTensor; indexing it with rows reads them
     tokenizer: tokenizers.Tokenizer | None  # None if it is not known
     source: str  # a description for messages
     name: str  # an absolute path or hub name, by which adapters refer to their base
 
 
-def build_model(folder: Path, state: dict, r: Runtime = ALONE, whole_context: bool = False) -> tuple[GPT, dict]:
+def build_model(folder: Path, state: dict, r: Runtime = ONE_RANK, whole_context: bool = False) -> tuple[GPT, dict]:
     """Return the model of a checkpoint on the meta device and its parameters, not read yet, for `fill` or
     `sharding.shard`.
 
@@ -75,41 +73,24 @@ def build_model(folder: Path, state: dict, r: Runtime = ALONE, whole_context: bo
     return model, base.values | tensors
 
 
-def load_optimizers(folder: Path, state: dict, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load a checkpoint's optimizer state into the optimizers of `model`. Raises UserError if it belongs to another
-    model or to other optimizers."""
-    if state["format"] == FORMAT:
-        saved = open_tensors(folder, state, "optimizer")
-    else:
-        try:
-            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["optimizers"]
-        except Exception as error:  # its hash matches, so it is a pickle with other content
-            raise UserError(
-                f"{folder / 'optimizer.pt'} is not an optimizer state. No code in it was run. Use another checkpoint."
-            ) from error
-        saved = optim.name_moments(model, optimizers, saved)
-        check_tensors(saved, str(folder / "optimizer.pt"))
-    optim.load_moments(model, optimizers, saved)
-
-
 def is_on_hub(source: str) -> bool:
     """Whether `source` is a model on the Hugging Face hub: GPT-2, or owner/name if no such folder exists."""
     path = Path(source)
     is_name = HUB_NAME.fullmatch(source) and not path.parent.exists()  # if the parent exists, it is a mistyped path
-    return not path.exists() and (source in PUBLISHED or bool(is_name))
+    return not path.exists() and (source in HUB_GPT2_NAMES or bool(is_name))
 
 
 def load_model(
-    source: str, which: str = "best", whole_context: bool = False
+    source: str, choice: str = "best", whole_context: bool = False
 ) -> tuple[GPT, tokenizers.Tokenizer | None, str]:
     """Load what `open_model` opens. Returns the model on the CPU in float32, its tokenizer, and a description."""
-    opened = open_model(source, which, whole_context=whole_context)
+    opened = open_model(source, choice, whole_context=whole_context)
     return fill(opened.model, opened.values), opened.tokenizer, opened.source
 
 
 def open_model(
-    source: str, which: str = "best", plain: bool = False, r: Runtime = ALONE, whole_context: bool = False
-) -> Opened:
+    source: str, choice: str = "best", plain: bool = False, r: Runtime = ONE_RANK, whole_context: bool = False
+) -> LazyCheckpoint:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
     its name or folder.
 
@@ -118,7 +99,7 @@ def open_model(
     path = Path(source)
     if (path / "config.json").exists() or is_on_hub(source):
         name = str(path.absolute()) if path.exists() else source
-        return Opened(*huggingface.open_model(source), f"the published weights {source}", name)
+        return LazyCheckpoint(*huggingface.open_model(source), f"the published weights {source}", name)
     if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
     if path.is_file() and path.suffix in (".safetensors", ".bin"):
@@ -139,8 +120,8 @@ def open_model(
                 file=sys.stderr,
             )
         description = f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
-        return Opened(model, tensors, tokenizer, description, str(path.absolute()))
-    folder, state = find(path, which, r)
+        return LazyCheckpoint(model, tensors, tokenizer, description, str(path.absolute()))
+    folder, state = find(path, choice, r)
     adapters = state.get("lora")
     if adapters and plain:
         raise UserError(
@@ -150,7 +131,7 @@ def open_model(
     model, values = build_model(folder, state, r, whole_context)
     if adapters:
         model = empty_model({**state["config"], "block_size": model.config.block_size}, str(folder))
-        values = lora.merged(values, adapters["alpha"] / adapters["rank"])
+        values = merge_adapters(values, adapters["alpha"] / adapters["rank"])
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
     description = f"{folder}, step {state['step']}{loss}"
-    return Opened(model, values, tokenizers.from_dict(state["tokenizer"]), description, str(folder.absolute()))
+    return LazyCheckpoint(model, values, tokenizers.from_dict(state["tokenizer"]), description, str(folder.absolute()))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from acorn import files
 from acorn.checkpoint.layout import (
     FORMAT,
-    REPLACED,
+    REPLACED_PREFIX,
     file_names,
     is_pinned,
     read_pointer,
@@ -30,9 +30,10 @@ from acorn.checkpoint.layout import (
     step_of,
     weights_kind,
 )
-from acorn.checkpoint.tensors import copy_to_host, is_whole
+from acorn.checkpoint.moments import named_moments
+from acorn.checkpoint.tensors import copy_to_host, is_valid
 from acorn.distributed import sharding
-from acorn.training import lora, optim
+from acorn.training import lora
 from model import GPT
 
 
@@ -67,7 +68,7 @@ class Writer:
         if self.rank < shards:
             for kind, tensors in (
                 (weights_kind(state), lora.adapters(model) or dict(model.named_parameters())),
-                ("optimizer", optim.named_moments(model, optimizers)),
+                ("optimizer", named_moments(model, optimizers)),
             ):
                 parts[file_names(kind, shards)[self.rank]] = copy_to_host(tensors, self.copies[kind])
         self.writing = concurrent.futures.Future()
@@ -95,21 +96,21 @@ class Writer:
         failure, None on success."""
         step = state["step"]
         tmp_dir = self.out_dir / f".writing-step_{step:06d}"
-        hashes, failure = {}, astray(parts, state)
+        hashes, failure = {}, check_finite(parts, state)
         try:
             hashes = {} if failure else write_files(tmp_dir, parts)
         except (OSError, SafetensorError) as error:
-            failure = reason(error)
+            failure = error_reason(error)
         if self.rank == 0:
             for rank in range(1, state["shards"]):
-                other = self.hear(rank, step)
-                hashes |= other["hashes"]
-                failure = failure or (other["failure"] and f"rank {rank}: {other['failure']}")
+                report = self.wait_for_rank(rank, step)
+                hashes |= report["hashes"]
+                failure = failure or (report["failure"] and f"rank {rank}: {report['failure']}")
             if failure is None:
                 try:
-                    complete(tmp_dir, state, hashes, self.keep, best)
+                    commit(tmp_dir, state, hashes, self.keep, best)
                 except OSError as error:
-                    failure = reason(error)
+                    failure = error_reason(error)
             if failure is not None:
                 files.remove(tmp_dir, ignore_errors=True)
                 print(
@@ -120,10 +121,10 @@ class Writer:
                 )
         if self.world_size > 1:
             self.store.set(f"{step}/{self.rank}", json.dumps({"hashes": hashes, "failure": failure}))
-            failure = self.hear(0, step)["failure"]  # rank 0 decides
+            failure = self.wait_for_rank(0, step)["failure"]  # rank 0 decides
         return failure
 
-    def hear(self, rank: int, step: int) -> dict:
+    def wait_for_rank(self, rank: int, step: int) -> dict:
         """Wait for another rank's report on the checkpoint, without a timeout, because disks may be slow."""
         while not self.store.check([f"{step}/{rank}"]):
             if not threading.main_thread().is_alive():
@@ -132,18 +133,18 @@ class Writer:
         return json.loads(self.store.get(f"{step}/{rank}"))
 
 
-def astray(parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str | None:
+def check_finite(parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str | None:
     """Return why a checkpoint must not be saved: a non-finite validation loss or tensor. None if it is fine."""
     if state.get("evaluated_at") == state["step"] and not math.isfinite(state["val_loss"]):
         return "the val loss is not finite; try a lower learning rate"
     for tensors in parts.values():
         for name, tensor in tensors.items():
-            if not is_whole(tensor):
+            if not is_valid(tensor):
                 return f"{name} is not finite; try a lower learning rate"
     return None
 
 
-def reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """Return the system's message for an error of reading or writing."""
     number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors wraps system errors
     return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -161,10 +162,10 @@ def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict
     return {name: files.sha256(folder / name) for name in parts}
 
 
-def complete(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int, best: bool) -> None:
+def commit(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int, best: bool) -> None:
     """Turn the folder `tmp_dir`, which has all tensor files, into the checkpoint of state["step"]."""
     out_dir, final = tmp_dir.parent, tmp_dir.with_name(f"step_{state['step']:06d}")
-    replaced = out_dir / f"{REPLACED}{final.name}"
+    replaced = out_dir / f"{REPLACED_PREFIX}{final.name}"
     for folder in step_folders(out_dir):  # restore the name of a folder if a kill interrupted its replacement
         if folder.name != step_name(folder):
             os.rename(folder, out_dir / step_name(folder))

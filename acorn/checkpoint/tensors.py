@@ -1,10 +1,13 @@
 """Tensors of a checkpoint: read when they are needed, and checked; and the model that they belong to."""
 
 import typing
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from acorn import UserError, settings
 from acorn.checkpoint.layout import file_names
@@ -12,7 +15,7 @@ from acorn.distributed import sharding
 from model import GPT, GPTConfig
 
 
-def copy_to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def copy_to_host(tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors, or this rank's rows of sharded ones, into the buffers `copies`; missing buffers are added."""
     for name, tensor in tensors.items():
         local = sharding.local(tensor.detach())
@@ -24,54 +27,80 @@ def copy_to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tenso
     return {name: copies[name] for name in tensors}
 
 
-class Stored:
-    """A tensor in safetensors files, whose rows are read on demand.
+class LazyTensor:
+    """A tensor that is read on demand: `tensor[3:7]` reads rows, and `tensor[...]` reads all.
 
-    It consists of one or more pieces, concatenated along dimension 0. `stored[3:7]` reads rows, `stored[...]` reads
-    all. Reading non-finite values raises UserError."""
+    `read(rows)` returns the rows of a slice. It gets `...` only if the shape is ()."""
 
-    def __init__(self, name: str, source: str, pieces: list):
-        self.name, self.source, self.pieces = name, source, pieces
+    def __init__(self, shape: Sequence[int], read: Callable[..., Tensor]):
+        self.shape, self.read = torch.Size(shape), read
 
-    @property
-    def shape(self) -> torch.Size:
-        first, *others = (piece.get_shape() for piece in self.pieces)
-        return torch.Size([first[0] + sum(shape[0] for shape in others), *first[1:]] if first else [])
+    def __getitem__(self, rows) -> Tensor:
+        return self.read(slice(None) if rows is ... and self.shape else rows)
 
-    def __getitem__(self, rows) -> torch.Tensor:
-        tensor = self.read(rows)
-        check_tensors({self.name: tensor}, self.source)
+
+def lazy_slice(piece) -> LazyTensor:
+    """Return the tensor of `piece`, a slice object of safetensors."""
+    return LazyTensor(piece.get_shape(), lambda rows: piece[rows])
+
+
+def lazy_transpose(piece) -> LazyTensor:
+    """Return the transposed matrix of `piece`, a slice object of safetensors."""
+    return LazyTensor(piece.get_shape()[::-1], lambda rows: piece[:, rows].t())
+
+
+def lazy_cat(pieces: list[LazyTensor], name: str, source: str) -> LazyTensor:
+    """Concatenate pieces along dimension 0. Reading non-finite values raises UserError, which contains `name`."""
+    first, lengths = pieces[0].shape, [piece.shape[0] for piece in pieces if piece.shape]
+
+    def read(rows) -> Tensor:
+        if rows is ...:
+            tensor = pieces[0][...]
+        else:
+            start, stop, _ = rows.indices(sum(lengths))
+            chunks = []
+            for piece, n in zip(pieces, lengths, strict=True):
+                if max(start, 0) < min(stop, n):
+                    chunks.append(piece[max(start, 0) : min(stop, n)])
+                start, stop = start - n, stop - n
+            tensor = torch.cat(chunks) if len(chunks) > 1 else chunks[0] if chunks else pieces[0][0:0]
+        check_tensors({name: tensor}, source)
         return tensor
 
-    def read(self, rows) -> torch.Tensor:
-        if rows is ...:
-            rows = slice(None)
-            if not self.shape:
-                return self.pieces[0][...]
-        start, stop, _ = rows.indices(self.shape[0])
-        chunks = []
-        for piece in self.pieces:
-            n = piece.get_shape()[0]
-            if max(start, 0) < min(stop, n):
-                chunks.append(piece[max(start, 0) : min(stop, n)])
-            start, stop = start - n, stop - n
-        return torch.cat(chunks) if len(chunks) > 1 else chunks[0] if chunks else self.pieces[0][0:0]
+    return LazyTensor((sum(lengths), *first[1:]) if first else (), read)
 
 
-def open_tensors(folder: Path, state: dict, kind: str) -> dict[str, Stored]:
+def merge_adapters(values: dict, scale: float) -> dict:
+    """Return the parameters of the plain model that is equivalent to a model with LoRA adapters and the parameters
+    `values`. A weight is merged with its adapter when it is read."""
+
+    def merged(weight, a, b) -> LazyTensor:
+        return LazyTensor(weight.shape, lambda rows: weight[rows].float() + scale * b[rows] @ a[...])
+
+    result = {}
+    for name, value in values.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A" in values:
+            result[name] = merged(value, values[f"{layer}.lora_A"], values[f"{layer}.lora_B"])
+        elif ".lora_" not in name:
+            result[name] = value
+    return result
+
+
+def open_tensors(folder: Path, state: dict, kind: str) -> dict[str, LazyTensor]:
     """Open the tensors of a kind in a checkpoint, by name. Raises UserError if their files are inconsistent."""
-    tensors = {}
+    pieces = defaultdict(list)
     try:
         for name in file_names(kind, state.get("shards", 1)):
             file = safe_open(folder / name, "pt", backend="pread")  # a memory map would count as resident memory
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                tensors.setdefault(key, Stored(key, str(folder), [])).pieces.append(file.get_slice(key))
+                pieces[key].append(lazy_slice(file.get_slice(key)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / name} cannot be read: {error}") from error
-    for key, stored in tensors.items():
-        if len({(len(piece.get_shape()), *piece.get_shape()[1:]) for piece in stored.pieces}) > 1:
+    for key in pieces:
+        if len({(len(piece.shape), *piece.shape[1:]) for piece in pieces[key]}) > 1:
             raise UserError(f"the files of {folder} are inconsistent: {key} differs in shape. Use another checkpoint.")
-    return tensors
+    return {key: lazy_cat(pieces[key], key, str(folder)) for key in pieces}
 
 
 def empty_model(shape: dict, source: str) -> GPT:
@@ -113,7 +142,7 @@ def fitting_model(shape: dict, tensors: dict, source: str) -> GPT:
     return model
 
 
-def is_whole(t: torch.Tensor) -> bool:
+def is_valid(t: Tensor) -> bool:
     """Whether a tensor is dense, floating-point, finite, and backed by enough memory: a pickle may declare a tensor far
     larger than its file."""
     plain = t.layout == torch.strided and t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -122,7 +151,7 @@ def is_whole(t: torch.Tensor) -> bool:
     return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
 
 
-def check_tensors(tensors: dict[str, torch.Tensor], source: str) -> None:
+def check_tensors(tensors: dict[str, Tensor], source: str) -> None:
     for name, t in tensors.items():
-        if not is_whole(t):
+        if not is_valid(t):
             raise UserError(f"{source} is broken: {name} has non-finite or missing values. Use an earlier checkpoint.")

@@ -90,7 +90,7 @@ def number_documents(x: np.ndarray, y: np.ndarray, eot: int) -> np.ndarray:
 # A conversation of L tokens has L - 1 pairs, contiguous in one row of T. The rest of a row is padding: masked targets
 # and a separate document. Each epoch has the same rows in a different order.
 
-FORM = ("dropped", "head", "own", "tail", "prompt")  # the columns of an index
+FORM = ("dropped", "head", "middle", "tail", "prompt")  # the columns of an index
 
 
 class Rows(NamedTuple):
@@ -109,19 +109,19 @@ class Conversations:
 
     Form 0 is the whole conversation; form k is the template's rendering without the k oldest turns. `index`, of shape
     (forms, 5), has the columns FORM: `dropped` is k. The tokens of form k are the first `head` tokens of form 0, then
-    `own` tokens stored for this form, then the last `tail` tokens of form 0; the stream stores the own tokens of all
+    `middle` tokens stored for this form, then the last `tail` tokens of form 0; the stream stores the middles of all
     forms in order. `prompt` counts the tokens before the first learned one. Raises ValueError for an invalid index.
     """
 
     def __init__(self, tokens: "Tokens", index: np.ndarray):
         self.tokens = tokens
-        self.dropped, self.head, self.own, self.tail, self.prompt = index.T
-        self.starts = np.cumsum(self.own) - self.own  # where each form's own tokens start in the stream
+        self.dropped, self.head, self.middle, self.tail, self.prompt = index.T
+        self.starts = np.cumsum(self.middle) - self.middle  # where each form's middle starts in the stream
         self.first = np.flatnonzero(self.dropped == 0)  # form 0 of each conversation
         self.whole = self.first[np.cumsum(self.dropped == 0) - 1] if len(self.first) else self.first  # form 0, per form
-        self.lengths = self.head + self.own + self.tail
-        sizes = self.own[self.whole] if len(self.first) else self.own
-        broken = (index < 0).any() or self.own.sum() != len(tokens) or (len(index) and self.dropped[0] != 0)
+        self.lengths = self.head + self.middle + self.tail
+        sizes = self.middle[self.whole] if len(self.first) else self.middle
+        broken = (index < 0).any() or self.middle.sum() != len(tokens) or (len(index) and self.dropped[0] != 0)
         is_whole = self.dropped == 0
         broken = broken or (self.head[is_whole] + self.tail[is_whole]).any()
         if broken or (np.maximum(self.head, self.tail) > sizes).any() or (self.prompt >= self.lengths).any():
@@ -133,7 +133,7 @@ class Conversations:
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the start in the stream and the number of tokens of each whole conversation."""
-        return self.starts[self.first], self.own[self.first]
+        return self.starts[self.first], self.middle[self.first]
 
     def rows(self, block_size: int) -> Rows:
         """Pack the conversations into rows of `block_size`, each in its longest form that fits.
@@ -142,8 +142,8 @@ class Conversations:
         """
         if block_size not in self._rows:
             n = len(self.lengths)
-            fits = np.where(self.lengths - 1 <= block_size, np.arange(n), n)
-            chosen = np.minimum.reduceat(fits, self.first) if n else self.first
+            fitting_forms = np.where(self.lengths - 1 <= block_size, np.arange(n), n)
+            chosen = np.minimum.reduceat(fitting_forms, self.first) if n else self.first
             ends = np.append(self.first[1:], n)  # where each conversation's forms end
             too_long = chosen >= ends
             chosen = np.where(too_long, ends - 1, chosen)
@@ -162,15 +162,15 @@ class Conversations:
             )
         return self._rows[block_size]
 
-    def read_form(self, form: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first `most` ids of a form, and their targets: the ids, or -1 for tokens that are not learned."""
+    def read_form(self, form: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first `max_tokens` ids of a form, and their targets: the ids, or -1 where they are not learned."""
         begin = self.starts[self.whole[form]]
-        end = begin + self.own[self.whole[form]]
-        head, own, tail = int(self.head[form]), int(self.own[form]), int(self.tail[form])
+        end = begin + self.middle[self.whole[form]]
+        head, middle, tail = int(self.head[form]), int(self.middle[form]), int(self.tail[form])
         ids, learned = [], []
-        for start, length in ((begin, head), (self.starts[form], own), (end - tail, tail)):
-            if length := min(length, most):
-                most -= length
+        for start, length in ((begin, head), (self.starts[form], middle), (end - tail, tail)):
+            if length := min(length, max_tokens):
+                max_tokens -= length
                 ids.append(self.tokens.read([start], length)[0])
                 learned.append(self.tokens.mask.read([start], length)[0])
         ids = np.concatenate(ids)
@@ -275,25 +275,25 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     b = np.uint64(-(-n // int(a)))
     result = index.astype(np.uint64)
     keys = np.broadcast_to(keys, result.shape)
-    todo = np.arange(len(result))
-    while len(todo):
-        left, right = np.divmod(result[todo], b)
-        key = keys[todo]
+    pending = np.arange(len(result))
+    while len(pending):
+        left, right = np.divmod(result[pending], b)
+        key = keys[pending]
         for _ in range(3):
-            key = key + _GOLDEN
+            key = key + _GOLDEN_GAMMA
             left = (left + _mix(right + key)) % a
             right = (right + _mix(left ^ key)) % b
-        result[todo] = left * b + right
-        todo = todo[result[todo] >= n]
+        result[pending] = left * b + right
+        pending = pending[result[pending] >= n]
     return result.astype(np.int64)
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """Hash uint64 to uint64: one step of the splitmix64 generator."""
-    x = x + _GOLDEN
+    x = x + _GOLDEN_GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -39,10 +39,10 @@ CHATML = (
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 BREAK = "\ufdd0"  # a noncharacter, absent from real text; inserted into names of control tokens that messages contain
 PROBE = "\ufdd1"  # another noncharacter, the placeholder for a reply
-NEEDED = ("tools", "tool_calls", "documents")  # dropping one would change the meaning of the conversation
+REQUIRED_FIELDS = ("tools", "tool_calls", "documents")  # dropping one would change the meaning of the conversation
 REASONING = ("reasoning_content", "reasoning", "thinking")  # synonyms for one field, as in transformers
-RESERVED = {"messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
-NO_PLACE = "the chat template does not render {}, so it would be lost. Choose another --template."
+RESERVED_VARIABLES = {"messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
+NOT_RENDERED = "the chat template does not render {}, so it would be lost. Choose another --template."
 REWRITTEN = (
     "the chat template changes earlier turns when later turns are added, so its replies cannot be located. Use "
     "conversations with one reply each, or choose another --template."
@@ -149,9 +149,9 @@ def _render_again(tokenizer: Tokenizer, messages: list[dict]):
             return np.concatenate(ids), np.concatenate(learned)
         to_reply = next(i for i, message in enumerate(shown) if message["role"] == "assistant")
         text, prompt = _fill_in(tokenizer, shown, False), _fill_in(tokenizer, shown[:to_reply], True)
-        behind = text.removeprefix(prompt)
-        k = int(np.searchsorted(begins, len(whole) - len(behind)))
-        is_same = begins[k] == len(whole) - len(behind) and whole.endswith(behind) and text == prompt + behind
+        suffix = text.removeprefix(prompt)
+        k = int(np.searchsorted(begins, len(whole) - len(suffix)))
+        is_same = begins[k] == len(whole) - len(suffix) and whole.endswith(suffix) and text == prompt + suffix
         last_prompt = text[: len(text) - (len(whole) - reply_begin)]
         if not is_same or last_prompt != _fill_in(tokenizer, shown[:-1], True):
             return render_to_learn(tokenizer, shown)
@@ -178,9 +178,9 @@ def _last_reply(tokenizer: Tokenizer, messages: list[dict], prompt: str | None =
         reply = _reply_without_system(tokenizer, messages)
         if reply and whole.endswith(reply):
             return reply
-        before = _fill_in(tokenizer, messages[:-1], False)
+        prefix = _fill_in(tokenizer, messages[:-1], False)
         shared = next((i for i, char in enumerate(prompt) if whole[i : i + 1] != char), 0)
-        opening = prompt[min(len(before), shared) :] if prompt.startswith(before) else prompt[shared:]
+        opening = prompt[min(len(prefix), shared) :] if prompt.startswith(prefix) else prompt[shared:]
         raise UserError(
             f"the chat template opens a reply with {opening!r:.80} but renders a finished reply without it. Training "
             "would therefore begin replies differently than sampling; sampling and evaluation work. To train, put each "
@@ -218,13 +218,13 @@ def _is_learned(message: dict) -> bool:
 def _around_content(tokenizer: Tokenizer) -> tuple[str, str]:
     """Return the text before and after the content of the reply in a conversation of two messages."""
     text = _fill_in(tokenizer, [_message("user", "?"), _message("assistant", PROBE)], False)
-    before, found, after = text.rpartition(PROBE)
+    prefix, found, ending = text.rpartition(PROBE)
     if not found:
         raise UserError(
             "the chat template leaves out the assistant's messages, so there is nothing to learn. Choose another "
             "--template."
         )
-    return before, after
+    return prefix, ending
 
 
 def _stop_name(tokenizer: Tokenizer) -> str | None:
@@ -237,12 +237,12 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     """Return the names of the control tokens that end a reply: the first one after it, and any end tokens that follow
     immediately, as in "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>". A token that appears only at the end of a conversation
     does not count. `template` is the tokenizer's, as a key of the cache."""
-    talk = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
-    _, found, after = _fill_in(tokenizer, talk, True).rpartition(PROBE)
-    if not found or not _any_of(tokenizer.control).search(after):
-        after = _around_content(tokenizer)[1]
+    conversation = [_message("user", "?"), _message("assistant", PROBE), _message("user", "?")]
+    _, found, ending = _fill_in(tokenizer, conversation, True).rpartition(PROBE)
+    if not found or not _any_of(tokenizer.control).search(ending):
+        ending = _around_content(tokenizer)[1]
     names, end = [], None
-    for found in _any_of(tokenizer.control).finditer(after):
+    for found in _any_of(tokenizer.control).finditer(ending):
         if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
             break
         names, end = [*names, found[0]], found.end()
@@ -335,10 +335,10 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
     message."""
     template, extras = tokenizer.chat_template, getattr(messages, "extras", {})
     variables = _variables(template)
-    extras = {name: value for name, value in extras.items() if name in variables or name in NEEDED}
-    for name in NEEDED:
+    extras = {name: value for name, value in extras.items() if name in variables or name in REQUIRED_FIELDS}
+    for name in REQUIRED_FIELDS:
         if name not in template and (extras.get(name) or any(message.get(name) for message in messages)):
-            raise UserError(NO_PLACE.format(name))
+            raise UserError(NOT_RENDERED.format(name))
     text = _rendered(tokenizer, messages, extras, add_generation_prompt)
     # OpenAI's format has a call's arguments as JSON text, which most templates would encode as JSON a second time
     arguments = [function["arguments"] for function in _functions(messages) if _is_json(function.get("arguments"))]
@@ -352,7 +352,7 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
     for function in _functions(messages):
         name = function.get("name")
         if isinstance(name, str) and _broken(name, names) not in text and json.dumps(name)[1:-1] not in text:
-            raise UserError(NO_PLACE.format(f"the call of {name!r:.60}"))
+            raise UserError(NOT_RENDERED.format(f"the call of {name!r:.60}"))
     return text
 
 
@@ -437,7 +437,7 @@ def _variables(template: str) -> frozenset[str]:
     Jinja's parser would be exact, but it evaluates constants such as 'a' * 10**10 while parsing."""
     from jinja2.defaults import DEFAULT_NAMESPACE
 
-    return frozenset(re.findall(r"[^\W\d]\w*", template)) - DEFAULT_NAMESPACE.keys() - RESERVED
+    return frozenset(re.findall(r"[^\W\d]\w*", template)) - DEFAULT_NAMESPACE.keys() - RESERVED_VARIABLES
 
 
 def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:

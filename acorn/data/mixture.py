@@ -18,7 +18,7 @@ from acorn.data import batches
 from acorn.data.shards import Dataset, load_dataset
 from acorn.data.tokenizer import Tokenizer, tokenizer_hash
 
-PART = re.compile(r"\s*(.+):([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*")  # NAME:PROPORTION
+PROPORTION = re.compile(r"\s*(.+):([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*")  # NAME:PROPORTION
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Mixture:
         for k, dataset in enumerate(self.datasets):
             rows = np.flatnonzero(drawn[:, 0] == k)
             if len(rows):  # these samples are consecutive in the dataset's own stream
-                own = batches.sample(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
-                x[rows], y[rows] = own[:2]
-                if own[2] is not None:
-                    documents[rows] = own[2]
+                batch = batches.sample(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
+                x[rows], y[rows] = batch[:2]
+                if batch[2] is not None:
+                    documents[rows] = batch[2]
         return x, y, documents
 
 
@@ -113,7 +113,7 @@ def load_mixture(spec: str, hashed: bool = True, document_mask: bool = False) ->
 
 def _load(spec: str, hashed: bool) -> Mixture:
     texts = spec.split(",")
-    parts = [PART.fullmatch(text) for text in texts]
+    parts = [PROPORTION.fullmatch(text) for text in texts]
     if len(parts) == 1 or not any(parts):
         return Mixture([load_dataset(spec, hashed)], [Fraction(1)])
     for text, part in zip(texts, parts, strict=True):
@@ -126,8 +126,8 @@ def _load(spec: str, hashed: bool) -> Mixture:
     for i, dataset in enumerate(datasets):
         if dataset.path in [other.path for other in datasets[:i]]:
             raise UserError(f"dataset={spec!r} names {dataset.path} twice. Give it one proportion.")
-    first, *others = datasets
-    for other in others:
+    first, *remaining = datasets
+    for other in remaining:
         if tokenizer_hash(other.tokenizer) != tokenizer_hash(first.tokenizer):
             raise UserError(
                 f"the datasets of a mixture need the same tokenizer, but {first.path} has {_describe(first)} and "

@@ -28,10 +28,10 @@ ROLES = {  # roles of ShareGPT -> roles of chat templates
     "function_response": "tool",
     "tool_response": "tool",
 }
-CALLS = ("function_call", "tool_call")  # roles whose content is a tool call as JSON
+CALL_ROLES = ("function_call", "tool_call")  # roles whose content is a tool call as JSON
 TEXT_PARTS = ("text", "input_text", "output_text")
-RESULTS = ("tool", "function", "ipython", "observation")  # roles whose content may be any JSON value
-WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # replace the content
+RESULT_ROLES = ("tool", "function", "ipython", "observation")  # roles whose content may be any JSON value
+SUBSTITUTES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # replace the content
 FLAGS = {  # fields that say whether a message is learned, each with the value that means yes
     "weight": True,
     "train": True,
@@ -117,9 +117,9 @@ def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
             is_list = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
             messages += _read_list(value, f'"{name}"') if is_list else [_message(role, _text(value, f'"{name}"'))]
         return messages, {"prompt", reply}, record
-    inside = [value for value in record.values() if isinstance(value, dict) and any(name in value for name in LISTS)]
-    if len(inside) == 1:  # such as {"body": {"messages": [...]}}
-        return _turns({**record, **inside[0]})
+    wrapped = [value for value in record.values() if isinstance(value, dict) and any(name in value for name in LISTS)]
+    if len(wrapped) == 1:  # such as {"body": {"messages": [...]}}
+        return _turns({**record, **wrapped[0]})
     fields = ", ".join(map(str, record)) or "(none)"
     raise UserError(
         f'has the fields {fields}. It needs "prompt" and "response" (strings), "messages", "conversations", or '
@@ -164,7 +164,7 @@ def _read_message(message, number: int) -> dict:
         if name in message:
             message[name] = _parsed(message[name])
     if role_field == "from":
-        if role in CALLS:
+        if role in CALL_ROLES:
             call = _parsed(content)
             calls = call if isinstance(call, list) else [call]
             if not all(isinstance(call, dict) and "name" in call for call in calls):
@@ -172,11 +172,11 @@ def _read_message(message, number: int) -> dict:
             message |= {"tool_calls": [{"type": "function", "function": call} for call in calls]}
             role, content = "assistant", ""
         role = ROLES.get(role, role)
-    if isinstance(content, list) and content and not (role in RESULTS and not any(map(_is_part, content))):
+    if isinstance(content, list) and content and not (role in RESULT_ROLES and not any(map(_is_part, content))):
         content = "".join(_part(part, number) for part in content)
-    if content is None and role == "assistant" and any(message.get(name) for name in WITHOUT_CONTENT):
+    if content is None and role == "assistant" and any(message.get(name) for name in SUBSTITUTES):
         return {"role": role, **message}
-    if not isinstance(content, str) and (role not in RESULTS or content is None):
+    if not isinstance(content, str) and (role not in RESULT_ROLES or content is None):
         raise UserError(f'has {where} whose "{content_field}" is not a string')
     return {"role": role, "content": content, **message}
 

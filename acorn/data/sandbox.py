@@ -3,8 +3,9 @@
     text = sandbox.render("the chat template", conversations=..., chat_template=..., ...)
 
 Both can loop forever or exhaust memory, inside libraries that cannot be interrupted. They run in a worker process that
-later calls reuse. Each call may take SECONDS of CPU time and, on Linux, MEMORY bytes of additional address space. If a
-call exceeds a limit, the worker exits and the call raises UserError. On Windows, only the timeout WAIT applies.
+later calls reuse. Each call may take CPU_SECONDS of CPU time and, on Linux, MEMORY bytes of additional address space.
+If a call exceeds a limit, the worker exits and the call raises UserError. On Windows, only the timeout WALL_SECONDS
+applies.
 """
 
 import contextlib
@@ -19,27 +20,27 @@ import time
 
 from acorn import REPO, UserError
 
-SECONDS = 5  # CPU time of one call; a conversation takes milliseconds
-WAIT = 60  # seconds of wall-clock time per call, for a busy machine or a system without the other limits
+CPU_SECONDS = 5  # CPU time of one call; a conversation takes milliseconds
+WALL_SECONDS = 60  # seconds of wall-clock time per call, for a busy machine or a system without the other limits
 MEMORY = 1 << 30  # bytes
-LONGEST = 1 << 26  # characters of a rendered conversation
-RUN = 1 << 16  # length of the runs of one character that patterns are tested on
+MAX_CHARS = 1 << 26  # characters of a rendered conversation
+RUN_LENGTH = 1 << 16  # length of the runs of one character that patterns are tested on
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
 _worker, _lock = None, threading.Lock()
 
 
-def render(what: str, **arguments) -> str:
+def render(subject: str, **arguments) -> str:
     """Return the output of transformers' `render_jinja_template` for one conversation. The arguments must be
-    JSON-serializable. Raises UserError, in which `what` names the template, if it fails or exceeds a limit."""
-    return _call(what, "render", arguments)
+    JSON-serializable. Raises UserError, in which `subject` names the template, if it fails or exceeds a limit."""
+    return _call(subject, "render", arguments)
 
 
-def check_patterns(what: str, normalizer: dict | None, pre_tokenizer: dict | None) -> None:
+def check_patterns(subject: str, normalizer: dict | None, pre_tokenizer: dict | None) -> None:
     """Test these parts of a tokenizer.json on long runs of letters, spaces and other characters. Raises UserError, in
-    which `what` names the file, if they fail or exceed a limit: regular expressions can take quadratic or exponential
-    time."""
-    _call(what, "check_patterns", dict(normalizer=normalizer, pre_tokenizer=pre_tokenizer))
+    which `subject` names the file, if they fail or exceed a limit: regular expressions can take quadratic or
+    exponential time."""
+    _call(subject, "check_patterns", dict(normalizer=normalizer, pre_tokenizer=pre_tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,32 +75,32 @@ class _Worker:
             rest = memoryview(request)
             while rest:
                 rest = rest[self.process.stdin.write(rest) :]
-            answer = self.answers.get(timeout=WAIT)
+            answer = self.answers.get(timeout=WALL_SECONDS)
         except (OSError, queue.Empty):
             return None
         return None if answer is None else json.loads(answer)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
 
 
-def _call(what: str, task: str, arguments: dict) -> str:
+def _call(subject: str, task: str, arguments: dict) -> str:
     global _worker
     with _lock:
         if _worker is None or _worker.owner != os.getpid():  # a forked process must not share its parent's worker
             _worker = _Worker()
-        answer = _worker.ask(json.dumps([task, arguments, SECONDS]).encode() + b"\n")
+        answer = _worker.ask(json.dumps([task, arguments, CPU_SECONDS]).encode() + b"\n")
         if answer is None:
-            _worker.end()
+            _worker.stop()
             _worker = None
     if answer is None:
         raise UserError(
-            f"{what} takes more than {SECONDS} s of CPU time or {MEMORY >> 30} GB of memory. Use another one."
+            f"{subject} takes more than {CPU_SECONDS} s of CPU time or {MEMORY >> 30} GB of memory. Use another one."
         )
     if "error" in answer:
-        raise UserError(f"{what} {answer['error']}")
+        raise UserError(f"{subject} {answer['error']}")
     return answer["value"]
 
 
@@ -136,17 +137,17 @@ def _limit(seconds: int) -> None:
     except ImportError:  # Windows
         return
 
-    def limit(kind: int, most: int) -> None:
+    def limit(kind: int, soft: int) -> None:
         _, hard = resource.getrlimit(kind)
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+            resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
-            taken = int(file.read().split()[0]) * resource.getpagesize()
-        limit(resource.RLIMIT_AS, taken + MEMORY)
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        limit(resource.RLIMIT_AS, used + MEMORY)
 
 
 def _render(seconds: int, **arguments) -> str:
@@ -154,8 +155,8 @@ def _render(seconds: int, **arguments) -> str:
 
     _limit(seconds)
     text = render_jinja_template(**arguments)[0][0]
-    if len(text) > LONGEST:
-        raise ValueError(f"the result has {len(text):,} characters, more than {LONGEST:,}")
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"the result has {len(text):,} characters, more than {MAX_CHARS:,}")
     return text
 
 
@@ -167,5 +168,5 @@ def _check_patterns(seconds: int, normalizer: dict | None, pre_tokenizer: dict |
     parts = dict(added_tokens=[], normalizer=normalizer, pre_tokenizer=pre_tokenizer, model=model)
     backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **parts}))
     for char in "a !1\n\té字":
-        backend.encode(char * RUN + "x.", add_special_tokens=False)
-    backend.encode("It's 10 o'clock,\n  and\tall is well. " * (RUN // 32), add_special_tokens=False)
+        backend.encode(char * RUN_LENGTH + "x.", add_special_tokens=False)
+    backend.encode("It's 10 o'clock,\n  and\tall is well. " * (RUN_LENGTH // 32), add_special_tokens=False)

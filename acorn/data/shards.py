@@ -33,6 +33,7 @@ import numpy as np
 
 from acorn import REPO, UserError, files
 from acorn.data.batches import FORM, Conversations
+from acorn.data.corpora import dataset_names, prepare_command
 from acorn.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
@@ -45,11 +46,11 @@ LAYOUTS = {  # magic: (version, dtype)
     INDEX_MAGIC: (1, np.dtype("<i4")),
 }
 SHARD_TOKENS = 100_000_000
-HASHED = 2_000_000_000  # bytes of a dataset that are hashed each time it is opened, which takes a second or two
+HASH_LIMIT = 2_000_000_000  # bytes of a dataset that are hashed each time it is opened, which takes a second or two
 OPEN_FILES = 256  # the maximum per split
 SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask|index)")
 KINDS = {"shards": "bin", "masks": "mask", "index": "index"}  # key in meta.json -> file suffix
-MARKS = {LAYOUTS[MASK_MAGIC][1].str: "masks", LAYOUTS[INDEX_MAGIC][1].str: "index"}  # dtype -> kind, if not tokens
+DTYPE_KINDS = {LAYOUTS[MASK_MAGIC][1].str: "masks", LAYOUTS[INDEX_MAGIC][1].str: "index"}  # other dtypes are tokens
 PARTIAL = ".acorn_partial"  # a folder inside the dataset's folder that holds new shards until all are complete
 
 
@@ -205,7 +206,7 @@ class Shard(NamedTuple):
     dtype: np.dtype  # of a token in the file
     offset: int  # of the first token, in bytes
     tokens: int
-    file: tuple[int, int, int]  # the file's identity, from `_which_file`
+    file: tuple[int, int, int]  # the file's identity, from `_file_id`
 
 
 class Tokens:
@@ -269,16 +270,16 @@ class Tokens:
         return x, y
 
     def _map(self, shard: int) -> np.ndarray:
-        path, dtype, offset, tokens, which = self.shards[shard]
+        path, dtype, offset, tokens, file_id = self.shards[shard]
         if not tokens:
             return np.empty(0, dtype)
         try:
             file, mapped = self._maps.get(shard) or (files.open_regular(path), None)
-            now = _which_file(os.fstat(file.fileno()))
+            current_id = _file_id(os.fstat(file.fileno()))
         except OSError as error:
-            raise UserError(f"{path} is no longer readable ({error.strerror}). Restore it, then {_RESUME}.") from error
-        if now != which:  # also because reading past the end of a mapped file would kill the process
-            raise UserError(f"{path} was replaced, changed or truncated while in use. Restore it, then {_RESUME}.")
+            raise UserError(f"{path} is no longer readable ({error.strerror}). Restore it, then {_ADVICE}.") from error
+        if current_id != file_id:  # also because reading past the end of a mapped file would kill the process
+            raise UserError(f"{path} was replaced, changed or truncated while in use. Restore it, then {_ADVICE}.")
         if mapped is None:
             if len(self._maps) >= OPEN_FILES:
                 self._maps = {}
@@ -292,10 +293,10 @@ class Tokens:
             self._maps, self._brought_in = {}, 0
 
 
-_RESUME = "continue the run from its last checkpoint with --init_from=resume"
+_ADVICE = "continue the run from its last checkpoint with --init_from=resume"
 
 
-def _which_file(stat: os.stat_result) -> tuple[int, int, int]:
+def _file_id(stat: os.stat_result) -> tuple[int, int, int]:
     """Return a file's identity: it changes if the file is replaced or written to."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -307,8 +308,8 @@ def open_shard(path: str | Path) -> Shard:
         if not path.is_file():
             raise UserError(f"the token shard {path} is missing or not a regular file. Prepare the dataset again.")
         with open(path, "rb") as file:
-            which = _which_file(os.fstat(file.fileno()))
-            size = which[1]
+            file_id = _file_id(os.fstat(file.fileno()))
+            size = file_id[1]
             header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4", count=-1 if size >= HEADER_BYTES else 0)
     except OSError as error:
         raise UserError(f"cannot read the token shard {path}: {error.strerror}. Prepare the dataset again.") from error
@@ -326,7 +327,7 @@ def open_shard(path: str | Path) -> Shard:
             f"{path} is truncated or damaged: its header says {tokens} tokens, but the file holds {stored:g}. Prepare "
             "or download it again."
         )
-    return Shard(path, dtype, HEADER_BYTES, tokens, which)
+    return Shard(path, dtype, HEADER_BYTES, tokens, file_id)
 
 
 @dataclass
@@ -338,7 +339,7 @@ class Dataset:
     tokenizer: Tokenizer
     vocab_size: int
     meta: dict  # the parsed meta.json; empty if another program made the folder
-    unhashed: int = 0  # bytes of shards whose hashes were not verified: see HASHED
+    unhashed: int = 0  # bytes of shards whose hashes were not verified: see HASH_LIMIT
 
     def notes(self, block_size: int) -> list[str]:
         """Return sentences that a user should read before training on this data with this `block_size`."""
@@ -408,7 +409,7 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
     candidates = [Path(name), Path("data") / name, REPO / "data" / name] if name else []
     for path in candidates:
         if os.path.isfile(path / "meta.json"):  # not Path.is_file, which raises OSError if the name is too long
-            return _load_prepared(name, path, HASHED if hashed else 0)
+            return _load_prepared(name, path, HASH_LIMIT if hashed else 0)
         if os.path.isfile(path / "train.bin"):
             return _load_nanogpt(name, path)
         if os.path.isdir(path) and _foreign_shards(path, "train"):
@@ -416,39 +417,24 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
         if os.path.isdir(path) and (
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
         ):
-            raise UserError(f"preparation of {path} was interrupted. Run it again: {_prepare_command(name)}")
+            raise UserError(f"preparation of {path} was interrupted. Run it again: {prepare_command(name)}")
     raise UserError(_no_dataset(name[:200]))
-
-
-CORPORA = "tinyshakespeare stdlib openwebtext fineweb fineweb_edu tinystories wikitext103".split()  # also dataset names
 
 
 def _no_dataset(name: str) -> str:
     """Return the error message for a missing dataset: it suggests a similar name, else a command that prepares it."""
     existing = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
     error = f"there is no dataset {name!r}" + (f" (existing datasets: {', '.join(existing)})" if existing else "")
-    known = [*existing, *CORPORA, "shakespeare", "shakespeare_char", "plays"]
+    known = [*existing, *dataset_names()]
     near = next(iter(difflib.get_close_matches(Path(name).name, known, 1, 0.75)), "")
     if near in existing:
         return f"{error}. Did you mean --dataset={near}?"
     if near == "shakespeare":  # nanoGPT has a dataset of this name, so the corpus of this name makes the dataset plays
-        plays = "`python prepare shakespeare` makes --dataset=plays"
-        return f"{error}. {plays}; {_prepare_command(near)} makes nanoGPT's dataset shakespeare."
+        plays = f"{prepare_command('plays')} makes --dataset=plays"
+        return f"{error}. {plays}; {prepare_command(near)} makes nanoGPT's dataset shakespeare."
     if near and near != name:
-        return f"{error}. Did you mean --dataset={near}? Prepare it with {_prepare_command(near)}"
-    return f"{error}. Prepare it with {_prepare_command(name)}"
-
-
-def _prepare_command(name: str) -> str:
-    if name == "shakespeare_char":
-        return "`python prepare tinyshakespeare --name shakespeare_char`"
-    if name == "shakespeare":
-        return "`python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"
-    if name == "plays":
-        return "`python prepare shakespeare`"
-    if name in CORPORA:
-        return f"`python prepare {name}`"
-    return f"`python prepare text FILES --name {Path(name).name or 'NAME'}`"
+        return f"{error}. Did you mean --dataset={near}? Prepare it with {prepare_command(near)}"
+    return f"{error}. Prepare it with {prepare_command(name)}"
 
 
 def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
@@ -490,11 +476,11 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
             size = tokens * shard.dtype.itemsize
             if size <= to_hash:
                 to_hash -= size
-                other = shard.tokens != tokens or files.sha256(shard.path) != sha256
+                differs = shard.tokens != tokens or files.sha256(shard.path) != sha256
             else:  # compare only the count
                 unhashed += size
-                other = shard.tokens != tokens
-            if other or MARKS.get(shard.dtype.str, "shards") != key:
+                differs = shard.tokens != tokens
+            if differs or DTYPE_KINDS.get(shard.dtype.str, "shards") != key:
                 raise UserError(
                     f"{shard.path} is not the shard that {meta_path} lists: it is damaged, or one of them belongs to "
                     "another dataset. Prepare the dataset again with --overwrite."
@@ -533,11 +519,11 @@ def _load_nanogpt(name: str, path: Path) -> Dataset:
     GPT-2's."""
 
     def shards(file: Path) -> list[Shard]:
-        which = _which_file(file.stat())
-        size = which[1]
+        file_id = _file_id(file.stat())
+        size = file_id[1]
         if size % 2:
             raise UserError(f"{file} is truncated: {size} bytes is odd, but its tokens are uint16. Prepare it again.")
-        return [Shard(file, np.dtype("<u2"), 0, size // 2, which)]
+        return [Shard(file, np.dtype("<u2"), 0, size // 2, file_id)]
 
     meta_pkl = path / "meta.pkl"
     tokenizer = _read_meta_pkl(meta_pkl) if meta_pkl.exists() else GPT2Tokenizer()

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,10 @@ TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
 BPE_SAMPLE = 50_000_000  # the most characters that a BPE is trained on
 MAX_VOCAB = 1 << 22  # a tokenizer.json with more is invalid
 END_OF_TEXT = "<|endoftext|>"
+OTHER_TOKENIZERS = (
+    "To train a new model, use --tokenizer bpe:8192. To fine-tune, choose a checkpoint with a byte-level tokenizer, "
+    "such as Qwen/Qwen2.5-0.5B or HuggingFaceTB/SmolLM2-135M."
+)
 DEFAULT_ENDS = ([2], [50256])  # the eos_token_id defaults of transformers' LlamaConfig and GPT2Config
 GPT2_FILES = {  # the two files that define GPT-2's tokenizer, and the SHA-256 that tiktoken expects of them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -50,6 +55,7 @@ class Tokenizer:
     more_ends: tuple[int, ...] = ()  # ids besides `eot` and `eos` that end a text, from generation_config.json
     pad: str | None = None  # names of the padding token and of the unknown token; only exports use them
     unk: str | None = None
+    unk_id: int | None = None  # the id that replaces words with unknown characters; None if there are no such words
     before_text: tuple[int, ...] = ()  # ids that the tokenizer puts before a text, such as a BOS
     after_text: tuple[int, ...] = ()  # ids that it puts after a text, such as an EOS
 
@@ -255,13 +261,17 @@ class GPT2Tokenizer(TiktokenTokenizer):
 
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json: byte-level BPE (GPT-2, Llama 3, SmolLM2, and the result of `train_bpe`), or
-    SentencePiece style with a token for each byte (Llama 2, TinyLlama, Gemma).
+    SentencePiece style with a token for each byte (Llama 2, TinyLlama, Gemma), or WordPiece (Chinese GPT-2s).
 
     `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. The ids that its post-processor
     adds around a text are in `before_text` and `after_text`; `encode` does not add them. Many SentencePiece tokenizers
     put a space before a text: `decode` removes it, `decode_bytes` and `token_bytes` include it. Some byte-level
     vocabularies lack a few rare bytes (SmolLM2 lacks some control characters), which are then dropped. Raises UserError
     if encoding and decoding change a text.
+
+    WordPiece alone may change a text: it drops line breaks and repeated spaces, often the case, and replaces words with
+    unknown characters by `unk_id`. Decoding puts a space before each word and number, but not between the characters
+    of Chinese and Japanese.
     """
 
     def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
@@ -269,6 +279,7 @@ class HFTokenizer(Tokenizer):
         self._byte_level = '"ByteLevel"' in json.dumps(config.get("decoder"))
         _check_patterns(json.dumps([config.get("normalizer"), config.get("pre_tokenizer")]))
         self._backend = self._make_backend(control=False)
+        self._word_piece = config["model"].get("type") == "WordPiece"
         self._vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content for token in added.values()}
@@ -280,14 +291,15 @@ class HFTokenizer(Tokenizer):
 
         self.before_text, self.after_text = self._around_text()
 
+        if self._word_piece:
+            self._prepends, self.unk_id = True, self._vocab.get(config["model"].get("unk_token"))
+            return
         probe = "A probe,  two spaces\n\tand a tab; é字😀"
         self._prepends = False
         text = self.decode(self._reference(probe))
         self._prepends = text.startswith(" ")
         if text.removeprefix(" ") != probe:
-            raise UserError(
-                "the tokenizer.json changes text when it is encoded and decoded. Use another tokenizer, such as gpt2."
-            )
+            raise UserError(f"the tokenizer.json changes text when it is encoded and decoded. {OTHER_TOKENIZERS}")
 
     def _around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids that the file's post-processor puts before and after a text."""
@@ -338,9 +350,9 @@ class HFTokenizer(Tokenizer):
         text = _well_formed(text)
         ids = _encode_with(backend, text)
         if continues and self._prepends:  # encode after a line break, which absorbs the added space, and cut it off
-            before, both = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
-            if both[: len(before)] == before:
-                ids = both[len(before) :]
+            break_ids, joined_ids = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
+            if joined_ids[: len(break_ids)] == break_ids:
+                ids = joined_ids[len(break_ids) :]
         return np.array(ids, dtype=np.int32)
 
     @property
@@ -362,20 +374,27 @@ class HFTokenizer(Tokenizer):
     @functools.cached_property
     def _table(self) -> list[bytes]:
         byte_of = byte_alphabet() if self._byte_level else {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        if not self._byte_level and not byte_of.keys() <= self._vocab.keys():
+        if not self._byte_level and not self._word_piece and not byte_of.keys() <= self._vocab.keys():
             raise UserError(
-                "the tokenizer.json has neither byte-level tokens nor a token for each byte. Use another tokenizer, "
-                "such as gpt2."
+                "the tokenizer.json has neither byte-level tokens nor a token for each byte, so it cannot represent "
+                f"all text. {OTHER_TOKENIZERS}"
             )
         table = [b""] * self.n_vocab
         for token, i in self._vocab.items():
             if token in self._added:
                 table[i] = token.encode()
+            elif self._word_piece:
+                table[i] = (token[2:] if token.startswith("##") else " " * _is_spaced(token) + token).encode()
             elif self._byte_level:
                 table[i] = b"".join([byte_of.get(char) or char.encode() for char in token])
             else:
                 table[i] = byte_of.get(token) or token.replace("\u2581", " ").encode()
         return table
+
+    def unknown(self, text: str) -> list[str]:
+        """Return the words of a text that become `unk_id`."""
+        encoding = self._backend.encode(_well_formed(text), add_special_tokens=False)
+        return [text[slice(*span)] for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == self.unk_id]
 
     def equals_gpt2(self) -> bool:
         """Whether this is GPT-2's own tokenizer in Hugging Face's format."""
@@ -384,6 +403,11 @@ class HFTokenizer(Tokenizer):
     def _saved(self) -> dict:
         names = {"eot": self._eot_name, "bos": self._bos, "eos": self._eos}
         return {"kind": self.kind, "config": self.config, **names}
+
+
+def _is_spaced(token: str) -> bool:
+    """Whether a WordPiece token is a word or number of a script that puts spaces between words."""
+    return token[:1].isalnum() and unicodedata.east_asian_width(token[0]) not in "WF"
 
 
 class Encoder:
@@ -422,12 +446,12 @@ class Encoder:
             ids = np.frombuffer(flat, dtype="<i4")
             batch = [ids[start:end] for start, end in itertools.pairwise(ends)]
             checked = range(-self.encoded % self.CHECK_EVERY, len(texts), self.CHECK_EVERY)
-            wrong = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
-            if wrong is None:
+            mismatch = next((texts[i] for i in checked if self._differs(texts[i], batch[i])), None)
+            if mismatch is None:
                 self.encoded += len(texts)
                 return batch
             print(
-                f"warning: fastokens and {self.name} encode the text that begins {wrong[:40]!r} differently; "
+                f"warning: fastokens and {self.name} encode the text that begins {mismatch[:40]!r} differently; "
                 f"continuing with {self.name}, which is slower",
                 file=sys.stderr,
             )
@@ -446,10 +470,11 @@ class Encoder:
 @functools.cache
 def _check_patterns(parts: str) -> None:
     """Raise UserError if the normalizer and pre-tokenizer of a tokenizer.json (`parts`, a JSON list) may take unbounded
-    time or memory. GPT-2's are known to be safe."""
+    time or memory. GPT-2's and BERT's are known to be safe."""
     normalizer, pre_tokenizer = json.loads(parts)
-    is_plain = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
-    if normalizer is not None or not (pre_tokenizer is None or is_plain):
+    is_plain = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") in ("ByteLevel", "BertPreTokenizer")
+    is_berts = isinstance(normalizer, dict) and normalizer.get("type") == "BertNormalizer"
+    if not (normalizer is None or is_berts) or not (pre_tokenizer is None or is_plain):
         sandbox.check_patterns("the tokenizer.json", normalizer, pre_tokenizer)
 
 
@@ -462,7 +487,7 @@ def _encode_with(backend, text: str, whole: bool = False) -> list[int]:
         raise
     except BaseException as error:  # its panics are not Exceptions
         raise UserError(
-            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}). Use another tokenizer."
+            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}). {OTHER_TOKENIZERS}"
         ) from error
 
 
@@ -495,7 +520,7 @@ def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     if spec in TIKTOKEN_KINDS:
         return TiktokenTokenizer(spec)
     if spec.startswith("bpe:"):
-        return train_bpe(texts, bpe_size(spec))
+        return train_bpe(texts, *bpe_options(spec))
     if is_hf(spec):
         return load_hf(spec)
     raise UserError(
@@ -504,47 +529,96 @@ def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     )
 
 
-def bpe_size(spec: str) -> int:
-    """Return the vocabulary size of a `bpe:SIZE` spec."""
-    size = spec.removeprefix("bpe:")
-    if not re.fullmatch(r"[0-9]{1,7}", size) or not 257 <= int(size) <= MAX_VOCAB:
+def bpe_options(spec: str) -> tuple[int, int, int]:
+    """Return the vocabulary size, digits and reserved ids of a spec: `bpe:SIZE`, as users write it, or
+    `bpe:SIZE:DIGITS:RESERVED`, which records the other options."""
+    parts = re.fullmatch(r"bpe:([0-9]{1,7})(?::([013]):(-?[0-9]{1,7}))?", spec)
+    if not parts or not 257 <= int(parts[1]) <= MAX_VOCAB:
         raise UserError(f"'{spec}' should be bpe:SIZE with a vocabulary of 257 or more tokens, such as bpe:8192")
-    return int(size)
+    size, digits, reserved = (int(part or 0) for part in parts.groups())
+    if not 0 <= reserved <= size - 257:
+        raise UserError(
+            f"{reserved} reserved ids do not fit into a vocabulary of {size} tokens, of which 256 are bytes and one is "
+            f"{END_OF_TEXT}. Reserve between 0 and {size - 257}."
+        )
+    return size, digits, reserved
 
 
 def is_hf(path: str | Path) -> bool:
-    """Whether `path` is a Hugging Face tokenizer: a .json file, or a folder with a tokenizer.json."""
-    return (Path(path) / "tokenizer.json").is_file() or (Path(path).suffix == ".json" and Path(path).is_file())
+    """Whether `path` is a Hugging Face tokenizer: a .json file, or a folder with a tokenizer.json or a vocab.txt.
+
+    Raises UserError for a folder with a SentencePiece file alone."""
+    path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        return True
+    if any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return True
+    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    if name := next((name for name in names if (path / name).is_file()), None):
+        convert = f"transformers.AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        raise UserError(
+            f"{path} has its tokenizer only as {name}, a SentencePiece file, which is not read. Convert it to a "
+            f'tokenizer.json: pip install sentencepiece protobuf && python -c "import transformers; {convert}"'
+        )
+    return False
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
     """Return the char tokenizer of a corpus. Ids are ranks in the sorted set of its characters, as in nanoGPT."""
-    seen = np.zeros(0x110000, dtype=bool)
+    is_present = np.zeros(0x110000, dtype=bool)
     for text in texts:
-        seen[_code_points(text)] = True
-    if not seen.any():
+        is_present[_code_points(text)] = True
+    if not is_present.any():
         raise UserError("there is no text to learn characters from. Use a corpus that is not empty.")
-    return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
+    return CharTokenizer([chr(c) for c in np.flatnonzero(is_present)])
 
 
-def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
-    """Train a byte-level BPE of at most `size` tokens with GPT-2's word splitting: the 256 bytes, then merges, then the
-    end-of-text token. Training is deterministic."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_bpe(texts: Iterable[str], size: int, digits: int = 0, reserved: int = 0) -> HFTokenizer:
+    """Train a byte-level BPE of at most `size` tokens: the 256 bytes, then merges, then the end-of-text token, then
+    `reserved` control tokens without a use, <|reserved_0|> and so on. Training is deterministic.
+
+    Words are split as GPT-2 splits them. A run of letters is one word, and so is a run of Han characters, up to the
+    next punctuation, space or digit. Digits form words of any length; with `digits` 1 or 3, of at most that length,
+    counted from the left.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     sample = sample_pieces(texts, BPE_SAMPLE)
     if not any(sample):
         raise UserError("there is no text to train a tokenizer on. Use a corpus that is not empty.")
     print(f"learning {size} tokens from {sum(map(len, sample)):,} characters ...", file=sys.stderr)
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits == 1:  # as SmolLM2's tokenizer does, which other programs can read
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif digits:
+        groups = pre_tokenizers.Split(Regex(f"\\p{{N}}{{1,{digits}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([groups, byte_level])
+    else:
+        backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(byte_alphabet()), show_progress=False)
-    backend.train_from_iterator(map(_well_formed, sample), trainer)
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    names = [END_OF_TEXT, *(f"<|reserved_{i}|>" for i in range(reserved))]
+    alphabet = list(byte_alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size - len(names), initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(map(_well_formed, cut_long_words(sample)), trainer)
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     if (n_vocab := backend.get_vocab_size()) < size:
         print(f"note: the tokenizer has only {n_vocab} tokens: the text has no more pairs to merge", file=sys.stderr)
     return HFTokenizer(json.loads(backend.to_str()), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT, kind="bpe")
+
+
+_LONG_WORD = re.compile(r"[^\W\d_]{64}|\d{64}|(?:[^\w\s]|_){64}|\s{64}")
+
+
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut within words of more than 64 characters: each merge that training learns takes time in
+    proportion to the length of a word, and Chinese without punctuation is one word."""
+    for text in texts:
+        start = 0
+        for run in _LONG_WORD.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
@@ -561,21 +635,25 @@ def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def load_hf(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a tokenizer.json, or of the folder that holds it. Other files in the folder give its
-    control tokens and chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json,
-    config.json, chat_template.jinja."""
+    """Load the tokenizer of a tokenizer.json, or of the folder that holds it or a WordPiece vocab.txt. Other files in
+    the folder give its control tokens and chat template: tokenizer_config.json, special_tokens_map.json,
+    generation_config.json, config.json, chat_template.jinja."""
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    config = _read_json(path)
-    if not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer. Choose another file.")
     extra_files = ("special_tokens_map", "tokenizer_config")
     names, settings = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in extra_files)
+    if not path.exists():
+        path = path.with_name("vocab.txt")
+    config = word_piece_config(path, settings) if path.name == "vocab.txt" else _read_json(path)
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer. Choose another file.")
     try:
         added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
         ends = read_ends(path.parent, added)
         named = [_token_name((names | settings).get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
         bos, eos, pad, unk = named
         eos = eos or next((added[i] for i in ends if i in added), None)
+        if config["model"].get("type") == "WordPiece":  # BERT's names, which its models leave out
+            bos, eos, pad, unk = bos or "[CLS]", eos or "[SEP]", pad or "[PAD]", unk or "[UNK]"
         template = settings.get("chat_template")
         if isinstance(template, list):  # several templates, for different uses
             template = {t["name"]: t["template"] for t in template}
@@ -601,6 +679,32 @@ def load_hf(path: str | Path) -> Tokenizer:
     tokenizer.pad, tokenizer.unk = (name if name in known else None for name in (pad, unk))
     tokenizer.add_ends(ends)
     return tokenizer
+
+
+def word_piece_config(path: Path, settings: dict) -> dict:
+    """Return the tokenizer of a WordPiece vocab.txt, one token per line, as a parsed tokenizer.json. `settings` is its
+    tokenizer_config.json. Raises UserError if it is not the vocabulary of a BertTokenizer."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    try:
+        lines = files.read_bytes(path).decode().removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 ({error!s:.80}). Download it again.") from error
+    ids = {line.rstrip("\r"): i for i, line in enumerate(lines)}
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    if missing := [name for name in special if name not in ids]:
+        raise UserError(f"{path} lacks {missing[0]}, so it is not a WordPiece vocabulary. {OTHER_TOKENIZERS}")
+    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars") is not False,
+        strip_accents=settings.get("strip_accents") if isinstance(settings.get("strip_accents"), bool) else None,
+        lowercase=settings.get("do_lower_case") is not False,
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    backend.add_special_tokens([name for name in ("[PAD]", *special, "[MASK]") if name in ids])
+    return json.loads(backend.to_str())
 
 
 def read_ends(folder: Path, control: Iterable[int]) -> list[int]:
@@ -702,9 +806,7 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
     config = base.config | {"added_tokens": [*(base.config.get("added_tokens") or ()), *new]}
     extended = HFTokenizer(config, base._eot_name, base._bos, base._eos, kind=base.kind)
     if [extended.control.get(name) for name in names] != list(ids):  # the library numbers them without gaps
-        raise UserError(
-            "this tokenizer cannot have new tokens, because its ids have gaps. Use another tokenizer, such as gpt2."
-        )
+        raise UserError(f"this tokenizer cannot have new tokens, because its ids have gaps. {OTHER_TOKENIZERS}")
     for name in ("chat_template", "more_ends", "pad", "unk"):
         setattr(extended, name, getattr(tokenizer, name))
     return extended
@@ -714,11 +816,11 @@ def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
     if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
         return False
-    wholes = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
-    tokens = [each.pop("added_tokens") for each in wholes]
+    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
+    tokens = [each.pop("added_tokens") for each in configs]
     n = len(tokens[1])
     new = tokens[0][n:]
-    same = wholes[0] == wholes[1] and tokens[0][:n] == tokens[1]
+    same = configs[0] == configs[1] and tokens[0][:n] == tokens[1]
     return same and bool(new) and all(token["special"] and token["id"] >= base.n_vocab for token in new)
 
 
@@ -756,8 +858,8 @@ def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        at = start + size
-        boundary = _WORDS.search(text, at, at + size) or _BOUNDARY.search(text, at)
+        earliest = start + size
+        boundary = _WORDS.search(text, earliest, earliest + size) or _BOUNDARY.search(text, earliest)
         if boundary is None:
             break
         yield text[start : boundary.start()]
@@ -769,8 +871,8 @@ def byte_alphabet() -> dict[str, bytes]:
     """Return the characters that stand for the 256 bytes in byte-level vocabularies (from GPT-2): printable bytes as
     themselves, the others in order from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(others)]
+    unprintable = [b for b in range(256) if b not in printable]
+    pairs = [(chr(b), b) for b in printable] + [(chr(0x100 + i), b) for i, b in enumerate(unprintable)]
     return {char: bytes([b]) for char, b in pairs}
 
 

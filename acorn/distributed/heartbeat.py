@@ -24,9 +24,9 @@ import torch
 
 from acorn import UserError
 
-SILENT = 25  # seconds without a heartbeat; torchrun kills the surviving ranks 30 s after one has died
-LATE = 540  # seconds behind the others' step; NCCL's timeout is 600
-TROUBLE = 5  # replaces both after a collective has failed, since a rank is then certainly missing
+MAX_SILENT_LOOKS = 25  # seconds without a heartbeat; torchrun kills the surviving ranks 30 s after one has died
+MAX_LATE_LOOKS = 540  # seconds behind the others' step; NCCL's timeout is 600
+FAILURE_LOOKS = 5  # replaces both after a collective has failed, since a rank is then certainly missing
 ADVICE = "All ranks stop. Use --init_from=resume to continue from the last checkpoint (torchrun --max-restarts does)."
 
 
@@ -62,18 +62,18 @@ def join(backend: str, rank: int, world_size: int) -> None:
         return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
     store.set(f"acorn/word/{rank}", uuid.uuid4().hex)
-    deadline, seen, mine = time.monotonic() + 600, [], ""
-    while any(each != mine for each in seen) or not seen:
+    deadline, digests, digest = time.monotonic() + 600, [], ""
+    while any(each != digest for each in digests) or not digests:
         if time.monotonic() > deadline:
-            missing = ", ".join(str(i) for i, each in enumerate(seen) if each != mine)
+            missing = ", ".join(str(i) for i, each in enumerate(digests) if each != digest)
             raise UserError(
                 f"rank {missing} did not join within ten minutes. Check the output of its machine, and start again."
             )
-        mine = hashlib.sha256(" ".join(read("word")).encode()).hexdigest()
-        store.set(f"acorn/seen/{rank}", mine)
-        seen = read("seen")
+        digest = hashlib.sha256(" ".join(read("word")).encode()).hexdigest()
+        store.set(f"acorn/seen/{rank}", digest)
+        digests = read("seen")
         time.sleep(0.1)
-    prefixed = torch.distributed.PrefixStore(mine, store)
+    prefixed = torch.distributed.PrefixStore(digest, store)
     torch.distributed.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size)
 
 
@@ -82,30 +82,31 @@ class Watch:
 
     def __init__(self, store: "torch.distributed.Store", rank: int, world_size: int):
         self.rank, self.host = rank, socket.gethostname()
-        self.step, self.beats, self.trouble, self.over = 0, 0, False, threading.Event()
+        self.step, self.beats, self.collective_failed, self.stopped = 0, 0, False, threading.Event()
         self.failed = False  # whether this rank exits with an error that it reports itself
         self.store = store
         self.keys = [f"alive/{i}" for i in range(world_size)]
-        self.said = [{}] * world_size  # the heartbeats at the last look
+        self.heartbeats = [{}] * world_size  # the heartbeats at the last look
         self.silent, self.late = [0] * world_size, [0] * world_size  # counted in looks, one per second
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.beat()
 
     def run(self) -> None:
-        while not self.over.is_set():
+        while not self.stopped.is_set():
             try:
                 self.beat()
                 lost = self.look()
             except RuntimeError as error:  # the process that hosts the store is gone
                 lost = f"the store that the ranks share is gone ({str(error).splitlines()[0]})"
-            if any(each.get("failed") for each in self.said) and not self.over.wait(3):  # the failed rank exits first
+            a_rank_failed = any(each.get("failed") for each in self.heartbeats)
+            if a_rank_failed and not self.stopped.wait(3):  # the failed rank exits first
                 os._exit(1)
-            if lost and not self.over.is_set():
-                first = min((i for i, looks in enumerate(self.silent) if looks <= TROUBLE), default=self.rank)
+            if lost and not self.stopped.is_set():
+                first = min((i for i, looks in enumerate(self.silent) if looks <= FAILURE_LOOKS), default=self.rank)
                 if self.rank == first:  # one surviving rank reports
                     print(f"error: {lost}. {ADVICE}", file=sys.stderr, flush=True)
                 os._exit(1)
-            self.over.wait(1)  # counting looks, not time, keeps a rank that was paused from blaming the others
+            self.stopped.wait(1)  # counting looks, not time, keeps a rank that was paused from blaming the others
 
     def beat(self) -> None:
         self.beats += 1
@@ -114,24 +115,28 @@ class Watch:
 
     def look(self) -> str:
         """Read all heartbeats, and return a description of the lost ranks, or "" if there are none."""
-        said = [json.loads(heartbeat) for heartbeat in self.store.multi_get(self.keys)]
-        newest = max(each["step"] for each in said)
-        for i, (now, before) in enumerate(zip(said, self.said, strict=True)):
-            behind = now["step"] == before.get("step") < newest
-            self.silent[i] = self.silent[i] + 1 if now == before else 0
-            if not behind:
+        heartbeats = [json.loads(heartbeat) for heartbeat in self.store.multi_get(self.keys)]
+        newest = max(each["step"] for each in heartbeats)
+        for i, (beat, last_beat) in enumerate(zip(heartbeats, self.heartbeats, strict=True)):
+            is_behind = beat["step"] == last_beat.get("step") < newest
+            self.silent[i] = self.silent[i] + 1 if beat == last_beat else 0
+            if not is_behind:
                 self.late[i] = 0
-            elif now != before:  # without a new heartbeat the rank counts as silent, and its lateness stays
+            elif beat != last_beat:  # without a new heartbeat the rank counts as silent, and its lateness stays
                 self.late[i] += 1
-        self.said = said
-        silent = [i for i, looks in enumerate(self.silent) if looks > (TROUBLE if self.trouble else SILENT)]
-        late = [i for i, looks in enumerate(self.late) if looks > (TROUBLE if self.trouble else LATE)]
-        names = [f"rank {i} (process {said[i]['process']} on {said[i]['host']})" for i in silent or late]
+        self.heartbeats = heartbeats
+        max_silent, max_late = MAX_SILENT_LOOKS, MAX_LATE_LOOKS
+        if self.collective_failed:
+            max_silent = max_late = FAILURE_LOOKS
+        silent = [i for i, looks in enumerate(self.silent) if looks > max_silent]
+        late = [i for i, looks in enumerate(self.late) if looks > max_late]
+        names = [f"rank {i} (process {heartbeats[i]['process']} on {heartbeats[i]['host']})" for i in silent or late]
         if silent:
             ranks = " and ".join(names)
             return f"no heartbeat from {ranks} (killed, failed or hanging) while the others are at step {newest}"
         if late:
-            return f"{' and '.join(names)} hangs at step {said[late[0]]['step']} while others are at step {newest}"
+            step = heartbeats[late[0]]["step"]
+            return f"{' and '.join(names)} hangs at step {step} while others are at step {newest}"
         return ""
 
 
@@ -151,14 +156,14 @@ def start(rank: int, world_size: int) -> None:
                 "network interface between the machines."
             ) from error
     store = torch.distributed.group.WORLD.get_group_store().clone()  # a separate connection for the thread
-    store.set_timeout(timedelta(seconds=SILENT))
+    store.set_timeout(timedelta(seconds=MAX_SILENT_LOOKS))
     _watch = Watch(store, rank, world_size)
     store.wait(_watch.keys, timedelta(seconds=600))
     _watch.thread.start()
-    atexit.register(end)  # Python would abort if the thread were still inside the store at exit
+    atexit.register(stop)  # Python would abort if the thread were still inside the store at exit
 
 
-def note(step: int) -> None:
+def report_step(step: int) -> None:
     """Report to the other ranks that this rank has reached `step`."""
     if _watch is not None:
         _watch.step = step
@@ -171,11 +176,11 @@ def explain(error: BaseException) -> None:
     """
     if _watch is not None and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it now, but the report comes first
-        _watch.trouble = True
-        _watch.thread.join(timeout=TROUBLE + 5)
+        _watch.collective_failed = True
+        _watch.thread.join(timeout=FAILURE_LOOKS + 5)
 
 
-def is_news(text: str) -> bool:
+def first_to_report(text: str) -> bool:
     """Return whether this rank is the first to report `text` under this torchrun command, restarts included.
 
     Errors common to all ranks are thereby printed once.
@@ -190,13 +195,13 @@ def fail() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may send it because another rank has exited
     if _watch is not None:
         with contextlib.suppress(RuntimeError):  # the thread was not started, or the store is gone
-            end()
+            stop()
             _watch.failed = True
             _watch.beat()
 
 
-def end() -> None:
+def stop() -> None:
     """Stop watching, because the other ranks may exit from here on."""
     if _watch is not None:
-        _watch.over.set()
+        _watch.stopped.set()
         _watch.thread.join(timeout=5)

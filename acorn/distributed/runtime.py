@@ -59,7 +59,7 @@ class Runtime:
         return self.rank == 0
 
     @property
-    def is_first_here(self) -> bool:
+    def is_first_on_machine(self) -> bool:
         """Whether this is the first rank on its machine, the one that checks files on the machine's disks."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -96,10 +96,18 @@ class Runtime:
         """Return the `values` of every rank, in the order of ranks."""
         if self.world_size == 1:
             return [values]
-        own = torch.tensor(values, dtype=torch.float64)
-        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, own, group=heartbeat.hosts)
+        local_values = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(local_values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, local_values, group=heartbeat.hosts)
         return torch.stack(gathered).tolist()
+
+    def gather_lists(self, values: list) -> list:
+        """Return the concatenated lists of all ranks, in the order of ranks. The items may be any plain objects."""
+        if self.world_size == 1:
+            return values
+        parts = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, values, group=heartbeat.hosts)
+        return [value for part in parts for value in part]
 
     def broadcast(self, value: object) -> object:
         """Return rank 0's `value` on all ranks."""
@@ -108,25 +116,25 @@ class Runtime:
             torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
-    def ask(self, holds: bool) -> Callable[[], bool]:
-        """Start an asynchronous any-reduction of `holds` over all ranks.
+    def ask(self, value: int) -> Callable[[], int]:
+        """Start an asynchronous maximum of `value` over all ranks.
 
         Returns a function that waits for the other hosts (not for their GPUs) and returns the result.
         """
         if self.world_size == 1:
-            return lambda: holds
-        answers = np.array([holds], dtype=np.int64)
-        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=heartbeat.hosts, async_op=True)
+            return lambda: value
+        answers, largest = np.array([value], dtype=np.int64), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.hosts, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> int:
             work.wait()
-            return bool(answers[0])
+            return int(answers[0])
 
         return answer
 
-    def agree(self, holds: bool) -> bool:
-        """Return whether `holds` is true on every rank."""
-        return not self.ask(not holds)()
+    def agree(self, condition: bool) -> bool:
+        """Return whether `condition` is true on every rank."""
+        return not self.ask(not condition)()
 
     def average_gradients(self, model: torch.nn.Module) -> None:
         """Average the gradients over all ranks, as DistributedDataParallel does during the last backward pass."""
@@ -135,19 +143,19 @@ class Runtime:
                 torch.distributed.all_reduce(p.grad)
                 p.grad /= self.world_size
 
-    def fits(self, work: Callable, *arguments) -> bool:
+    def try_or_oom(self, work: Callable, *arguments) -> bool:
         """Run `work(*arguments)`, and return False if any rank ran out of memory.
 
         `work` must not contain collectives: a rank that is out of memory would leave the others waiting.
         """
-        sufficed = True
+        succeeded = True
         try:
             work(*arguments)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            sufficed = False
-        if self.agree(sufficed):
+            succeeded = False
+        if self.agree(succeeded):
             return True
         if self.device.type in ("cuda", "mps"):  # cached blocks of the larger size are useless now
             getattr(torch, self.device.type).empty_cache()
@@ -210,14 +218,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-ALONE = Runtime(torch.device("cpu"), torch.float32, False, [])  # for single-process work on a CPU
+ONE_RANK = Runtime(torch.device("cpu"), torch.float32, False, [])  # a single process on a CPU
 
 
 def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", fsdp: bool = False) -> Runtime:
     """Choose device and precision, and join the process group if `torchrun` started several processes.
 
     `fsdp` says whether to shard the model over the ranks. On a CPU, dtype "auto" gives float32, which is exact;
-    `autotune.measured` finds the fastest dtype for training.
+    `autotune.measure` finds the fastest dtype for training.
 
     Raises UserError for a device that this machine or this build of torch does not have.
     """
@@ -267,7 +275,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
 
 
-def leave(code: int) -> int:
+def shutdown(code: int) -> int:
     """Exit all ranks together with `code`. In a single process, only return `code`.
 
     A barrier makes sure that no rank exits while another still communicates with it. os._exit skips the teardown of
@@ -275,7 +283,7 @@ def leave(code: int) -> int:
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        heartbeat.end()
+        heartbeat.stop()
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
         sys.stdout.flush()
@@ -369,7 +377,7 @@ def compile_or_eager(
         reason = f"torch.compile failed ({type(error).__name__}: {first_line})"
         if failed and runtime.fsdp:
             raise UserError(f"{reason}. Fix the cause, or use --compile=False.") from error
-        if failed and heartbeat.is_news(reason):
+        if failed and heartbeat.first_to_report(reason):
             print(f"warning: {reason}; running uncompiled", flush=True)
     if runtime.agree(not failed):
         return compiled

@@ -15,7 +15,7 @@ from acorn.data.shards import Tokens
 from acorn.distributed.runtime import Runtime
 from model import GPT
 
-SAME_WINDOWS = 4242  # fixed seed for choosing windows, so that all evaluations of all runs use the same ones
+WINDOW_SEED = 4242  # fixed seed for choosing windows, so that all evaluations of all runs use the same ones
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def window_sums(
     n = batches.samples_per_epoch(tokens, block_size)
     whole = not max_windows or max_windows >= n
     count = n if whole else max_windows
-    windows = batches.in_order if whole else functools.partial(batches.sample, seed=SAME_WINDOWS)
+    windows = batches.in_order if whole else functools.partial(batches.sample, seed=WINDOW_SEED)
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
 
     def read_batches():
@@ -108,11 +108,11 @@ def evaluate_mixture(
 def _means(model: GPT, tokens: Tokens, runtime: Runtime, *options) -> np.ndarray:
     """Return means over the targets of all ranks: loss in nats, loss of the targets that have bytes, and bytes."""
     n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *options).sum(0)).tolist()
-    refuse_none(n_tokens, tokens)
+    check_targets(n_tokens, tokens)
     return np.array(sums) / n_tokens
 
 
-def refuse_none(n_tokens: float, tokens: Tokens) -> None:
+def check_targets(n_tokens: float, tokens: Tokens) -> None:
     """Raise UserError if an evaluation had no unmasked targets, and therefore no loss."""
     if not n_tokens:
         raise UserError(

@@ -22,18 +22,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from acorn import UserError, checkpoint, files, printable
-from acorn.data import chat, records
+from acorn import UserError, checkpoint, files, printable, settings
+from acorn.data import chat
 from acorn.data.mixture import load_mixture
+from acorn.data.records import read_messages
 from acorn.data.shards import ShardWriter, Tokens, open_shard
 from acorn.data.tokenizer import Tokenizer, tokenizer_hash
 from acorn.distributed import runtime
-from acorn.evaluation.loss import refuse_none, window_sums
-from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
+from acorn.evaluation.loss import check_targets, window_sums
+from acorn.inference.generate import Sampling, continue_texts, encode_prompt
 from model import GPT
 
 # Scripts without spaces between words, as character classes of the `regex` package; the keys are printed.
-UNSPACED = {
+UNSPACED_SCRIPTS = {
     "Chinese": r"\p{Han}\p{Bopomofo}々〆",
     "Japanese": r"\p{Hiragana}\p{Katakana}ー",
     "Korean": r"\p{Hangul}",  # has spaces between words, but not before suffixes
@@ -89,7 +90,7 @@ def measure_tokens(
     """Measure loss (nats per token), perplexity and bits per byte over adjacent windows of `block_size` tokens."""
     sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
-    refuse_none(n_tokens, tokens)
+    check_targets(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
     perplexity = math.exp(loss) if loss < 700 else math.inf
     result = {"loss": figure(loss, error, n_tokens), "perplexity": figure(perplexity, perplexity * error, n_tokens)}
@@ -100,7 +101,9 @@ def measure_tokens(
     return result
 
 
-def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str, Figure]:
+def measure_text(
+    model: GPT, tokenizer: Tokenizer, path: str, r: runtime.Runtime, batch_size: int, block_size: int
+) -> dict[str, Figure]:
     """Apply `measure_tokens` to a UTF-8 text file, as one document of a dataset."""
     ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
     ids = np.array(ids, dtype=np.int32)
@@ -110,7 +113,8 @@ def measure_text(model: GPT, tokenizer: Tokenizer, path: str, *how) -> dict[str,
         with ShardWriter(folder, "val", tokenizer.n_vocab) as writer:
             writer.write(ids)
         shards = [open_shard(shard) for shard in sorted(Path(folder).glob("*.bin"))]
-        return measure_tokens(model, tokenizer, Tokens(shards, tokenizer.n_vocab, "val"), *how)
+        tokens = Tokens(shards, tokenizer.n_vocab, "val")
+        return measure_tokens(model, tokenizer, tokens, r, batch_size, block_size)
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
@@ -130,18 +134,12 @@ def greedy_answers(
 ) -> list[str]:
     """Decode an answer to each prompt greedily, up to the end of the turn or text, or a stop string."""
     ends = chat.stop_ids(tokenizer) if tokenizer.chat_template else set()
-    streams = [TextStream(tokenizer, stop, ends) for _ in prompts]
-    answers = [""] * len(prompts)
+    answers = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-
-        def on_token(row: int, token: int, logprob: float, first=first) -> bool:
-            answers[first + row] += streams[first + row].push(token)
-            return streams[first + row].stopped_by is not None
-
-        greedy = Sampling(temperature=0)
-        generate(model, batch, max_new_tokens, greedy, [0] * len(batch), on_token, tokenizer.n_vocab)
-    return [(answer + stream.finish()).strip() for answer, stream in zip(answers, streams, strict=True)]
+        greedy, seeds = Sampling(temperature=0), [0] * len(batch)
+        answers += continue_texts(model, tokenizer, batch, max_new_tokens, greedy, seeds, stop, ends)
+    return [answer.text.strip() for answer in answers]
 
 
 def after_thinking(answer: str, reference: str) -> str:
@@ -159,18 +157,18 @@ def bleu_of(references: list[str]):
 
     text = "".join(references)
     n_letters = len(regex.findall(r"\p{L}", text))
-    counts = {name: len(regex.findall(f"(?=[{scripts}])\\p{{L}}", text)) for name, scripts in UNSPACED.items()}
+    counts = {name: len(regex.findall(f"(?=[{scripts}])\\p{{L}}", text)) for name, scripts in UNSPACED_SCRIPTS.items()}
     counts["scripts with spaces"] = n_letters - sum(counts.values())
     if counts["Japanese"] > counts["Chinese"] / 9:  # a tenth or more are kana, so the Han letters are Japanese too
         counts["Japanese"] += counts.pop("Chinese")
-    most = max(counts, key=counts.get) if n_letters else "scripts with spaces"
-    reason = f"letters of the references: {counts[most]} of {n_letters} {most}"
-    for name in BLEU_TOKENIZERS.get(most, ["13a"]):
+    script = max(counts, key=counts.get) if n_letters else "scripts with spaces"
+    reason = f"letters of the references: {counts[script]} of {n_letters} {script}"
+    for name in BLEU_TOKENIZERS.get(script, ["13a"]):
         try:
             return BLEU(tokenize=name, effective_order=True, force=True), reason
         except (RuntimeError, AssertionError):  # MeCab or its dictionary is not installed
             reason += f"; {name} is not installed"
-    raise AssertionError(f"no tokenizer for {most}")
+    raise AssertionError(f"no tokenizer for {script}")
 
 
 class RougeWords:
@@ -184,7 +182,7 @@ class RougeWords:
         import regex
         from rouge_score.tokenizers import DefaultTokenizer
 
-        unspaced = "".join(UNSPACED.values())
+        unspaced = "".join(UNSPACED_SCRIPTS.values())
         self.pattern = regex.compile(rf"(?V1)[{unspaced}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]+")
         self.ascii = DefaultTokenizer(use_stemmer=True)
 
@@ -233,9 +231,9 @@ def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figu
     lengths = [len(words.tokenize(reference)) for reference in references]
     method = "rouge-score over words (ASCII ones stemmed) and single characters of scripts without spaces"
     for key, name in names.items():
-        least = 2 if key == "rouge2" else 1
-        values = [100 * score[key].fmeasure for score, k in zip(scores, lengths, strict=True) if k >= least]
-        short = "no letter or digit" if least == 1 else "fewer than 2 words or characters"
+        min_length = 2 if key == "rouge2" else 1
+        values = [100 * score[key].fmeasure for score, k in zip(scores, lengths, strict=True) if k >= min_length]
+        short = "no letter or digit" if min_length == 1 else "fewer than 2 words or characters"
         note = f"{n - len(values)} of {n} references have {short}" if len(values) < n else ""
         result[name] = figure(*mean_and_error(values), len(values), method, note)
     return result
@@ -278,30 +276,41 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
     return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
+def encode_choices(
+    tokenizer: Tokenizer, records: list[tuple[str, dict]]
+) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
+    """Return the rows of each record's choices, from `encode_choice`, and the length of its longest input."""
+    encoded = [[encode_choice(tokenizer, each["prompt"], choice) for choice in each["choices"]] for _, each in records]
+    return encoded, [max(len(prompt) + len(continuation) for prompt, continuation in rows) - 1 for rows in encoded]
+
+
 def measure_choices(
-    model: GPT, tokenizer: Tokenizer, records: list[tuple[str, dict]], r: runtime.Runtime, batch_size: int
+    model: GPT,
+    records: list[tuple[str, dict]],
+    encoded: list[list[tuple[list[int], list[int]]]],
+    lengths: list[int],
+    r: runtime.Runtime,
+    batch_size: int,
 ) -> tuple[dict[str, Figure], list[int | None]]:
     """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
 
-    "accuracy" compares log-probabilities, "accuracy by byte" log-probabilities per byte. A record with a choice that
-    exceeds the block size is skipped, and its chosen index is None.
+    `encoded` and `lengths` are the results of `encode_choices`. "accuracy" compares log-probabilities, "accuracy by
+    byte" log-probabilities per byte. A record with a choice that exceeds the block size is skipped; its chosen index is
+    None.
     """
-    rows, lengths = [], []
-    for _, record in records:
-        own = [encode_choice(tokenizer, record["prompt"], choice) for choice in record["choices"]]
-        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in own) - 1)  # input length
-        rows += own if lengths[-1] <= model.config.block_size else []
+    fits = [length <= model.config.block_size for length in lengths]
+    rows = [row for of_record, fit in zip(encoded, fits, strict=True) if fit for row in of_record]
     logprobs = choice_logprobs(model, rows, r, batch_size)
     right, right_by_bytes, chosen, start = [], [], [], 0
-    for (_, record), length in zip(records, lengths, strict=True):
-        if length > model.config.block_size:
+    for (_, record), fit in zip(records, fits, strict=True):
+        if not fit:
             chosen.append(None)
             continue
-        own = logprobs[start : start + len(record["choices"])]
-        start += len(own)
-        by_bytes = own / [len(choice.encode()) for choice in record["choices"]]
-        finite = not np.isnan(own).any()  # argmax would return the index of a NaN
-        chosen.append(int(own.argmax()) if finite else None)
+        scores = logprobs[start : start + len(record["choices"])]
+        start += len(scores)
+        by_bytes = scores / [len(choice.encode()) for choice in record["choices"]]
+        finite = not np.isnan(scores).any()  # argmax would return the index of a NaN
+        chosen.append(int(scores.argmax()) if finite else None)
         right.append(100.0 * (chosen[-1] == record["answer"]) if finite else math.nan)
         right_by_bytes.append(100.0 * (by_bytes.argmax() == record["answer"]) if finite else math.nan)
     note = skipped_note(records, lengths, model.config.block_size)
@@ -309,33 +318,34 @@ def measure_choices(
     return {name: figure(*mean_and_error(each), len(each), note=note) for name, each in figures.items()}, chosen
 
 
-def skipped_note(records: list[tuple[str, dict]], lengths: list[int], most: int) -> str:
-    """Return a note on the records that are skipped because they exceed `most` tokens, or "" if there are none."""
-    skipped = [(where, length) for (where, _), length in zip(records, lengths, strict=True) if length > most]
+def skipped_note(records: list[tuple[str, dict]], lengths: list[int], limit: int) -> str:
+    """Return a note on the records that are skipped because they exceed `limit` tokens, or "" if there are none."""
+    skipped = [(where, length) for (where, _), length in zip(records, lengths, strict=True) if length > limit]
     if not skipped:
         return ""
     (where, length), n = skipped[0], len(skipped)
-    return f"skipped {n} of {len(records)} records, which exceed {most} tokens; the first is {where} with {length}"
+    return f"skipped {n} of {len(records)} records, which exceed {limit} tokens; the first is {where} with {length}"
 
 
-def read_jsonl(path: str, limit: int) -> list[tuple[str, dict]]:
+def read_records(path: str, limit: int) -> list[tuple[str, dict]]:
     """Read the first `limit` objects (0: all) of a .jsonl file, each with its location ("line 3 of FILE")."""
-    records = []
-    for number, line in enumerate(files.read_text(path).split("\n"), 1):
-        if line.strip() and not (limit and len(records) == limit):
-            try:
-                record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # fails on an unpaired surrogate
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"line {number} of {path} is not valid JSON ({error}). Write one JSON object per line."
-                ) from error
-            if not isinstance(record, dict):
-                raise UserError(f"line {number} of {path} is not a JSON object. Write one JSON object per line.")
-            records.append((f"line {number} of {path}", record))
-    if not records:
-        raise UserError(f"{path} is empty. Write one JSON object per line.")
-    return records
+    located = files.read_json_lines(path, limit)
+    for where, record in located:
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is not a JSON object. Write one JSON object per line.")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:  # an unpaired surrogate
+            raise UserError(f"{where} is not valid JSON ({error}). Write one JSON object per line.") from error
+    return located
+
+
+def read_choices(path: str, limit: int = 0) -> list[tuple[str, dict]]:
+    """Read multiple-choice records like `read_records`. Raises UserError for an invalid one."""
+    located = read_records(path, limit)
+    for where, record in located:
+        check_choices(where, record)
+    return located
 
 
 def check_choices(where: str, record: dict) -> None:
@@ -370,148 +380,188 @@ def check_target(path: Path, inputs: list[str | None]) -> None:
         raise UserError(f"--answers {path} would overwrite an input file. Give another file.")
 
 
-def trained_beside(source: str, which: str) -> tuple[str, bool]:
+def training_dataset(source: str, choice: str) -> tuple[str, bool]:
     """Return the dataset that a run was trained on, and whether it used document_mask."""
     path = Path(source)
     is_foreign = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
     if (is_foreign or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
         raise UserError(f"{source} does not record its dataset. Give --dataset, --text, --pairs or --choices.")
-    settings = checkpoint.find(path, which)[1]["settings"]
-    return str(settings.get("dataset")), settings.get("document_mask") is True
+    saved = checkpoint.find(path, choice)[1]["settings"]
+    return str(saved.get("dataset")), saved.get("document_mask") is True
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m acorn.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", help="an out_dir, a nanoGPT ckpt.pt, or any other value of init_from")
-    parser.add_argument(
-        "--checkpoint", default="best", help="which one in an out_dir: best (default), latest, step_002000"
-    )
-    parser.add_argument("--dataset", help="a prepared dataset: its path, or its name in data/")
-    parser.add_argument(
-        "--split", choices=("train", "val"), default="val", help="split of --dataset; default: %(default)s"
-    )
-    parser.add_argument("--text", metavar="FILE", help="a text file")
-    parser.add_argument("--pairs", metavar="FILE", help="jsonl of prompts and responses, or of messages")
-    parser.add_argument(
-        "--choices", metavar="FILE", help="jsonl of prompts, choices, and the index of the right choice"
-    )
-    parser.add_argument("--limit", type=int, default=0, help="use the first LIMIT records of a jsonl file; 0: all")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens per answer; default: %(default)s")
-    parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
-    parser.add_argument("--block_size", type=int, default=0, help="window size; default: the model's, at most 1024")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows or prompts per batch; default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps")
+    add = parser.add_argument
+    add("source", help="an out_dir, a nanoGPT ckpt.pt, or any other value of init_from")
+    add("--checkpoint", default="best", help="which one in an out_dir: best (default), latest, step_002000")
+    add("--dataset", help="a prepared dataset: its path, or its name in data/")
+    add("--split", choices=("train", "val"), default="val", help="split of --dataset; default: %(default)s")
+    add("--text", metavar="FILE", help="a text file")
+    add("--pairs", metavar="FILE", help="jsonl of prompts and responses, or of messages")
+    add("--choices", metavar="FILE", help="jsonl of prompts, choices, and the index of the right choice")
+    add("--limit", type=int, default=0, help="use the first LIMIT records of a jsonl file; 0: all")
+    add("--max_new_tokens", type=int, default=128, help="tokens per answer; default: %(default)s")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    add("--block_size", type=int, default=0, help="window size; default: the model's, at most 1024")
+    add("--batch_size", type=int, default=8, help="windows or prompts per batch; default: %(default)s")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: float32 on a CPU")
-    parser.add_argument("--answers", metavar="FILE", help="write the model's answers and choices to this jsonl file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--dtype", default="auto", choices=dtypes, help="auto: float32 on a CPU")
+    add("--answers", metavar="FILE", help="write the model's answers and choices to this jsonl file")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is out of range. It must be at least 1.")
-    for name in ("limit", "block_size"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} is out of range. It must not be negative.")
-
-    # ---- input, read before the model, because loading the model may take long
+    settings.check_bounds(vars(args) | {"block_size": args.block_size or 1})  # 0: the default
+    if args.max_new_tokens == 0:
+        raise UserError("max_new_tokens = 0 leaves no room for an answer. Use at least 1.")
     if args.answers:
         check_target(Path(args.answers), [args.text, args.pairs, args.choices])
-    dataset, document_mask = args.dataset, False
-    if not (args.dataset or args.text or args.pairs or args.choices):
-        dataset, document_mask = trained_beside(args.source, args.checkpoint)
-    pairs = read_jsonl(args.pairs, args.limit) if args.pairs else []
-    choices = read_jsonl(args.choices, args.limit) if args.choices else []
-    for where, record in choices:
-        check_choices(where, record)
+    return args
 
-    # ---- model
+
+def load_evaluated(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, runtime.Runtime, int]:
+    """Return the model on its device, its tokenizer, its description, the runtime and the block size."""
     r = runtime.setup(args.device, args.dtype, False)
     model, tokenizer, source = checkpoint.load_model(args.source, args.checkpoint)
     if tokenizer is None:
         raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
     model.to(r.device).eval()
-    block_size = args.block_size or min(model.config.block_size, 1024)
-    if block_size > model.config.block_size:
-        most = model.config.block_size
-        raise UserError(f"--block_size {block_size} exceeds the model's {most}. Use --block_size {most} or less.")
+    limit = model.config.block_size
+    block_size = args.block_size or min(limit, 1024)
+    if block_size > limit:
+        raise UserError(f"--block_size {block_size} exceeds the model's {limit}. Use --block_size {limit} or less.")
     summary = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
     print(printable(f"{source}: {summary}"), file=sys.stderr)
+    return model, tokenizer, source, r, block_size
+
+
+def load_splits(dataset: str, split: str, document_mask: bool, tokenizer: Tokenizer, source: str) -> dict[str, Tokens]:
+    """Return a split of a dataset, or of each dataset of a mixture, by a name for the results.
+
+    Raises UserError if the dataset was prepared with another tokenizer than that of the checkpoint `source`.
+    """
+    mixture = load_mixture(dataset, document_mask=document_mask)
+    if tokenizer_hash(mixture.tokenizer) != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"{dataset} was prepared with a different tokenizer ({mixture.tokenizer.kind}) than {source} uses "
+            f"({tokenizer.kind}). Give the text itself with --text FILE."
+        )
+    splits = {}
+    for part in mixture.datasets:
+        splits[f"{part.path} {split}"] = getattr(part, split)
+        if getattr(part, split) is None:
+            raise UserError(f"{part.path} has no {split} shards. Use --split train or --text FILE.")
+    return splits
+
+
+def read_pair(tokenizer: Tokenizer, record: dict) -> tuple[list[int], str]:
+    """Return the prompt of a record (ids) and its reference, the text of the last reply."""
+    messages = read_messages(record)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if "content" not in messages[last]:
+        raise UserError(
+            "ends with a reply without text, such as a tool call. Answers are compared as text, so end it with a text "
+            "reply."
+        )
+    return prompt_ids(tokenizer, messages[:last]), messages[last]["content"].strip()
+
+
+def encode_pairs(tokenizer: Tokenizer, records: list[tuple[str, dict]]) -> list[tuple[list[int], str]]:
+    """Return `read_pair` of each record. Raises UserError, which names the record's location, for an invalid one."""
+    pairs = []
+    for where, record in records:
+        try:
+            pairs.append(read_pair(tokenizer, record))
+        except UserError as error:
+            raise UserError(f"{where} {error}") from error
+    return pairs
+
+
+def measure_pairs(
+    model: GPT,
+    tokenizer: Tokenizer,
+    records: list[tuple[str, dict]],
+    r: runtime.Runtime,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: list[str],
+) -> tuple[dict[str, Figure], list[str | None]]:
+    """Measure the model's answers to prompts by `measure_answers`, and return the answer to each record too.
+
+    A record whose prompt leaves no room for an answer is skipped, and its answer is None.
+    """
+    pairs = encode_pairs(tokenizer, records)
+    lengths = [len(prompt) for prompt, _ in pairs]
+    limit = model.config.block_size - 1  # leaves room for one token of the answer
+    fitting = [i for i, length in enumerate(lengths) if length <= limit]
+    with r.autocast():
+        prompts = [pairs[i][0] for i in fitting]
+        answers = greedy_answers(model, tokenizer, prompts, stop, max_new_tokens, batch_size)
+    references = [pairs[i][1] for i in fitting]
+    measured = measure_answers(list(map(after_thinking, answers, references)), references)
+    note = skipped_note(records, lengths, limit)
+    figures = {name: each._replace(note="; ".join(filter(None, [each.note, note]))) for name, each in measured.items()}
+    answer_of = dict(zip(fitting, answers, strict=True))
+    return figures, [answer_of.get(i) for i in range(len(records))]
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print the results as a table, with their methods and notes below it."""
+    width = max(len(row["on"]) for row in rows)
+    print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
+    for row in rows:
+        value = "n/a" if row["value"] is None else f"{row['value']:.4f}"
+        error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        print(f"{printable(row['on']):{width}}  {row['measure']:16} {value:>10}  {error:>9} {row['n']:11,}")
+    for words, names in remarks(rows).items():
+        print(printable(f"{', '.join(names)}: {words}"))
+
+
+def main() -> int:
+    args = parse_arguments()
+    # ---- input, read before the model, because loading the model may take long
+    dataset, document_mask = args.dataset, False
+    if not (args.dataset or args.text or args.pairs or args.choices):
+        dataset, document_mask = training_dataset(args.source, args.checkpoint)
+    pairs = read_records(args.pairs, args.limit) if args.pairs else []
+    choices = read_choices(args.choices, args.limit) if args.choices else []
+
+    # ---- measurements
+    model, tokenizer, source, r, block_size = load_evaluated(args)
     figures, answered = {}, []  # figures: by input
-    how = (r, args.batch_size, block_size)
-
-    # ---- text
     if dataset:
-        mixture = load_mixture(dataset, document_mask=document_mask)
-        if tokenizer_hash(mixture.tokenizer) != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"{dataset} was prepared with a different tokenizer ({mixture.tokenizer.kind}) than {source} uses "
-                f"({tokenizer.kind}). Give the text itself with --text FILE."
-            )
-        for each in mixture.datasets:
-            tokens = getattr(each, args.split)
-            if tokens is None:
-                raise UserError(f"{each.path} has no {args.split} shards. Use --split train or --text FILE.")
-            figures[f"{each.path} {args.split}"] = measure_tokens(model, tokenizer, tokens, *how)
+        for name, tokens in load_splits(dataset, args.split, document_mask, tokenizer, source).items():
+            figures[name] = measure_tokens(model, tokenizer, tokens, r, args.batch_size, block_size)
     if args.text:
-        figures[args.text] = measure_text(model, tokenizer, args.text, *how)
-
-    # ---- answers and choices
+        figures[args.text] = measure_text(model, tokenizer, args.text, r, args.batch_size, block_size)
     if pairs:
-        prompts, references, most = [], [], model.config.block_size - 1  # leaves room for one token of the answer
-        for where, record in pairs:
-            try:
-                messages = records.read_messages(record)
-                last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-                if "content" not in messages[last]:
-                    raise UserError(
-                        "ends with a reply without text, such as a tool call. Answers are compared as text, so end it "
-                        "with a text reply."
-                    )
-                prompts.append(prompt_ids(tokenizer, messages[:last]))
-            except UserError as error:
-                raise UserError(f"{where} {error}") from error
-            references.append(messages[last]["content"].strip())
-        lengths = [len(prompt) for prompt in prompts]
-        fitting = [i for i, length in enumerate(lengths) if length <= most]
-        with r.autocast():
-            options = (args.stop, args.max_new_tokens, args.batch_size)
-            answers = greedy_answers(model, tokenizer, [prompts[i] for i in fitting], *options)
-        references = [references[i] for i in fitting]
-        measured = measure_answers(list(map(after_thinking, answers, references)), references)
-        note = skipped_note(pairs, lengths, most)
-        figures[args.pairs] = {
-            name: each._replace(note="; ".join(filter(None, [each.note, note]))) for name, each in measured.items()
-        }
-        answer_of = dict(zip(fitting, answers, strict=True))
-        answered += [record | {"answered": answer_of.get(i)} for i, (_, record) in enumerate(pairs)]
+        figures[args.pairs], answers = measure_pairs(
+            model, tokenizer, pairs, r, args.batch_size, args.max_new_tokens, args.stop
+        )
+        answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
-        figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
+        figures[args.choices], chosen = measure_choices(
+            model, choices, *encode_choices(tokenizer, choices), r, args.batch_size
+        )
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
     # ---- output
     rows = [
-        {"on": on, "measure": name, "value": each.value, "standard_error": each.error, "n": each.n}
+        {"on": name, "measure": measure, "value": each.value, "standard_error": each.error, "n": each.n}
         | {"method": each.method or None, "note": each.note or None}
-        for on, measured in figures.items()
-        for name, each in measured.items()
+        for name, measured in figures.items()
+        for measure, each in measured.items()
     ]
     if args.json:
         result = {"checkpoint": source, "block_size": block_size, "results": rows}
         print(printable(json.dumps(result, ensure_ascii=False)))
     else:
-        width = max(len(row["on"]) for row in rows)
-        print(f"{'on':{width}}  {'measure':16} {'value':>10}  {'± error':>9} {'n':>11}")
-        for row in rows:
-            value = "n/a" if row["value"] is None else f"{row['value']:.4f}"
-            error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-            print(f"{printable(row['on']):{width}}  {row['measure']:16} {value:>10}  {error:>9} {row['n']:11,}")
-        for words, names in remarks(rows).items():
-            print(printable(f"{', '.join(names)}: {words}"))
+        print_table(rows)
     if args.answers:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answered]
         Path(args.answers).write_text("".join(lines), encoding="utf-8")

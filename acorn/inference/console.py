@@ -1,14 +1,13 @@
 """Continue prompts, and chat on the console."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from acorn import UserError, files, printable
 from acorn.data import chat
-from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
+from acorn.inference.generate import Sampling, continue_texts, encode_prompt
 from model import GPT
 
 if TYPE_CHECKING:
@@ -26,23 +25,16 @@ def for_stdout(text: str) -> str:
 
 def read_prompts(path: str) -> list[str]:
     """Read the prompts from a file: one per line, or from a .jsonl file the "prompt" of each object."""
-    numbered = enumerate(files.read_text(path).split("\n"), 1)
-    lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
-    if not lines:
-        raise UserError(f"the prompt file {path} is empty. Write one prompt per line.")
     if not path.endswith(".jsonl"):
-        return [line for _, line in lines]
+        prompts = [line.rstrip("\r") for line in files.read_text(path).split("\n") if line.strip()]
+        if not prompts:
+            raise UserError(f"the prompt file {path} is empty. Write one prompt per line.")
+        return prompts
     prompts = []
-    for number, line in lines:
-        try:
-            value = json.loads(line)
-            prompts.append(value if isinstance(value, str) else value["prompt"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f'{path}, line {number} is not valid. Write a JSON string, or an object with a "prompt".'
-            ) from error
+    for location, value in files.read_json_lines(path):
+        prompts.append(value.get("prompt") if isinstance(value, dict) else value)
         if not isinstance(prompts[-1], str):
-            raise UserError(f'{path}, line {number}: "prompt" is not a string. Write {{"prompt": "..."}}.')
+            raise UserError(f'{location} is not a prompt. Write a JSON string, or an object: {{"prompt": "..."}}.')
     return prompts
 
 
@@ -63,32 +55,24 @@ def continue_prompts(
     for, the tokens with their log-probabilities.
     """
     ids = [encode_prompt(tokenizer, prompt, control) for prompt in prompts]
-    streams = [TextStream(tokenizer, s.stop) for _ in prompts]
-    texts = [""] * len(prompts)
-    tokens = [[] for _ in prompts]
-
-    def on_token(row: int, token: int, logprob: float) -> bool:
-        piece = streams[row].push(token)
-        texts[row] += piece
-        tokens[row].append((token, logprob))
-        if row == 0:
-            show(piece)
-        return streams[row].stopped_by is not None
-
     sampling = sampling_of(s)
     seeds = [seed] * len(prompts)
-    generate(model, ids, s.max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile)
-    samples = []
-    for row, stream in enumerate(streams):
-        rest = stream.finish()
+
+    def on_text(row: int, piece: str) -> None:
         if row == 0:
-            show(rest)
-        sample = dict(prompt=prompts[row], text=texts[row] + rest, seed=seed, n_tokens=len(tokens[row]))
-        sample["stopped_by"] = stream.stopped_by or "max_new_tokens"
+            show(piece)
+
+    continuations = continue_texts(
+        model, tokenizer, ids, s.max_new_tokens, sampling, seeds, s.stop, on_text=on_text, compile=compile
+    )
+    samples = []
+    for prompt, result in zip(prompts, continuations, strict=True):
+        sample = dict(prompt=prompt, text=result.text, seed=seed, n_tokens=len(result.ids))
+        sample["stopped_by"] = result.stopped_by or "max_new_tokens"
         if s.logprobs:
-            sample["ids"] = [token for token, _ in tokens[row]]
-            sample["tokens"] = [tokenizer.decode([token]) for token, _ in tokens[row]]
-            sample["logprobs"] = [round(logprob, 5) for _, logprob in tokens[row]]
+            sample["ids"] = result.ids
+            sample["tokens"] = [tokenizer.decode([token]) for token in result.ids]
+            sample["logprobs"] = [round(logprob, 5) for logprob in result.logprobs]
         samples.append(sample)
     return samples
 
@@ -122,6 +106,10 @@ def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, co
     sampling = sampling_of(s)
     messages = [{"role": "system", "content": s.system}] if s.system else []
     n_replies = 0
+
+    def show_piece(row: int, piece: str) -> None:
+        print(for_stdout(piece), end="", flush=True)
+
     while True:
         try:
             said = opening if opening is not None else input("> ")
@@ -137,18 +125,12 @@ def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, co
             print(printable(str(error)))
             messages.pop()
             continue
-        stream, pieces = TextStream(tokenizer, s.stop, ends), []
-
-        def on_token(row: int, token: int, logprob: float, stream=stream, pieces=pieces) -> bool:
-            pieces.append(stream.push(token))
-            print(for_stdout(pieces[-1]), end="", flush=True)
-            return stream.stopped_by is not None
-
-        n_tokens = min(s.max_new_tokens, block_size - len(ids))
-        generate(model, [ids], n_tokens, sampling, [s.seed + n_replies], on_token, tokenizer.n_vocab, compile)
-        pieces.append(stream.finish())
-        print(for_stdout(pieces[-1]), flush=True)
-        if stream.stopped_by is None:
+        n_tokens, seeds = min(s.max_new_tokens, block_size - len(ids)), [s.seed + n_replies]
+        (reply,) = continue_texts(
+            model, tokenizer, [ids], n_tokens, sampling, seeds, s.stop, ends, on_text=show_piece, compile=compile
+        )
+        print(flush=True)
+        if reply.stopped_by is None:
             print(f"(stopped after {n_tokens} tokens)", file=sys.stderr)
-        messages.append({"role": "assistant", "content": chat.as_content(tokenizer, "".join(pieces))})
+        messages.append({"role": "assistant", "content": chat.as_content(tokenizer, reply.text)})
         n_replies += 1

@@ -23,7 +23,7 @@ from model import GPT, Block, KVCache
 
 # The compiled product keeps one sum per batch row in a vector register. AVX2 has 16 registers, and the weights and
 # inputs need half of them. With more sums, registers would spill to memory for each weight.
-MOST_ROWS = 8
+MAX_COMPILED_ROWS = 8
 PROMPT_ROWS = 64  # prompt tokens with which the kernels for prompts are timed
 COMPILE_RATIO = 350  # time of torch.compile for a block and a head, divided by Python's compile time of model.py
 
@@ -53,7 +53,7 @@ class DecodingLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., columns) -> (..., rows), in the dtype of x."""
         rows = x.flatten(0, -2)  # (B, columns)
-        if torch.compiler.is_compiling() and len(rows) <= MOST_ROWS:
+        if torch.compiler.is_compiling() and len(rows) <= MAX_COMPILED_ROWS:
             y = multiply_and_sum(self.weight if self.words is None else self.words, rows.float())
         else:
             y = product(self.weight, rows, self.way if len(rows) <= self.n_rows else self.prompt_way)
@@ -180,7 +180,7 @@ def prepare_for_decoding(
     kind = quantize if quantize != "none" else str(model.lm_head.weight.dtype)[6:]
     auto = compile == "auto"
     if auto:
-        compile = n_rows <= MOST_ROWS and pays_back(seconds - reading, n_tokens)
+        compile = n_rows <= MAX_COMPILED_ROWS and pays_back(seconds - reading, n_tokens)
     if not compile or not add_compiled(model, (n_rows, *fewer_rows)):
         if seconds > 1e-3:  # a small model has no choice worth reading
             print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)

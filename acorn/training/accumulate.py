@@ -46,7 +46,7 @@ class Accumulator:
 
     def prepare(self, compile: bool) -> None:
         """Find a micro-batch size that fits in memory (with `auto_batch`), compile the model, and distribute it."""
-        while self.auto_batch and not self.dist.fits(self._trial, self.raw_model):
+        while self.auto_batch and not self.dist.try_or_oom(self._trial, self.raw_model):
             self.raw_model.zero_grad(set_to_none=True)
             self._shrink()
         if compile:
@@ -70,7 +70,7 @@ class Accumulator:
                 )
                 self.stream = prefetch(stream, dist.device)
             batches, n_targets = next(self.stream)
-            heartbeat.note(step)
+            heartbeat.report_step(step)
             self.waited.start()
             n_targets = dist.sum(torch.full((), n_targets, device=dist.device))  # torch.tensor would wait for the GPU
             self.waited.stop()
@@ -81,7 +81,7 @@ class Accumulator:
                 with advice_on_memory(self.micro_batch, self.n_sequences):
                     self._passes(batches, scale, loss_sum)
                 return loss_sum, n_targets
-            if dist.fits(self._passes, batches, scale, loss_sum):  # contains no collectives
+            if dist.try_or_oom(self._passes, batches, scale, loss_sum):  # contains no collectives
                 dist.average_gradients(self.raw_model)
                 return loss_sum, n_targets
             self.raw_model.zero_grad(set_to_none=True)

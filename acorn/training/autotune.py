@@ -18,9 +18,9 @@ from acorn.timing import fastest
 from acorn.training.optim import orthogonalize
 from model import GPT, GPTConfig, attend, attention_dropout
 
-TOKENS = 512  # per timed update; with fewer tokens, converting the weights would weigh more than in the run
+TIMED_TOKENS = 512  # per timed update; with fewer tokens, converting the weights would weigh more than in the run
 FLOP_PER_CALL = 1.5e9  # keeps a timed call within tens of milliseconds, even on a slow laptop
-SECONDS = 0.05  # timing budget per choice, not counting the first call of each candidate
+TIMING_SECONDS = 0.05  # timing budget per choice, not counting the first call of each candidate
 
 
 @dataclass
@@ -50,20 +50,20 @@ class Arithmetic:
 
 
 def choose(
-    dtype: str, config: GPTConfig, batch_size: int, muon: bool, r: Runtime, before: dict | None = None
+    dtype: str, config: GPTConfig, batch_size: int, muon: bool, r: Runtime, saved_values: dict | None = None
 ) -> tuple[Arithmetic, list[str]]:
     """Return the arithmetic of a run and notes about it, equal on all ranks.
 
-    `before`, the arithmetic saved in a checkpoint, is kept if it was chosen on the same kind of machine. Otherwise it
+    `saved_values`, the arithmetic in a checkpoint, is kept if it was chosen on the same kind of machine. Otherwise it
     is measured if `dtype` is "auto" on a CPU, and fixed in all other cases.
     """
     machine = machine_name(r.device)
-    kept = saved(before)
+    kept = read_saved(saved_values)
     if kept and kept.machine == machine and dtype in ("auto", kept.dtype):
         return kept, [f"dtype {kept.dtype} (from the checkpoint)"] if dtype == "auto" else []
     if dtype != "auto" or r.device.type != "cpu":
-        return fixed(r.dtype, config, r.device), []
-    chosen, notes = measured(config, batch_size, muon) if r.is_main else (None, [])
+        return fix_arithmetic(r.dtype, config, r.device), []
+    chosen, notes = measure(config, batch_size, muon) if r.is_main else (None, [])
     if kept:
         notes.append("measured again because the machine has changed: losses may differ in the last digits")
     if r.world_size > 1:
@@ -71,7 +71,7 @@ def choose(
     return chosen, notes
 
 
-def saved(values: object) -> Arithmetic | None:
+def read_saved(values: object) -> Arithmetic | None:
     """Return the Arithmetic stored in a checkpoint, or None if it is missing or invalid."""
     try:
         arithmetic = Arithmetic(**values)
@@ -92,7 +92,7 @@ def machine_name(device: torch.device) -> str:
     return device.type
 
 
-def fixed(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithmetic:
+def fix_arithmetic(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithmetic:
     """Return the arithmetic for a known dtype. Nothing is timed, so the result is the same in every run."""
     attention = usual_attention(config, name(dtype)) if device.type == "cpu" else "fused"
     muon_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
@@ -100,7 +100,7 @@ def fixed(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithm
     return Arithmetic(name(dtype), name(muon_dtype), attention, threads, machine_name(device))
 
 
-def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic, list[str]]:
+def measure(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic, list[str]]:
     """Return the fastest arithmetic for training `config` on this CPU in micro-batches of `batch_size` sequences.
 
     Also returns notes that say what was measured. `muon` says whether Muon updates the matrices. Takes about 0.3 s. The
@@ -108,7 +108,7 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
     """
     notes, threads = [], torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
-        narrow, tokens = reduced(config, batch_size)
+        narrow, tokens = reduce_config(config, batch_size)
         model = GPT(narrow).train()
         if "OMP_NUM_THREADS" not in os.environ:
             threads, note = choose_threads(model, tokens)
@@ -117,7 +117,7 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
         slowdown = bfloat16_slowdown()
         dtypes = ["float32", "bfloat16"] if slowdown < 2 else ["float32"]  # emulated updates would take seconds
         updates = {dtype: update(model, tokens, dtype, usual_attention(config, dtype)) for dtype in dtypes}
-        dtype, times = fastest(updates, SECONDS, clock=time.thread_time)
+        dtype, times = fastest(updates, TIMING_SECONDS, clock=time.thread_time)
         if len(dtypes) == 1:
             notes.append(f"dtype float32 (auto: bfloat16 takes {slowdown:.0f}x as long on this CPU)")
         else:
@@ -127,17 +127,17 @@ def measured(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic
         if muon and len(dtypes) > 1:
             matrix = torch.randn(2, config.n_hidden, config.n_embd)[:, :512, :512]
             products = {kind: orthogonalization(matrix.to(getattr(torch, kind))) for kind in dtypes}
-            muon_dtype, times = fastest(products, SECONDS, clock=time.thread_time)
+            muon_dtype, times = fastest(products, TIMING_SECONDS, clock=time.thread_time)
             notes.append(f"Muon dtype {muon_dtype} (auto)")
         attention = choose_attention(config, dtype)
         torch.set_num_threads(threads)
     return Arithmetic(dtype, muon_dtype, attention, threads, machine_name(torch.device("cpu"))), notes
 
 
-def reduced(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[int, int]]:
+def reduce_config(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[int, int]]:
     """Return a one-layer, narrower model and a micro-batch shape (rows, tokens) that are small enough to time."""
-    length = min(config.block_size, TOKENS)
-    rows = max(1, min(batch_size, TOKENS // length))
+    length = min(config.block_size, TIMED_TOKENS)
+    rows = max(1, min(batch_size, TIMED_TOKENS // length))
     max_width = math.sqrt(FLOP_PER_CALL / (6 * 12 * rows * length))  # a block has 12 C^2 parameters
     n_head = max(1, min(config.n_head, int(max_width / config.head_dim)))
     narrow = dataclasses.replace(
@@ -145,7 +145,7 @@ def reduced(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[int, i
         n_layer=1,
         n_head=n_head,
         n_kv_head=config.n_kv_head if n_head % config.n_kv_head == 0 else n_head,
-        n_embd=n_head * config.head_dim,
+        n_embd=2 * math.ceil(config.n_embd * n_head / config.n_head / 2),
         n_hidden=math.ceil(config.n_hidden * n_head / config.n_head),
         vocab_size=min(config.vocab_size, 1024),
         ngram=1,
@@ -157,7 +157,7 @@ def bfloat16_slowdown() -> float:
     """Return the time of a bfloat16 matrix product divided by its time in float32."""
     operands = {kind: torch.ones(128, 256, dtype=getattr(torch, kind)) for kind in ("float32", "bfloat16")}
     products = {kind: lambda x=x: x @ x.T @ x for kind, x in operands.items()}
-    _, times = fastest(products, SECONDS / 2, clock=time.thread_time)
+    _, times = fastest(products, TIMING_SECONDS / 2, clock=time.thread_time)
     return times["bfloat16"] / times["float32"]
 
 
@@ -166,7 +166,7 @@ def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
 
     It is torch's own number, unless fewer threads are at least 1.5 times as fast, as for a small model on many cores.
     """
-    most = torch.get_num_threads()
+    max_threads = torch.get_num_threads()
     work = update(model, tokens, "float32", "fused")
 
     def with_threads(n: int) -> Callable[[], None]:
@@ -180,14 +180,14 @@ def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
     cpu, wall = time.thread_time(), time.perf_counter()
     work()
     if time.thread_time() - cpu < 0.8 * (time.perf_counter() - wall):
-        torch.set_num_threads(most)  # LLVM's threads yield now, and help once the other programs have ended
-        return most, f"{most} threads (not measured: other programs are using the cores)"
-    counts = [most, *(2**n for n in reversed(range(most.bit_length())) if 2**n < most)]
-    best, times = fastest({str(n): with_threads(n) for n in counts}, SECONDS, margin=1.5)
-    torch.set_num_threads(most)
-    if int(best) == most:
-        return most, f"{most} threads"
-    return int(best), f"{best} threads (auto: {times[str(most)] / times[best]:.1f}x as fast as {most})"
+        torch.set_num_threads(max_threads)  # LLVM's threads yield now, and help once the other programs have ended
+        return max_threads, f"{max_threads} threads (not measured: other programs are using the cores)"
+    counts = [max_threads, *(2**n for n in reversed(range(max_threads.bit_length())) if 2**n < max_threads)]
+    best, times = fastest({str(n): with_threads(n) for n in counts}, TIMING_SECONDS, margin=1.5)
+    torch.set_num_threads(max_threads)
+    if int(best) == max_threads:
+        return max_threads, f"{max_threads} threads"
+    return int(best), f"{best} threads (auto: {times[str(max_threads)] / times[best]:.1f}x as fast as {max_threads})"
 
 
 def usual_attention(config: GPTConfig, dtype: str) -> str:
@@ -209,7 +209,7 @@ def choose_attention(config: GPTConfig, dtype: str) -> str:
         q.grad = k.grad = v.grad = None
 
     forms = {"fused": lambda: work(False), "plain": lambda: work(True)}
-    return fastest(forms, SECONDS, clock=time.thread_time)[0]
+    return fastest(forms, TIMING_SECONDS, clock=time.thread_time)[0]
 
 
 def plain_fits(config: GPTConfig) -> bool:
@@ -218,7 +218,7 @@ def plain_fits(config: GPTConfig) -> bool:
     Plain attention keeps these weights for the backward pass. The other activations are about 16 values per channel
     and token.
     """
-    return config.block_size <= 16 * config.head_dim
+    return config.block_size * config.n_head <= 16 * config.n_embd
 
 
 def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> Callable[[], None]:

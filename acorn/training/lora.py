@@ -51,7 +51,7 @@ def add_adapters(model: GPT, names: Iterable[str], rank: int, alpha: float) -> N
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
 
 
-def initial(model: GPT, seed: int) -> dict[str, Tensor]:
+def initial_adapters(model: GPT, seed: int) -> dict[str, Tensor]:
     """Return the initial values of the adapters by name: A is normal with standard deviation 1 / sqrt(in), drawn with
     `seed`; B is zero."""
     random = torch.Generator().manual_seed(seed)
@@ -86,29 +86,6 @@ def fit_adapters(model: GPT, tensors: dict, rank: int, alpha: float, source: str
                 f"{source} does not hold adapters for this model: {name} has shape {shapes.get(name)}, not {expected}. "
                 "Use another checkpoint."
             )
-
-
-class Merged:
-    """A weight with an adapter merged into it; rows are computed on demand."""
-
-    def __init__(self, weight, a, b, scale: float):
-        self.weight, self.a, self.b, self.scale = weight, a, b, scale
-
-    def __getitem__(self, rows) -> Tensor:
-        return self.weight[rows].float() + self.scale * self.b[rows] @ self.a[...]
-
-
-def merged(values: dict, scale: float) -> dict:
-    """Return the parameters of the plain model that is equivalent to a model with adapters and the parameters
-    `values`."""
-    result = {}
-    for name, value in values.items():
-        layer = name.removesuffix(".weight")
-        if f"{layer}.lora_A" in values:
-            result[name] = Merged(value, values[f"{layer}.lora_A"], values[f"{layer}.lora_B"], scale)
-        elif ".lora_" not in name:
-            result[name] = value
-    return result
 
 
 def freeze(model: GPT, pattern: str) -> None:

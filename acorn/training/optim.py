@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acorn import UserError
-from acorn.distributed.sharding import is_sharded, local, own_rows
+from acorn.distributed.sharding import is_sharded, local
 from model import GPT
 
 if TYPE_CHECKING:
@@ -35,12 +35,11 @@ def make_optimizers(
         optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
     elif optimizer == "muon":
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
-        inside = set(matrices)
-        others = [p for p in model.parameters() if p not in inside and p.requires_grad]
-        fused = device_type in ("cuda", "cpu", "mps")
+        in_blocks = set(matrices)
+        remaining = [p for p in model.parameters() if p not in in_blocks and p.requires_grad]
         optimizers = []
-        if others:
-            optimizers.append(torch.optim.AdamW(others, learning_rate, betas, weight_decay=0.0, fused=fused))
+        if remaining:
+            optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining))
         if matrices:  # either list may be empty, because parameters can be frozen
             optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
@@ -64,7 +63,7 @@ def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 # Where the host decides whether to step: reading a CPU tensor is free, and MPS's fused AdamW ignores found_inf.
-HOST_DECIDES = ("cpu", "mps")
+HOST_DECIDED_DEVICES = ("cpu", "mps")
 
 
 def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, skipped: Tensor) -> None:
@@ -76,72 +75,13 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
     bad = ~grad_norm.isfinite()
     skipped += bad
     skipped[0].mul_(bad)
-    found_inf = None if bad.device.type in HOST_DECIDES else bad.float()
+    found_inf = None if bad.device.type in HOST_DECIDED_DEVICES else bad.float()
     if found_inf is None and bad:
         return
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # GradScaler's protocol for fused optimizers: with 1 the step is a no-op
         optimizer.step()
         del optimizer.found_inf
-
-
-def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return the state of the optimizers by name: transformer.wte.weight.exp_avg, transformer.wte.weight.step, ...
-
-    Step counts have shape (), and all other values have their parameter's shape. Empty before the first update.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    states = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
-    return {f"{names[p]}.{kind}": value for p, moments in states for kind, value in moments.items()}
-
-
-def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
-    """Load the result of `named_moments` into the optimizers.
-
-    The values of `saved` are tensors, or lazy tensors with a `shape`, which are read when indexed; of a sharded
-    parameter, only this rank's rows are read. Because a checkpoint may be untrusted and fused kernels do not check
-    shapes, a wrong name or shape raises UserError.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers if saved else ():
-        kinds = moment_kinds(optimizer)
-        for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
-            value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
-            if value is None or value.shape != shape:
-                raise UserError(OTHER_OPTIMIZER)
-            if kind == "step":  # fused kernels need it on the parameter's device
-                optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
-            else:
-                optimizer.state[p][kind] = torch.zeros_like(p)
-                local(optimizer.state[p][kind]).copy_(value[own_rows(p)])
-    if saved:
-        raise UserError(OTHER_OPTIMIZER)
-
-
-OTHER_OPTIMIZER = (
-    "the saved optimizer state belongs to another model or optimizer. Start from the weights alone: "
-    "--init_from=OUT_DIR with a new --out_dir."
-)
-
-
-def name_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, Tensor]:
-    """Convert optimizer state_dicts of older checkpoints, which number the parameters, to the form of `named_moments`.
-
-    Raises UserError if they do not belong to these optimizers.
-    """
-    names, named = {p: name for name, p in model.named_parameters()}, {}
-    try:
-        for optimizer, state in zip(optimizers, saved, strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            order = [i for group in state["param_groups"] for i in group["params"]]
-            for i, moments in state["state"].items():
-                for kind, value in moments.items():
-                    if not isinstance(value, Tensor) or value.layout != torch.strided:
-                        raise TypeError("not a dense tensor")
-                    named[f"{names[params[order.index(i)]]}.{kind}"] = value
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(OTHER_OPTIMIZER) from error
-    return named
 
 
 class Muon(torch.optim.Optimizer):
@@ -180,7 +120,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
             for (rows, columns), params in same_shape.items():
                 momenta = [self.state[p]["momentum"] for p in params]
-                own, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
+                shards, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
                 decay = 1 - group["lr"] * group["weight_decay"]
                 if skip is not None:
                     grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # keeps momentum
@@ -194,9 +134,9 @@ class Muon(torch.optim.Optimizer):
                     updates = orthogonalize_divided(nesterov)
                 if skip is not None:
                     updates.masked_fill_(skip, 0)
-                torch._foreach_mul_(own, decay)
-                updates = updates.to(own[0].dtype).unbind()
-                torch._foreach_add_(own, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                torch._foreach_mul_(shards, decay)
+                updates = updates.to(shards[0].dtype).unbind()
+                torch._foreach_add_(shards, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalize_divided(x: Tensor) -> Tensor:
@@ -206,9 +146,9 @@ def orthogonalize_divided(x: Tensor) -> Tensor:
         return orthogonalize(x)
     share = math.ceil(n / world_size)
     first = min(share * dist.get_rank(), n)
-    mine = pad(orthogonalize(x[first : first + share]), 0, share)
-    result = mine.new_empty(world_size * share, *x.shape[1:])
-    dist.all_gather_into_tensor(result, mine)
+    orthogonal = pad(orthogonalize(x[first : first + share]), 0, share)
+    result = orthogonal.new_empty(world_size * share, *x.shape[1:])
+    dist.all_gather_into_tensor(result, orthogonal)
     return result[:n]
 
 
@@ -223,9 +163,9 @@ def orthogonalize_sharded(x: Tensor, rows: int) -> Tensor:
     share, chunk = math.ceil(n / world_size), math.ceil(rows / world_size)  # most matrices and most rows per rank
     x = pad(pad(x, 0, world_size * share), 1, chunk)
     pieces = exchange(x.view(world_size, share, chunk, columns))  # this rank's matrices, the rows of each rank
-    mine = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
-    mine = pad(orthogonalize(mine), 1, world_size * chunk)
-    pieces = exchange(mine.view(share, world_size, chunk, columns).transpose(0, 1))  # this rank's rows of all matrices
+    matrices = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
+    matrices = pad(orthogonalize(matrices), 1, world_size * chunk)
+    pieces = exchange(matrices.view(share, world_size, chunk, columns).transpose(0, 1))  # rows of all matrices
     return pieces.reshape(world_size * share, chunk, columns)[:n, :own_rows]
 
 
@@ -313,18 +253,18 @@ def set_learning_rates(s: "TrainSettings", optimizers: list[torch.optim.Optimize
     return lr
 
 
-def rate_change(before: "TrainSettings", after: "TrainSettings", step: int) -> str | None:
+def rate_change(saved: "TrainSettings", current: "TrainSettings", step: int) -> str | None:
     """Describe how the learning rate of update `step` changes between a run's settings and those for resuming it.
 
     Returns None if it does not change.
     """
-    old, new = scheduled_rate(before, step), scheduled_rate(after, step)
+    old, new = scheduled_rate(saved, step), scheduled_rate(current, step)
     if math.isclose(old, new, rel_tol=1e-3):
         return None
     jump = f"the learning rate at step {step} changes from {old:.2e} to {new:.2e}"
-    if before.lr_decay_iters or after.lr_decay_iters or before.max_iters == after.max_iters:
+    if saved.lr_decay_iters or current.lr_decay_iters or saved.max_iters == current.max_iters:
         return jump
     return (
-        f"max_iters={after.max_iters} instead of {before.max_iters} stretches the schedule (lr_decay_iters=0): {jump}. "
-        f"Use --lr_decay_iters={before.max_iters} to keep the schedule."
+        f"max_iters={current.max_iters} instead of {saved.max_iters} stretches the schedule (lr_decay_iters=0): "
+        f"{jump}. Use --lr_decay_iters={saved.max_iters} to keep the schedule."
     )

@@ -21,6 +21,8 @@ from model import DROPOUTS, GPT, GPTConfig, grown_rows
 if TYPE_CHECKING:
     from train import TrainSettings
 
+AUTOMATIC = ("n_kv_head", "head_dim", "n_hidden")  # shape settings that GPTConfig computes if they are 0
+
 
 def shape_settings(s: "TrainSettings") -> set[str]:
     """Return the names of the settings that are also fields of GPTConfig."""
@@ -29,37 +31,13 @@ def shape_settings(s: "TrainSettings") -> set[str]:
 
 def check(s: "TrainSettings") -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
-    at_least_1 = "gradient_accumulation_steps batch_size block_size eval_interval keep_checkpoints"
-    for name in [*at_least_1.split(), "max_bad_steps"]:
-        if getattr(s, name) < 1:
-            raise UserError(f"{name} = {getattr(s, name)} must be at least 1")
-    counts = (
-        "log_interval",
-        "eval_iters",
-        "max_iters",
-        "warmup_iters",
-        "lr_decay_iters",
-        "sample_interval",
-        "lora_rank",
-    )
-    for name in (*counts, "learning_rate", "muon_lr", "min_lr", "weight_decay", "grad_clip"):
-        if getattr(s, name) < 0:
-            raise UserError(f"{name} = {getattr(s, name)} must not be negative")
-    for name in ("beta1", "beta2", "dropout", "ngram_dropout"):
-        if not 0 <= getattr(s, name) < 1:
-            raise UserError(f"{name} = {getattr(s, name)} must be at least 0 and below 1")
-    if not 0 < s.cooldown_frac <= 1:
-        raise UserError(f"cooldown_frac = {s.cooldown_frac} must be above 0 and at most 1")
-    if not (0 <= s.attn_dropout < 1 or s.attn_dropout == -1):
-        raise UserError(f"attn_dropout = {s.attn_dropout} must be at least 0 and below 1, or -1 for that of dropout")
-    if not 0 <= s.seed < 2**62:
-        raise UserError(f"seed = {s.seed} must be from 0 to 2^62")
+    settings.check_bounds(vars(s))
+    if s.early_stopping < 0:  # not among the bounds, because sample.py has another setting of this name
+        raise UserError(f"early_stopping = {s.early_stopping} must not be negative")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
         raise UserError(
             "gradient_accumulation_steps x batch_size x block_size exceeds 2^32 tokens per update. Reduce one of them."
         )
-    if s.lora_rank >= 2**20:
-        raise UserError(f"lora_rank = {s.lora_rank} exceeds the size of any matrix. 8 or 16 is usual.")
     if s.lora_rank and s.lora_alpha <= 0:
         raise UserError(f"lora_alpha = {s.lora_alpha} must be above 0, or the adapters learn nothing")
     if s.lora_rank and s.init_from == "scratch":
@@ -119,7 +97,7 @@ def load_data(s: "TrainSettings", state: dict, dist: Runtime) -> Mixture:
     Raises UserError if it has no validation split, differs between machines, or is not the data that the resumed run
     with this `state` was trained on.
     """
-    data = load_mixture(s.dataset, dist.is_first_here, s.document_mask)
+    data = load_mixture(s.dataset, dist.is_first_on_machine, s.document_mask)
     if len(set(map(tuple, dist.gather([int(data.identity()[:12], 16)])))) > 1:  # 48 bits, exact in float64
         raise UserError(f"{data.path} differs between machines. Copy it from one machine to the others.")
     for dataset in data.datasets:
@@ -181,7 +159,7 @@ def load_initial(
             sha256 = lora.fingerprint(model, values) if dist.is_main else None  # reads everything; only rank 0 needs it
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
-            values |= lora.initial(model, s.seed)
+            values |= lora.initial_adapters(model, s.seed)
     same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
     if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
@@ -211,7 +189,7 @@ def load_initial(
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, setting = getattr(model.config, name), given.get(name)
-        matches = setting is None or setting == actual or (name in ("n_kv_head", "n_hidden") and setting == 0)
+        matches = setting is None or setting == actual or (name in AUTOMATIC and setting == 0)
         if name == "block_size" and setting is not None and setting < actual:
             model.crop_block_size(setting)
         elif not matches:
@@ -269,7 +247,8 @@ def start_model(
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         model, values, source, adapters = new_model(s, data.vocab_size, meta=dist.fsdp), None, "scratch", None
-        s.n_kv_head, s.n_hidden = model.config.n_kv_head, model.config.n_hidden  # in place of 0
+        for name in AUTOMATIC:
+            setattr(s, name, getattr(model.config, name))
     else:
         model, values, source, adapters = load_initial(s, given, folder, saved, data, dist)
     if s.freeze:

@@ -1,0 +1,33 @@
+"""The names of corpora: the modules in prepare/. Others derive theirs from here."""
+
+from pathlib import Path
+
+from acorn import REPO
+
+HELPERS = {"__init__", "__main__", "encoding", "inspection", "pipeline", "reading"}  # modules that are no corpus
+# Datasets that are not named like their corpus -> arguments of `python prepare`. nanoGPT has the first two.
+RENAMED = {
+    "shakespeare": "tinyshakespeare --tokenizer gpt2 --name shakespeare",
+    "shakespeare_char": "tinyshakespeare --name shakespeare_char",
+    "plays": "shakespeare",
+}
+
+
+def corpora() -> list[str]:
+    """Return the names of the corpora of `python prepare`, in alphabetical order."""
+    return sorted({path.stem for path in (REPO / "prepare").glob("*.py")} - HELPERS)
+
+
+def dataset_names() -> list[str]:
+    """Return the names of the datasets that a corpus makes by default or as in RENAMED."""
+    sources = {name: (REPO / "prepare" / f"{name}.py").read_text("utf-8") for name in corpora()}
+    return [*(name for name in sources if "default_name" not in sources[name]), *RENAMED]
+
+
+def prepare_command(dataset: str) -> str:
+    """Return the command that makes a dataset of this name, in backquotes."""
+    if dataset in RENAMED:
+        return f"`python prepare {RENAMED[dataset]}`"
+    if dataset in dataset_names():
+        return f"`python prepare {dataset}`"
+    return f"`python prepare text FILES --name {Path(dataset).name or 'NAME'}`"
