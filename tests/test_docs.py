@@ -14,6 +14,7 @@ import sample
 import train
 from acorn import examples, hub, report, serve, settings
 from acorn.evaluation import tasks
+from acorn.inference import pictures
 from prepare import __main__ as prepare
 
 
@@ -72,6 +73,7 @@ def parse(words: list[str], monkeypatch) -> None:
     else:
         mains = {"prepare": prepare.main, "acorn.evaluate": tasks.main, "acorn.hub": hub.main}
         mains |= {"acorn.report": report.main, "acorn.examples": examples.main}
+        mains |= {"acorn.inspect": pictures.main}
         with monkeypatch.context() as patch, pytest.raises(Parsed):
             patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
             patch.setattr(sys, "argv", words)

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from acorn.data.chat import PLAIN  # noqa: E402
 from acorn.data.tokenizer import ByteTokenizer, train_char  # noqa: E402
-from acorn.inference import inside, page, scheduler  # noqa: E402
+from acorn.inference import inside, page, pictures, scheduler  # noqa: E402
 from acorn.inference.server import create_app  # noqa: E402
 
 TEXT = "Hello <b>world</b>"
@@ -411,6 +411,19 @@ def test_a_phone_shows_every_view_without_scrolling_sideways(visit, scheme):
     light = tab.evaluate("() => getComputedStyle(document.body).backgroundColor")
     channels = [int(n) for n in re.findall(r"\d+", light)][:3]
     assert (sum(channels) > 380) == (scheme == "light")
+
+
+@pytest.mark.slow
+def test_the_page_of_acorn_inspect_works_from_a_file(visit, model, tmp_path):
+    values = inside.look_inside(model, ByteTokenizer(), list(TEXT.encode()))
+    values["heads"] = inside.head_ablation(model, values["ids"]).tolist()
+    pictures.write_page(values, "out/<b>run</b>", tmp_path / "index.html")
+    tab = visit(url=f"file://{tmp_path}/index.html")
+    tab.wait_for_selector("table.heads")
+    assert "out/<b>run</b>" in tab.text_content("#made") and tab.locator("b").count() == 0
+    assert tab.locator(".lens tbody tr").count() == 3 and tab.locator("canvas").count() == 2
+    tab.click("#language")
+    assert "注意力" in tab.text_content("body")
 
 
 @pytest.mark.slow

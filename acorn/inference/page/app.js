@@ -68,7 +68,7 @@ async function* stream(path, body, signal) {
 }
 
 function settings() {
-  const chosen = { model: model.name };
+  const chosen = { model: model?.name ?? "" };
   for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
     if ($(name).value !== "") chosen[name] = Number($(name).value);
   }
