@@ -4,6 +4,7 @@ From a training run:    python -m acorn.serve --out_dir=out/quickstart
 From published weights: python -m acorn.serve --init_from=gpt2 --port=9000
 """
 
+import gc
 import os
 import signal
 import sys
@@ -93,6 +94,7 @@ def main() -> int:
     )
     page.add_page(app)
     print(f"up to {s.max_batch} sequences at once, batches of {app.state.scheduler.row_counts} rows", flush=True)
+    gc.freeze()  # else each full garbage collection visits all objects of the libraries, a tenth of a second
     # after finishing what runs, uvicorn raises the signal again, which then must not change the exit code
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="info", access_log=False))

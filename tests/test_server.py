@@ -1,7 +1,9 @@
 """The server as OpenAI's Python client and hostile clients meet it."""
 
 import asyncio
+import collections
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -463,37 +465,46 @@ def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
 # Two minutes with hostile clients
 
 
+HOSTILE_SECONDS = 120
+
+
 def resident_mb(pid: int) -> float:
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def send(url: str, body: bytes) -> tuple[int, bytes]:
+    """Post a body and return (status, answer). httpx would take longer than the server."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+LARGE = b"a" * (100 << 20)
+HOSTILE = [body if isinstance(body, bytes) else json.dumps(body).encode() for body in BAD]
+HOSTILE += [
+    json.dumps({"prompt": ["a", "b"], "n": 20, "max_tokens": 3, "stop": [f"{i}" for i in range(10_000)]}).encode(),
+    json.dumps({"prompt": "<|endoftext|><|im_start|>\0\x1b[2J", "max_tokens": 2}).encode(),
+]
+
+
 def hostile(url: str, chance: random.Random) -> int | None:
     """Do one bad thing to the server and return the status, None if it was not waited for."""
-    kind = chance.choice(("bad", "bad", "bad", "garbage", "large", "slow", "hang up", "half", "many", "control"))
-    post = lambda content: httpx.post(  # noqa: E731
-        f"{url}/v1/completions", content=content, headers={"content-type": "application/json"}, timeout=120
-    )
+    kind = chance.choices(("bad", "garbage", "large", "slow", "hang up", "half"), (20, 4, 1, 20, 10, 10))[0]
     if kind == "bad":
-        body = chance.choice(BAD)
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return post(body).status_code
+        return send(url, chance.choice(HOSTILE))[0]
     if kind == "garbage":
-        return post(chance.randbytes(chance.choice((1, 1000, 100_000)))).status_code
+        return send(url, chance.randbytes(chance.choice((1, 1000, 100_000))))[0]
     if kind == "large":
-        return post(b"a" * chance.choice((5 << 20, 100 << 20))).status_code
-    if kind == "many":
-        body = {"prompt": ["a", "b"], "n": 20, "max_tokens": 3, "stop": [f"{i}" for i in range(10_000)]}
-        return post(json.dumps(body).encode()).status_code
-    if kind == "control":
-        body = {"prompt": "<|endoftext|><|im_start|>\0\x1b[2J", "max_tokens": 2}
-        return post(json.dumps(body).encode()).status_code
+        return send(url, LARGE)[0]
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "n": 4, "logprobs": 20}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # it reads nothing
         connection.sendall(head.encode() + (body[:10] if kind == "half" else body))
         time.sleep(chance.uniform(0, 3) if kind != "hang up" else 0.05)
     return None
@@ -505,30 +516,29 @@ def test_two_minutes_of_hostile_clients(trained):
     """200 connections misuse the server. It answers each with a 2xx or 4xx, a polite client beside them always gets the
     same text, and memory stays flat."""
     with command(f"--out_dir={trained}", "--max_queue=100000") as (process, url):
-        body = {"prompt": "ANNA:", "max_tokens": 30, "seed": 5}
-        text = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
-        end, statuses, failures, memory = time.monotonic() + 120, set(), [], []
+        polite = json.dumps({"prompt": "ANNA", "max_tokens": 30, "seed": 5}).encode()
+        text = json.loads(send(url, polite)[1])["choices"][0]["text"]
+        end, statuses, broken, memory = time.monotonic() + HOSTILE_SECONDS, collections.Counter(), [], []
 
         def misuse(seed: int) -> None:
             chance = random.Random(seed)
             while time.monotonic() < end:
                 try:
-                    statuses.add(hostile(url, chance))
-                except (httpx.TransportError, OSError) as error:
-                    failures.append(error)
+                    statuses[hostile(url, chance)] += 1
+                except (http.client.HTTPException, OSError) as error:
+                    broken.append(error)
 
         with ThreadPoolExecutor(200) as pool:
             attacks = [pool.submit(misuse, seed) for seed in range(200)]
             while time.monotonic() < end:
-                polite = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
-                assert polite.status_code == 200 and polite.json()["choices"][0]["text"] == text
-                memory.append(resident_mb(process.pid))
+                status, answer = send(url, polite)
+                assert status == 429 or json.loads(answer)["choices"][0]["text"] == text
+                memory.append((resident_mb(process.pid), status))
         for attack in attacks:
             attack.result()
-        assert process.poll() is None
-        assert statuses - {None} <= {200, 400, 408, 413, 415, 429}, statuses
-        figures = httpx.get(f"{url}/metrics").text
-        assert "acorn_sequences_failed_total 0" in figures
+        print(f"memory {memory[0]} .. {memory[-1]} MB in {len(memory)} requests, {statuses}, broken: {len(broken)}")
+        assert process.poll() is None and json.loads(send(url, polite)[1])["choices"][0]["text"] == text
+        assert set(statuses) <= {None, 200, 400, 408, 413, 415, 429}, statuses
+        assert "acorn_sequences_failed_total 0" in httpx.get(f"{url}/metrics").text
         half = len(memory) // 2
-        print(f"memory {memory[0]:.0f} .. {memory[-1]:.0f} MB, {statuses}, {len(failures)} broken connections")
-        assert max(memory[half:]) < max(memory[:half]) * 1.2 + 50
+        assert max(memory[half:])[0] < max(memory[:half])[0] * 1.1 + 20
