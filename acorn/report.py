@@ -207,7 +207,8 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path, per_byte: bool = False
     with plt.rc_context({"font.family": fonts}):
         figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="col", sharey="row", layout="constrained")
         colors = plt.get_cmap("tab10") if len(runs) <= 10 else plt.get_cmap("turbo", len(runs))
-        handles, drawn = [], ([], [])  # drawn: the lines in each row of panels, for its limits
+        handles = []
+        drawn: tuple[list, list] = ([], [])  # the lines in each row of panels, for its limits
         for number, metrics in enumerate(timed.values()):
             for column, (across, scale) in enumerate((("step", 1), ("seconds", unit))):
                 for panel, key, own in zip(axes[:, column], keys, drawn, strict=True):
@@ -335,10 +336,11 @@ def duration(seconds: float) -> str:
 
 def size(n_bytes: float) -> str:
     """Format bytes for people, in powers of 1000: 512 KB, 1.5 GB."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n_bytes < 1000 or unit == "TB":
-            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
         n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.0f} {units[0]}" if n_bytes >= 10 or units[0] == "B" else f"{n_bytes:.1f} {units[0]}"
 
 
 def read_run(out_dir: Path) -> dict:
