@@ -54,7 +54,7 @@ NAMES = {  # field of GPTConfig -> field of transformers' configuration
         "tie_weights": "tie_word_embeddings",
     },
 }
-SUPPORTED = {  # the values of GPTConfig's switches that each family supports
+SUPPORTED: dict[str, dict[str, list]] = {  # the values of GPTConfig's switches that each family supports
     "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
     "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
 }
@@ -211,8 +211,7 @@ def from_llama(c, path: Path) -> GPTConfig:
         },
     )
     fields = {name: getattr(c, hf_name) for name, hf_name in NAMES["llama"].items()}
-    form = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False)
-    return GPTConfig(**fields, **form, rope_theta=rope["rope_theta"])
+    return GPTConfig(**fields, pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, rope_theta=rope["rope_theta"])
 
 
 def refuse(path: Path, unsupported: dict[str, object]) -> None:
@@ -272,27 +271,28 @@ def hf_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
     if family == "gpt2":
         return {name: {name: p.t() if is_transposed(family, name) else p} for name, p in parameters.items()}
     cfg = model.config
-    views = {
-        "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},
-        "transformer.ln_f.weight": {"model.norm.weight": model.transformer.ln_f.weight},
+    views: dict[str, dict[str, Tensor]] = {
+        "transformer.wte.weight": {"model.embed_tokens.weight": parameters["transformer.wte.weight"]},
+        "transformer.ln_f.weight": {"model.norm.weight": parameters["transformer.ln_f.weight"]},
     }
     if not cfg.tie_weights:
-        views["lm_head.weight"] = {"lm_head.weight": model.lm_head.weight}
-    for i, block in enumerate(model.transformer.h):
+        views["lm_head.weight"] = {"lm_head.weight": parameters["lm_head.weight"]}
+    for i in range(cfg.n_layer):
+        block = f"transformer.h.{i}."
         kv_channels = cfg.n_kv_head * cfg.head_dim
-        q, k, v = block.attn.c_attn.weight.split((cfg.n_embd, kv_channels, kv_channels))
-        gate, up = block.mlp.c_fc.weight.chunk(2)
+        q, k, v = parameters[f"{block}attn.c_attn.weight"].split((cfg.n_embd, kv_channels, kv_channels))
+        gate, up = parameters[f"{block}mlp.c_fc.weight"].chunk(2)
         layer = {
-            "ln_1": {"input_layernorm": block.ln_1.weight},
+            "ln_1": {"input_layernorm": parameters[f"{block}ln_1.weight"]},
             "attn.c_attn": {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v},
-            "attn.c_proj": {"self_attn.o_proj": block.attn.c_proj.weight},
-            "ln_2": {"post_attention_layernorm": block.ln_2.weight},
+            "attn.c_proj": {"self_attn.o_proj": parameters[f"{block}attn.c_proj.weight"]},
+            "ln_2": {"post_attention_layernorm": parameters[f"{block}ln_2.weight"]},
             "mlp.c_fc": {"mlp.gate_proj": gate, "mlp.up_proj": up},
-            "mlp.c_proj": {"mlp.down_proj": block.mlp.c_proj.weight},
+            "mlp.c_proj": {"mlp.down_proj": parameters[f"{block}mlp.c_proj.weight"]},
         }
         for name, parts in layer.items():
             hf_parts = {f"model.layers.{i}.{part}.weight": view for part, view in parts.items()}
-            views[f"transformer.h.{i}.{name}.weight"] = hf_parts
+            views[f"{block}{name}.weight"] = hf_parts
     return views
 
 
