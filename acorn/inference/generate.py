@@ -3,7 +3,7 @@
 The loop owns the KV cache: `GPT.forward` writes into it, and only the loop advances it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -165,11 +165,12 @@ def _generate(model, prompts, max_new_tokens, sampling, seeds, on_token, n_vocab
     rows = [list(prompt) for prompt in prompts]
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     active = [True] * len(rows)
-    cache, windows_start = None, None
+    cache: KVCache | None = None
+    windows_start = None
     for n in range(max_new_tokens):
         windows = [context(row, block_size) for row in rows]
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
-        if start != windows_start:  # initially, and whenever a window slides
+        if cache is None or start != windows_start:  # initially, and whenever a window slides
             windows_start = start
             size = min(block_size, max(map(len, windows)) + max_new_tokens - n)
             cache = KVCache(model.config, len(rows), size, embedding.device, cache_dtype)
@@ -206,7 +207,7 @@ def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:
     return logits[:, 0]
 
 
-def decode(model: GPT, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
+def decode(model: Callable, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
     """Run one more token of each row through the model; return its logits (B, V). Only `active` rows advance."""
     device = cache.length.device
     logits, _ = model(torch.tensor(tokens, device=device)[:, None], cache=cache)
@@ -220,7 +221,7 @@ class TextStream:
     End-of-text tokens end the text, and so do the control tokens `ends`, such as the end of a turn.
     """
 
-    def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
+    def __init__(self, tokenizer, stop: Collection[str] = (), ends: Collection[int] = ()):
         self.decoder = StreamDecoder(tokenizer)
         self.ends, self.stop = ends, [s for s in stop if s]
         self.text_ends = tokenizer.ends | set(
@@ -268,8 +269,8 @@ def continue_texts(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: list[int],
-    stop: list[str] = (),
-    ends: set[int] = frozenset(),
+    stop: Collection[str] = (),
+    ends: Collection[int] = (),
     on_text: Callable[[int, str], None] = lambda row, piece: None,
     compile: bool = False,
 ) -> list[Continuation]:
