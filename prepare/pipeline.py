@@ -113,7 +113,7 @@ def prepare(
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
     if not val_by and (max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS):
-        options = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
+        options: dict = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
         options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
         try:
             return prepare(documents, out, name=name, tokenizer=tokenizer, val_by="document", **options)
@@ -216,7 +216,7 @@ class Reader:
     """Iterates over the corpus in pieces from `place` on, and updates `place` to the position after the last piece.
     `cut` is the character at which val begins, None if documents are chosen by their hash."""
 
-    def __init__(self, documents: Iterable, cut: int | None, val_fraction: float, separator="", place=None):
+    def __init__(self, documents, cut: int | None, val_fraction: float, separator="", place=None):
         self.documents, self.cut, self.val_fraction, self.separator = documents, cut, val_fraction, separator
         self.place = place or Place()
         self._at_end = (0, "")
@@ -266,6 +266,7 @@ class Reader:
             if split:
                 yield block, split
             else:
+                assert self.cut is not None, "without a cut, each document has a split"
                 n_train = max(0, self.cut - chars)
                 parts = (block[:n_train], "train"), (block[n_train:], "val")
                 yield from ((part, name) for part, name in parts if part)
@@ -414,7 +415,7 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             return _encode(batch, tokenizer)
 
         reading = deque(reader.submit(next, batches, None) for _ in range(MAX_QUEUED_BATCHES))
-        ahead = deque()
+        ahead: deque = deque()
         while batch := reading.popleft().result():
             reading.append(reader.submit(next, batches, None))
             ahead.append((batch, encoder.submit(encode, batch)))
