@@ -17,11 +17,12 @@ import numpy as np
 
 from acorn import UserError, files, printable, visible
 
-MOST = 1 << 31  # bytes; a larger metrics.jsonl is not read
-FIGURES = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
-FIGURES |= {"val_perplexity", "val_bits_per_byte"}
+MAX_METRICS_BYTES = 1 << 31  # bytes; a larger metrics.jsonl is not read
+NUMERIC_FIELDS = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
+NUMERIC_FIELDS |= {"val_perplexity", "val_bits_per_byte"}
 
-ASIDE = ("out_dir", "overwrite", "dry_run", "eval_only", "wandb_run_name")  # settings that do not affect results
+# settings that do not affect results
+SETTINGS_WITHOUT_EFFECT = "out_dir overwrite dry_run eval_only wandb_run_name log_interval".split()
 
 
 class Metrics:
@@ -82,7 +83,7 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
     """
     lines, bad, content = [], [], b""
     try:
-        content = files.read_bytes(path, MOST)
+        content = files.read_bytes(path, MAX_METRICS_BYTES)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -92,7 +93,7 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
             line = json.loads(text)
             if not isinstance(line["step"], int) or not 0 <= line["step"] < 2**53 or line["step"] is True:
                 raise ValueError("step is not a count")
-            for name in FIGURES & line.keys():
+            for name in NUMERIC_FIELDS & line.keys():
                 line[name] = None if line[name] is None or not math.isfinite(line[name]) else line[name]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += [number] if text.strip() else []
@@ -397,7 +398,7 @@ def rank(runs: list[dict]) -> bool:
 
 def differences(runs: list[dict]) -> dict[str, list]:
     """Return the settings that differ between runs, each with its value in every run (None if unknown)."""
-    names = dict.fromkeys(name for settings in runs for name in settings if name not in ASIDE)
+    names = dict.fromkeys(name for settings in runs for name in settings if name not in SETTINGS_WITHOUT_EFFECT)
     differ = {}
     for name in names:
         known = [settings.get(name) for settings in runs if settings]

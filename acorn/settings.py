@@ -41,7 +41,8 @@ BOUNDS = (
     (lambda value: 0 <= value < 2**62, "be from 0 to 2^62", "seed"),
     (lambda value: 0 <= value < 2**20, "be from 0 to 2^20; 8 or 16 is usual", "lora_rank"),
     (lambda value: 0 < value < 1, "be between 0 and 1, such as 0.1", "val_fraction"),
-    (lambda value: value is None or value >= 2, "be 2 or more", "val_tokens max_tokens shard_tokens"),
+    (lambda value: value is None or value >= 2, "be 2 or more", "val_tokens shard_tokens"),
+    (lambda value: value is None or value >= 8, "be 8 or more", "max_tokens"),
 )
 
 

@@ -69,8 +69,6 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     settings.check_bounds(vars(args))
     if args.val_by == "end":
         raise UserError("conversations are split by their hash. Remove --val_by end.")
-    if args.max_tokens is not None and args.max_tokens < 8:
-        raise UserError(f"max_tokens={args.max_tokens} must be 8 or more")
     for path in args.files:
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")

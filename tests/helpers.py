@@ -38,8 +38,8 @@ on_posix = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and 
 # a tiny run: some 30 thousand parameters, 40 updates of 256 tokens, a few seconds
 TINY = (
     "--block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --n_layer=2 --n_head=2 --n_embd=32 --dropout=0.1 "
-    "--eval_interval=10 --eval_iters=3 --max_iters=40 --warmup_iters=5 --learning_rate=1e-3 --min_lr=1e-4 "
-    "--device=cpu --dtype=float32 --compile=False"
+    "--eval_interval=10 --log_interval=1 --eval_iters=3 --max_iters=40 --warmup_iters=5 --learning_rate=1e-3 "
+    "--min_lr=1e-4 --device=cpu --dtype=float32 --compile=False"
 ).split()
 # a still smaller one; these words follow those of TINY
 SMALL = "--n_layer=1 --n_embd=16 --block_size=16 --eval_interval=2 --eval_iters=1 --keep_checkpoints=1".split()

@@ -140,7 +140,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert matrices == {f"transformer.h.{i}.{m}.weight" for i in (0, 1) for m in NAMES}
     count = sum(len(group["params"]) for each in (adamw, muon) for group in each.param_groups)
     assert count == len(list(model.parameters()))
-    assert [group["peak_lr"] for each in (adamw, muon) for group in each.param_groups] == [1e-3, 0.02]
+    assert {group["peak_lr"] for group in adamw.param_groups} == {1e-3}
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.0}
+    assert [group["peak_lr"] for group in muon.param_groups] == [0.02]
 
 
 def test_muon_state_is_restored_to_the_bit():

@@ -191,7 +191,7 @@ print(*sorted(set(sys.modules) - at_start), file=sys.stderr)
         ("min_p", [0, 1], [-0.1, 1.1]),
         ("seed", [0, 2**62 - 1], [-1, 2**62]),
         ("val_fraction", [0.1, 0.999], [0, 1, float("nan")]),
-        ("max_tokens", [None, 2], [1, 0]),
+        ("max_tokens", [None, 8], [7, 0]),
     ],
 )
 def test_bounds_are_checked_to_the_edge(name, inside, outside):
