@@ -1,4 +1,5 @@
 # make demo: train a model on a fresh clone, plot its loss curve and sample from it, in a few minutes on a laptop
+# make demo-zh: the same with Tang and Song poems (needs npm), with hints in Chinese
 # make test: the test suite        make slow: include the long tests        make lint: ruff and mypy
 # make gpu: on a CUDA machine, the tests marked gpu and the benchmarks at GPU sizes, in under nine minutes
 
@@ -9,7 +10,7 @@ SYSTEM_PYTHON ?= python3
 # stamp files inside the environment record which requirements are installed
 STAMPS := $(or $(ACTIVE),.venv)
 
-.PHONY: demo test slow lint gpu
+.PHONY: demo demo-zh test slow lint gpu
 
 demo: $(STAMPS)/.acorn-requirements
 	@test -f data/plays/meta.json || $(PYTHON) prepare shakespeare
@@ -21,6 +22,18 @@ demo: $(STAMPS)/.acorn-requirements
 	@echo "  $(PYTHON) prepare text YOUR_FILES --name mine --tokenizer char"
 	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
 	@echo "  $(PYTHON) train.py config/quickstart.py --init_from=out/quickstart --out_dir=out/longer --max_iters=5000"
+
+demo-zh: $(STAMPS)/.acorn-requirements
+	@test -f data/poems/meta.json || $(PYTHON) prepare poems
+	$(PYTHON) train.py config/poems.py --overwrite=True
+	$(PYTHON) sample.py --out_dir=out/poems --start="《春晓》" --num_samples=3 --max_new_tokens=100 --temperature=0.8 --stop="《"
+	@echo
+	@echo "损失曲线在 out/poems/loss.png。接下来可以试试："
+	@echo "  $(PYTHON) sample.py --out_dir=out/poems --interactive=True        # 输入标题或第一句，例如 《山中》王维"
+	@echo "  $(PYTHON) train.py config/poems.py --init_from=out/poems --out_dir=out/longer --max_iters=8000   # 训练更久"
+	@echo "  $(PYTHON) prepare text 你的文件 --name mine --tokenizer char        # 换成自己的文本"
+	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
+	@echo "教程：docs/tutorial.zh-CN.md"
 
 test: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m pytest -n 2

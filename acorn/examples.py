@@ -1,6 +1,7 @@
 """Write small datasets for the recipes: functions of Python's standard library, German sentences, capitals.
 
     python -m acorn.examples data/examples
+    python -m acorn.examples data/examples --poems poems      # only couplets, from the dataset of `prepare poems`
 
     answers.jsonl        {"prompt", "response"}: what a function does; the response is its docstring's first line
     summaries.jsonl      the same format: a function's name and the rest of its docstring -> the first line
@@ -10,20 +11,24 @@
     choices.yaml         choices_val.jsonl as a task of the lm-evaluation-harness
     topics/*.txt         texts with a prefix that names their topic: `<topic=json>`
     fewshot.jsonl        {"prompt", "response"}: three countries with their capitals and another country -> its capital
+    couplets.jsonl       the same format, in Chinese: a verse -> the next verse, and a title -> a poem
 
-answers, summaries and translations have a validation file with _val in its name, which holds another tenth of the
-examples. Likewise, the functions in choices_val are not in labels.
+answers, summaries, translations and couplets have a validation file with _val in its name, which holds another tenth
+of the examples. Likewise, the functions in choices_val are not in labels.
 """
 
 import argparse
 import ast
 import hashlib
 import json
+import re
 import sysconfig
 from pathlib import Path
 from random import Random
 
 from acorn import UserError, files, run
+from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import END_OF_TEXT
 
 # nominative and accusative of "the" and "a" in German, by gender; _ is the adjective
 GERMAN = {
@@ -148,6 +153,29 @@ def write_examples(folder: Path) -> dict[str, int]:
     return {name: len(records) for name, records in tables.items()} | {"topics": len(topics)}
 
 
+def write_couplets(folder: Path, dataset: str, count: int = 20_000) -> dict[str, int]:
+    """Write the couplets of the first `count` poems of a dataset of poems. Returns the number of examples in each file.
+
+    The validation file is from the validation split, so a base model trained on the dataset has not seen its verses."""
+    data = load_dataset(dataset)
+    counts = {}
+    for name, tokens, limit in (("couplets", data.train, count), ("couplets_val", data.val, count // 10)):
+        text = data.tokenizer.decode(tokens.read([0], min(len(tokens), 150 * limit))[0])
+        poems = re.findall(r"《(.+?)》.*\n((?:\w+，\w+。(?:\n|$)){2,4})", text.replace(END_OF_TEXT, "\n\n"))[:limit]
+        records = []
+        for title, body in poems:
+            first, second = Random(body).choice(body.split()).split("，")
+            records.append({"prompt": f"请对下句：{first}，", "response": second})
+            if len(title) <= 8 and " " not in title:
+                records.append({"prompt": f"请以《{title}》为题写一首诗。", "response": body.strip()})
+        if not records:
+            raise UserError(f"the dataset {dataset} holds no couplets. Prepare it with `python prepare poems`.")
+        files.make_folder(folder)
+        write(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        counts[name] = len(records)
+    return counts
+
+
 def write(path: Path, text: str) -> None:
     with files.create(path) as file:
         file.write(text.encode())
@@ -156,8 +184,10 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m acorn.examples", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder to write to")
+    parser.add_argument("--poems", metavar="DATASET", help="write only couplets, from this dataset of poems")
     args = parser.parse_args()
-    for name, count in write_examples(args.folder).items():
+    counts = write_couplets(args.folder, args.poems) if args.poems else write_examples(args.folder)
+    for name, count in counts.items():
         print(f"{count:6,} {name}")
     print(f"written to {args.folder}")
 

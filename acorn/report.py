@@ -4,6 +4,7 @@ python -m acorn.report out/a out/b
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -253,6 +254,10 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     default = font_manager.findfont(font_manager.FontProperties())
     missing = {ord(c) for name in names for c in name} - characters(default)
     if missing:
+        known = {font.fname for font in font_manager.fontManager.ttflist}
+        for path in sorted({*font_manager.findSystemFonts()} - known):  # installed after matplotlib cached its list
+            with contextlib.suppress(OSError, RuntimeError):
+                font_manager.fontManager.addfont(path)
         # likely fonts first, because opening a font takes time
         likely = re.compile("CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans")
         fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
@@ -265,8 +270,11 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     if not replaced:
         return drawn, families, None
     without = "".join(map(chr, sorted(missing)))
-    note = f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}"
-    return drawn, families, f"{note}. Install a font with these characters, such as Noto Sans CJK."
+    note = (
+        f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}. Install a font with these "
+        "characters, such as Noto Sans CJK (on Debian and Ubuntu: apt install fonts-noto-cjk)."
+    )
+    return drawn, families, note
 
 
 @functools.cache

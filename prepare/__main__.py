@@ -25,7 +25,9 @@ from acorn.data.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
 from prepare import pipeline  # noqa: E402
 
 # options of every corpus; meta.json records all other options, so that the text can be read again
-OPTIONS = "corpus tokenizer new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
+OPTIONS = (
+    "corpus tokenizer digits reserve new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
+)
 
 
 def main() -> int:
@@ -79,6 +81,8 @@ def prepare_corpus(argv: list[str]) -> None:
     arguments = {option: value for option, value in vars(args).items() if option not in OPTIONS}
     source = {"corpus": args.corpus, "description": description, "arguments": arguments}
     tokenizer = tokenizer_of(args.tokenizer)
+    if args.digits or args.reserve:
+        tokenizer = with_bpe_options(tokenizer, args.digits, args.reserve)
     if args.new_tokens:
         tokenizer = with_new_tokens(tokenizer, args.new_tokens)
     if hasattr(corpus, "prepare"):  # a corpus that does not consist of documents
@@ -133,7 +137,7 @@ def tokenizer_of(name: str) -> str | Tokenizer:
     if name == "bpe" and not Path(name).exists():
         raise UserError("--tokenizer bpe lacks the size of its vocabulary. Add it, such as --tokenizer bpe:8192.")
     if name.startswith("bpe:"):
-        tokenizers.bpe_size(name)  # checked before a long read
+        tokenizers.bpe_options(name)  # checked before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
     states = _states(name)
@@ -177,6 +181,18 @@ def _block_size(source: str) -> int:
     return checkpoint.open_model(source).model.config.block_size
 
 
+def with_bpe_options(tokenizer: str | Tokenizer, digits: int, reserve: int) -> str:
+    """Return the spec of a BPE to train, with these options. Raises UserError for another kind of tokenizer."""
+    if not isinstance(tokenizer, str) or not tokenizer.startswith("bpe:"):
+        option = "--digits" if digits else "--reserve"
+        raise UserError(
+            f"{option} applies only to a tokenizer that is trained. Use --tokenizer bpe:8192, or leave it out."
+        )
+    spec = f"{tokenizer}:{digits}:{reserve}"
+    tokenizers.bpe_options(spec)
+    return spec
+
+
 def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
     """Return the tokenizer with new control tokens. Raises UserError for a kind that cannot be extended."""
     if tokenizer == "gpt2":
@@ -198,6 +214,8 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/train_shakespeare_char.py"
     elif dataset == "plays" and kind == "char":
         command = "python train.py config/quickstart.py"
+    elif dataset == "poems" and kind == "char":
+        command = "python train.py config/poems.py"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
         published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # a name on the hub
@@ -250,6 +268,22 @@ def _parser(modules: dict, broken: dict[str, str] | None = None) -> argparse.Arg
             default=corpus.TOKENIZER,
             help="char, byte, gpt2, cl100k_base, o200k_base, bpe:8192 (trains a tokenizer of that size on the corpus), "
             "or a tokenizer.json, dataset or out_dir whose tokenizer to use; default: %(default)s",
+        )
+        add(
+            "--digits",
+            type=int,
+            choices=(1, 3),
+            default=0,
+            help="with bpe:SIZE: split numbers into groups of at most this many digits, from the left; default: whole "
+            "numbers",
+        )
+        add(
+            "--reserve",
+            type=int,
+            metavar="N",
+            default=0,
+            help="with bpe:SIZE: reserve N of its tokens as control tokens for later use by a chat template: "
+            "<|reserved_0|>, <|reserved_1|>, ...",
         )
         add(
             "--new_tokens",

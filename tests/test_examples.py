@@ -1,10 +1,15 @@
 """The examples of the recipes, made from the standard library of the Python that runs this."""
 
 import json
+from pathlib import Path
 
+import pytest
+
+from acorn import UserError
 from acorn.data.records import read_messages
 from acorn.evaluation.tasks import check_choices
-from acorn.examples import TOPICS, translations, write_examples
+from acorn.examples import TOPICS, translations, write_couplets, write_examples
+from prepare.pipeline import prepare
 
 
 def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_path):
@@ -35,3 +40,35 @@ def test_the_german_is_german():
     assert german["a good child sees the white man"] == "ein gutes Kind sieht den weißen Mann"
     assert german["the good cat finds a good man"] == "die gute Katze findet einen guten Mann"
     assert german["a small dog finds a young pig"] == "ein kleiner Hund findet ein junges Schwein"
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_couplets_come_from_poems_of_their_own_split(tmp_path, tokenizer):
+    numerals = "一二三四五六七八九十"
+    poems = [
+        f"《{a}{b}》李白\n{a}前明月光，疑是地上{b}。\n举头望{a}月，低头思故{b}。" for a in numerals for b in numerals
+    ]
+    prepare(
+        [*poems, "《散句》李白\n举头望明月。"],
+        tmp_path / "d",
+        name="d",
+        tokenizer=tokenizer,
+        source={},
+        val_fraction=0.3,
+    )
+    counts = write_couplets(tmp_path, str(tmp_path / "d"))
+    answers = {}
+    for name in ("couplets", "couplets_val"):
+        records = [json.loads(line) for line in Path(tmp_path, f"{name}.jsonl").read_text("utf-8").splitlines()]
+        assert len(records) == counts[name] > 20
+        for record in records:
+            if record["prompt"].startswith("请对下句："):
+                couplet = record["prompt"].removeprefix("请对下句：") + record["response"]
+                assert any(couplet in poem for poem in poems)
+            else:
+                assert f"{record['prompt'][2:6]}李白\n{record['response']}" in poems
+                answers.setdefault(name, set()).add(record["response"])
+    assert not answers["couplets"] & answers["couplets_val"] and len(answers["couplets"]) > 40
+    with pytest.raises(UserError, match="no couplets"):
+        prepare(["prose " * 9, "more " * 9], tmp_path / "p", name="p", tokenizer="byte", source={})
+        write_couplets(tmp_path, str(tmp_path / "p"))

@@ -168,9 +168,14 @@ def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_
     with matplotlib.rc_context({"font.family": ["DejaVu Sans"]}):
         assert report.drawable(["a", "b"]) == (["a", "b"], ["DejaVu Sans"], None)
         only = [font for font in font_manager.fontManager.ttflist if font.name in ("DejaVu Sans", "STIXGeneral")]
+        only.sort(key=lambda font: font.name)
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
         monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
         assert report.drawable(["a", f"x{rare}"]) == (["a", f"x{rare}"], ["DejaVu Sans", "STIXGeneral"], None)
         names, _, note = report.drawable(["a", f"x\U0010fffd{rare}"])
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", only[:1])  # the other one is newly installed
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [fonts["STIXGeneral"], "/no/such/font.ttf"])
+        assert report.drawable([rare]) == ([rare], ["DejaVu Sans", "STIXGeneral"], None)
     assert names == ["a", "run 2"] and f"run 2 is x\U0010fffd{rare}" in note
     assert visible("a\nb\x1b[31m\udcff中") == "a\\nb\\x1b[31m\\udcff中"
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 import unicodedata
@@ -30,6 +31,7 @@ from acorn.data.tokenizer import (
     _gpt2_ranks,
     _read_gpt2_file,
     add_tokens,
+    cut_long_words,
     extends,
     from_dict,
     get_tokenizer,
@@ -348,9 +350,51 @@ def test_bpe_of_a_small_text_has_fewer_tokens_and_of_none_is_refused(capsys):
     assert 257 <= n_vocab < 270 and f"only {n_vocab} tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="no text"):
         get_tokenizer("bpe:8192", [""])
-    for wrong in ("bpe:", "bpe:100", "bpe:8k", "bpe:99999999", "bpe:-300"):
+    for wrong in ("bpe:", "bpe:100", "bpe:8k", "bpe:99999999", "bpe:-300", "bpe:300:x:0", "bpe:300:1"):
         with pytest.raises(UserError, match="257 or more tokens, such as bpe:8192"):
             get_tokenizer(wrong, ["text"])
+
+
+def words(tokenizer, text: str) -> list[str]:
+    """Return the words into which the tokenizer's pre-tokenizer splits a text."""
+    return [text[start:end] for _, (start, end) in tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_words_of_chinese_end_at_punctuation_spaces_and_digits():
+    text = "床前明月光，疑是地上霜。\n举头 Python3代码2026年！？"
+    expected = ["床前明月光", "，", "疑是地上霜", "。", "\n", "举头", " Python", "3", "代码", "2026", "年", "！？"]
+    assert words(BPE, text) == expected
+
+
+@pytest.mark.parametrize(("digits", "groups"), [(0, ["12345678"]), (1, list("12345678")), (3, ["123", "456", "78"])])
+def test_digits_in_groups(digits, groups):
+    tokenizer = train_bpe([TEXT + "12345678 " * 9], 340, digits)
+    assert words(tokenizer, "in 12345678") == ["in", *([" ", *groups] if digits else [" 12345678"])]
+    assert max(len(tokenizer.decode([i])) for i in tokenizer.encode("12345678")) <= (digits or 8)
+    for text in TEXTS[:-4]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text).tolist() == tokenizer._reference(text).tolist()
+    assert from_dict(tokenizer.to_dict()).encode("a 12345678").tolist() == tokenizer.encode("a 12345678").tolist()
+
+
+def test_reserved_ids_are_control_tokens_after_the_end_of_text():
+    tokenizer = train_bpe([TEXT], 340, reserved=3)
+    assert (tokenizer.n_vocab, tokenizer.eot) == (340, 336)
+    assert tokenizer.control == {END_OF_TEXT: 336} | {f"<|reserved_{i}|>": 337 + i for i in range(3)}
+    assert max(tokenizer.encode("<|reserved_0|> is text")) < 336
+    assert tokenizer.encode_part("<|reserved_1|>", False, True).tolist() == [338]
+    assert get_tokenizer("bpe:340:0:3", [TEXT]).to_dict() == tokenizer.to_dict()
+    with pytest.raises(UserError, match="Reserve between 0 and 83"):
+        get_tokenizer("bpe:340:0:84", [TEXT])
+
+
+def test_training_cuts_long_words():
+    source = random.Random(0)
+    word = "".join(chr(0x4E00 + min(int(source.expovariate(0.01)), 900)) for _ in range(20_000))
+    parts = list(cut_long_words([word, "short words", "=" * 130]))
+    assert "".join(parts) == word + "short words" + "=" * 130 and max(map(len, parts)) <= 75
+    tokenizer = train_bpe([word], 600)
+    assert tokenizer.decode(tokenizer.encode(word)) == word
 
 
 def test_the_sample_is_bounded_and_spread_evenly():
@@ -398,6 +442,12 @@ def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
     ids = reused.train.read([0], len(reused.train))[0]
     assert ids[0] == 299 and TEXT.startswith(learned.tokenizer.decode(ids[1:]))
     assert "300 (bpe)" in capsys.readouterr().out
+    prepare_corpus(["text", "a.txt", "--name", "more", "--tokenizer", "bpe:300", "--digits", "1", "--reserve", "2"])
+    more = load_dataset("more").tokenizer
+    assert (more.n_vocab, more.eot, len(more.control)) == (300, 297, 3) and words(more, "12") == ["1", "2"]
+    for option in ("--digits", "--reserve"):
+        with pytest.raises(UserError, match=f"{option} applies only.*bpe:8192"):
+            prepare_corpus(["text", "a.txt", "--name", "new", "--tokenizer", "gpt2", option, "3"])
     for spec, message in (
         ("bpe:99", "257 or more"),
         ("bpe", r"size.*--tokenizer bpe:\d+"),

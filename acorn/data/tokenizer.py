@@ -497,7 +497,7 @@ def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     if spec in TIKTOKEN_KINDS:
         return TiktokenTokenizer(spec)
     if spec.startswith("bpe:"):
-        return train_bpe(texts, bpe_size(spec))
+        return train_bpe(texts, *bpe_options(spec))
     if is_hf(spec):
         return load_hf(spec)
     raise UserError(
@@ -506,12 +506,19 @@ def get_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     )
 
 
-def bpe_size(spec: str) -> int:
-    """Return the vocabulary size of a `bpe:SIZE` spec."""
-    size = spec.removeprefix("bpe:")
-    if not re.fullmatch(r"[0-9]{1,7}", size) or not 257 <= int(size) <= MAX_VOCAB:
+def bpe_options(spec: str) -> tuple[int, int, int]:
+    """Return the vocabulary size, digits and reserved ids of a spec: `bpe:SIZE`, as users write it, or
+    `bpe:SIZE:DIGITS:RESERVED`, which records the other options."""
+    parts = re.fullmatch(r"bpe:([0-9]{1,7})(?::([013]):(-?[0-9]{1,7}))?", spec)
+    if not parts or not 257 <= int(parts[1]) <= MAX_VOCAB:
         raise UserError(f"'{spec}' should be bpe:SIZE with a vocabulary of 257 or more tokens, such as bpe:8192")
-    return int(size)
+    size, digits, reserved = (int(part or 0) for part in parts.groups())
+    if not 0 <= reserved <= size - 257:
+        raise UserError(
+            f"{reserved} reserved ids do not fit into a vocabulary of {size} tokens, of which 256 are bytes and one is "
+            f"{END_OF_TEXT}. Reserve between 0 and {size - 257}."
+        )
+    return size, digits, reserved
 
 
 def is_hf(path: str | Path) -> bool:
@@ -529,24 +536,52 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
     return CharTokenizer([chr(c) for c in np.flatnonzero(is_present)])
 
 
-def train_bpe(texts: Iterable[str], size: int) -> HFTokenizer:
-    """Train a byte-level BPE of at most `size` tokens with GPT-2's word splitting: the 256 bytes, then merges, then the
-    end-of-text token. Training is deterministic."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_bpe(texts: Iterable[str], size: int, digits: int = 0, reserved: int = 0) -> HFTokenizer:
+    """Train a byte-level BPE of at most `size` tokens: the 256 bytes, then merges, then the end-of-text token, then
+    `reserved` control tokens without a use, <|reserved_0|> and so on. Training is deterministic.
+
+    Words are split as GPT-2 splits them. A run of letters is one word, and so is a run of Han characters, up to the
+    next punctuation, space or digit. Digits form words of any length; with `digits` 1 or 3, of at most that length,
+    counted from the left.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     sample = sample_pieces(texts, BPE_SAMPLE)
     if not any(sample):
         raise UserError("there is no text to train a tokenizer on. Use a corpus that is not empty.")
     print(f"learning {size} tokens from {sum(map(len, sample)):,} characters ...", file=sys.stderr)
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits == 1:  # as SmolLM2's tokenizer does, which other programs can read
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif digits:
+        groups = pre_tokenizers.Split(Regex(f"\\p{{N}}{{1,{digits}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([groups, byte_level])
+    else:
+        backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(byte_alphabet()), show_progress=False)
-    backend.train_from_iterator(map(_well_formed, sample), trainer)
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    names = [END_OF_TEXT, *(f"<|reserved_{i}|>" for i in range(reserved))]
+    alphabet = list(byte_alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size - len(names), initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(map(_well_formed, cut_long_words(sample)), trainer)
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     if (n_vocab := backend.get_vocab_size()) < size:
         print(f"note: the tokenizer has only {n_vocab} tokens: the text has no more pairs to merge", file=sys.stderr)
     return HFTokenizer(json.loads(backend.to_str()), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT, kind="bpe")
+
+
+_LONG_WORD = re.compile(r"[^\W\d_]{64}|\d{64}|(?:[^\w\s]|_){64}|\s{64}")
+
+
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut within words of more than 64 characters: each merge that training learns takes time in
+    proportion to the length of a word, and Chinese without punctuation is one word."""
+    for text in texts:
+        start = 0
+        for run in _LONG_WORD.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
