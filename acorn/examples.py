@@ -158,6 +158,8 @@ def write_couplets(folder: Path, dataset: str, count: int = 20_000) -> dict[str,
 
     The validation file is from the validation split, so a base model trained on the dataset has not seen its verses."""
     data = load_dataset(dataset)
+    if data.val is None:
+        raise UserError(f"the dataset {dataset} has no validation split. Prepare it with `python prepare poems`.")
     counts = {}
     for name, tokens, limit in (("couplets", data.train, count), ("couplets_val", data.val, count // 10)):
         text = data.tokenizer.decode(tokens.read([0], min(len(tokens), 150 * limit))[0])

@@ -82,7 +82,7 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
         # GradScaler's protocol for fused optimizers: with 1 the step is a no-op
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's stubs lack this attribute
         optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.found_inf  # type: ignore[attr-defined]  # as above
 
 
 class Muon(torch.optim.Optimizer):
