@@ -27,7 +27,7 @@ BOUNDS = (
         lambda value: value >= 0,
         "not be negative",
         "log_interval eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr "
-        "weight_decay grad_clip max_new_tokens top_k no_repeat_ngram_size temperature limit",
+        "weight_decay grad_clip max_minutes max_new_tokens top_k no_repeat_ngram_size temperature limit",
     ),
     (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 dropout ngram_dropout"),
     (
@@ -40,6 +40,8 @@ BOUNDS = (
     (lambda value: value > 0, "be above 0", "repetition_penalty"),
     (lambda value: 0 <= value < 2**62, "be from 0 to 2^62", "seed"),
     (lambda value: 0 <= value < 2**20, "be from 0 to 2^20; 8 or 16 is usual", "lora_rank"),
+    (lambda value: 1 <= value <= 1000, "be from 1 to 1000", "num_beams"),
+    (lambda value: -10 <= value <= 10, "be from -10 to 10", "length_penalty"),
     (lambda value: 0 < value < 1, "be between 0 and 1, such as 0.1", "val_fraction"),
     (lambda value: value is None or value >= 2, "be 2 or more", "val_tokens shard_tokens"),
     (lambda value: value is None or value >= 8, "be 8 or more", "max_tokens"),
@@ -167,6 +169,8 @@ def convert(value, kind, name: str):
     elif typing.get_origin(kind) is list and isinstance(value, (str, list, tuple)):
         items = [value] if isinstance(value, str) else value
         return [convert(item, typing.get_args(kind)[0], name) for item in items]
+    elif kind is dict and isinstance(value, dict):  # of a checkpoint's configuration
+        return value
     expected = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}.get(kind, "a list")
     raise UserError(f"{name} = {value!r} has the wrong type. It should be {expected}.")
 

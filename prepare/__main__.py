@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import shlex
 import sys
@@ -235,6 +236,7 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         chat.append(f"learned          {learned:,} tokens ({learned / tokens:.1%}): the replies")
         cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
         chat.append(f"too long         {cut:,} shortened (oldest turns or the reply's end); {left_out:,} left out")
+    chat += losses(meta)
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
@@ -247,6 +249,19 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
             f"train next       {command}",
         ]
     )
+
+
+def losses(meta: dict) -> list[str]:
+    """Return lines of the summary that name what a WordPiece tokenizer does not keep of the text."""
+    config = meta["tokenizer"].get("config") or {}
+    if config.get("model", {}).get("type") != "WordPiece":
+        return []
+    lowercase = '"lowercase": true' in json.dumps(config.get("normalizer"))
+    lines = [f"lost             line breaks, repeated spaces{' and the case of letters' if lowercase else ''}"]
+    if unknown := meta.get("unknown"):
+        most = ", ".join(f"{acorn.visible(word)} ({count:,})" for word, count in list(unknown["words"].items())[:8])
+        lines.append(f"unknown          {unknown['tokens']:,} words became [UNK], most often {most}")
+    return lines
 
 
 def _parser(modules: dict, broken: dict[str, str] | None = None) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -119,6 +120,39 @@ def test_bad_input_is_one_sentence(sample, tmp_path):
         refused(sample(*words), said)
 
 
+def test_beam_search_prints_its_best_texts(trained, monkeypatch, capsys):
+    words = "--device=cpu --compile=False --start=ANNA --max_new_tokens=9 --json=True --logprobs=True --num_beams=4"
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", *words.split(), "--num_samples=3"])
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample_script.main() == 0
+    best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({each["text"] for each in best}) == 3 and all(each["prompt"] == "ANNA" for each in best)
+    scores = [each["score"] for each in best]
+    assert scores == sorted(scores, reverse=True)
+    assert scores == pytest.approx([sum(each["logprobs"]) / each["n_tokens"] for each in best], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--num_beams=4 --temperature=0.5", "temperature"),
+        ("--num_beams=4 --top_k=5", "top_k"),
+        ("--num_beams=4 --seed=1", "seed"),
+        ("--num_beams=4 --stream=True", "stream"),
+        ("--num_beams=4 --chat=True", "chat"),
+        ("--num_beams=4 --num_samples=5", "--num_beams=5"),
+        ("--num_beams=0", "num_beams"),
+        ("--num_beams=2 --length_penalty=1e9", "length_penalty"),
+        ("--length_penalty=2", "--num_beams=4"),
+        ("--early_stopping=never", "--num_beams=4"),
+    ],
+)
+def test_settings_that_exclude_beam_search_are_refused(words, said):
+    given = settings.parse(sample_script.SampleSettings, words.split())
+    with pytest.raises(UserError, match=said):
+        sample_script.check(settings.build(sample_script.SampleSettings, given), given)
+
+
 @rounds(30, 1500)
 def test_any_sample_settings_give_text_or_a_sentence(rounds):
     torch.manual_seed(0)
@@ -129,8 +163,9 @@ def test_any_sample_settings_give_text_or_a_sentence(rounds):
     def one(chosen: dict[str, str], prompts: list[list[int]]) -> None:
         argv = [f"--{name}={value}" for name, value in chosen.items()]
         try:
-            s = settings.build(sample_script.SampleSettings, settings.parse(sample_script.SampleSettings, argv))
-            sample_script.check(s)
+            given = settings.parse(sample_script.SampleSettings, argv)
+            s = settings.build(sample_script.SampleSettings, given)
+            sample_script.check(s, given)
         except UserError as error:
             assert len(str(error)) > 10
             return

@@ -102,6 +102,14 @@ class Runtime:
         torch.distributed.all_gather(gathered, local_values, group=heartbeat.hosts)
         return torch.stack(gathered).tolist()
 
+    def gather_lists(self, values: list) -> list:
+        """Return the concatenated lists of all ranks, in the order of ranks. The items may be any plain objects."""
+        if self.world_size == 1:
+            return values
+        parts: list = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, values, group=heartbeat.hosts)
+        return [value for part in parts for value in part]
+
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on all ranks."""
         values = [value]
@@ -109,19 +117,19 @@ class Runtime:
             torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
-    def ask(self, condition: bool) -> Callable[[], bool]:
-        """Start an asynchronous any-reduction of `condition` over all ranks.
+    def ask(self, value: int) -> Callable[[], int]:
+        """Start an asynchronous maximum of `value` over all ranks.
 
         Returns a function that waits for the other hosts (not for their GPUs) and returns the result.
         """
         if self.world_size == 1:
-            return lambda: condition
-        answers = np.array([condition], dtype=np.int64)
-        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=heartbeat.hosts, async_op=True)
+            return lambda: value
+        answers, largest = np.array([value], dtype=np.int64), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.hosts, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> int:
             work.wait()
-            return bool(answers[0])
+            return int(answers[0])
 
         return answer
 

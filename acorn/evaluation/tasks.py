@@ -277,24 +277,35 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
     return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
+def encode_choices(
+    tokenizer: Tokenizer, records: list[tuple[str, dict]]
+) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
+    """Return the rows of each record's choices, from `encode_choice`, and the length of its longest input."""
+    encoded = [[encode_choice(tokenizer, each["prompt"], choice) for choice in each["choices"]] for _, each in records]
+    return encoded, [max(len(prompt) + len(continuation) for prompt, continuation in rows) - 1 for rows in encoded]
+
+
 def measure_choices(
-    model: GPT, tokenizer: Tokenizer, records: list[tuple[str, dict]], r: runtime.Runtime, batch_size: int
+    model: GPT,
+    records: list[tuple[str, dict]],
+    encoded: list[list[tuple[list[int], list[int]]]],
+    lengths: list[int],
+    r: runtime.Runtime,
+    batch_size: int,
 ) -> tuple[dict[str, Figure], list[int | None]]:
     """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
 
-    "accuracy" compares log-probabilities, "accuracy by byte" log-probabilities per byte. A record with a choice that
-    exceeds the block size is skipped, and its chosen index is None.
+    `encoded` and `lengths` are the results of `encode_choices`. "accuracy" compares log-probabilities, "accuracy by
+    byte" log-probabilities per byte. A record with a choice that exceeds the block size is skipped; its chosen index is
+    None.
     """
-    rows, lengths = [], []
-    for _, record in records:
-        encoded = [encode_choice(tokenizer, record["prompt"], choice) for choice in record["choices"]]
-        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in encoded) - 1)  # input length
-        rows += encoded if lengths[-1] <= model.config.block_size else []
+    fits = [length <= model.config.block_size for length in lengths]
+    rows = [row for of_record, fit in zip(encoded, fits, strict=True) if fit for row in of_record]
     logprobs = choice_logprobs(model, rows, r, batch_size)
     right, right_by_bytes, start = [], [], 0
     chosen: list[int | None] = []
-    for (_, record), length in zip(records, lengths, strict=True):
-        if length > model.config.block_size:
+    for (_, record), fit in zip(records, fits, strict=True):
+        if not fit:
             chosen.append(None)
             continue
         scores = logprobs[start : start + len(record["choices"])]
@@ -328,6 +339,14 @@ def read_records(path: str, limit: int) -> list[tuple[str, dict]]:
             json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # an unpaired surrogate
             raise UserError(f"{where} is not valid JSON ({error}). Write one JSON object per line.") from error
+    return located
+
+
+def read_choices(path: str, limit: int = 0) -> list[tuple[str, dict]]:
+    """Read multiple-choice records like `read_records`. Raises UserError for an invalid one."""
+    located = read_records(path, limit)
+    for where, record in located:
+        check_choices(where, record)
     return located
 
 
@@ -455,6 +474,17 @@ def read_pair(tokenizer: Tokenizer, record: dict) -> tuple[list[int], str]:
     return prompt_ids(tokenizer, messages[:last]), messages[last]["content"].strip()
 
 
+def encode_pairs(tokenizer: Tokenizer, records: list[tuple[str, dict]]) -> list[tuple[list[int], str]]:
+    """Return `read_pair` of each record. Raises UserError, which names the record's location, for an invalid one."""
+    pairs = []
+    for where, record in records:
+        try:
+            pairs.append(read_pair(tokenizer, record))
+        except UserError as error:
+            raise UserError(f"{where} {error}") from error
+    return pairs
+
+
 def measure_pairs(
     model: GPT,
     tokenizer: Tokenizer,
@@ -468,12 +498,7 @@ def measure_pairs(
 
     A record whose prompt leaves no room for an answer is skipped, and its answer is None.
     """
-    pairs = []
-    for where, record in records:
-        try:
-            pairs.append(read_pair(tokenizer, record))
-        except UserError as error:
-            raise UserError(f"{where} {error}") from error
+    pairs = encode_pairs(tokenizer, records)
     lengths = [len(prompt) for prompt, _ in pairs]
     limit = model.config.block_size - 1  # leaves room for one token of the answer
     fitting = [i for i, length in enumerate(lengths) if length <= limit]
@@ -507,9 +532,7 @@ def main() -> int:
     if not (args.dataset or args.text or args.pairs or args.choices):
         dataset, document_mask = training_dataset(args.source, args.checkpoint)
     pairs = read_records(args.pairs, args.limit) if args.pairs else []
-    choices = read_records(args.choices, args.limit) if args.choices else []
-    for where, record in choices:
-        check_choices(where, record)
+    choices = read_choices(args.choices, args.limit) if args.choices else []
 
     # ---- measurements
     model, tokenizer, source, r, block_size = load_evaluated(args)
@@ -525,7 +548,9 @@ def main() -> int:
         )
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
-        figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
+        figures[args.choices], chosen = measure_choices(
+            model, choices, *encode_choices(tokenizer, choices), r, args.batch_size
+        )
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
     # ---- output

@@ -151,7 +151,7 @@ def reduce_config(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[
         n_layer=1,
         n_head=n_head,
         n_kv_head=config.n_kv_head if n_head % config.n_kv_head == 0 else n_head,
-        n_embd=n_head * config.head_dim,
+        n_embd=2 * math.ceil(config.n_embd * n_head / config.n_head / 2),
         n_hidden=math.ceil(config.n_hidden * n_head / config.n_head),
         vocab_size=min(config.vocab_size, 1024),
         ngram=1,
@@ -224,7 +224,7 @@ def plain_fits(config: GPTConfig) -> bool:
     Plain attention keeps these weights for the backward pass. The other activations are about 16 values per channel
     and token.
     """
-    return config.block_size <= 16 * config.head_dim
+    return config.block_size * config.n_head <= 16 * config.n_embd
 
 
 def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acorn import printable, report
 from acorn.distributed import runtime
-from acorn.report import duration
+from acorn.report import duration, task_name
 from acorn.training.accumulate import Accumulator
 
 if TYPE_CHECKING:
@@ -158,6 +158,8 @@ class Progress:
         rate = n_updates * n_sequences * self.s.block_size / seconds
         mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
         left = self.time_left.estimate(state.step)
+        if left is not None and self.s.max_minutes:
+            left = min(left, max(0.0, 60 * self.s.max_minutes - state.tick()))
         self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left))
         of_rank = dist.gather([runtime.peak_memory(dist.device), self.accumulator.waited.take()])
         if self.metrics is not None:
@@ -196,11 +198,17 @@ def update_parts(
     return parts
 
 
-def evaluation_line(step: int, train: dict[str, float], val: dict[str, float]) -> str:
-    """Return the console line of an evaluation at `step`, from the results of `evaluate_mixture` on both splits."""
+def evaluation_line(
+    step: int, train: dict[str, float], val: dict[str, float], measured: dict[str, float | None]
+) -> str:
+    """Return the console line of an evaluation at `step`.
+
+    `train` and `val` are the results of `evaluate_mixture`, `measured` those of `measure_tasks`.
+    """
     each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
     per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
+    tasks = "".join(f", {task_name(name)} {'n/a' if x is None else f'{x:.1f}%'}" for name, x in measured.items())
     return (
         f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "
-        f"perplexity {val['perplexity']:.2f}{per_byte}"
+        f"perplexity {val['perplexity']:.2f}{per_byte}{tasks}"
     )

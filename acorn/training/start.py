@@ -21,6 +21,8 @@ from model import DROPOUTS, GPT, GPTConfig, grown_rows
 if TYPE_CHECKING:
     from train import TrainSettings
 
+AUTOMATIC = ("n_kv_head", "head_dim", "n_hidden")  # shape settings that GPTConfig computes if they are 0
+
 
 def shape_settings(s: "TrainSettings") -> set[str]:
     """Return the names of the settings that are also fields of GPTConfig."""
@@ -30,6 +32,8 @@ def shape_settings(s: "TrainSettings") -> set[str]:
 def check(s: "TrainSettings") -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     settings.check_bounds(vars(s))
+    if s.early_stopping < 0:  # not among the bounds, because sample.py has another setting of this name
+        raise UserError(f"early_stopping = {s.early_stopping} must not be negative")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
         raise UserError(
             "gradient_accumulation_steps x batch_size x block_size exceeds 2^32 tokens per update. Reduce one of them."
@@ -188,7 +192,7 @@ def load_initial(
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, value = getattr(model.config, name), given.get(name)
-        matches = value is None or value == actual or (name in ("n_kv_head", "n_hidden") and value == 0)
+        matches = value is None or value == actual or (name in AUTOMATIC and value == 0)
         if name == "block_size" and value is not None and value < actual:
             model.crop_block_size(value)
         elif not matches:
@@ -247,7 +251,8 @@ def start_model(
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         model, values, source, adapters = new_model(s, data.vocab_size, meta=dist.fsdp), None, "scratch", None
-        s.n_kv_head, s.n_hidden = model.config.n_kv_head, model.config.n_hidden  # in place of 0
+        for name in AUTOMATIC:
+            setattr(s, name, getattr(model.config, name))
     else:
         model, values, source, adapters = load_initial(s, given, folder, saved, data, dist)
     if s.freeze:
