@@ -168,6 +168,20 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.Module):
+    """The layers of a GPT below its head, by GPT-2's names. `GPT.forward` runs them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngram > 1:
+            self.ngram = NgramEmbedding(config)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = Norm(config, config.n_embd)
+
+
 class GPT(nn.Module):
     """The model. Parameter names are GPT-2's, such as `transformer.h.0.attn.c_attn.weight`."""
 
@@ -177,14 +191,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # recompute each block in the backward pass, to save memory
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only, so that init_weights alone draws random numbers
-            self.transformer = nn.ModuleDict()
-            self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            if config.pos == "learned":
-                self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-            if config.ngram > 1:
-                self.transformer.ngram = NgramEmbedding(config)
-            self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-            self.transformer.ln_f = Norm(config, config.n_embd)
+            self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device=device)
         if config.tie_weights:
@@ -342,10 +349,11 @@ class GPT(nn.Module):
         The logits of the old tokens do not change.
         """
         wte, head = self.transformer.wte, self.lm_head
-        for layer in (wte,) if self.config.tie_weights else (wte, head):
-            layer.weight = nn.Parameter(grown_rows(layer.weight, n_vocab, size))
+        wte.weight = nn.Parameter(grown_rows(wte.weight, n_vocab, size))
         if self.config.tie_weights:
             head.weight = wte.weight
+        else:
+            head.weight = nn.Parameter(grown_rows(head.weight, n_vocab, size))
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, params=None) -> torch.optim.AdamW:
@@ -465,12 +473,13 @@ class NgramEmbedding(nn.Module):
         if cache is not None:  # earlier tokens are in the cache
             cache.idx.scatter_(1, positions, idx)
             idx, index = cache.idx, positions
-        key, embedded = idx.gather(1, index), 0
+        key, embedded = idx.gather(1, index), torch.zeros((), device=idx.device)
         for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
             key = key * (self.config.vocab_size + 1) + before  # int64; overflow wraps around
             # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
-            row = key if table.num_embeddings == possible else (key * -7046029254386353131 >> 32) % table.num_embeddings
+            n_rows = min(self.config.ngram_rows, possible)
+            row = key if n_rows == possible else (key * -7046029254386353131 >> 32) % n_rows
             # dropout1d drops all C channels of an n-gram or none
             embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
         return embedded

@@ -14,7 +14,7 @@ from typing import Literal
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 
-from acorn import UserError, checkpoint, files, printable, run, settings
+from acorn import UserError, checkpoint, files, printable, replace_invalid, run, settings
 from acorn.data.tokenizer import END_OF_TEXT
 from acorn.distributed import runtime
 from acorn.inference import beam
@@ -75,9 +75,8 @@ def check(s: SampleSettings, given: dict) -> None:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot encode must not end a sample
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 input must not end a conversation
+    replace_invalid(sys.stdout)  # a character that the terminal cannot encode must not end a sample
+    replace_invalid(sys.stdin)  # invalid UTF-8 input must not end a conversation
     given = settings.parse(SampleSettings, sys.argv[1:])
     s = settings.build(SampleSettings, given)
     check(s, given)

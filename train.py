@@ -15,7 +15,7 @@ from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 
-from acorn import UserError, checkpoint, run, settings
+from acorn import UserError, checkpoint, replace_invalid, run, settings
 from acorn.distributed import heartbeat, runtime
 from acorn.evaluation.loss import evaluate_mixture
 from acorn.evaluation.monitor import measure_tasks, read_tasks
@@ -125,7 +125,7 @@ class TrainSettings:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot encode must not end a run
+    replace_invalid(sys.stdout)  # a character that the terminal cannot encode must not end a run
     # ---- settings
     s, given = read_settings(TrainSettings, sys.argv[1:])
     out_dir, resumed, writes = Path(s.out_dir), s.init_from == "resume", not (s.eval_only or s.dry_run)
@@ -168,7 +168,7 @@ def main() -> int:
     optimizers = make_optimizers(
         model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, dist.device.type, muon_dtype
     )
-    if resumed:
+    if folder:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 
     # ---- the state of the run, and the gradient accumulator

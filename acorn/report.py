@@ -169,7 +169,7 @@ def draw_losses(metrics: list[dict], picture: Path) -> None:
     lines = {"batch": [(m["step"], m["loss"]) for m in updates]}
     for split in ("train", "val"):
         lines[split] = [(m["step"], m[f"{split}_loss"]) for m in evaluations if m.get(f"{split}_loss") is not None]
-    tasks = {}  # by name, the points of each line
+    tasks: dict[str, list] = {}  # by name, the points of each line
     for m in metrics:
         for name in (name for name in m if name.startswith(TASKS) and m[name] is not None):
             tasks.setdefault(name, []).append((m["step"], m[name]))
@@ -200,9 +200,9 @@ def draw_losses(metrics: list[dict], picture: Path) -> None:
         if axes.has_data():
             axes.legend(loc="upper right")
         if tasks:
-            for name, points in tasks.items():
-                label = f"{task_name(name)} {points[-1][1]:.1f}"
-                panels[1, 0].plot(*zip(*points, strict=True), marker=".", lw=1.5, label=label)
+            for name, curve in tasks.items():
+                label = f"{task_name(name)} {curve[-1][1]:.1f}"
+                panels[1, 0].plot(*zip(*curve, strict=True), marker=".", lw=1.5, label=label)
             panels[1, 0].set(ylabel="tasks (percent)", ylim=(-2, 102))
             panels[1, 0].grid(alpha=0.3)
             panels[1, 0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -244,7 +244,8 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path, per_byte: bool = False
     with plt.rc_context({"font.family": fonts}):
         figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="col", sharey="row", layout="constrained")
         colors = plt.get_cmap("tab10") if len(runs) <= 10 else plt.get_cmap("turbo", len(runs))
-        handles, drawn = [], ([], [])  # drawn: the lines in each row of panels, for its limits
+        handles = []
+        drawn: tuple[list, list] = ([], [])  # the lines in each row of panels, for its limits
         for number, metrics in enumerate(timed.values()):
             for column, (across, scale) in enumerate((("step", 1), ("seconds", unit))):
                 for panel, key, own in zip(axes[:, column], keys, drawn, strict=True):
@@ -416,10 +417,11 @@ def duration(seconds: float) -> str:
 
 def size(n_bytes: float) -> str:
     """Format bytes for people, in powers of 1000: 512 KB, 1.5 GB."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n_bytes < 1000 or unit == "TB":
-            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
         n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.0f} {units[0]}" if n_bytes >= 10 or units[0] == "B" else f"{n_bytes:.1f} {units[0]}"
 
 
 def read_run(out_dir: Path) -> dict:

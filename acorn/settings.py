@@ -5,7 +5,6 @@ setting. Names that start with an underscore are helpers.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import math
 import runpy
@@ -49,6 +48,9 @@ BOUNDS = (
 )
 
 
+Settings = typing.TypeVar("Settings")  # a dataclass of settings
+
+
 def check_bounds(values: dict) -> None:
     """Raise UserError for the first of the settings `values`, by name, that is outside its bounds."""
     for is_valid, words, names in BOUNDS:
@@ -68,7 +70,8 @@ def parse(cls: type, argv: list[str]) -> dict:
     if "--help" in argv or "-h" in argv:
         print_help(cls)
     types_of = typing.get_type_hints(cls)
-    from_files, from_words = {}, {}
+    from_files: dict = {}
+    from_words: dict = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -150,7 +153,7 @@ def convert(value, kind, name: str):
             number = kind(text) if text is not None else value
         except ValueError:
             try:
-                number = float(text)  # an int may be written as 1e3
+                number = float(value)  # an int may be written as 1e3
             except ValueError:
                 number = math.nan
         with contextlib.suppress(OverflowError):  # an int too large for a float
@@ -185,10 +188,10 @@ def checked(cls: type, values: dict) -> dict:
     return {name: convert(value, types_of[name], name) for name, value in values.items() if name in types_of}
 
 
-def build(cls: type, *layers: dict):
+def build(cls: type[Settings], *layers: dict) -> Settings:
     """Build the dataclass `cls` from its defaults and from layers of values, in which later layers override earlier.
 
     Unknown names, as in a checkpoint of another version, are ignored.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = typing.get_type_hints(cls)
     return cls(**{name: value for layer in layers for name, value in layer.items() if name in names})

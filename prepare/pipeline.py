@@ -114,7 +114,7 @@ def prepare(
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
     if not val_by and (max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS):
-        options = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
+        options: dict = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
         options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
         try:
             return prepare(documents, out, name=name, tokenizer=tokenizer, val_by="document", **options)
@@ -217,7 +217,7 @@ class Reader:
     """Iterates over the corpus in pieces from `place` on, and updates `place` to the position after the last piece.
     `cut` is the character at which val begins, None if documents are chosen by their hash."""
 
-    def __init__(self, documents: Iterable, cut: int | None, val_fraction: float, separator="", place=None):
+    def __init__(self, documents, cut: int | None, val_fraction: float, separator="", place=None):
         self.documents, self.cut, self.val_fraction, self.separator = documents, cut, val_fraction, separator
         self.place = place or Place()
         self._at_end = (0, "")
@@ -267,6 +267,7 @@ class Reader:
             if split:
                 yield block, split
             else:
+                assert self.cut is not None, "without a cut, each document has a split"
                 n_train = max(0, self.cut - chars)
                 parts = (block[:n_train], "train"), (block[n_train:], "val")
                 yield from ((part, name) for part, name in parts if part)
@@ -420,7 +421,7 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             return _encode(batch, tokenizer)
 
         reading = deque(reader.submit(next, batches, None) for _ in range(MAX_QUEUED_BATCHES))
-        ahead = deque()
+        ahead: deque = deque()
         while batch := reading.popleft().result():
             reading.append(reader.submit(next, batches, None))
             ahead.append((batch, encoder.submit(encode, batch)))
@@ -435,7 +436,8 @@ def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], 
     """Return a batch's ids by split (int32, with the marks before and after each document), each piece's length, and
     the words that the tokenizer does not know with their counts."""
     prefix, ending = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
-    parts, lengths, unknown = {"train": [prefix[:0]], "val": [prefix[:0]]}, [], Counter()
+    parts, lengths = {"train": [prefix[:0]], "val": [prefix[:0]]}, []
+    unknown: Counter[str] = Counter()
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
         whole = [prefix] * piece.starts_document + [ids] + [ending] * piece.ends_document
         parts[piece.split] += whole

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
+from helpers import rounds
 
 import model as model_file
 from model import GPT, GPTConfig, KVCache, dropout, rotary_angles, rotate, sinusoidal_positions
@@ -37,10 +39,11 @@ def tokens(B=2, T=12, V=37) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_cache_changes_nothing_for_any_combination_of_switches():
+@rounds(300, math.prod(map(len, SWITCHES.values())))
+def test_the_cache_changes_nothing_for_any_combination_of_switches(rounds):
     """A prompt of 6 tokens, then one at a time, against all 10 at once."""
     idx = tokens(T=10)
-    for values in itertools.product(*SWITCHES.values()):
+    for values in random.Random(0).sample(list(itertools.product(*SWITCHES.values())), rounds):
         switches = dict(zip(SWITCHES, values, strict=True))
         model = random_model(**switches)
         cache = KVCache(model.config, batch_size=2, size=12)

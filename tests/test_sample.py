@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import fuzz, refused, rounds, script
+from helpers import fuzz, refused, refused_here, rounds, script
 from hypothesis import strategies as st
 
 import sample as sample_script
@@ -103,11 +103,11 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
     assert streamed.stdout.startswith(prompt) and "\ufffd" not in streamed.stdout
 
 
-def test_bad_input_is_one_sentence(sample, tmp_path):
+def test_bad_input_is_one_sentence(sample, trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    refused(sample("--start=€"), "U+20AC")
     for words, said in (
-        (["--start=€"], "U+20AC"),
         (["--start="], "empty"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         ([f"--start=FILE:{tmp_path}/bad.txt"], "byte 3"),
@@ -117,7 +117,8 @@ def test_bad_input_is_one_sentence(sample, tmp_path):
         (["--checkpoint=step_000001"], "no step_000001"),
         (["--out_dir=nowhere"], "there is no folder nowhere"),
     ):
-        refused(sample(*words), said)
+        words = [f"--out_dir={trained}", "--device=cpu", *words]
+        refused_here(monkeypatch, capsys, sample_script.main, words, said)
 
 
 def test_beam_search_prints_its_best_texts(trained, monkeypatch, capsys):

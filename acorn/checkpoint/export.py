@@ -58,11 +58,11 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
     """Return the tokenizer in the format of Hugging Face's library `tokenizers`; None if that is not possible."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    if tokenizer.kind in ("bpe", "hf"):
+    if isinstance(tokenizer, tokenizers.HFTokenizer):
         return json.dumps(tokenizer.config, ensure_ascii=False)
     if tokenizer.kind == "gpt2":
         config = tokenizers.gpt2_config()
-        return config and json.dumps(config, ensure_ascii=False)
+        return json.dumps(config, ensure_ascii=False) if config else None
     if tokenizer.kind == "char":  # each character is a word
         ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
         backend = Tokenizer(models.WordLevel(ids, unk_token=""))  # no unknown token: an unknown character is an error
@@ -103,7 +103,7 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
         cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
     tensors = {name: t.to(dtype).contiguous() for name, t in hf_tensors(model, family).items()}
     control = tokenizer.control if tokenizer else {}
-    ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
+    ids: dict = {f"{name}_token_id": control.get(getattr(tokenizer, name, "")) for name in ("bos", "eos")}
     # without ids, transformers warns of GPT-2's
     config = to_gpt2(cfg, **ids) if family == "gpt2" else to_llama(cfg, family, **ids)
     config.update(dict(architectures=[name], dtype=str(dtype)[6:]))
@@ -151,7 +151,12 @@ def choose_family(cfg: GPTConfig, source: str) -> str:
     else:
         family = "llama" if cfg.n_embd % cfg.n_head == 0 else "mistral"  # Llama's check of hidden_size is stricter
     weighted = family == "qwen3"
-    supported = {"qk_norm": [weighted], "qk_norm_weight": [weighted], "logit_softcap": [0.0], "ngram": [1]}
+    supported: dict[str, list] = {
+        "qk_norm": [weighted],
+        "qk_norm_weight": [weighted],
+        "logit_softcap": [0.0],
+        "ngram": [1],
+    }
     if family == "gpt2":
         supported |= dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values()), scale_embedding=[False])
         supported |= dict(n_kv_head=[cfg.n_head], head_dim=[cfg.n_embd // cfg.n_head])
@@ -195,10 +200,10 @@ def to_gpt2(cfg: GPTConfig, **ids: int | None):
     from transformers import GPT2Config
 
     fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["gpt2"].items()}
-    activation = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
-    # llama.cpp's converter reads n_ctx, an older name of n_positions
-    return GPT2Config(**fields, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
+    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    fields["activation_function"] = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
+    fields["n_ctx"] = cfg.block_size  # an older name of n_positions, which llama.cpp's converter reads
+    return GPT2Config(**fields | ids)
 
 
 def to_llama(cfg: GPTConfig, family: str, **ids: int | None):

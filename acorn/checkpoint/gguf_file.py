@@ -40,6 +40,8 @@ def export_gguf(source: str, target: Path, which: str = "best", dtype: str = "fl
     model, tokenizer, _ = load_model(source, which, whole_context=True)
     family = choose_family(model.config, source)
     check_model(model.config, family, source)
+    if tokenizer is None:
+        raise UserError(f"{source} has no tokenizer, which a GGUF file needs. Use a run or a folder with a tokenizer.")
     vocabulary = tokenizer_fields(tokenizer, source)
     cfg = model.config
     cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)  # the rows after the last id only pad the vocabulary
@@ -139,7 +141,9 @@ def gguf_tensors(model: GPT, family: str) -> dict[str, Tensor]:
         if family in ("llama", "mistral", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
             # there rope rotates neighbouring channels as pairs, here the channels i and i + D/2
             tensor = tensor.reshape(-1, 2, cfg.head_dim // 2, cfg.n_embd).transpose(1, 2).reshape(tensor.shape)
-        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        tensors[gguf_name] = tensor
     if cfg.rope_scaling.get("rope_type") == "llama3":
         plain = rope_frequencies(cfg.head_dim, cfg.rope_theta, {})[0]
         tensors["rope_freqs.weight"] = plain / rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)[0]
@@ -158,11 +162,9 @@ def tensor_type(name: str, tensor: Tensor, dtype: str):
     return gguf.GGMLQuantizationType[kind]
 
 
-def tokenizer_fields(tokenizer: tokenizers.Tokenizer | None, source: str) -> tuple[str, dict[str, int], list[str]]:
+def tokenizer_fields(tokenizer: tokenizers.Tokenizer, source: str) -> tuple[str, dict[str, int], list[str]]:
     """Return llama.cpp's name of a tokenizer's way of splitting words, its vocabulary, and its merges. Raises UserError
     if llama.cpp has no equivalent."""
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer, which a GGUF file needs. Use a run or a folder with a tokenizer.")
     advice = "Export it for transformers instead, without --gguf."
     if tokenizer.kind == "byte":  # a merge is required, so there is one whose result is not in the vocabulary
         return "gpt-2", {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}, ["t h"]
@@ -191,7 +193,7 @@ def pre_tokenizer_name(config: dict) -> str | None:
         elif step.get("type") == "Digits" and step.get("individual_digits"):
             shapes.append("digits")
         elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-            shapes.append((step.get("pattern") or {}).get("Regex"))
+            shapes.append((step.get("pattern") or {}).get("Regex", ""))
         else:
             return None
     plain = {("words",): "gpt-2", ("digits", "words"): "smollm", (LLAMA3_PATTERN, "bytes"): "llama-bpe"}
@@ -221,8 +223,8 @@ def add_tokenizer(writer, tokenizer: tokenizers.Tokenizer, n_vocab: int, fields:
     writer.add_token_merges(merges)
     writer.add_add_bos_token(bool(tokenizer.before_text))
     writer.add_add_space_prefix(False)
-    bos = next(iter(tokenizer.before_text), control.get(tokenizer.bos))
-    eos = control.get(tokenizer.eos, tokenizer.eot)
+    bos = next(iter(tokenizer.before_text), control.get(tokenizer.bos or ""))
+    eos = control.get(tokenizer.eos or "", tokenizer.eot)
     ends = {*tokenizer.ends}
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
@@ -234,5 +236,5 @@ def add_tokenizer(writer, tokenizer: tokenizers.Tokenizer, n_vocab: int, fields:
         writer.add_eos_token_id(eos)
     if ends - {eos}:  # llama.cpp has one more, for the end of a turn
         writer.add_eot_token_id(max(ends - {eos}))
-    if control.get(tokenizer.pad) is not None:
+    if tokenizer.pad in control:
         writer.add_pad_token_id(control[tokenizer.pad])

@@ -346,29 +346,31 @@ def hf_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
     if family == "gpt2":
         return {name: {name: p.t() if is_transposed(family, name) else p} for name, p in parameters.items()}
     cfg = model.config
-    views = {
-        "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},
-        "transformer.ln_f.weight": {"model.norm.weight": model.transformer.ln_f.weight},
+    views: dict[str, dict[str, Tensor]] = {
+        "transformer.wte.weight": {"model.embed_tokens.weight": parameters["transformer.wte.weight"]},
+        "transformer.ln_f.weight": {"model.norm.weight": parameters["transformer.ln_f.weight"]},
     }
     if not cfg.tie_weights:
-        views["lm_head.weight"] = {"lm_head.weight": model.lm_head.weight}
-    for i, block in enumerate(model.transformer.h):
-        attn, mlp, qkv = block.attn, block.mlp, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        layer = {
-            "ln_1.weight": {"input_layernorm.weight": block.ln_1.weight},
-            "attn.c_attn.weight": names_of(qkv, "weight", attn.c_attn.weight.split(attn.split)),
-            "attn.c_proj.weight": {"self_attn.o_proj.weight": attn.c_proj.weight},
-            "ln_2.weight": {"post_attention_layernorm.weight": block.ln_2.weight},
-            "mlp.c_fc.weight": names_of(("mlp.gate_proj", "mlp.up_proj"), "weight", mlp.c_fc.weight.chunk(2)),
-            "mlp.c_proj.weight": {"mlp.down_proj.weight": mlp.c_proj.weight},
+        views["lm_head.weight"] = {"lm_head.weight": parameters["lm_head.weight"]}
+    split = [n * cfg.head_dim for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]
+    qkv, gated = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    for i in range(cfg.n_layer):
+        block = f"transformer.h.{i}."
+        layer: dict[str, dict[str, Tensor]] = {
+            "ln_1.weight": {"input_layernorm.weight": parameters[f"{block}ln_1.weight"]},
+            "attn.c_attn.weight": names_of(qkv, "weight", parameters[f"{block}attn.c_attn.weight"].split(split)),
+            "attn.c_proj.weight": {"self_attn.o_proj.weight": parameters[f"{block}attn.c_proj.weight"]},
+            "ln_2.weight": {"post_attention_layernorm.weight": parameters[f"{block}ln_2.weight"]},
+            "mlp.c_fc.weight": names_of(gated, "weight", parameters[f"{block}mlp.c_fc.weight"].chunk(2)),
+            "mlp.c_proj.weight": {"mlp.down_proj.weight": parameters[f"{block}mlp.c_proj.weight"]},
         }
         if cfg.qkv_bias:
-            layer["attn.c_attn.bias"] = names_of(qkv, "bias", attn.c_attn.bias.split(attn.split))
+            layer["attn.c_attn.bias"] = names_of(qkv, "bias", parameters[f"{block}attn.c_attn.bias"].split(split))
         if cfg.qk_norm_weight:
-            layer["attn.q_norm.weight"] = {"self_attn.q_norm.weight": attn.q_norm.weight}
-            layer["attn.k_norm.weight"] = {"self_attn.k_norm.weight": attn.k_norm.weight}
+            layer["attn.q_norm.weight"] = {"self_attn.q_norm.weight": parameters[f"{block}attn.q_norm.weight"]}
+            layer["attn.k_norm.weight"] = {"self_attn.k_norm.weight": parameters[f"{block}attn.k_norm.weight"]}
         for name, parts in layer.items():
-            views[f"transformer.h.{i}.{name}"] = {f"model.layers.{i}.{part}": view for part, view in parts.items()}
+            views[f"{block}{name}"] = {f"model.layers.{i}.{part}": view for part, view in parts.items()}
     return views
 
 

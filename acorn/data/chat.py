@@ -91,7 +91,7 @@ def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndar
 
 def _encoded_parts(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return (text, ids, learned) of each of the conversation's `_parts`."""
-    parts = []
+    parts: list[tuple[str, np.ndarray, np.ndarray]] = []
     for text, is_learned in _parts(tokenizer, messages, False):
         ids = _encode(tokenizer, text, bool(parts))
         parts.append((text, ids, np.full(len(ids), is_learned)))
@@ -241,11 +241,13 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     _, found, ending = _fill_in(tokenizer, conversation, True).rpartition(PROBE)
     if not found or not _any_of(tokenizer.control).search(ending):
         ending = _around_content(tokenizer)[1]
-    names, end = [], None
-    for found in _any_of(tokenizer.control).finditer(ending):
-        if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
+    names: list[str] = []
+    end = 0
+    for match in _any_of(tokenizer.control).finditer(ending):
+        if names and (match.start() != end or tokenizer.control[match[0]] not in tokenizer.ends):
             break
-        names, end = [*names, found[0]], found.end()
+        names.append(match[0])
+        end = match.end()
     return tuple(names)
 
 
@@ -266,13 +268,13 @@ def as_content(tokenizer: Tokenizer, reply: str) -> str:
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids that end a reply: the control tokens that the template writes there, and those that end a text."""
-    names = {_stop_name(tokenizer), _call_end(tokenizer)} - {None}
-    return {tokenizer.control[name] for name in names} | tokenizer.ends
+    names = (_stop_name(tokenizer), _call_end(tokenizer))
+    return {tokenizer.control[name] for name in names if name is not None} | tokenizer.ends
 
 
 def _call_end(tokenizer: Tokenizer) -> str | None:
     """Return the name of the control token that ends a reply with a tool call; None if the template has no calls."""
-    if "tool_calls" not in tokenizer.chat_template:
+    if "tool_calls" not in _template(tokenizer):
         return None
     call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
     try:
@@ -300,8 +302,13 @@ def check_learnable(tokenizer: Tokenizer) -> None:
 def unused_fields(tokenizer: Tokenizer, messages: list[dict]) -> set[str]:
     """Return the names of message fields that the template ignores."""
     names = {name for message in messages for name in message} - {"role", "content", "learn"}
-    template = tokenizer.chat_template
+    template = _template(tokenizer)
     return {name for name in names if not any(other in template for other in {name, *REASONING * (name in REASONING)})}
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    assert tokenizer.chat_template is not None, "only tokenizers with a template encode conversations"
+    return tokenizer.chat_template
 
 
 def _message(role: str, content: str) -> dict:
@@ -333,7 +340,7 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """Return the template's text for the messages, with a BREAK inside each name of a control token that comes from a
     message."""
-    template, extras = tokenizer.chat_template, getattr(messages, "extras", {})
+    template, extras = _template(tokenizer), getattr(messages, "extras", {})
     variables = _variables(template)
     extras = {name: value for name, value in extras.items() if name in variables or name in REQUIRED_FIELDS}
     for name in REQUIRED_FIELDS:
@@ -350,9 +357,9 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
                 function["arguments"] = json.loads(function["arguments"])
         text = _rendered(tokenizer, messages, extras, add_generation_prompt)
     for function in _functions(messages):
-        name = function.get("name")
-        if isinstance(name, str) and _broken(name, names) not in text and json.dumps(name)[1:-1] not in text:
-            raise UserError(NOT_RENDERED.format(f"the call of {name!r:.60}"))
+        called = function.get("name")
+        if isinstance(called, str) and _broken(called, names) not in text and json.dumps(called)[1:-1] not in text:
+            raise UserError(NOT_RENDERED.format(f"the call of {called!r:.60}"))
     return text
 
 
@@ -374,7 +381,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the chat template rejects this conversation ({error!s:.200})") from error
-    return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in tokenizer.chat_template else text
+    return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in _template(tokenizer) else text
 
 
 def _render_template(**arguments) -> str:

@@ -24,13 +24,16 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on the device. The copy to a GPU, from pinned memory, is asynchronous."""
         non_blocking = device.type == "cuda"
-        return Batch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in self))
+        x, y = (t.to(device, non_blocking=non_blocking) for t in (self.x, self.y))
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=non_blocking)
+        return Batch(x, y, documents)
 
 
 def make_batch(arrays: tuple, device: torch.device) -> Batch:
     """Return a batch in host memory, pinned for a CUDA `device`, from arrays as in acorn/data/batches.py."""
     to_tensor = pinned if device.type == "cuda" else torch.from_numpy
-    return Batch(*(None if array is None else to_tensor(array) for array in arrays))
+    x, y, documents = arrays
+    return Batch(to_tensor(x), to_tensor(y), None if documents is None else to_tensor(documents))
 
 
 def pinned(array: np.ndarray) -> Tensor:

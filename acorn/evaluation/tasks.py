@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,13 +65,13 @@ def figure(value: float, error: float, n: int, method: str = "", note: str = "")
     return Figure(value, error if math.isfinite(error) else None, n, method, note)
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Return the mean of n values and its standard error, std / sqrt(n). NaN if there are too few values."""
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    array = np.asarray(values, dtype=np.float64)
+    if not len(array):
         return math.nan, math.nan
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
+    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    return float(array.mean()), float(error)
 
 
 def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
@@ -105,8 +106,8 @@ def measure_text(
     model: GPT, tokenizer: Tokenizer, path: str, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
     """Apply `measure_tokens` to a UTF-8 text file, as one document of a dataset."""
-    ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
-    ids = np.array(ids, dtype=np.int32)
+    text = tokenizer.encode(files.read_text(path))
+    ids = np.array([*tokenizer.before_document, *text, *tokenizer.after_text], dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has no token to predict. Use a file with more text.")
     with tempfile.TemporaryDirectory() as folder:  # `window_sums` reads shards
@@ -161,7 +162,7 @@ def bleu_of(references: list[str]):
     counts["scripts with spaces"] = n_letters - sum(counts.values())
     if counts["Japanese"] > counts["Chinese"] / 9:  # a tenth or more are kana, so the Han letters are Japanese too
         counts["Japanese"] += counts.pop("Chinese")
-    script = max(counts, key=counts.get) if n_letters else "scripts with spaces"
+    script = max(counts, key=counts.__getitem__) if n_letters else "scripts with spaces"
     reason = f"letters of the references: {counts[script]} of {n_letters} {script}"
     for name in BLEU_TOKENIZERS.get(script, ["13a"]):
         try:
@@ -301,7 +302,8 @@ def measure_choices(
     fits = [length <= model.config.block_size for length in lengths]
     rows = [row for of_record, fit in zip(encoded, fits, strict=True) if fit for row in of_record]
     logprobs = choice_logprobs(model, rows, r, batch_size)
-    right, right_by_bytes, chosen, start = [], [], [], 0
+    right, right_by_bytes, start = [], [], 0
+    chosen: list[int | None] = []
     for (_, record), fit in zip(records, fits, strict=True):
         if not fit:
             chosen.append(None)
@@ -352,18 +354,19 @@ def check_choices(where: str, record: dict) -> None:
     """Raise UserError, which names the location `where`, if `record` is not a valid multiple-choice record."""
     choices, answer = record.get("choices"), record.get("answer")
     texts = [record.get("prompt"), *choices] if isinstance(choices, list) else [None]
+    n_choices = len(texts) - 1
     if not all(isinstance(text, str) for text in texts) or len(texts) < 3 or not all(texts[1:]):
         raise UserError(f'{where} needs a "prompt" (a string) and "choices" (a list of two or more non-empty strings)')
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < n_choices:
         raise UserError(
             f'{where} has "answer": {json.dumps(answer)[:50]}. Use the index of the right choice, from 0 to '
-            f"{len(choices) - 1}."
+            f"{n_choices - 1}."
         )
 
 
 def remarks(rows: list[dict]) -> dict[str, list[str]]:
     """Return the methods and notes to print below the table, each with the names of its metrics."""
-    result = {}
+    result: dict[str, list[str]] = {}
     for row in rows:
         notes = [f"{row['on']}: {note}" for note in (row["note"] or "").split("; ") if note]
         for words in [*filter(None, [row["method"]]), *notes]:

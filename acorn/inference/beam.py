@@ -6,7 +6,7 @@ discussed in https://arxiv.org/abs/1609.08144, section 7.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -53,7 +53,7 @@ class Rules:
     max_new_tokens: int
     length_penalty: float = 1.0  # above 0: favors long texts; 0: no normalization; below 0: favors short texts
     early_stopping: Literal[True, False, "never"] = False
-    ends: set[int] = frozenset()
+    ends: Collection[int] = ()
     is_stopped: Callable[[list[int]], bool] = lambda ids: False
 
 
@@ -72,7 +72,7 @@ class Search:
         Returns the index of each one's parent.
         """
         n = len(candidates[0][0].ids)
-        kept = []
+        kept: list[tuple[Beam, int]] = []
         for rank, (beam, parent) in enumerate(candidates):
             if n == rules.max_new_tokens or beam.ids[-1] in rules.ends or rules.is_stopped(beam.ids):
                 if rank < rules.num_beams:  # a less likely one has num_beams better rivals
@@ -126,7 +126,7 @@ def beam_search(
         best, places = totals.topk(min(n_candidates, totals.size(1)))  # (prompts, candidates)
         best_logprobs = logprobs.view(len(prompts), -1).gather(1, places)
 
-        parents = []  # for each row of the next step, the row of this step that it extends
+        parents: list[int] = []  # for each row of the next step, the row of this step that it extends
         for i, search in enumerate(searches):
             if search.done:
                 parents += range(i * n_rows, (i + 1) * n_rows)

@@ -36,9 +36,14 @@ class DecodingLinear(nn.Module):
     `way` is the kernel (one of `ways`) for up to `n_rows` rows, and `prompt_way` the kernel for more rows.
     """
 
+    weight: Tensor
+    scale: Tensor | None  # of each output channel, for int8
+    bias: Tensor | None
+    words: Tensor | None  # the int8 weight, four values in an int32
+
     def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1):
         super().__init__()
-        scale = None
+        scale: Tensor | None = None
         if quantize == "int8":
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (rows,)
             weight = in_huge_pages((weight.float() / scale[:, None]).round().to(torch.int8))
@@ -166,8 +171,8 @@ def prepare_for_decoding(
     The model can then generate but not train. `quantize` is "none" (weights stay in the model's dtype) or "int8".
     `compile` also compiles the step of one token in each of `n_rows` rows, and in each number of rows in `fewer_rows`,
     which takes some seconds each. With "auto" this happens only if it saves time over `n_tokens` tokens, and the
-    compiled model is used only if it is faster. If
-    compiling fails, a warning is printed and the model stays uncompiled. Measurements and choices go to stderr.
+    compiled model is used only if it is faster. If compiling fails, a warning is printed and the model stays
+    uncompiled. Measurements and choices go to stderr.
     """
     if quantize == "none":
         for p in model.parameters():  # tied parameters stay tied
@@ -181,15 +186,15 @@ def prepare_for_decoding(
     auto = compile == "auto"
     if auto:
         compile = n_rows <= MAX_COMPILED_ROWS and pays_back(seconds - reading, n_tokens)
+    plain = model.transformer.h, model.lm_head
     if not compile or not add_compiled(model, (n_rows, *fewer_rows)):
         if seconds > 1e-3:  # a small model has no choice worth reading
             print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)
         return model
     compiled = model.transformer.h, model.lm_head
-    plain = nn.ModuleList(block.module for block in model.transformer.h), model.lm_head.module
 
     def one_token(blocks: nn.ModuleList, head: nn.Module) -> Tensor:
-        model.transformer.h, model.lm_head = blocks, head
+        set_layers(model, blocks, head)
         return model(torch.zeros(n_rows, 1, dtype=torch.long), cache=cache)[0]
 
     cache = KVCache(model.config, n_rows, 16)
@@ -213,6 +218,11 @@ def prepare_for_decoding(
     return model
 
 
+def set_layers(model: GPT, blocks: nn.ModuleList, head: nn.Module) -> None:
+    model.transformer.h = blocks
+    model.set_submodule("lm_head", head)  # not a Linear
+
+
 def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
     """Wrap blocks and head in OneTokenCompiled, compile them for these numbers of rows, and return True.
 
@@ -220,19 +230,19 @@ def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
     """
     blocks, head = model.transformer.h, model.lm_head
     # size_asserts would check each tensor's shape in each call, although torch.compile's guards already do
-    options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
+    options: dict = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
     try:
         one_block, one_product = (
             torch.compile(kind.forward, options=options, dynamic=False) for kind in (Block, DecodingLinear)
         )
-        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, row_counts) for block in blocks)
-        model.lm_head = OneTokenCompiled(head, one_product, row_counts)
+        compiled = nn.ModuleList(OneTokenCompiled(block, one_block, row_counts) for block in blocks)
+        set_layers(model, compiled, OneTokenCompiled(head, one_product, row_counts))
         for n_rows in row_counts:  # the call compiles
             model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); running uncompiled", file=sys.stderr)
-        model.transformer.h, model.lm_head = blocks, head
+        set_layers(model, blocks, head)
         return False
     return True
 

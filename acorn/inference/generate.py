@@ -4,7 +4,7 @@ The loop owns the KV cache: `GPT.forward` writes into it, and only the loop adva
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -208,7 +208,7 @@ class Decoder:
         """
         windows = [context(row, self.model.config.block_size) for row in rows]
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
-        if start != self.windows_start:  # initially, and whenever a window slides
+        if self.cache is None or start != self.windows_start:  # initially, and whenever a window slides
             self.windows_start = start
             size = min(self.model.config.block_size, max(map(len, windows)) + self.n_left)
             self.cache = self.new_cache(len(rows), size)
@@ -223,9 +223,10 @@ class Decoder:
         if rows == list(range(len(self.windows_start))):
             return
         source = self.cache
-        if len(rows) != len(self.windows_start):
-            self.cache = self.new_cache(len(rows), source.size)
-        self.cache.copy_rows(source, torch.tensor(rows, device=source.length.device))
+        assert source is not None, "`logits` fills it first"
+        target = source if len(rows) == len(self.windows_start) else self.new_cache(len(rows), source.size)
+        target.copy_rows(source, torch.tensor(rows, device=source.length.device))
+        self.cache = target
         self.windows_start = [self.windows_start[row] for row in rows]
 
     def new_cache(self, n_rows: int, size: int) -> KVCache:
@@ -254,7 +255,7 @@ def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:
     return logits[:, 0]
 
 
-def decode(model: GPT, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
+def decode(model: Callable, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
     """Run one more token of each row through the model; return its logits (B, V). Only `active` rows advance."""
     device = cache.length.device
     logits, _ = model(torch.tensor(tokens, device=device)[:, None], cache=cache)
@@ -268,7 +269,7 @@ class TextStream:
     End-of-text tokens end the text, and so do the control tokens `ends`, such as the end of a turn.
     """
 
-    def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
+    def __init__(self, tokenizer, stop: Collection[str] = (), ends: Collection[int] = ()):
         self.decoder = StreamDecoder(tokenizer)
         self.ends, self.stop = ends, [s for s in stop if s]
         self.text_ends = tokenizer.ends | set(
@@ -316,8 +317,8 @@ def continue_texts(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: list[int],
-    stop: list[str] = (),
-    ends: set[int] = frozenset(),
+    stop: Collection[str] = (),
+    ends: Collection[int] = (),
     on_text: Callable[[int, str], None] = lambda row, piece: None,
     compile: bool = False,
 ) -> list[Continuation]:

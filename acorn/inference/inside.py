@@ -37,10 +37,11 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: GPT, change: Callable[[int, Tensor], Tensor] | None = None, keep: bool = True):
         super().__init__()
-        norms = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
+        norms: list = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
         self.norms = {id(norm.weight) for norm in norms}
         self.change, self.keep, self.layer = change, keep, 0
-        self.residual, self.attention = [], []
+        self.residual: list[Tensor] = []
+        self.attention: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -49,7 +50,7 @@ class Watch(TorchFunctionMode):
         y = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             if self.keep:
-                self.attention.append(attention_weights(*args[:2], args[3], kwargs["is_causal"]))
+                self.attention.append(attention_weights(args[0], args[1], args[3], kwargs["is_causal"]))
             if self.change:
                 y = self.change(self.layer, y)
             self.layer += 1

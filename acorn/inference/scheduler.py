@@ -136,7 +136,7 @@ class Scheduler:
 
     def call(self, function: Callable[[], object]) -> Future:
         """Call `function` between two steps, when it may use the model alone. Returns a future of its result."""
-        future = Future()
+        future: Future = Future()
         with self.changed:
             self.calls.append((future, function))
             self._wake()
@@ -188,12 +188,12 @@ class Scheduler:
         self._admit()
         decoding = [sequence for sequence in self.running if not self._slid(sequence)]
         if decoding:
-            self._fit_cache(decoding)
-            tokens, active = [0] * len(self.cache.length), [False] * len(self.cache.length)
+            cache = self._fit_cache(decoding)
+            tokens, active = [0] * len(cache.length), [False] * len(cache.length)
             for sequence in decoding:
                 tokens[sequence.row], active[sequence.row] = sequence.ids[-1], True
             with row_independent_attention(self.device):
-                logits = self._usable(decode(self.model, self.cache, tokens, active))
+                logits = self._usable(decode(self.model, cache, tokens, active))
             for sequence in decoding:
                 self._sample(sequence, logits[sequence.row])
         self._note_rate(self.n_tokens - n_before)
@@ -272,7 +272,7 @@ class Scheduler:
         self._sample(sequence, logits)
         return True
 
-    def _fit_cache(self, sequences: list[Sequence]) -> None:
+    def _fit_cache(self, sequences: list[Sequence]) -> KVCache:
         """Gather sequences in one cache with the smallest row count and with room for one more token of each."""
         n_rows = self._count(len(sequences))
         size = max(self._size(len(s.ids) - s.start) for s in sequences)
@@ -282,11 +282,13 @@ class Scheduler:
         free = set(range(n_rows)) - {s.row for s in sequences if s.cache is cache}
         for sequence in sequences:
             if sequence.cache is not cache:
+                assert sequence.cache is not None  # it has been prefilled
                 row = free.pop()
                 copy_row(sequence.cache, sequence.row, cache, row)
                 sequence.cache, sequence.row = cache, row
         cache.length[list(free)] = 0  # an idle row must not write behind the end of the cache
         self.cache = cache
+        return cache
 
     def _usable(self, logits: Tensor) -> Tensor:
         return logits[:, : self.n_vocab].float()
@@ -415,7 +417,7 @@ def equal_shapes(model: GPT, max_batch: int, dtype: torch.dtype) -> tuple[list[i
 
     def results(count: int, size: int, shift: int = 0) -> list[Tensor]:
         """Return the results of max_batch tokens, with `count` at once. `shift` changes their rows."""
-        cache, found = KVCache(cfg, count, size, device, dtype), [None] * max_batch
+        cache, found = KVCache(cfg, count, size, device, dtype), [torch.empty(0)] * max_batch
         for row in range(count):
             copy_row(alone, 0, cache, row)
         for first in range(shift, max_batch + shift, count):

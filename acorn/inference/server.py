@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -149,7 +149,10 @@ NEUTRAL = {  # unsupported fields with the values that mean nothing
 }
 
 
-def parse(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
+R = TypeVar("R", bound=GenerationRequest)
+
+
+def parse(kind: type[R], body: bytes) -> R:
     """Return the request in a JSON body. Raises ApiError 400, which names the field."""
     try:
         request = kind.model_validate_json(body)
@@ -185,8 +188,10 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 def brief(value: Any) -> str:
     """Return a value of a request for an error message."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
     if not isinstance(value, (str, int, float)):
-        return {dict: "an object", list: "a list"}.get(type(value), str(value))
+        return str(value)
     try:
         return f"{value!r:.60}"
     except ValueError:  # Python does not print an integer of more than 4300 digits
@@ -205,10 +210,9 @@ def messages_of(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
         if role not in ("system", "developer", "user", "assistant"):
             raise ApiError(400, f"the role {role!r:.60} is not supported. Use system, user or assistant.", param)
         if isinstance(content, list):  # parts
-            parts = [
-                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else 0 for part in content
-            ]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+            parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(content) else None
         if not isinstance(content, str) or message.get("tool_calls"):
             raise ApiError(400, f"the content of message {i} should be text. Leave out images, audio and calls.", param)
         result.append({"role": "system" if role == "developer" else role, "content": content})
@@ -236,7 +240,7 @@ class Choice:
     def on_prompt(self, scores: list[Scored]) -> None:
         decoder, tokens, offset = StreamDecoder(self.tokenizer), [], 0
         for scored in scores:
-            tokens.append((*scored, min(offset, len(self.echo))))
+            tokens.append((*scored, min(offset, len(self.echo or ""))))
             offset += len(decoder.push(scored.id))
         self.put((self, "", tokens, None))
 
@@ -546,7 +550,9 @@ class Answer:
         if self.request.stream:
             return Stream(self, self.chunks(chunk_kind, chunk))
         watch = asyncio.create_task(self.cancel_on_disconnect())
-        texts, tokens, reasons = {}, {}, {}
+        texts: dict[Choice, str] = {}
+        tokens: dict[Choice, list[tuple]] = {}
+        reasons: dict[Choice, str | None] = {}
         try:
             async for choice, text, new, reason in self.events():
                 texts[choice] = texts.get(choice, "") + text

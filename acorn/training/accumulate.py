@@ -1,7 +1,7 @@
 """Compute the gradient of an update, summed over micro-batches and ranks."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -35,14 +35,15 @@ class Accumulator:
         auto_batch: bool,
         say: Callable[[str], None],
     ):
-        self.raw_model = self.model = model
+        self.raw_model = model
+        self.model: torch.nn.Module = model  # compiled and distributed
         self.data, self.dist, self.say = data, dist, say
         self.micro_batch, self.n_sequences, self.block_size = micro_batch, n_sequences, block_size
         self.seed, self.auto_batch = seed, auto_batch
         # without scaling, small float16 gradients underflow to 0
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.waited = runtime.Stopwatch(dist.device)  # time spent waiting for slower ranks
-        self.stream = None  # iterator over updates, starting at the next one
+        self.stream: Iterator | None = None  # of updates, starting at the next one
 
     def prepare(self, compile: bool) -> None:
         """Find a micro-batch size that fits in memory (with `auto_batch`), compile the model, and distribute it."""

@@ -278,7 +278,8 @@ def estimate(s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: 
 
     An update takes `dt` seconds, and the evaluation of a sequence `per_sequence` seconds.
     """
-    whole = max(samples_per_epoch(dataset.val, s.block_size) for dataset in data.datasets)
+    val_splits = [dataset.val for dataset in data.datasets if dataset.val is not None]
+    whole = max(samples_per_epoch(val, s.block_size) for val in val_splits)
     n_sequences = 2 * (s.eval_iters * s.batch_size or whole)  # per evaluation: two splits
     evaluating = per_sequence * n_sequences * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]

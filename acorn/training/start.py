@@ -11,7 +11,7 @@ import torch
 from acorn import UserError, checkpoint, settings
 from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture, load_mixture
-from acorn.data.tokenizer import KINDS, extends, from_dict, tokenizer_hash
+from acorn.data.tokenizer import KINDS, Tokenizer, extends, from_dict, tokenizer_hash
 from acorn.distributed import heartbeat, sharding
 from acorn.distributed.runtime import Runtime
 from acorn.training import lora
@@ -138,7 +138,9 @@ def load_initial(
     the vocabulary grows by control tokens that the dataset adds to the tokenizer.
     """
     adapters = None
+    tokenizer: Tokenizer | None  # None if the source does not say
     if s.init_from == "resume":
+        assert folder is not None, "a run that resumes has a checkpoint"
         model, values = checkpoint.build_model(folder, state, dist)
         tokenizer, source, adapters = from_dict(state["tokenizer"]), str(folder), state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
@@ -160,8 +162,9 @@ def load_initial(
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
             values |= lora.initial_adapters(model, s.seed)
-    same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
-    if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
+    if tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer):
+        pass  # the data fits the model
+    elif s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
         frozen = lora.matching("freeze", s.freeze, [name for name, _ in model.named_parameters()]) if s.freeze else []
         if s.lora_rank or {"transformer.wte.weight", "lm_head.weight"} & set(frozen):
@@ -175,7 +178,7 @@ def load_initial(
         for name in {"transformer.wte.weight", "lm_head.weight"} & {name for name, _ in model.named_parameters()}:
             values[name] = grown_rows(values[name][...].float(), n_before, data.vocab_size)
         source += f", with {n_new} new tokens"
-    elif not same:
+    else:
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
             f"{data.path} uses another tokenizer ({data.tokenizer.kind}, {data.tokenizer.n_vocab} tokens) than "
@@ -188,12 +191,12 @@ def load_initial(
             "Prepare the data with the model's tokenizer."
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
-        actual, setting = getattr(model.config, name), given.get(name)
-        matches = setting is None or setting == actual or (name in AUTOMATIC and setting == 0)
-        if name == "block_size" and setting is not None and setting < actual:
-            model.crop_block_size(setting)
+        actual, value = getattr(model.config, name), given.get(name)
+        matches = value is None or value == actual or (name in AUTOMATIC and value == 0)
+        if name == "block_size" and value is not None and value < actual:
+            model.crop_block_size(value)
         elif not matches:
-            raise UserError(f"{name} = {setting}, but {source} has {actual}. Leave {name} out, or train from scratch.")
+            raise UserError(f"{name} = {value}, but {source} has {actual}. Leave {name} out, or train from scratch.")
         setattr(s, name, getattr(model.config, name))
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
@@ -205,6 +208,7 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     lines, epochs = [], []
     windows = s.max_iters * s.gradient_accumulation_steps * s.batch_size
     for dataset, share in zip(data.datasets, data.shares, strict=True):
+        assert dataset.val is not None, "load_data checks this"
         name = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         lines += [f"data: {name}, {len(dataset.train):,} training tokens and {len(dataset.val):,} validation tokens"]
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
