@@ -428,7 +428,7 @@ def test_bad_settings_are_refused_with_a_sentence(trained, monkeypatch):
 @pytest.mark.slow
 def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
     """lm-eval's client for completions against its own reading of the exported folder, on the same questions."""
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval", reason="a large package: pip install lm_eval[api]")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.openai_completions import LocalCompletionsAPI
