@@ -128,7 +128,8 @@ def open_regular(path: str | Path) -> BinaryIO:
 def read_bytes(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a regular file. Raises OSError if it has more than `max_bytes` bytes."""
     with open_regular(path) as file:
-        content = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, max_bytes) + 1)  # `read` reserves memory for the number of bytes that it is given
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
     return content
