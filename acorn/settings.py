@@ -28,7 +28,7 @@ BOUNDS = (
         lambda value: value >= 0,
         "not be negative",
         "log_interval eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr "
-        "weight_decay grad_clip max_new_tokens top_k no_repeat_ngram_size temperature limit",
+        "weight_decay grad_clip max_new_tokens top_k no_repeat_ngram_size temperature limit simpo_gamma",
     ),
     (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 dropout ngram_dropout"),
     (
@@ -37,8 +37,9 @@ BOUNDS = (
         "attn_dropout",
     ),
     (lambda value: 0 < value <= 1, "be above 0 and at most 1", "cooldown_frac top_p"),
+    (lambda value: 0 <= value < 0.5, "be at least 0 and below 0.5", "label_smoothing"),
     (lambda value: 0 <= value <= 1, "be from 0 to 1", "min_p"),
-    (lambda value: value > 0, "be above 0", "repetition_penalty"),
+    (lambda value: value > 0, "be above 0", "repetition_penalty dpo_beta"),
     (lambda value: 0 <= value < 2**62, "be from 0 to 2^62", "seed"),
     (lambda value: 0 <= value < 2**20, "be from 0 to 2^20; 8 or 16 is usual", "lora_rank"),
     (lambda value: 0 < value < 1, "be between 0 and 1, such as 0.1", "val_fraction"),

@@ -11,6 +11,7 @@ from acorn import UserError
 from acorn.data.loader import Batch, prefetch, updates
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
+from acorn.training.objective import Objective
 from acorn.training.optim import step_if_finite
 from model import GPT
 
@@ -19,8 +20,9 @@ class Accumulator:
     """Computes gradients from sequences.
 
     It owns the loader, the compiled and distributed model, the micro-batch size (which `auto_batch` reduces when memory
-    runs out), and the scaler of float16 gradients. The loss is summed and divided by the number of targets in all
-    micro-batches and on all ranks, so an update does not depend on how its sequences are split.
+    runs out), and the scaler of float16 gradients. The loss of the objective is summed and divided by the number of
+    targets (of pairs, for preferences) in all micro-batches and on all ranks, so an update does not depend on how its
+    sequences are split. `figures` are those of the last update on this rank (see `Objective.loss`).
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Accumulator:
         seed: int,
         auto_batch: bool,
         say: Callable[[str], None],
+        objective: Objective,
     ):
         self.raw_model = self.model = model
+        self.objective, self.figures = objective, objective.no_figures()
         self.data, self.dist, self.say = data, dist, say
         self.micro_batch, self.n_sequences, self.block_size = micro_batch, n_sequences, block_size
         self.seed, self.auto_batch = seed, auto_batch
@@ -76,7 +80,7 @@ class Accumulator:
             self.waited.stop()
             scale = dist.world_size / n_targets.clamp(min=1)
             torch.manual_seed(hash((self.seed, step, dist.rank)))  # dropout depends only on these, so resuming is exact
-            loss_sum = torch.zeros((), device=dist.device)
+            loss_sum, self.figures = torch.zeros((), device=dist.device), self.objective.no_figures()
             if not self.auto_batch:
                 with advice_on_memory(self.micro_batch, self.n_sequences):
                     self._passes(batches, scale, loss_sum)
@@ -112,18 +116,17 @@ class Accumulator:
             # FSDP averages in every pass; otherwise each rank would keep the gradients of the whole model
             if isinstance(self.model, DistributedDataParallel):
                 self.model.require_backward_grad_sync = i == len(batches) - 1 and not self.auto_batch
-            x, y, documents = batch.to(self.dist.device)
             with self.dist.autocast():
-                loss = self.model(x, y, reduction="sum", documents=documents)[1]
+                loss, figures = self.objective.loss(self.model, batch.to(self.dist.device))
             self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
+            self.figures += figures
 
     def _trial(self, model: torch.nn.Module) -> None:
         """Run a forward and backward pass of `model` over a micro-batch of zeros."""
-        x = torch.zeros(self.micro_batch, self.block_size, dtype=torch.long, device=self.dist.device)
-        documents = x.clone() if self.data.has_documents else None
+        batch = self.objective.trial_batch(self.micro_batch, self.block_size, self.data.has_documents)
         with self.dist.autocast():
-            model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
+            self.objective.loss(model, batch)[0].backward()
         self.raw_model.zero_grad(set_to_none=True)
 
     def _shrink(self) -> None:

@@ -158,12 +158,15 @@ class Progress:
         rate = n_updates * n_sequences * self.s.block_size / seconds
         mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
         left = self.time_left.estimate(state.step)
-        self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left))
+        figures = self.accumulator.objective.means(self.accumulator.figures)
+        figures.pop("loss", None)
+        self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left, figures))
         of_rank = dist.gather([runtime.peak_memory(dist.device), self.accumulator.waited.take()])
         if self.metrics is not None:
             self.metrics.write(
                 step=step,
                 loss=loss,
+                **figures,
                 lr=lr,
                 grad_norm=norm,
                 tokens_per_second=rate,
@@ -184,20 +187,30 @@ def update_parts(
     rate: float,
     mfu: float | None,
     left: float | None,
+    figures: dict[str, float] | None = None,
 ) -> list[str]:
     """Return the figures of update `step` for the console. `rate` is in tokens per second, `left` in seconds.
 
-    An unknown `mfu` or `left` (None) is omitted.
+    An unknown `mfu` or `left` (None) is omitted. `figures` are those of the objective, by name.
     """
-    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
+    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", *words_of(figures or {})]
+    parts += [f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
     parts += [f"{rate:,.0f} tok/s"]
     parts += [] if mfu is None else [f"mfu {mfu:.1%}"]
     parts += [] if left is None else [f"{duration(left)} left"]
     return parts
 
 
+def words_of(figures: dict[str, float]) -> list[str]:
+    """Return figures for the console, such as "chosen reward 0.123"."""
+    return [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()]
+
+
 def evaluation_line(step: int, train: dict[str, float], val: dict[str, float]) -> str:
-    """Return the console line of an evaluation at `step`, from the results of `evaluate_mixture` on both splits."""
+    """Return the console line of an evaluation at `step`, from the results of `Objective.evaluate` on both splits."""
+    if "perplexity" not in val:
+        words = ", ".join(words_of({name: value for name, value in val.items() if name != "loss"}))
+        return f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f} ({words})"
     each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
     per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
     return (

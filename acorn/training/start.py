@@ -40,11 +40,26 @@ def check(s: "TrainSettings") -> None:
         raise UserError("lora_rank needs weights to start from. Give --init_from, or leave lora_rank out.")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank already freezes all weights. Leave out either lora_rank or freeze.")
+    check_objective(s)
     learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises for a schedule without a branch
     if s.auto_batch and s.fsdp:
         raise UserError("auto_batch does not work with fsdp, whose passes need all ranks. Leave one of them out.")
     if not s.out_dir or "\0" in s.out_dir:
         raise UserError(f"out_dir = {s.out_dir!r:.100} is not a valid folder name. Use one such as out/mine.")
+
+
+def check_objective(s: "TrainSettings") -> None:
+    """Raise UserError for settings that the objective needs or excludes."""
+    if s.objective == "dpo" and s.init_from == "scratch":
+        raise UserError(f"objective={s.objective} needs weights to start from. Give --init_from.")
+    if s.reference and s.objective != "dpo":
+        raise UserError(f"reference={s.reference} has no effect with objective={s.objective}. Leave it out.")
+    if s.reference and s.lora_rank:
+        raise UserError("with lora_rank, the reference is the model without its adapters. Leave out --reference.")
+    if s.reference and s.preference_loss == "simpo":
+        raise UserError("preference_loss=simpo uses no reference. Leave out --reference.")
+    if s.label_smoothing and s.preference_loss != "dpo":
+        raise UserError(f"label_smoothing applies to preference_loss=dpo, not {s.preference_loss}. Leave it out.")
 
 
 def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainSettings", dict]:
@@ -81,7 +96,7 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
         )
     if starts and (pinned := [folder for folder in checkpoint.step_folders(out_dir) if checkpoint.is_pinned(folder)]):
         raise UserError(
-            f"overwrite would remove {pinned[0]}, which LoRA adapters need (see its file {checkpoint.PINNED}). "
+            f"overwrite would remove {pinned[0]}, which another run needs (see its file {checkpoint.PINNED}). "
             "Give another --out_dir, or delete that file."
         )
     return s, given
