@@ -83,12 +83,23 @@ class TrainSettings:
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
     # objective: docs/preferences.md
-    objective: Literal["tokens", "dpo"] = "tokens"  # tokens: predict the next one; dpo: prefer one answer to another
-    reference: str = ""  # dpo: the checkpoint to compare with; default: init_from, with LoRA the model without adapters
+    objective: Literal["tokens", "dpo", "grpo", "distill"] = "tokens"  # predict tokens; learn from preferences, rewards
+    reference: str = (
+        ""  # dpo, grpo with kl_beta: a checkpoint; default: init_from, with LoRA the model without adapters
+    )
     preference_loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # the loss of objective=dpo; simpo needs no reference
     dpo_beta: float = 0.1  # the larger, the closer the model stays to the reference; for simpo, 2 to 10 is usual
     label_smoothing: float = 0.0  # dpo: the assumed fraction of pairs whose answers are swapped
     simpo_gamma: float = 1.0  # simpo: the margin between the answers from which on the loss falls off
+    teacher: str = ""  # distill: the checkpoint to imitate, with the same tokenizer
+    distill_temperature: float = 2.0  # distill: of both distributions, when the student is compared with the teacher
+    distill_weight: float = 0.5  # distill: 1: only the teacher; 0: only the tokens
+    reward: str = ""  # grpo: exact_match | arithmetic | format | length | a Python file with a function `reward`
+    group_size: int = 8  # grpo: completions of the same prompt, whose rewards are compared
+    max_new_tokens: int = 64  # grpo: maximum length of a completion
+    rollout_temperature: float = 1.0  # grpo: the temperature at which completions are sampled
+    advantage_std: bool = False  # grpo: divide advantages by the standard deviation of their group
+    kl_beta: float = 0.0  # grpo: weight of the divergence from the reference; 0: none
     # training part of a model
     lora_rank: int = 0  # r > 0: freeze the weights, and train LoRA adapters of this rank
     lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank

@@ -282,6 +282,11 @@ def _numbered(tokens: "Tokens", x: np.ndarray, y: np.ndarray) -> tuple:
     return x, y, None if mark is None else number_documents(x, y, mark)
 
 
+def shuffled(first: int, count: int, n: int, seed: int) -> np.ndarray:
+    """Return items first, ..., first + count - 1 of the endless stream of n items, shuffled anew in each epoch."""
+    return _shuffled(first, count, n, seed)[0]
+
+
 def _shuffled(first: int, count: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return, for samples first, ..., first + count - 1, their index among the epoch's n windows or rows, and the key
     of their epoch."""

@@ -68,19 +68,14 @@ class Accumulator:
         """
         dist = self.dist
         while True:
-            if self.stream is None:
-                stream = updates(
-                    self.data, dist, self.block_size, self.seed, self.n_sequences, self.micro_batch, position
-                )
-                self.stream = prefetch(stream, dist.device)
-            batches, n_targets = next(self.stream)
+            batches, n_targets, figures = self._next(position)
             heartbeat.report_step(step)
             self.waited.start()
             n_targets = dist.sum(torch.full((), n_targets, device=dist.device))  # torch.tensor would wait for the GPU
             self.waited.stop()
             scale = dist.world_size / n_targets.clamp(min=1)
             torch.manual_seed(hash((self.seed, step, dist.rank)))  # dropout depends only on these, so resuming is exact
-            loss_sum, self.figures = torch.zeros((), device=dist.device), self.objective.no_figures()
+            loss_sum, self.figures = torch.zeros((), device=dist.device), figures
             if not self.auto_batch:
                 with advice_on_memory(self.micro_batch, self.n_sequences):
                     self._passes(batches, scale, loss_sum)
@@ -91,6 +86,18 @@ class Accumulator:
             self.raw_model.zero_grad(set_to_none=True)
             self._shrink()
             self.stream = None
+
+    def _next(self, position: int) -> tuple[list[Batch], int, Tensor]:
+        """Return this rank's micro-batches of the update at `position`, the number of their targets, and figures."""
+        if self.objective.rollouts is not None:
+            batches, n_targets, values = self.objective.rollouts.update(position, self.n_sequences, self.micro_batch)
+            return batches, n_targets, self.objective.figures(values)
+        if self.stream is None:
+            stream = updates(
+                self.data, self.dist, self.block_size, self.seed, self.n_sequences, self.micro_batch, position
+            )
+            self.stream = prefetch(stream, self.dist.device)
+        return *next(self.stream), self.objective.no_figures()
 
     def step(self, optimizers: list[torch.optim.Optimizer], grad_clip: float, skipped: Tensor) -> Tensor:
         """Clip the gradient and update the parameters. Returns the gradient norm before clipping, of shape ().

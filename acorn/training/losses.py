@@ -19,6 +19,35 @@ def log_probability(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     return -F.cross_entropy(model.logits(x).float(), y, ignore_index=-1, reduction="none")[:, None]
 
 
+def log_probability_and_entropy(temperature: float, model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Return the log-probability of each target and the entropy of its distribution in nats: (n, 2); 0 if masked.
+
+    Both are those at the sampling `temperature`."""
+    logp = (model.logits(x).float() / temperature).log_softmax(-1)  # (n, V)
+    values = torch.stack((logp.gather(1, y.clamp(min=0)[:, None])[:, 0], -(logp.exp() * logp).sum(1)), dim=1)
+    return values * (y != -1)[:, None]
+
+
+def hidden(model: GPT, x: Tensor) -> Tensor:
+    """Return x (n, C) itself, the input of the head."""
+    return x
+
+
+def divergence(teacher: GPT, n_vocab: int, temperature: float, model: GPT, x: Tensor, hidden: Tensor, y: Tensor):
+    """Return, for n tokens, KL(teacher || model) and the token loss, both in nats: (n, 2); 0 if masked.
+
+    Distillation, https://arxiv.org/abs/1503.02531: the `temperature` softens both distributions, which are those over
+    the first `n_vocab` ids. `hidden` (n, C of the teacher) is the input of the teacher's head.
+    """
+    logits = model.logits(x).float()  # (n, V)
+    student = (logits[:, :n_vocab] / temperature).log_softmax(-1)
+    with torch.no_grad():
+        target = (teacher.logits(hidden)[:, :n_vocab].float() / temperature).log_softmax(-1)
+    kl = (target.exp() * (target - student)).sum(1)
+    nats = F.cross_entropy(logits, y, ignore_index=-1, reduction="none")
+    return torch.stack((kl * (y != -1), nats), dim=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Preferences
 
@@ -82,3 +111,31 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> T
     `chosen` and `rejected` are mean log-probabilities per token.
     """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def advantages(rewards: Tensor, std: bool) -> Tensor:
+    """Return the advantage of each completion: its reward minus the mean of its group. rewards: (groups, completions).
+
+    With `std` it is divided by the standard deviation of the group, as in section 4.1.2 of GRPO,
+    https://arxiv.org/abs/2402.03300. Then very easy and very hard questions weigh more than others, which
+    https://arxiv.org/abs/2503.20783 advises against.
+    """
+    result = rewards - rewards.mean(1, keepdim=True)
+    return result / (rewards.std(1, keepdim=True) + 1e-4) if std else result
+
+
+def grpo_loss(logp: Tensor, advantage: Tensor, reference: Tensor | None = None, kl_beta: float = 0.0) -> Tensor:
+    """Return the policy-gradient loss of each token of sampled completions, with the shape of the arguments (B, T).
+
+    Each update samples with the current weights (on-policy), so the ratio to the sampling policy is 1, and clipping it
+    would have no effect. With `reference`, `kl_beta` weighs an estimate of the divergence from it (equation 4 of GRPO).
+    """
+    loss = -advantage * logp
+    if reference is not None:
+        ratio = reference - logp
+        loss = loss + kl_beta * (ratio.exp() - ratio - 1)
+    return loss

@@ -157,9 +157,14 @@ class Progress:
         n_sequences = self.accumulator.n_sequences
         rate = n_updates * n_sequences * self.s.block_size / seconds
         mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
+        if self.accumulator.objective.rollouts is not None:  # most of the time is spent on sampling
+            rate, mfu = n_updates * n_targets.item() / seconds, None
         left = self.time_left.estimate(state.step)
         figures = self.accumulator.objective.means(self.accumulator.figures)
         figures.pop("loss", None)
+        if figures.get("no_signal") == 1:
+            text = f"all completions of a prompt have equal rewards (mean {figures['reward']:g}), so nothing is learned"
+            self.console.log(f"note: in step {step}, {text}. Use easier prompts, or a larger --group_size.")
         self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left, figures))
         of_rank = dist.gather([runtime.peak_memory(dist.device), self.accumulator.waited.take()])
         if self.metrics is not None:

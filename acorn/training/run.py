@@ -139,7 +139,7 @@ def start_writing(
         raise UserError(f"another run wrote into {out_dir} while this run was starting. Check it, and start again.")
     if s.init_from != "resume":
         checkpoint.remove_run(out_dir)  # without overwrite, there can only be a run without a checkpoint
-        for needed in (adapters["base"] if adapters else "", s.reference):
+        for needed in (adapters["base"] if adapters else "", s.reference, s.teacher):
             if needed:
                 checkpoint.pin(Path(needed), out_dir)
     wandb_run = None
@@ -169,7 +169,7 @@ def saved_state(
         "lora": adapters,
         "arithmetic": dataclasses.asdict(arithmetic),
         "scaler": accumulator.scaler.state_dict(),
-        "objective": accumulator.objective.saved(),
+        "objective": accumulator.objective.hashes,
         **dataclasses.asdict(state),
         "launch": heartbeat.launch_id(),
     }
@@ -195,7 +195,8 @@ def finish(
     """Save the last update if it is not saved yet, and say how the run ended. Returns the exit code."""
     failure = checkpoints.finish()
     console.close()
-    resume = command("train.py", "--init_from=resume", s.out_dir)
+    words = f"--reward={shlex.quote(s.reward)} " if s.reward.endswith(".py") else ""
+    resume = command("train.py", f"{words}--init_from=resume", s.out_dir)
     if failure is not None:
         text = f"the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}"
         return console.fail(text, 2)
@@ -255,7 +256,9 @@ def estimate(
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     peak_memory = runtime.peak_memory(next(model.parameters()).device)
     fixed += frozen
-    with_frozen = f", of which {report.size(frozen)} for the reference" if frozen else ""
+    with_frozen = (
+        f", of which {report.size(frozen)} for the {'teacher' if s.teacher else 'reference'}" if frozen else ""
+    )
     return (
         f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments{with_frozen}; "
         f"the process used {report.size(peak_memory)} at its peak; saving a checkpoint needs up to "
