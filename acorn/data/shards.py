@@ -350,7 +350,7 @@ class Dataset:
             notes.append(
                 f"{len(self.train.conversations) // 2:,} pairs in {len(rows.starts) - 1:,} rows of {block_size:,} "
                 f"tokens, {rows.padding:.1%} of them padding"
-                + (f"; {rows.left_out:,} pairs are left out (longer than a row)" if rows.left_out else "")
+                + (f"; {rows.left_out:,} left out (longer than a row)" if rows.left_out else "")
             )
         elif self.train.conversations is not None:
             rows = self.train.conversations.rows(block_size)
