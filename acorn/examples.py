@@ -10,13 +10,13 @@
     choices_val.jsonl    {"prompt", "choices", "answer"}: the same question with four modules to choose from
     choices.yaml         choices_val.jsonl as a task of the lm-evaluation-harness
     sums.jsonl           {"prompt", "response"}: a sum of two numbers; half of the responses are sentences
-    style.jsonl          {"prompt", "chosen", "rejected"}: the same sums; a sentence is better than a number
+    style.jsonl          {"prompt", "chosen", "rejected"}: the same sums; sentences are better than numbers
     topics/*.txt         texts with a prefix that names their topic: `<topic=json>`
     fewshot.jsonl        {"prompt", "response"}: three countries with their capitals and another country -> its capital
     couplets.jsonl       the same format, in Chinese: a verse -> the next verse, and a title -> a poem
 
-answers, summaries, translations, sums and couplets have a validation file with _val in its name, which holds another tenth
-of the examples. Likewise, the functions in choices_val are not in labels.
+answers, summaries, translations, sums and couplets have a validation file with _val in its name, which holds another
+tenth of the examples. Likewise, the functions in choices_val are not in labels.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 # $ python train.py config/grpo_arithmetic.py
 # $ python sample.py --out_dir=out/grpo --chat=True
 
-from acorn.training.rewards import NUMBER
+from acorn.training.rewards import NUMBER as _NUMBER
 
 out_dir = "out/grpo"
 init_from = "out/sums"
@@ -13,7 +13,7 @@ objective = "grpo"
 
 def reward(prompt, completion, answer):
     """Return 1 if the first number in the completion is the sum, 0.1 for another number, and 0 for none."""
-    found, expected = NUMBER.search(completion), NUMBER.search(answer)
+    found, expected = _NUMBER.search(completion), _NUMBER.search(answer)
     return 0.0 if found is None else 1.0 if found[0] == expected[0] else 0.1
 
 
