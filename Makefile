@@ -1,6 +1,6 @@
 # make demo: train a model on a fresh clone, plot its loss curve and sample from it, in a few minutes on a laptop
 # make demo-zh: the same with Tang and Song poems (needs npm), with hints in Chinese
-# make test: the test suite        make slow: include the long tests        make lint: ruff
+# make test: the test suite        make slow: include the long tests        make lint: ruff and mypy
 # make gpu: on a CUDA machine, the tests marked gpu and the benchmarks at GPU sizes, in under nine minutes
 
 # an active environment is used; otherwise one is created in .venv
@@ -44,6 +44,7 @@ slow: $(STAMPS)/.acorn-requirements-dev
 lint: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 # installs nothing, and uses the torch that is already installed
 gpu:

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,13 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; False is slightly faster, and no worse
     pos: str = "learned"  # learned | sinusoidal | rope
     norm: str = "layernorm"  # layernorm | rmsnorm
-    mlp: str = "gelu_tanh"  # gelu_tanh (GPT-2's) | gelu (nanoGPT's) | relu2 | swiglu
+    mlp: str = "gelu_tanh"  # gelu_tanh (GPT-2's) | gelu (nanoGPT's) | relu | relu2 | swiglu | geglu
     n_kv_head: int = 0  # key/value heads, each shared by a group of query heads; 0: n_head
-    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, with gates 8/3 * n_embd rounded up to a multiple of 64
     qk_norm: bool = False  # normalize queries and keys, which keeps attention logits bounded
+    qk_norm_weight: bool = False  # qk_norm has a weight for each channel of a head, as in Qwen3
+    qkv_bias: bool = False  # biases of queries, keys and values even with bias=False, as in Qwen2
     tie_weights: bool = True  # the head shares its matrix with the token embedding
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # every block, and an untied head, initially outputs zero
@@ -46,32 +49,34 @@ class GPTConfig:
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict = field(default_factory=dict)  # how rope is stretched for long texts, see `rope_frequencies`
+    nope_every: int = 0  # n > 0: every n-th block has no rope, as in SmolLM3
+    scale_embedding: bool = False  # multiply the token embedding by sqrt(n_embd), as in Gemma
 
     def __post_init__(self):
         """Replace the default 0 of some settings. Raises ValueError if a setting is invalid."""
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.mlp == "swiglu":
+        if not self.head_dim and self.n_head > 0 and self.n_embd % self.n_head == 0:
+            self.head_dim = self.n_embd // self.n_head
+        if self.mlp in GATED:
             self.n_hidden = self.n_hidden or 64 * math.ceil(self.n_embd * 8 / 3 / 64)
         self.n_hidden = self.n_hidden or 4 * self.n_embd
         check_config(self)
 
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
 
-
+GATED = ("swiglu", "geglu")  # MLPs whose hidden channels are multiplied by gates
 DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # settings that may change when training continues
 
 
 class Norm(nn.Module):
     """LayerNorm (with optional bias) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, size: int):
         super().__init__()
         self.kind, self.eps = config.norm, config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.weight = nn.Parameter(torch.empty(size))
         has_bias = config.bias and config.norm == "layernorm"
-        self.bias = nn.Parameter(torch.empty(config.n_embd)) if has_bias else None
+        self.bias = nn.Parameter(torch.empty(size)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
@@ -89,19 +94,23 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.plain = False  # train with `plain_attention`
-        kv_channels = config.n_kv_head * config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_channels, bias=config.bias)  # q, k, v in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.split = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]  # of c_attn
+        self.c_attn = nn.Linear(config.n_embd, sum(self.split), bias=config.bias or config.qkv_bias)  # q, k, v in one
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm_weight:
+            self.q_norm, self.k_norm = Norm(config, config.head_dim), Norm(config, config.head_dim)
 
     def forward(self, x: Tensor, rotary=None, cache=None, positions=None, mask=None) -> Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values (B, H_kv, S, D), written at `positions`."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         cfg = self.config
-        q, k, v = self.c_attn(x).split((C, cfg.n_kv_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim), dim=2)
+        q, k, v = self.c_attn(x).split(self.split, dim=2)
         q = q.view(B, T, cfg.n_head, cfg.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
-        if cfg.qk_norm:  # the model's type of norm, without weights
+        if cfg.qk_norm_weight:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif cfg.qk_norm:  # the model's type of norm, without weights
             norm = F.rms_norm if cfg.norm == "rmsnorm" else F.layer_norm
             q, k = norm(q, (cfg.head_dim,)), norm(k, (cfg.head_dim,))
         if rotary is not None:
@@ -114,7 +123,7 @@ class CausalSelfAttention(nn.Module):
             q = q.to(k.dtype)
         p = attention_dropout(cfg) if self.training else 0.0
         y = attend(q, k, v, mask, p, self.plain)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        y = y.transpose(1, 2).flatten(2)  # heads side by side: (B, T, H * D)
         if cache is not None:
             y = y.to(x.dtype)  # the cache may have another dtype, and FSDP has no autocast
         return dropout(self.c_proj(y), cfg.dropout, self.training)
@@ -124,7 +133,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        gates = 2 if config.mlp == "swiglu" else 1  # swiglu's gate and value come from one matrix
+        gates = 2 if config.mlp in GATED else 1  # gates and values come from one matrix
         self.c_fc = nn.Linear(config.n_embd, gates * config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
@@ -134,11 +143,13 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate="tanh")
         elif kind == "gelu":
             x = F.gelu(x)
+        elif kind == "relu":
+            x = F.relu(x)
         elif kind == "relu2":  # https://arxiv.org/abs/2109.08668
             x = F.relu(x).square()
-        elif kind == "swiglu":  # https://arxiv.org/abs/2002.05202
+        elif kind in GATED:  # https://arxiv.org/abs/2002.05202
             gate, value = x.chunk(2, dim=-1)
-            x = F.silu(gate) * value
+            x = (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")) * value
         else:
             raise NotImplementedError(f"mlp={kind!r} has no branch in MLP.forward")
         return dropout(self.c_proj(x), self.config.dropout, self.training)
@@ -147,14 +158,28 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = Norm(config)
+        self.ln_1 = Norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = Norm(config)
+        self.ln_2 = Norm(config, config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary=None, cache=None, positions=None, mask=None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, cache, positions, mask)
         return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The layers of a GPT below its head, by GPT-2's names. `GPT.forward` runs them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngram > 1:
+            self.ngram = NgramEmbedding(config)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = Norm(config, config.n_embd)
 
 
 class GPT(nn.Module):
@@ -166,14 +191,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # recompute each block in the backward pass, to save memory
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only, so that init_weights alone draws random numbers
-            self.transformer = nn.ModuleDict()
-            self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            if config.pos == "learned":
-                self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-            if config.ngram > 1:
-                self.transformer.ngram = NgramEmbedding(config)
-            self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-            self.transformer.ln_f = Norm(config)
+            self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device=device)
         if config.tie_weights:
@@ -234,10 +252,11 @@ class GPT(nn.Module):
         x, rotary = self.embed(idx, positions, cache)  # (B, T, C)
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
+            angles = None if self.config.nope_every and (layer + 1) % self.config.nope_every == 0 else rotary
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(block, x, rotary, mask=mask, use_reentrant=False)
+                x = checkpoint(block, x, angles, mask=mask, use_reentrant=False)
             else:
-                x = block(x, rotary, None if cache is None else cache.layers[layer], positions, mask)
+                x = block(x, angles, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)
 
         if per_token is not None:
@@ -259,6 +278,8 @@ class GPT(nn.Module):
         """Embed tokens idx (B, T) at `positions` (T,) or (B, T). Returns x (B, T, C), and rope's angles or None."""
         cfg, rotary = self.config, None
         x = self.transformer.wte(idx)  # (B, T, C)
+        if cfg.scale_embedding:
+            x = x * math.sqrt(cfg.n_embd)
         if cfg.ngram > 1:
             x = x + self.transformer.ngram(idx, positions, cache)
         if cfg.pos == "learned":
@@ -266,7 +287,7 @@ class GPT(nn.Module):
         elif cfg.pos == "sinusoidal":  # the embedding is scaled as in section 3.4 of the paper
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(positions, cfg.n_embd).to(x.dtype)
         elif cfg.pos == "rope":
-            cos, sin = rotary_angles(positions, cfg.head_dim, cfg.rope_theta)  # (T, D/2) or (B, T, D/2)
+            cos, sin = rotary_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)  # ([B,] T, D/2)
             rotary = (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
         else:
             raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.embed")
@@ -315,8 +336,8 @@ class GPT(nn.Module):
         if len(chunks) == 1 or not torch.is_grad_enabled():
             values = [per_token(self, *chunk) for chunk in chunks]
         else:
-            options = dict(use_reentrant=False, preserve_rng_state=False)
-            values = [checkpoint(per_token, self, *chunk, **options) for chunk in chunks]
+            again = functools.partial(checkpoint, per_token, self, use_reentrant=False, preserve_rng_state=False)
+            values = [again(*chunk) for chunk in chunks]
         return torch.cat(values).view(*x.shape[:2], -1)
 
     def num_params(self, non_embedding: bool = False) -> int:
@@ -348,10 +369,11 @@ class GPT(nn.Module):
         The logits of the old tokens do not change.
         """
         wte, head = self.transformer.wte, self.lm_head
-        for layer in (wte,) if self.config.tie_weights else (wte, head):
-            layer.weight = nn.Parameter(grown_rows(layer.weight, n_vocab, size))
+        wte.weight = nn.Parameter(grown_rows(wte.weight, n_vocab, size))
         if self.config.tie_weights:
             head.weight = wte.weight
+        else:
+            head.weight = nn.Parameter(grown_rows(head.weight, n_vocab, size))
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, params=None) -> torch.optim.AdamW:
@@ -368,11 +390,12 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return the FLOPs of one token's forward and backward pass.
 
-        6 per parameter, and 12 * n_layer * n_embd * block_size for attention: appendix B of PaLM,
+        6 per parameter, and 12 * n_layer * n_head * head_dim * block_size for attention: appendix B of PaLM,
         https://arxiv.org/abs/2204.02311.
         """
         cfg = self.config
-        return 6 * self.num_params(non_embedding=True) + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        attention = 12 * cfg.n_layer * cfg.n_head * cfg.head_dim * cfg.block_size
+        return 6 * self.num_params(non_embedding=True) + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None) -> float | None:
         """Return the model FLOPs utilization of `fwdbwd_per_iter` sequences of block_size tokens in `dt` seconds.
@@ -394,11 +417,50 @@ def sinusoidal_positions(positions: Tensor, n_embd: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # sin and cos alternate: (..., C)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, https://arxiv.org/abs/2104.09864. positions: (...) -> cos, sin: (..., D/2)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    frequency, scale = rope_frequencies(head_dim, theta, scaling or {}, positions.device)
     angle = positions[..., None] * frequency
-    return angle.cos(), angle.sin()
+    return angle.cos() * scale, angle.sin() * scale
+
+
+# The settings of each kind of rope scaling, named as in transformers. original_max_position_embeddings is the context
+# length of the model before its rope was stretched by `factor`.
+ROPE_SCALING = {
+    "linear": "factor",
+    "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor",
+    "yarn": "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor",
+}
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: dict, device=None) -> tuple[Tensor, float]:
+    """Return the angle (D/2,) by which rope rotates each pair of channels per position, and a scale for cos and sin.
+
+    `scaling` is empty, or has a "rope_type" and its settings in ROPE_SCALING. "linear" divides all angles by `factor`,
+    https://arxiv.org/abs/2306.15595. "llama3" (https://arxiv.org/abs/2407.21783) and "yarn"
+    (https://arxiv.org/abs/2309.00071) divide only those that make few full turns within the original context.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    if not scaling:
+        return frequency, 1.0
+    kind, factor = scaling["rope_type"], scaling["factor"]
+    if kind == "linear":
+        return frequency / factor, 1.0
+    context = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return frequency * (kept + (1 - kept) / factor), 1.0
+    if kind == "yarn":  # linear from the pair that makes beta_fast turns to the pair that makes beta_slow turns
+        turns = (scaling["beta_fast"], scaling["beta_slow"])
+        first, last = (head_dim * math.log(context / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+        if scaling["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        width = last - first if last != first else 0.001
+        divided = ((torch.arange(head_dim // 2, device=device) - first) / width).clamp(0, 1)
+        return frequency * (1 - divided + divided / factor), scaling["attention_factor"]
+    raise NotImplementedError(f"rope scaling {kind!r} has no branch in rope_frequencies")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -431,12 +493,13 @@ class NgramEmbedding(nn.Module):
         if cache is not None:  # earlier tokens are in the cache
             cache.idx.scatter_(1, positions, idx)
             idx, index = cache.idx, positions
-        key, embedded = idx.gather(1, index), 0
+        key, embedded = idx.gather(1, index), torch.zeros((), device=idx.device)
         for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
             key = key * (self.config.vocab_size + 1) + before  # int64; overflow wraps around
             # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
-            row = key if table.num_embeddings == possible else (key * -7046029254386353131 >> 32) % table.num_embeddings
+            n_rows = min(self.config.ngram_rows, possible)
+            row = key if n_rows == possible else (key * -7046029254386353131 >> 32) % n_rows
             # dropout1d drops all C channels of an n-gram or none
             embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
         return embedded
@@ -464,6 +527,14 @@ class KVCache:
             self.layers.append((k, v))
         self.idx = torch.zeros(batch_size, size, device=device, dtype=torch.long)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.long)
+
+    def copy_rows(self, source: "KVCache", rows: Tensor) -> None:
+        """Make row b a copy of row rows[b] of `source`, a cache of the same size, which may be this cache itself."""
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            for own, tensor in zip(layer, other, strict=True):
+                own.copy_(tensor[rows])
+        self.idx.copy_(source.idx[rows])
+        self.length.copy_(source.length[rows])
 
 
 # -------------------- documents: several in one row
@@ -609,7 +680,7 @@ def check_config(config: GPTConfig) -> None:
     choices = {
         "pos": ("learned", "sinusoidal", "rope"),
         "norm": ("layernorm", "rmsnorm"),
-        "mlp": ("gelu_tanh", "gelu", "relu2", "swiglu"),
+        "mlp": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -630,11 +701,43 @@ def check_config(config: GPTConfig) -> None:
         )
     if not 1 <= config.rope_theta < math.inf:
         raise ValueError(f"rope_theta = {config.rope_theta} must be a finite number of at least 1")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd = {config.n_embd} must be a multiple of n_head = {config.n_head}")
+    if config.head_dim == 0:
+        raise ValueError(
+            f"n_embd = {config.n_embd} must be a multiple of n_head = {config.n_head}, or head_dim must be given"
+        )
+    if not 0 < config.head_dim <= 1_000_000:
+        raise ValueError(f"head_dim = {config.head_dim} must be from 1 to 1000000, or 0 for n_embd / n_head")
     if config.n_head % config.n_kv_head:
         raise ValueError(f"n_head = {config.n_head} must be a multiple of n_kv_head = {config.n_kv_head}")
     if config.pos == "rope" and config.head_dim % 2:
-        raise ValueError(f"pos = 'rope' needs an even n_embd / n_head, which is {config.head_dim}")
+        raise ValueError(f"pos = 'rope' needs an even head_dim, by default n_embd / n_head, which is {config.head_dim}")
     if config.pos == "sinusoidal" and config.n_embd % 2:
         raise ValueError(f"pos = 'sinusoidal' needs an even n_embd, which is {config.n_embd}")
+    if config.nope_every < 0:
+        raise ValueError(f"nope_every = {config.nope_every} must not be negative")
+    if config.pos != "rope" and (config.nope_every or config.rope_scaling):
+        name = "nope_every" if config.nope_every else "rope_scaling"
+        raise ValueError(f"{name} = {getattr(config, name)} needs pos = 'rope'")
+    if config.qk_norm_weight and not config.qk_norm:
+        raise ValueError("qk_norm_weight = True needs qk_norm = True")
+    check_rope_scaling(config.rope_scaling, config.rope_theta)
+
+
+def check_rope_scaling(scaling: dict, theta: float) -> None:
+    """Raise ValueError if `scaling` is not a valid argument of `rope_frequencies`."""
+    if scaling == {}:
+        return
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+    names = ROPE_SCALING[kind].split() if isinstance(kind, str) and kind in ROPE_SCALING else []
+    numbers = [scaling[name] for name in names if name in scaling]
+    if not names or set(scaling) != {"rope_type", *names} or not all(isinstance(x, int | float) for x in numbers):
+        raise ValueError(
+            f"rope_scaling = {scaling!r:.200} is not a rope_type of {', '.join(ROPE_SCALING)} and numbers for its "
+            f"settings, such as {ROPE_SCALING['linear']!r} for linear"
+        )
+    if not all(0 < scaling[name] < math.inf for name in names if name != "truncate"):
+        raise ValueError(f"rope_scaling = {scaling} must have finite numbers above 0")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"rope_scaling = {scaling} must have a low_freq_factor below high_freq_factor")
+    if kind == "yarn" and theta == 1:
+        raise ValueError("rope_scaling of type yarn needs rope_theta above 1")

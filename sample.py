@@ -14,9 +14,10 @@ from typing import Literal
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 import torch
 
-from acorn import UserError, checkpoint, files, printable, run, settings
+from acorn import UserError, checkpoint, files, printable, replace_invalid, run, settings
 from acorn.data.tokenizer import END_OF_TEXT
 from acorn.distributed import runtime
+from acorn.inference import beam
 from acorn.inference.console import continue_prompts, converse, for_stdout, read_prompts
 from acorn.inference.cpu_decode import prepare_for_decoding
 from acorn.inference.generate import encode_prompt
@@ -40,6 +41,9 @@ class SampleSettings:
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the most likely one
     repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
     no_repeat_ngram_size: int = 0  # n > 0: no n-gram occurs twice
+    num_beams: int = 1  # above 1: beam search for the num_samples (default 1) likeliest texts, instead of sampling
+    length_penalty: float = 1.0  # beams are ranked by log-probability / length^length_penalty; above 0 favors long ones
+    early_stopping: Literal[True, False, "never"] = False  # end at num_beams texts; never: when no better one can come
     stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     seed: int = 1337  # sample k uses seed + k, so the same seed gives the same samples
     stream: Literal["auto", True, False] = "auto"  # print text as it is generated; auto: for one sample on a terminal
@@ -56,7 +60,7 @@ class SampleSettings:
     compile: Literal["auto", True, False] = "auto"  # torch.compile the one-token step; auto: if this saves time
 
 
-def check(s: SampleSettings) -> None:
+def check(s: SampleSettings, given: dict) -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     settings.check_bounds(vars(s))
     if s.chat and (s.interactive or s.prompts or s.json or s.logprobs):
@@ -67,15 +71,15 @@ def check(s: SampleSettings) -> None:
         )
     if s.system and not s.chat:
         raise UserError("system needs a chat. Add --chat=True.")
+    beam.check(s, given)
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot encode must not end a sample
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 input must not end a conversation
+    replace_invalid(sys.stdout)  # a character that the terminal cannot encode must not end a sample
+    replace_invalid(sys.stdin)  # invalid UTF-8 input must not end a conversation
     given = settings.parse(SampleSettings, sys.argv[1:])
     s = settings.build(SampleSettings, given)
-    check(s)
+    check(s, given)
 
     # ---- machine; only samples go to stdout, so that they can be piped
     r = runtime.setup(s.device, s.dtype, s.compile)
@@ -98,7 +102,7 @@ def main() -> int:
         start = tokenizer.decode([0])  # the vocabulary has no line break, the default prompt
     prompts = read_prompts(s.prompts) if s.prompts else [start]
     control = s.control_tokens or (prompts == [END_OF_TEXT] and not s.prompts)
-    num_samples = 1 if s.prompts and "num_samples" not in given else s.num_samples
+    num_samples = 1 if (s.prompts or s.num_beams > 1) and "num_samples" not in given else s.num_samples
     longest = max(len(encode_prompt(tokenizer, prompt, control)) for prompt in prompts) + s.max_new_tokens
     if longest > model.config.block_size and not s.chat:
         print(
@@ -108,10 +112,11 @@ def main() -> int:
         )
     compile = s.compile is True
     if r.device.type == "cpu" and (s.compile or s.quantize != "none"):
-        n_rows = 1 if s.interactive or s.chat else len(prompts)
-        model = prepare_for_decoding(model, s.quantize, s.compile, n_rows, num_samples * s.max_new_tokens)
+        n_rows = (1 if s.interactive or s.chat else len(prompts)) * s.num_beams
+        n_tokens = (num_samples if s.num_beams == 1 else 1) * s.max_new_tokens
+        model = prepare_for_decoding(model, s.quantize, s.compile, n_rows, n_tokens)
         compile = False  # prepare_for_decoding has already compiled the model if it is worthwhile
-    stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == 1
+    stream = s.stream if s.stream != "auto" else sys.stdout.isatty() and num_samples == s.num_beams == 1
     stream = stream and not s.json and len(prompts) == 1
 
     def show(text: str) -> None:
@@ -124,17 +129,23 @@ def main() -> int:
         return 0
 
     def answer(prompts: list[str], num_samples: int, control: bool) -> None:
+        if s.num_beams > 1:
+            print_samples(beam.continue_prompts(model, tokenizer, prompts, control, num_samples, s, compile))
+            return
         for k in range(num_samples):
             show(prompts[0])
-            for sample in continue_prompts(model, tokenizer, prompts, control, s.seed + k, s, compile, show):
-                if s.json:
-                    print(for_stdout(json.dumps(sample, ensure_ascii=False)), flush=True)
-                    continue
-                print("" if stream else for_stdout(sample["prompt"] + sample["text"]))
-                if s.logprobs:
-                    for token, logprob in zip(sample["tokens"], sample["logprobs"], strict=True):
-                        print(f"{logprob:9.4f}  {token!r}")
-                print("---------------", flush=True)
+            print_samples(continue_prompts(model, tokenizer, prompts, control, s.seed + k, s, compile, show))
+
+    def print_samples(samples: list[dict]) -> None:
+        for sample in samples:
+            if s.json:
+                print(for_stdout(json.dumps(sample, ensure_ascii=False)), flush=True)
+                continue
+            print("" if stream else for_stdout(sample["prompt"] + sample["text"]))
+            if s.logprobs:
+                for token, logprob in zip(sample["tokens"], sample["logprobs"], strict=True):
+                    print(f"{logprob:9.4f}  {token!r}")
+            print("---------------", flush=True)
 
     if not s.interactive:
         answer(prompts, num_samples, control)

@@ -15,14 +15,16 @@ from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 
-from acorn import UserError, checkpoint, run, settings
+from acorn import UserError, checkpoint, replace_invalid, run, settings
 from acorn.distributed import heartbeat, runtime
+from acorn.evaluation.monitor import measure_tasks, read_tasks
 from acorn.training import autotune
 from acorn.training.accumulate import Accumulator
 from acorn.training.objective import start_objective
 from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
 from acorn.training.progress import Console, Progress, evaluation_line
 from acorn.training.run import (
+    SIGNALED,
     RunState,
     SkippedUpdates,
     dry_run,
@@ -45,13 +47,18 @@ class TrainSettings:
     eval_interval: int = 2000  # updates between evaluations
     log_interval: int = 0  # updates between lines on the console and in metrics.jsonl; 0: about 40 lines
     eval_iters: int = 200  # batches of each split per evaluation; 0: the whole val split
+    eval_choices: str = ""  # also measure accuracy at each evaluation: a .jsonl of {"prompt", "choices", "answer"}
+    eval_pairs: str = ""  # also measure greedy answers at each evaluation: a .jsonl of {"prompt", "response"}
     eval_only: bool = False  # evaluate once and exit
     always_save_checkpoint: bool = True  # save after each evaluation; if False, only if the val loss is the best so far
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best
     sample_interval: int = 0  # updates between samples on the console; 0: none
     init_from: str = "scratch"  # scratch | resume | an out_dir | a nanoGPT ckpt.pt | gpt2, OWNER/NAME (hub), a folder
+    max_minutes: float = 0.0  # end after this much training, with resumed parts; 0: off; the lr schedule is unaffected
+    early_stopping: int = 0  # end after this many evaluations without a better val loss; 0: off; lr schedule as above
     dry_run: bool = False  # time a few updates, print the memory and time that the run would need, and write nothing
-    # wandb logging
+    # logging; metrics.jsonl is always written
+    tensorboard_log: bool = False  # also log to TensorBoard, in out_dir/tensorboard
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run
@@ -71,11 +78,15 @@ class TrainSettings:
     attn_dropout: float = -1.0  # dropout of attention weights; -1: same as dropout; 0 keeps the fast attention kernels
     bias: bool = False  # biases in Linear and LayerNorm
     n_kv_head: int = 0  # key/value heads, each shared by a group of query heads; 0: n_head
-    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu: 8/3)
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd (swiglu and geglu: 8/3)
     pos: Literal["learned", "sinusoidal", "rope"] = "learned"  # position encoding
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
-    mlp: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # activation; nanoGPT uses gelu
+    mlp: Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"  # activation; nanoGPT uses gelu
     qk_norm: bool = False  # normalize queries and keys
+    qk_norm_weight: bool = False  # qk_norm has a weight for each channel of a head (Qwen3)
+    qkv_bias: bool = False  # biases of queries, keys and values even with bias=False (Qwen2)
+    nope_every: int = 0  # n > 0: every n-th block has no rope (SmolLM3)
     tie_weights: bool = True  # head and token embedding share a matrix
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, initially output zero
@@ -132,7 +143,7 @@ class TrainSettings:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot encode must not end a run
+    replace_invalid(sys.stdout)  # a character that the terminal cannot encode must not end a run
     # ---- settings
     s, given = read_settings(TrainSettings, sys.argv[1:])
     out_dir, resumed, writes = Path(s.out_dir), s.init_from == "resume", not (s.eval_only or s.dry_run)
@@ -155,6 +166,7 @@ def main() -> int:
     data = load_data(s, saved, dist)
     token_bytes = data.tokenizer.token_bytes()
     model, values, source, adapters = start_model(s, given, folder, saved, data, dist)
+    tasks = read_tasks(s.eval_choices, s.eval_pairs, data.tokenizer, model.config.block_size, log)
     muon = s.optimizer == "muon"
     arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, muon, dist, saved.get("arithmetic"))
     if notes:
@@ -175,18 +187,18 @@ def main() -> int:
     optimizers = make_optimizers(
         model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, dist.device.type, muon_dtype
     )
-    if resumed:
+    if folder:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 
     # ---- the state of the run, and the gradient accumulator
     state = RunState.from_saved(saved)
-    if state.is_finished(s.max_iters) and not s.eval_only:
-        log(f"{out_dir} has already made its {state.step} updates. Use a larger --max_iters to continue.")
+    if (reason := state.ended(s)) and not s.eval_only:
+        log(f"{out_dir} {reason}")
         return 0
     state.data = data.identity()
     n_sequences = s.gradient_accumulation_steps * s.batch_size  # per update
-    options = (micro_batch, n_sequences, s.block_size, s.seed, s.auto_batch, log, objective)
-    accumulator = Accumulator(model, data, dist, *options)
+    sizes = (micro_batch, n_sequences, s.block_size)
+    accumulator = Accumulator(model, data, dist, *sizes, s.seed, s.auto_batch, log, objective)
     if accumulator.scaler.is_enabled() and saved.get("scaler"):
         accumulator.scaler.load_state_dict(saved["scaler"])
     accumulator.prepare(dist.compile and not s.eval_only)
@@ -207,43 +219,43 @@ def main() -> int:
         console.start_bar(state.step, s.max_iters)
 
     # ---- the loop
-    first_step, stop = state.step, False
+    first_step, stop = state.step, 0  # stop: a reason to stop here, or 0
     state.start_clock()
     progress = Progress(s, state, accumulator, console, metrics)
     model.train()
     while True:
         step = state.step
         # evaluate, save a checkpoint, and sample
-        evaluates = state.is_evaluation_due(s.eval_interval, s.max_iters, s.eval_only) and not stop
+        evaluates = state.is_evaluation_due(s, stop)
         if evaluates:
-            size, n = accumulator.micro_batch, s.eval_iters * s.batch_size
-            train, val = (
-                objective.evaluate(data, split, size, s.block_size, n, token_bytes) for split in ("train", "val")
-            )
+            size = accumulator.micro_batch
+            options = (size, s.block_size, s.eval_iters * s.batch_size, token_bytes)
+            train, val = (objective.evaluate(data, split, *options) for split in ("train", "val"))
+            measured = measure_tasks(tasks, model, data.tokenizer, dist, size)
             best, failed = checkpoints.evaluated(val["loss"])
-            log(evaluation_line(step, train, val))
+            log(evaluation_line(step, train, val, measured))
             if s.eval_only:
                 return 0
             if step > 0 and (best or failed or s.always_save_checkpoint):
                 checkpoints.save(best)
             if metrics is not None:
-                metrics.write_evaluation(step, train, val, state.tick())
-        samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and not stop
+                metrics.write_evaluation(step, train, val, measured, state.tick())
+        samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and stop != SIGNALED
         if samples and (dist.is_main or dist.fsdp):  # FSDP needs every rank in each forward pass
             log(f"--- sample at step {step}\n{sample(model, data.tokenizer, s.seed)}")
         if evaluates:
             progress.restart_clock()
-        if stop or step == s.max_iters:
+        if stop or step == s.max_iters or state.is_out_of_patience(s.early_stopping):
             return finish(s, state, checkpoints, console, stop, data.has_conversations)
 
         # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
-        asked_to_stop = dist.ask(bool(signals))
+        ask_to_stop = dist.ask(state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))
         loss_sum, n_targets = accumulator.backward(step, state.position)
         lr = set_learning_rates(s, optimizers, step)
         grad_norm = accumulator.step(optimizers, s.grad_clip, skipped.counts)
         state.step, state.position = step + 1, state.position + n_sequences
-        stop = asked_to_stop()  # all processes stop at the same step
-        if stop and dist.world_size > 1:  # only now, because torchrun also sends a signal when another rank has died
+        stop = ask_to_stop()  # all processes stop at the same step
+        if stop == SIGNALED and dist.world_size > 1:  # only now, as torchrun also signals when another rank has died
             log("stopping after this update, with a checkpoint")
 
         # log

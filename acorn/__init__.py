@@ -1,9 +1,11 @@
 """Code shared by train.py, sample.py and prepare. Each module can be read on its own."""
 
+import io
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from acorn import openmp
 
@@ -25,6 +27,12 @@ def visible(text: str) -> str:
     """Return `text` as one line in which every character is visible: others, such as line breaks, controls and bytes
     that are not UTF-8, are escaped as in Python."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def replace_invalid(stream: TextIO | None) -> None:
+    """Let a standard stream replace what it cannot encode or decode, instead of raising UnicodeError."""
+    if isinstance(stream, io.TextIOWrapper):  # not if a program replaced the stream
+        stream.reconfigure(errors="replace")
 
 
 class UserError(Exception):

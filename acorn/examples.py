@@ -64,7 +64,7 @@ TOPICS = ("asyncio", "email", "json", "logging", "os", "random", "sqlite3", "sta
 def functions(folder: Path) -> list[tuple[str, str, str, str]]:
     """Return (module, name, first line of the docstring, rest of the docstring) of each public function or class in the
     Python files of `folder`, in order. Each first line appears once."""
-    functions_by_line = {}
+    functions_by_line: dict[str, tuple[str, str, str, str]] = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
         if any(part.startswith(("_", "test", "idlelib", "site-packages", "lib2to3")) for part in parts):
@@ -84,7 +84,8 @@ def functions(folder: Path) -> list[tuple[str, str, str, str]]:
 
 def translations(count: int) -> list[dict]:
     """Return `count` different sentences like "the big dog sees a small cat" with their German translations."""
-    random, german_of = Random(0), {}
+    random = Random(0)
+    german_of: dict[str, str] = {}
     while len(german_of) < count:
         english, german = [], []
         for case in range(2):  # subject and object
@@ -122,8 +123,8 @@ def choices_of(module: str, line: str) -> dict:
 
 def write_examples(folder: Path) -> dict[str, int]:
     """Write the files. Returns the number of examples in each."""
-    tables = {name + split: [] for name in ("answers", "summaries", "translations") for split in ("", "_val")}
-    tables |= {"labels": [], "choices_val": [], "fewshot": [], "sums": [], "sums_val": [], "style": []}
+    names = [name + split for name in ("answers", "summaries", "translations", "sums") for split in ("", "_val")]
+    tables: dict[str, list[dict]] = {name: [] for name in (*names, "labels", "choices_val", "fewshot", "style")}
     topics = []
     for module, name, line, rest in functions(Path(sysconfig.get_path("stdlib"))):
         split = "_val" if is_val(line) else ""
@@ -172,6 +173,8 @@ def write_couplets(folder: Path, dataset: str, count: int = 20_000) -> dict[str,
 
     The validation file is from the validation split, so a base model trained on the dataset has not seen its verses."""
     data = load_dataset(dataset)
+    if data.val is None:
+        raise UserError(f"the dataset {dataset} has no validation split. Prepare it with `python prepare poems`.")
     counts = {}
     for name, tokens, limit in (("couplets", data.train, count), ("couplets_val", data.val, count // 10)):
         text = data.tokenizer.decode(tokens.read([0], min(len(tokens), 150 * limit))[0])

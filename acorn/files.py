@@ -10,7 +10,7 @@ import platform
 import shutil
 import stat
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from acorn import UserError
 
@@ -141,7 +141,8 @@ def read_json(path: str | Path):
         value = json.loads(read_bytes(path))
     except (RecursionError, MemoryError) as error:
         raise ValueError("it is nested too deeply or too large") from error
-    level, depth = [[value]], 0
+    level: list[dict | list] = [[value]]
+    depth = 0
     while level:
         if depth > MAX_JSON_DEPTH:
             raise ValueError(f"it has more than {MAX_JSON_DEPTH} nesting levels")
@@ -168,7 +169,7 @@ def parse_json_line(text: str, location: str):
         raise UserError(f"{location} is not valid JSON ({error}). A .jsonl file has one object per line.") from error
 
 
-def read_json_lines(path: str, limit: int = 0) -> list[tuple[str, object]]:
+def read_json_lines(path: str, limit: int = 0) -> list[tuple[str, Any]]:
     """Return the first `limit` values (0: all) of a small .jsonl file, each with its location ("line 3 of FILE").
 
     Raises UserError if a line is not JSON, and if there is none."""

@@ -1,4 +1,4 @@
-"""Report a run (metrics.jsonl, loss.png, Weights & Biases), and compare the losses and settings of runs.
+"""Report a run (metrics.jsonl, loss.png, wandb, TensorBoard), and compare the losses and settings of runs.
 
 python -m acorn.report out/a out/b
 """
@@ -21,20 +21,26 @@ from acorn import UserError, files, printable, visible
 MAX_METRICS_BYTES = 1 << 31  # bytes; a larger metrics.jsonl is not read
 NUMERIC_FIELDS = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
 NUMERIC_FIELDS |= {"val_perplexity", "val_bits_per_byte"}
+TASKS = ("choices/", "pairs/")  # how the names of the figures in percent begin that `measure_tasks` returns
 
 # settings that do not affect results
 SETTINGS_WITHOUT_EFFECT = "out_dir overwrite dry_run eval_only wandb_run_name log_interval".split()
 
 
 class Metrics:
-    """Writes metrics.jsonl in `out_dir`, one object per line, and sends the metrics to wandb if it is on.
+    """Writes metrics.jsonl in `out_dir`, one object per line, and sends the metrics to wandb and TensorBoard if given.
 
     A run that resumes at `step` first removes lines that would be duplicated: updates from `step` on, evaluations newer
     than the checkpoint, and an incomplete last line.
     """
 
-    def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None):
-        self.path, self.wandb_run, self.torn = out_dir / "metrics.jsonl", wandb_run, False
+    def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None, tensorboard=None):
+        self.path, self.torn = out_dir / "metrics.jsonl", False
+        self.loggers = {}  # by name, functions that send figures elsewhere
+        if wandb_run is not None:
+            self.loggers["wandb"] = lambda figures: wandb_run.log(figures, step=figures["step"])
+        if tensorboard is not None:
+            self.loggers["TensorBoard"] = functools.partial(log_to_tensorboard, tensorboard)
         kept = [
             line
             for line in read_metrics(self.path, warn=True)
@@ -42,12 +48,20 @@ class Metrics:
         ]
         files.replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def write_evaluation(self, step: int, train: dict[str, float], val: dict[str, float], seconds: float) -> None:
-        """Append the results of `evaluate_mixture` on both splits, and redraw loss.png."""
+    def write_evaluation(
+        self,
+        step: int,
+        train: dict[str, float],
+        val: dict[str, float],
+        measured: dict[str, float | None],
+        seconds: float,
+    ) -> None:
+        """Append the results of `evaluate_mixture` on both splits and of `measure_tasks`, and redraw loss.png."""
         self.write(
             step=step,
             train_loss=train["loss"],
             **{f"val_{name}": value for name, value in val.items()},
+            **measured,
             seconds=seconds,
         )
         draw_curve(read_metrics(self.path), self.path.with_name("loss.png"))
@@ -66,15 +80,15 @@ class Metrics:
             if not self.torn:
                 print(f"warning: cannot write {self.path} ({error.strerror}); its lines are lost", file=sys.stderr)
             self.torn = True  # perhaps in the middle of the line
-        if self.wandb_run is not None:  # wandb draws no lists, so they are split by rank: memory/0, memory/1, ...
-            lists = {k: v for k, v in values.items() if isinstance(v, list)}
-            each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
+        lists = {k: v for k, v in values.items() if isinstance(v, list)}  # split by rank: memory/0, memory/1, ...
+        each = {f"{k}/{rank}": value for k, v in lists.items() for rank, value in enumerate(v)}
+        for name, send in list(self.loggers.items()):
             try:
-                self.wandb_run.log({k: v for k, v in values.items() if k not in lists} | each, step=values["step"])
+                send({k: v for k, v in values.items() if k not in lists} | each)
             except Exception as error:  # wandb raises many types of exceptions
                 reason = printable(f"{error!s:.200}")
-                print(f"warning: wandb logging failed ({reason}); the run continues without it", file=sys.stderr)
-                self.wandb_run = None
+                print(f"warning: {name} logging failed ({reason}); the run continues without it", file=sys.stderr)
+                del self.loggers[name]
 
 
 def read_metrics(path: Path, warn: bool = False) -> list[dict]:
@@ -94,7 +108,7 @@ def read_metrics(path: Path, warn: bool = False) -> list[dict]:
             line = json.loads(text)
             if not isinstance(line["step"], int) or not 0 <= line["step"] < 2**53 or line["step"] is True:
                 raise ValueError("step is not a count")
-            for name in NUMERIC_FIELDS & line.keys():
+            for name in {name for name in line if name in NUMERIC_FIELDS or name.startswith(TASKS)}:
                 line[name] = None if line[name] is None or not math.isfinite(line[name]) else line[name]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += [number] if text.strip() else []
@@ -138,10 +152,16 @@ def draw_curve(metrics: list[dict], picture: Path) -> None:
         print(f"warning: cannot write {picture} ({reason}); the run continues", file=sys.stderr)
 
 
+def task_name(name: str) -> str:
+    """Return the name of a figure of `measure_tasks` for people: exact match for pairs/exact_match."""
+    return name.partition("/")[2].replace("_", " ")
+
+
 def draw_losses(metrics: list[dict], picture: Path) -> None:
     """Draw losses over steps into the PNG file `picture`, with marks at spikes and its folder as the title.
 
-    The y-axis is scaled to the losses after the first tenth of the run.
+    The y-axis is scaled to the losses after the first tenth of the run. If evaluations measured tasks, a second panel
+    below shows them.
     """
     plt = import_pyplot()
     updates = [m for m in metrics if m.get("loss") is not None]
@@ -149,9 +169,16 @@ def draw_losses(metrics: list[dict], picture: Path) -> None:
     lines = {"batch": [(m["step"], m["loss"]) for m in updates]}
     for split in ("train", "val"):
         lines[split] = [(m["step"], m[f"{split}_loss"]) for m in evaluations if m.get(f"{split}_loss") is not None]
+    tasks: dict[str, list] = {}  # by name, the points of each line
+    for m in metrics:
+        for name in (name for name in m if name.startswith(TASKS) and m[name] is not None):
+            tasks.setdefault(name, []).append((m["step"], m[name]))
     (title,), fonts, note = drawable([visible(str(picture.parent))])
     with plt.rc_context({"font.family": fonts}):
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        n_panels = 2 if tasks else 1
+        options = dict(sharex=True, squeeze=False, height_ratios=[3, 2][:n_panels], layout="constrained")
+        figure, panels = plt.subplots(n_panels, 1, figsize=(10, 7.5) if tasks else (8, 4.5), **options)
+        axes = panels[0, 0]
         if lines["batch"]:
             axes.plot(*zip(*lines["batch"], strict=True), color="0.75", lw=1, label="batch")
         for split, color in (("train", "tab:blue"), ("val", "tab:orange")):
@@ -166,11 +193,19 @@ def draw_losses(metrics: list[dict], picture: Path) -> None:
             points = [m["step"] for m in marks], [min(m["loss"], top) for m in marks]
             style = dict(color="tab:red", marker="v", s=24, zorder=3, clip_on=False)
             axes.scatter(*points, label=f"spikes: {len(marks)}", **style)
-        axes.set(xlabel="step (updates)", ylabel="loss (nats per token)")
+        axes.set(ylabel="loss (nats per token)")
+        panels[-1, 0].set(xlabel="step (updates)")
         axes.set_title("" if note else title, parse_math=False)
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(loc="upper right")
+        if tasks:
+            for name, curve in tasks.items():
+                label = f"{task_name(name)} {curve[-1][1]:.1f}"
+                panels[1, 0].plot(*zip(*curve, strict=True), marker=".", lw=1.5, label=label)
+            panels[1, 0].set(ylabel="tasks (percent)", ylim=(-2, 102))
+            panels[1, 0].grid(alpha=0.3)
+            panels[1, 0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         save_picture(figure, picture)
 
 
@@ -209,7 +244,8 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path, per_byte: bool = False
     with plt.rc_context({"font.family": fonts}):
         figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="col", sharey="row", layout="constrained")
         colors = plt.get_cmap("tab10") if len(runs) <= 10 else plt.get_cmap("turbo", len(runs))
-        handles, drawn = [], ([], [])  # drawn: the lines in each row of panels, for its limits
+        handles = []
+        drawn: tuple[list, list] = ([], [])  # the lines in each row of panels, for its limits
         for number, metrics in enumerate(timed.values()):
             for column, (across, scale) in enumerate((("step", 1), ("seconds", unit))):
                 for panel, key, own in zip(axes[:, column], keys, drawn, strict=True):
@@ -244,14 +280,31 @@ def draw_runs(runs: dict[str, list[dict]], picture: Path, per_byte: bool = False
 def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
     """Return the names as they can be drawn, the font families for them, and a note or None.
 
-    Fonts for missing characters are searched among the installed ones. A name with a character that no font has is
-    replaced by its number, such as "run 2", and the note says so.
+    A name with a character that no font has is replaced by its number, such as "run 2", and the note says so.
+    """
+    families, missing = fonts_for("".join(names))
+    drawn = [f"run {i}" if missing & set(map(ord, name)) else name for i, name in enumerate(names, 1)]
+    replaced = [f"{label} is {name}" for label, name in zip(drawn, names, strict=True) if label != name]
+    if not replaced:
+        return drawn, families, None
+    without = "".join(map(chr, sorted(missing)))
+    note = (
+        f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}. Install a font with these "
+        "characters, such as Noto Sans CJK (on Debian and Ubuntu: apt install fonts-noto-cjk)."
+    )
+    return drawn, families, note
+
+
+def fonts_for(text: str) -> tuple[list[str], set[int]]:
+    """Return font families that can draw `text`, and the code points that no installed font has.
+
+    Fonts for characters that the default font lacks are searched among the installed ones.
     """
     from matplotlib import font_manager, rcParams
 
     families = list(rcParams["font.family"])
     default = font_manager.findfont(font_manager.FontProperties())
-    missing = {ord(c) for name in names for c in name} - characters(default)
+    missing = {ord(c) for c in text} - characters(default)
     if missing:
         known = {font.fname for font in font_manager.fontManager.ttflist}
         for path in sorted({*font_manager.findSystemFonts()} - known):  # installed after matplotlib cached its list
@@ -264,16 +317,7 @@ def drawable(names: list[str]) -> tuple[list[str], list[str], str | None]:
             if missing and missing & (own := characters(fonts[name])):
                 families.append(name)
                 missing -= own
-    drawn = [f"run {i}" if missing & set(map(ord, name)) else name for i, name in enumerate(names, 1)]
-    replaced = [f"{label} is {name}" for label, name in zip(drawn, names, strict=True) if label != name]
-    if not replaced:
-        return drawn, families, None
-    without = "".join(map(chr, sorted(missing)))
-    note = (
-        f"no installed font has {without:.20}, so in the picture {', '.join(replaced)}. Install a font with these "
-        "characters, such as Noto Sans CJK (on Debian and Ubuntu: apt install fonts-noto-cjk)."
-    )
-    return drawn, families, note
+    return families, missing
 
 
 @functools.cache
@@ -330,6 +374,35 @@ def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: 
         ) from error
 
 
+def start_tensorboard(out_dir: Path, step: int, evaluated_at: int | None):
+    """Return a writer of TensorBoard's event files, in which a run that resumes at `step` replaces what follows.
+
+    Raises UserError if tensorboard is not installed or its folder cannot be written.
+    """
+    folder = out_dir / "tensorboard"
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link, through which TensorBoard would write. Remove it.")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard_log=True, but tensorboard is not installed. Run `pip install tensorboard`, or use "
+            "--tensorboard_log=False."
+        ) from error
+    try:
+        return SummaryWriter(str(folder), purge_step=step + (evaluated_at == step))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Use another --out_dir.") from error
+
+
+def log_to_tensorboard(writer, figures: dict) -> None:
+    """Write the figures of a step, and flush them, because a killed process would lose them."""
+    for name, value in figures.items():
+        if name != "step" and value is not None:
+            writer.add_scalar(name, value, figures["step"])
+    writer.flush()
+
+
 def duration(seconds: float) -> str:
     """Format seconds for people: 9 s, 2:05 min, 3:20 h, 4.2 days."""
     seconds = round(seconds)
@@ -344,10 +417,11 @@ def duration(seconds: float) -> str:
 
 def size(n_bytes: float) -> str:
     """Format bytes for people, in powers of 1000: 512 KB, 1.5 GB."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n_bytes < 1000 or unit == "TB":
-            return f"{n_bytes:.0f} {unit}" if n_bytes >= 10 or unit == "B" else f"{n_bytes:.1f} {unit}"
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
         n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.0f} {units[0]}" if n_bytes >= 10 or units[0] == "B" else f"{n_bytes:.1f} {units[0]}"
 
 
 def read_run(out_dir: Path) -> dict:

@@ -6,7 +6,6 @@ of the file.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import math
 import runpy
@@ -32,7 +31,8 @@ BOUNDS = (
         lambda value: value >= 0,
         "not be negative",
         "log_interval eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr "
-        "weight_decay grad_clip max_new_tokens top_k no_repeat_ngram_size temperature limit simpo_gamma kl_beta",
+        "weight_decay grad_clip max_minutes max_new_tokens top_k no_repeat_ngram_size temperature limit simpo_gamma "
+        "kl_beta",
     ),
     (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 dropout ngram_dropout"),
     (
@@ -46,10 +46,15 @@ BOUNDS = (
     (lambda value: value > 0, "be above 0", "repetition_penalty dpo_beta distill_temperature rollout_temperature"),
     (lambda value: 0 <= value < 2**62, "be from 0 to 2^62", "seed"),
     (lambda value: 0 <= value < 2**20, "be from 0 to 2^20; 8 or 16 is usual", "lora_rank"),
+    (lambda value: 1 <= value <= 1000, "be from 1 to 1000", "num_beams"),
+    (lambda value: -10 <= value <= 10, "be from -10 to 10", "length_penalty"),
     (lambda value: 0 < value < 1, "be between 0 and 1, such as 0.1", "val_fraction"),
     (lambda value: value is None or value >= 2, "be 2 or more", "val_tokens shard_tokens"),
     (lambda value: value is None or value >= 8, "be 8 or more", "max_tokens"),
 )
+
+
+Settings = typing.TypeVar("Settings")  # a dataclass of settings
 
 
 def check_bounds(values: dict) -> None:
@@ -71,7 +76,8 @@ def parse(cls: type, argv: list[str]) -> dict:
     if "--help" in argv or "-h" in argv:
         print_help(cls)
     types_of = typing.get_type_hints(cls)
-    from_files, from_words = {}, {}
+    from_files: dict = {}
+    from_words: dict = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -155,7 +161,7 @@ def convert(value, kind, name: str):
             number = kind(text) if text is not None else value
         except ValueError:
             try:
-                number = float(text)  # an int may be written as 1e3
+                number = float(value)  # an int may be written as 1e3
             except ValueError:
                 number = math.nan
         with contextlib.suppress(OverflowError):  # an int too large for a float
@@ -171,6 +177,8 @@ def convert(value, kind, name: str):
     elif typing.get_origin(kind) is list and isinstance(value, (str, list, tuple)):
         items = [value] if isinstance(value, str) else value
         return [convert(item, typing.get_args(kind)[0], name) for item in items]
+    elif kind is dict and isinstance(value, dict):  # of a checkpoint's configuration
+        return value
     expected = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}.get(kind, "a list")
     raise UserError(f"{name} = {value!r} has the wrong type. It should be {expected}.")
 
@@ -188,10 +196,10 @@ def checked(cls: type, values: dict) -> dict:
     return {name: convert(value, types_of[name], name) for name, value in values.items() if name in types_of}
 
 
-def build(cls: type, *layers: dict):
+def build(cls: type[Settings], *layers: dict) -> Settings:
     """Build the dataclass `cls` from its defaults and from layers of values, in which later layers override earlier.
 
     Unknown names, as in a checkpoint of another version, are ignored.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = typing.get_type_hints(cls)
     return cls(**{name: value for layer in layers for name, value in layer.items() if name in names})

@@ -1,11 +1,11 @@
 """Choose the fastest of several equivalent computations by timing them on this machine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def fastest(
-    candidates: dict[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     seconds: float = 0.1,
     margin: float = 1.05,
     clock: Callable[[], float] = time.perf_counter,
@@ -32,7 +32,7 @@ def fastest(
             times[name] = min(times[name], dt) if warm else dt
         running = [name for name in running if times[name] <= 2 * min(times[name] for name in running)]
         warm = True
-    default, best = next(iter(times)), min(times, key=times.get)
+    default, best = next(iter(times)), min(times, key=times.__getitem__)
     return (best if times[default] > margin * times[best] else default), times
 
 

@@ -125,8 +125,8 @@ def ctranslate2_run(compute_type):
     return run
 
 
-def llama_cpp_run(dtype, batch):
-    """`dtype` is a gguf name; Q8_0 is int8 with a scale for every 32 weights."""
+def llama_cpp_server(dtype, batch):
+    """Return llama.cpp's server. `dtype` is a gguf name; Q8_0 is int8 with a scale for every 32 weights."""
     import gguf
     import xllamacpp
 
@@ -158,7 +158,11 @@ def llama_cpp_run(dtype, batch):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        server = xllamacpp.Server(params)  # called in this process, not over HTTP
+        return xllamacpp.Server(params)
+
+
+def llama_cpp_run(dtype, batch):
+    server = llama_cpp_server(dtype, batch)  # called in this process, not over HTTP
 
     def run(prompts, new):
         request = dict(prompt=prompts if batch > 1 else prompts[0], max_tokens=new, ignore_eos=True, stream=True)

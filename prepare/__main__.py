@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ if not __package__:  # run as `python prepare`: sys.path[0] is this folder, but 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would compete with the tokenizer's
 
 import acorn  # noqa: E402
-from acorn import UserError, files, printable, settings  # noqa: E402
+from acorn import UserError, files, printable, replace_invalid, settings  # noqa: E402
 from acorn.data import tokenizer as tokenizers  # noqa: E402
 from acorn.data.corpora import corpora  # noqa: E402
 from acorn.data.shards import SHARD_TOKENS, load_dataset  # noqa: E402
@@ -31,7 +32,7 @@ OPTIONS = (
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot encode must not be an error
+    replace_invalid(sys.stdout)  # characters that the terminal cannot encode must not be an error
     try:
         prepare_corpus(sys.argv[1:])
     except KeyboardInterrupt:
@@ -107,7 +108,7 @@ def prepare_corpus(argv: list[str]) -> None:
 
 def load_corpus(name: str) -> types.ModuleType:
     """Import the module of a corpus. Raises UserError, with its file and line, if it fails or lacks a part."""
-    file = Path(importlib.util.find_spec(f"prepare.{name}").origin)
+    file = ROOT / "prepare" / f"{name}.py"
     where = f"prepare/{file.name}"
     try:
         corpus = importlib.import_module(f"prepare.{name}")
@@ -241,6 +242,7 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         chat.append(f"too long         {cut:,} shortened (oldest turns or the reply's end); {left_out:,} left out")
     if "preferences" in meta:
         chat.append(f"pairs            {meta['preferences']['pairs']:,}, the longest of {meta['longest']:,} tokens")
+    chat += losses(meta)
     return "\n".join(
         [
             f"documents        {meta['documents']:,}",
@@ -253,6 +255,19 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
             f"train next       {command}",
         ]
     )
+
+
+def losses(meta: dict) -> list[str]:
+    """Return lines of the summary that name what a WordPiece tokenizer does not keep of the text."""
+    config = meta["tokenizer"].get("config") or {}
+    if config.get("model", {}).get("type") != "WordPiece":
+        return []
+    lowercase = '"lowercase": true' in json.dumps(config.get("normalizer"))
+    lines = [f"lost             line breaks, repeated spaces{' and the case of letters' if lowercase else ''}"]
+    if unknown := meta.get("unknown"):
+        most = ", ".join(f"{acorn.visible(word)} ({count:,})" for word, count in list(unknown["words"].items())[:8])
+        lines.append(f"unknown          {unknown['tokens']:,} words became [UNK], most often {most}")
+    return lines
 
 
 def _parser(modules: dict, broken: dict[str, str] | None = None) -> argparse.ArgumentParser:
@@ -337,7 +352,7 @@ def _parser(modules: dict, broken: dict[str, str] | None = None) -> argparse.Arg
 
 
 def _first_line(corpus: types.ModuleType) -> str:
-    return corpus.__doc__.strip().splitlines()[0]
+    return (corpus.__doc__ or "").strip().splitlines()[0]
 
 
 def _add_inspect(subparsers) -> None:

@@ -172,8 +172,10 @@ def write_conversations(
 ) -> dict:
     """Write the shards, masks and indices of both splits. Returns their entries of meta.json. Conversations from number
     `val_from` on are for validation; if it is None, the hash of each decides."""
-    counts = {"train": Counter(), "val": Counter()}
-    n, examples, cut, left_out, longest, unused, skipped = 0, 0, 0, 0, 0, Counter(), Skipped()
+    counts: dict[str, Counter] = {"train": Counter(), "val": Counter()}
+    n = examples = cut = left_out = longest = 0
+    unused: Counter = Counter()
+    skipped = Skipped()
     bad, faults = skip_or_fail(args, skipped), encoding.Faults()
     sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
@@ -281,16 +283,16 @@ def joined(forms: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the tokens of a conversation's forms as stored in a dataset, their learned mask, and their index rows. A
     form after the first is stored without the tokens that it shares with the start and end of the first form."""
     codes = [2 * ids.astype(np.int64) + learned for ids, learned in forms]
-    whole, written, index = codes[0], [], []
+    whole, pieces, index = codes[0], [], []
     for k, code in enumerate(codes):
         head = tail = 0
         if k:
             n = min(len(whole), len(code))
             head = _equal(whole[:n], code[:n])
             tail = min(_equal(whole[::-1][:n], code[::-1][:n]), len(code) - head)
-        written.append(code[head : len(code) - tail])
-        index.append((k, head, len(written[-1]), tail, int(np.flatnonzero(code[1:] & 1)[0]) + 1))
-    written = np.concatenate(written)
+        pieces.append(code[head : len(code) - tail])
+        index.append((k, head, len(pieces[-1]), tail, int(np.flatnonzero(code[1:] & 1)[0]) + 1))
+    written = np.concatenate(pieces)
     return written >> 1, (written & 1).astype(bool), np.array(index)
 
 

@@ -11,6 +11,7 @@ import difflib
 import encodings.aliases
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from acorn import UserError
@@ -113,21 +114,19 @@ def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
     if n_invalid is None and not nuls:
         return Detected("utf-8")
     sample = data[:SAMPLE_BYTES]
-    if not nuls and n_invalid >= SAMPLE_BYTES:
+    if not nuls and n_invalid is not None and n_invalid >= SAMPLE_BYTES:
         start = data.rfind(b"\n", n_invalid - SAMPLE_BYTES // 2, n_invalid) + 1 or n_invalid  # not inside a character
         sample = data[start : start + SAMPLE_BYTES]
     guesses = [] if n_invalid is not None and _is_damaged_utf8(sample) else _guesses(sample, bool(nuls))
     if guesses and _is_sure(guesses, sample):
         return Detected(*guesses[0])
-    if n_invalid is None and nuls < MAX_NUL_FRACTION * len(data):
-        return Detected("utf-8")  # `Faults` counts the few NUL characters
     if nuls >= MAX_NUL_FRACTION * len(data):
         raise UserError(
             f"{name} is not text: {nuls:,} of its first {len(data):,} bytes are NUL. Leave it out. If it is text, use "
             "--encoding NAME, such as utf-16-le."
         )
-    if errors != "strict":
-        return Detected("utf-8")
+    if n_invalid is None or errors != "strict":
+        return Detected("utf-8")  # `Faults` counts the few NUL characters
     line = data.count(b"\n", 0, n_invalid) + 1
     raise UserError(byte_error("utf-8", f"{name} is not UTF-8: byte {n_invalid}", data[n_invalid], guesses, line))
 
@@ -142,13 +141,13 @@ def encoding_of(data: bytes, name: str, encoding: str | None = None, errors: str
 
 def detection_notes(detected: dict[str, Detected]) -> list[str]:
     """Return a note per detected encoding other than UTF-8, for the user to check. `detected` has the files by name."""
-    files = {}
+    files: dict[str, list[str]] = {}
     for name, found in detected.items():
         if found.encoding != "utf-8":
             files.setdefault(str(found), []).append(name)
     notes = []
     for encoding, names in files.items():
-        confidences = [detected[name].confidence for name in names if detected[name].confidence is not None]
+        confidences = [c for c in (detected[name].confidence for name in names) if c is not None]
         basis = f"detected with confidence {min(confidences):.2f}" if confidences else "from its byte order mark"
         notes.append(f"note: {subject(names)} read as {encoding}, {basis}; --encoding NAME overrides it")
     return notes
@@ -161,7 +160,7 @@ def subject(names: list[str]) -> str:
 
 
 def byte_error(
-    encoding: str | None, where: str, byte: int, guesses: list[tuple[str, float]] = (), line: int | None = None
+    encoding: str | None, where: str, byte: int, guesses: Sequence[tuple[str, float]] = (), line: int | None = None
 ) -> str:
     """Return the message for a byte that is invalid in the encoding. An `encoding` of None means UTF-8 in a command
     without the option --encoding."""
@@ -203,7 +202,7 @@ def _guesses(sample: bytes, has_nuls: bool) -> list[tuple[str, float]]:
     """Return possible encodings of the sample with charset-normalizer's confidence, the most likely first."""
     import charset_normalizer
 
-    guesses = {}
+    guesses: dict[str, float] = {}
     for cut in range(4):  # the sample may end inside a character
         matches = charset_normalizer.from_bytes(sample[: len(sample) - cut], steps=20)
         for match in matches:
@@ -240,6 +239,7 @@ class _Replace:
     count = 0
 
     def __call__(self, error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeDecodeError), "acorn only decodes with it"
         self.count += 1
         return "\ufffd", error.end
 

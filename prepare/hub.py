@@ -111,8 +111,8 @@ class HubDocuments:
     ):
         self.name, self.args, self.join = name, args, join
         self.parts = [("val", args.val_split), ("train", args.split)] if args.val_split else [(None, args.split)]
-        self._bookmark = {"documents": 0, "part": 0, "state": None}
-        self._printed = set()
+        self._bookmark: dict = {"documents": 0, "part": 0, "state": None}
+        self._printed: set[str] = set()
 
     def fingerprint(self) -> list:
         args = self.args
@@ -121,10 +121,10 @@ class HubDocuments:
     def bookmark(self) -> dict:
         return self._bookmark
 
-    def __iter__(self) -> Iterator[str | Document]:
+    def __iter__(self) -> Iterator[str | Iterator[str] | Document]:
         return self.read_from({"documents": 0, "part": 0, "state": None})
 
-    def read_from(self, bookmark: dict) -> Iterator[str | Document]:
+    def read_from(self, bookmark: dict) -> Iterator[str | Iterator[str] | Document]:
         self._bookmark = bookmark
         faults = Faults()
         try:

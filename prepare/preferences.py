@@ -114,15 +114,15 @@ def write_pairs(
 ) -> dict:
     """Write the shards, masks and indices of both splits. Returns their entries of meta.json. Pairs from number
     `val_from` on are for validation; if it is None, the hash of each prompt decides."""
-    counts = {"train": Counter(), "val": Counter()}
+    counts: dict[str, Counter] = {"train": Counter(), "val": Counter()}
     n, left_out, longest, skipped = 0, 0, 0, Skipped()
     bad, sizes = skip_or_fail(args, skipped), tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in counts:
-            tokens = ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)
-            masks = MaskWriter(folder, split, args.shard_tokens)
-            writers[split] = [stack.enter_context(each) for each in (tokens, masks, IndexWriter(folder, split))]
+            own = [ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)]
+            own += [MaskWriter(folder, split, args.shard_tokens), IndexWriter(folder, split)]
+            writers[split] = [stack.enter_context(each) for each in own]
         for where, pair in tqdm(pairs(args, encodings, bad), desc="encoding", unit=" pairs", disable=None):
             try:
                 rendered = [render(tokenizer, messages) for messages in pair]

@@ -34,7 +34,7 @@ def suffix(path: str) -> str:
     return os.path.splitext(path)[1]
 
 
-def open_unpacked(path: str) -> BinaryIO:
+def open_unpacked(path: str) -> BinaryIO | gzip.GzipFile:
     """Open a file in binary mode; .gz and .zst files are decompressed."""
     if path.lower().endswith(".gz"):
         return gzip.open(path)
@@ -192,7 +192,7 @@ def json_lines(
     with naming_file(path), open_unpacked(path) as file:
         lines, line_encoding = iter(lambda: file.readline(MAX_RECORD), b""), encoding or "utf-8"
         if "\n".encode(line_encoding) != b"\n":  # e.g. UTF-16, where a line break is not one byte
-            lines, line_encoding = _as_utf8(file, path, errors, encoding), "utf-8"
+            lines, line_encoding = _as_utf8(file, path, errors, line_encoding), "utf-8"
         for number, line in enumerate(lines, 1):
             where = f"line {number} of {path}"
             if len(line) == MAX_RECORD:
@@ -215,7 +215,7 @@ def json_lines(
             on_error(UserError(f"{where} is {content}, not an object. A .jsonl file has one object per line."))
 
 
-def _as_utf8(file: BinaryIO, path: str, errors: str, encoding: str) -> Iterator[bytes]:
+def _as_utf8(file: BinaryIO | gzip.GzipFile, path: str, errors: str, encoding: str) -> Iterator[bytes]:
     """Yield the lines of a file in any encoding, converted to UTF-8."""
     text, number = io.TextIOWrapper(file, encoding, errors, newline="\n"), 0
     try:
@@ -240,10 +240,13 @@ def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Ite
             column = None if field is None else header.index(field)
             number, line = 2, rows.line_num + 1
             for row in rows:
-                if row and column is None:
-                    yield f"row {number} of {path}", dict(zip(header, row, strict=False))
-                elif row:
-                    yield f"row {number} of {path}", row[column] if column < len(row) else None
+                value: object
+                if column is None:
+                    value = dict(zip(header, row, strict=False))
+                else:
+                    value = row[column] if column < len(row) else None
+                if row:
+                    yield f"row {number} of {path}", value
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
             raise UserError(
@@ -264,6 +267,7 @@ def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Ite
 def _parquet(path: str, field: str | None, errors: str, encoding: str | None = None) -> Iterator[tuple[str, object]]:
     """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None."""
     number = 0
+    row: dict | None
     with open(path, "rb") as file:
         for batch in parquet_batches(file, path, field):
             for i in range(batch.num_rows):

@@ -15,7 +15,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -98,10 +98,10 @@ class TextFiles:
         self.encoding = check_name(encoding) if encoding else None  # of all files; None: detected per file
         self._detected: dict[str, Detected] = {}  # by the file's name
         self._html: list[str] = []
-        self._printed = set()
+        self._printed: set[str] = set()
         self.sources: list[Source] = []
         self.skipped = 0
-        self._spooled = []  # temporary files, deleted with this object
+        self._spooled: list = []  # temporary files, deleted with this object
 
     def add(self, name: str) -> None:
         """Add a file, a folder, a glob, or - for standard input. Raises UserError if there is no text."""
@@ -220,6 +220,7 @@ class TextFiles:
         faults, errors = Faults(), counting_handler(self.errors)
         for source in self.sources:
             name = source.name
+            texts: Iterable[str | Iterator[str]]
             if source.is_records:
                 texts = records(source.path, self.key, errors, source.encoding)
             else:

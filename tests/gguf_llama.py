@@ -1,7 +1,4 @@
-"""Convert a Llama model in GGUF format to a Hugging Face folder: python tests/gguf_llama.py FILE.gguf FOLDER
-
-`write_gpt2` converts a GPT-2 folder to GGUF.
-"""
+"""Convert a Llama model in GGUF format to a Hugging Face folder: python tests/gguf_llama.py FILE.gguf FOLDER"""
 
 import json
 import sys
@@ -10,7 +7,7 @@ from pathlib import Path
 import gguf
 import tokenizers
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig
 
@@ -80,33 +77,6 @@ def convert(source: Path, folder: Path) -> None:
     config = {"bos_token": tokens[bos], "eos_token": tokens[eos], "tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {"chat_template": value("tokenizer.chat_template"), "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-
-
-def write_gpt2(folder: Path, target: Path) -> None:
-    """Write a GPT-2 folder as GGUF. Token i has the text `ti;`, so that generated text shows the ids.
-    Only the entries of config.json that llama.cpp's converter reads are used."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
-    writer = gguf.GGUFWriter(target, "gpt2")
-    writer.add_context_length(config["n_ctx"])
-    writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(4 * config["n_embd"])
-    writer.add_block_count(config["n_layer"])
-    writer.add_head_count(config["n_head"])
-    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"t{i};" for i in range(config["vocab_size"])])
-    writer.add_token_merges(["t 0"])  # unused, but required
-    for name, weight in tensors.items():
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            weight = weight.t().contiguous()
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(theirs, weight.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+import acorn
 import prepare.__main__ as prepare_cli
 from acorn import UserError, checkpoint, files
 from acorn.data.shards import PARTIAL, Dataset, ShardWriter, Tokens, open_shard, write_meta
@@ -118,6 +119,17 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory", "waited")  # differ from run to run
+
+
+def refused_here(monkeypatch, capsys, main, words: list[str], said: str) -> None:
+    """Assert the same as `refused` for a script's `main` that runs in this process."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        acorn.run(main)
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last, last
 
 
 def metrics(out_dir: Path) -> list[dict]:

@@ -23,11 +23,33 @@ ALONE = runtime.Runtime(torch.device("cpu"), torch.float32, compile=False, notes
 
 def theirs(family: str, **changes):
     """A transformers model with every parameter random, biases and norms included, so that none can be missed."""
-    if family == "gpt2":
+    if family.lower() == "gpt2":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | changes))
-    else:
+    elif family == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes))
+    else:
+        if family == "MiniMind":  # the same computation under other names
+            family = "Qwen3" if "head_dim" in changes else "Llama"
+        config = getattr(transformers, f"{family}Config")(**LLAMA | dict(pad_token_id=None) | changes)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
     return randomize(model)
+
+
+def as_minimind(folder: Path) -> None:
+    """Rewrite the config.json of a saved Llama or Qwen3 as that of a MiniMind model."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    for name in (
+        "architectures",
+        "layer_types",
+        "use_sliding_window",
+        "max_window_layers",
+        "attention_bias",
+        "mlp_bias",
+    ):
+        config.pop(name, None)
+    config |= dict(model_type="minimind", use_moe=False, inference_rope_scaling=False, rope_theta=rope["rope_theta"])
+    (folder / "config.json").write_text(json.dumps(config | dict(rope_scaling=None, flash_attn=True)))
 
 
 def ours(**changes) -> GPT:

@@ -205,3 +205,20 @@ def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(da
         assert len(hashed) == n_files
     with pytest.raises(UserError, match="differs between machines"):
         load_data(s, {}, SimpleNamespace(is_first_on_machine=True, gather=lambda values: [values, [values[0] + 1]]))
+
+
+@pytest.mark.slow
+def test_tasks_measured_by_several_processes_are_those_of_one(dataset, tmp_path):
+    prompts, words = [f"{verb} the " for verb in ("take", "bring", "leave")], ("letter", "lantern", "horse")
+    for name, answer in (("c", lambda i: {"choices": words, "answer": i}), ("p", lambda i: {"response": words[i]})):
+        records = [{"prompt": prompt, **answer(i)} for i, prompt in enumerate(prompts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = ["--max_iters=4", "--eval_interval=2", "--eval_choices=c.jsonl", "--eval_pairs=p.jsonl", "--dropout=0"]
+    run += [f"--dataset={dataset}"]
+    train(tmp_path, 1, [*run, "--out_dir=one"])
+    train(tmp_path, 2, [*run, "--out_dir=ddp"], [*run, "--out_dir=fsdp", "--fsdp=True"])
+    names = [name for name in metrics(tmp_path / "one")[0] if name.startswith(("choices/", "pairs/"))]
+    assert len(names) == 8
+    for out_dir in ("ddp", "fsdp"):
+        for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / out_dir), strict=True):
+            assert [one.get(name) for name in names] == pytest.approx([other.get(name) for name in names], abs=1e-6)

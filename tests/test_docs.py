@@ -12,8 +12,9 @@ from helpers import REPO
 
 import sample
 import train
-from acorn import examples, hub, report, settings
+from acorn import examples, hub, report, serve, settings
 from acorn.evaluation import tasks
+from acorn.inference import pictures
 from prepare import __main__ as prepare
 
 
@@ -74,9 +75,12 @@ def parse(words: list[str], monkeypatch) -> None:
         settings.parse(train.TrainSettings, rest)
     elif script == "sample.py":
         settings.parse(sample.SampleSettings, rest)
+    elif script == "acorn.serve":
+        settings.parse(serve.ServeSettings, rest)
     else:
         mains = {"prepare": prepare.main, "acorn.evaluate": tasks.main, "acorn.hub": hub.main}
         mains |= {"acorn.report": report.main, "acorn.examples": examples.main}
+        mains |= {"acorn.inspect": pictures.main}
         with monkeypatch.context() as patch, pytest.raises(Parsed):
             patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
             patch.setattr(sys, "argv", words)

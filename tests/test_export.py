@@ -1,6 +1,5 @@
-"""acorn/checkpoint/export.py: an export has the same logits and ids in transformers, CTranslate2 and llama.cpp."""
+"""acorn/checkpoint/export.py: an export has the same logits and ids in transformers and CTranslate2."""
 
-import re
 import subprocess
 import sys
 
@@ -60,25 +59,6 @@ def test_ctranslate2_reads_an_export_and_is_greedy_alike(tmp_path):
     options = dict(sampling_topk=1, include_prompt_in_result=False, end_token=[], max_length=10)
     (result,) = generator.generate_batch([fast.convert_ids_to_tokens(prompt)], **options)
     assert result.sequences_ids[0] == greedy(model, prompt, 10, 257)
-
-
-def test_llama_cpp_reads_an_export_and_is_greedy_alike(tmp_path):
-    pytest.importorskip("gguf")
-    xllamacpp = pytest.importorskip("xllamacpp")
-    from gguf_llama import write_gpt2
-
-    model = ours(vocab_size=257)
-    hub.export(str(saved(tmp_path / "out", model)), tmp_path / "hf")
-    write_gpt2(tmp_path / "hf", tmp_path / "gpt2.gguf")
-    params = xllamacpp.CommonParams()
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_parallel = 1
-    params.verbosity, params.n_ctx, params.model.path = 1, 16, str(tmp_path / "gpt2.gguf")
-    server, chunks = xllamacpp.Server(params), []
-    prompt = [5, 90, 17, 200]
-    request = dict(prompt=prompt, max_tokens=10, ignore_eos=True, samplers=["top_k"], top_k=1)
-    server.handle_completions(request, chunks.append)
-    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
-    assert [int(i) for i in re.findall(r"t(\d+);", text)] == greedy(model, prompt, 10, 257)
 
 
 def test_a_warning_where_another_program_would_be_wrong_in_silence(tmp_path, capsys):

@@ -137,6 +137,12 @@ def test_wandb_does_not_write_through_a_link(tmp_path, precious, monkeypatch):
         report.start_wandb("p", "n", {}, tmp_path, None)
 
 
+def test_tensorboard_does_not_write_through_a_link(tmp_path, precious):
+    (tmp_path / "tensorboard").symlink_to(precious)
+    with pytest.raises(UserError, match="symbolic link"):
+        report.start_tensorboard(tmp_path, 0, None)
+
+
 def test_a_folder_or_a_shard_on_another_disk_may_be_a_link(dataset, tmp_path, monkeypatch):
     (tmp_path / "disk" / "o").mkdir(parents=True)
     (tmp_path / "o").symlink_to(tmp_path / "disk" / "o")

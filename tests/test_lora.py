@@ -14,6 +14,7 @@ from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 SHAPES = [{}, dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, bias=False, tie_weights=False)]
+SHAPES[1] |= dict(head_dim=12, qkv_bias=True, qk_norm=True, qk_norm_weight=True, nope_every=2)
 
 
 def small(shape) -> GPT:

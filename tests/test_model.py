@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
+from helpers import rounds
 
 import model as model_file
 from model import GPT, GPTConfig, KVCache, dropout, rotary_angles, rotate, sinusoidal_positions
@@ -37,10 +39,11 @@ def tokens(B=2, T=12, V=37) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_cache_changes_nothing_for_any_combination_of_switches():
+@rounds(300, math.prod(map(len, SWITCHES.values())))
+def test_the_cache_changes_nothing_for_any_combination_of_switches(rounds):
     """A prompt of 6 tokens, then one at a time, against all 10 at once."""
     idx = tokens(T=10)
-    for values in itertools.product(*SWITCHES.values()):
+    for values in random.Random(0).sample(list(itertools.product(*SWITCHES.values())), rounds):
         switches = dict(zip(SWITCHES, values, strict=True))
         model = random_model(**switches)
         cache = KVCache(model.config, batch_size=2, size=12)
@@ -53,8 +56,43 @@ def test_the_cache_changes_nothing_for_any_combination_of_switches():
         assert (torch.cat(pieces, dim=1) - expected[:, 5:]).abs().max() < 1e-4, switches
 
 
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=4, beta_fast=32, beta_slow=1, truncate=True)
+PUBLISHED = dict(pos="rope", head_dim=6, n_kv_head=2, qkv_bias=True, qk_norm=True, qk_norm_weight=True, nope_every=2)
+PUBLISHED |= dict(bias=False, mlp="geglu", scale_embedding=True, rope_scaling=YARN | dict(attention_factor=1.1))
+
+
+@pytest.mark.parametrize("norm", SWITCHES["norm"])
+def test_the_cache_changes_nothing_for_the_switches_of_published_models(norm):
+    idx = tokens(T=10)
+    model = random_model(**PUBLISHED, norm=norm)
+    cache = KVCache(model.config, batch_size=2, size=12)
+    with torch.no_grad():
+        expected, _ = model(idx, idx)
+        pieces = []
+        for piece in (idx[:, :6], *idx[:, 6:].split(1, dim=1)):
+            pieces.append(model(piece, cache=cache)[0])
+            cache.length += piece.size(1)
+    assert (torch.cat(pieces, dim=1) - expected[:, 5:]).abs().max() < 1e-4
+    # with heads of 6 channels: 4 heads of queries, 2 of keys, 2 of values
+    attention, mlp = 32 * 48 + 48 + 6 + 6 + 24 * 32, 3 * 128 * 32
+    assert model.config.n_hidden == 128 and sum(p.numel() for p in model.parameters() if p.dim() > 1) == (
+        37 * 32 + 2 * (attention - 48 - 12 + mlp)
+    )
+    assert model.flops_per_token() == 6 * model.num_params() + 12 * 2 * 4 * 6 * 16
+
+
+def test_rope_turns_nothing_in_a_block_without_it():
+    """Without rope, attention of the last token is the same for any order of the earlier tokens."""
+    idx = tokens(B=1)
+    swapped = idx[:, [3, 1, 0, 2, *range(4, 12)]]
+    for nope_every, same in ((1, True), (2, False), (0, False)):
+        model = random_model(pos="rope", n_layer=1, nope_every=nope_every)
+        with torch.no_grad():
+            assert torch.allclose(model(idx)[0], model(swapped)[0], atol=1e-5) == same
+
+
 @pytest.mark.parametrize("pos", SWITCHES["pos"])
-@pytest.mark.parametrize("mlp", SWITCHES["mlp"])
+@pytest.mark.parametrize("mlp", ["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"])
 def test_no_token_sees_a_later_one(pos, mlp):
     """The gradient of one position's loss with respect to later embeddings is exactly zero."""
     model = random_model(pos=pos, mlp=mlp, n_kv_head=2, qk_norm=True)
@@ -359,9 +397,18 @@ def test_mfu_of_gpt2_is_the_hand_computation():
     "change, word",
     [
         (dict(n_head=5), "multiple of n_head"),
+        (dict(head_dim=-1), "head_dim = -1"),
+        (dict(head_dim=5, pos="rope"), "even head_dim"),
+        (dict(nope_every=2), "nope_every = 2 needs pos"),
+        (dict(qk_norm_weight=True), "needs qk_norm"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "needs pos"),
+        (dict(pos="rope", rope_scaling=dict(rope_type="linear")), "rope_scaling"),
+        (dict(pos="rope", rope_scaling=dict(rope_type="linear", factor="2")), "rope_scaling"),
+        (dict(pos="rope", rope_scaling=dict(rope_type="linear", factor=math.nan)), "finite"),
+        (dict(pos="rope", rope_scaling=dict(rope_type="other", factor=2.0)), "linear, llama3, yarn"),
         (dict(n_kv_head=3), "multiple of n_kv_head"),
         (dict(pos="rotary"), "not one of learned, sinusoidal, rope"),
-        (dict(mlp="relu"), "not one of"),
+        (dict(mlp="elu"), "not one of"),
         (dict(n_embd=12, pos="rope"), "even"),
         (dict(dropout=1.0), "below 1"),
         (dict(rope_theta=0.0), "at least 1"),

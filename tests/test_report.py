@@ -279,3 +279,26 @@ def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_p
     assert len(seen) == 3 and saved == [1, 2]  # at steps 0, 2 and 4; a checkpoint at 2 and 4, each before its picture
     assert said.count("the run continues") == 4 and said.count("wandb logging failed") == 1 and "\x1b" not in said
     assert checkpoint.find(tmp_path / "o")[1]["step"] == 4
+
+
+def test_tensorboard_has_the_figures_of_a_resumed_run_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = report.Metrics(tmp_path, 0, None, tensorboard=report.start_tensorboard(tmp_path, 0, None))
+    for step in range(4):
+        metrics.write(step=step, loss=4.0 - step, mfu=None, memory=[7, 8])
+    metrics.write(step=2, val_loss=2.5)  # then a kill, after the checkpoint of step 2
+    metrics = report.Metrics(tmp_path, 2, 2, tensorboard=report.start_tensorboard(tmp_path, 2, 2))
+    metrics.write(step=3, loss=0.5)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read["loss"] == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 0.5)]
+    assert read["val_loss"] == [(2, 2.5)] and read["memory/1"][0] == (0, 8.0) and "mfu" not in read
+
+
+def test_absent_tensorboard_is_one_clear_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        report.start_tensorboard(tmp_path, 0, None)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
-from helpers import fuzz, refused, rounds, script
+from helpers import fuzz, refused, refused_here, rounds, script
 from hypothesis import strategies as st
 
 import sample as sample_script
@@ -102,11 +103,11 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
     assert streamed.stdout.startswith(prompt) and "\ufffd" not in streamed.stdout
 
 
-def test_bad_input_is_one_sentence(sample, tmp_path):
+def test_bad_input_is_one_sentence(sample, trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    refused(sample("--start=€"), "U+20AC")
     for words, said in (
-        (["--start=€"], "U+20AC"),
         (["--start="], "empty"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         ([f"--start=FILE:{tmp_path}/bad.txt"], "byte 3"),
@@ -116,7 +117,41 @@ def test_bad_input_is_one_sentence(sample, tmp_path):
         (["--checkpoint=step_000001"], "no step_000001"),
         (["--out_dir=nowhere"], "there is no folder nowhere"),
     ):
-        refused(sample(*words), said)
+        words = [f"--out_dir={trained}", "--device=cpu", *words]
+        refused_here(monkeypatch, capsys, sample_script.main, words, said)
+
+
+def test_beam_search_prints_its_best_texts(trained, monkeypatch, capsys):
+    words = "--device=cpu --compile=False --start=ANNA --max_new_tokens=9 --json=True --logprobs=True --num_beams=4"
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", *words.split(), "--num_samples=3"])
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample_script.main() == 0
+    best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({each["text"] for each in best}) == 3 and all(each["prompt"] == "ANNA" for each in best)
+    scores = [each["score"] for each in best]
+    assert scores == sorted(scores, reverse=True)
+    assert scores == pytest.approx([sum(each["logprobs"]) / each["n_tokens"] for each in best], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--num_beams=4 --temperature=0.5", "temperature"),
+        ("--num_beams=4 --top_k=5", "top_k"),
+        ("--num_beams=4 --seed=1", "seed"),
+        ("--num_beams=4 --stream=True", "stream"),
+        ("--num_beams=4 --chat=True", "chat"),
+        ("--num_beams=4 --num_samples=5", "--num_beams=5"),
+        ("--num_beams=0", "num_beams"),
+        ("--num_beams=2 --length_penalty=1e9", "length_penalty"),
+        ("--length_penalty=2", "--num_beams=4"),
+        ("--early_stopping=never", "--num_beams=4"),
+    ],
+)
+def test_settings_that_exclude_beam_search_are_refused(words, said):
+    given = settings.parse(sample_script.SampleSettings, words.split())
+    with pytest.raises(UserError, match=said):
+        sample_script.check(settings.build(sample_script.SampleSettings, given), given)
 
 
 @rounds(30, 1500)
@@ -129,8 +164,9 @@ def test_any_sample_settings_give_text_or_a_sentence(rounds):
     def one(chosen: dict[str, str], prompts: list[list[int]]) -> None:
         argv = [f"--{name}={value}" for name, value in chosen.items()]
         try:
-            s = settings.build(sample_script.SampleSettings, settings.parse(sample_script.SampleSettings, argv))
-            sample_script.check(s)
+            given = settings.parse(sample_script.SampleSettings, argv)
+            s = settings.build(sample_script.SampleSettings, given)
+            sample_script.check(s, given)
         except UserError as error:
             assert len(str(error)) > 10
             return

@@ -17,7 +17,7 @@ from acorn.checkpoint import save as saving
 
 def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
     for step, changes in enumerate(
-        [{}, dict(tie_weights=False, pos="rope", mlp="swiglu", norm="rmsnorm", n_kv_head=1)]
+        [{}, dict(tie_weights=False, pos="rope", mlp="swiglu", norm="rmsnorm", n_kv_head=1, head_dim=6, qkv_bias=True)]
     ):
         m = small_model(step, **changes)
         save_small(tmp_path, step, m)

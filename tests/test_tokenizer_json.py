@@ -21,6 +21,7 @@ from acorn.data.tokenizer import (
     extends,
     from_dict,
     get_tokenizer,
+    is_hf,
     load_hf,
     tokenizer_hash,
 )
@@ -255,3 +256,48 @@ def test_a_pattern_that_fails_on_a_text_is_a_sentence(monkeypatch):
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_part(text, True, True)):
         with pytest.raises(UserError, match="fails on the text"):
             encode("q" * 50 + "!")
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] \u5e8a \u524d \u660e \u6708 \u5149 \uff0c \u3002".split()
+WORDS += "the moon ##s ##light is 20 ##26 \u5e74 !".split()
+POEM = "\u5e8a\u524d\u660e\u6708\u5149\uff0c\n2026\u5e74  The moonlight IS \u7591 ! moons\u3002"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_word_piece_has_the_ids_of_transformers_and_says_what_it_loses(tmp_path, monkeypatch, capsys, as_json):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    theirs = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    if as_json:
+        theirs.save_pretrained(folder)
+        (folder / "vocab.txt").unlink(missing_ok=True)
+    tokenizer = load_hf(folder)
+    ids = tokenizer.encode(POEM)
+    assert ids.tolist() == theirs(POEM, add_special_tokens=False)["input_ids"] and tokenizer.n_vocab == len(WORDS)
+    assert [*tokenizer.before_text, *ids, *tokenizer.after_text] == theirs(POEM)["input_ids"]
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.eot) == ("[CLS]", "[SEP]", 3)
+    text = "\u5e8a\u524d\u660e\u6708\u5149\uff0c 2026\u5e74 the moonlight is[UNK]! moons\u3002"
+    assert tokenizer.decode(ids) == text and tokenizer.unknown(POEM) == ["\u7591"]
+    stream = StreamDecoder(tokenizer)
+    assert "".join(stream.push(i) for i in ids.tolist()) == text
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.encode(POEM).tolist() == ids.tolist() and again.unk_id == 1
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "poem.txt").write_text(POEM * 20, encoding="utf-8")
+    prepare_corpus(["text", "poem.txt", "--tokenizer", str(folder)])
+    said = capsys.readouterr().out
+    assert "the case of letters" in said and "20 words became [UNK], most often \u7591 (20)" in said
+    meta = json.loads((tmp_path / "data" / "poem" / "meta.json").read_text())
+    assert meta["unknown"] == {"tokens": 20, "words": {"\u7591": 20}}
+
+
+def test_a_tokenizer_that_is_not_read_is_refused_with_a_way_out(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
+    with pytest.raises(UserError, match=r"SentencePiece.*AutoTokenizer\.from_pretrained"):
+        load_hf(tmp_path) if is_hf(tmp_path) else None
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"lacks \[UNK\].*bpe:8192"):
+        load_hf(tmp_path)

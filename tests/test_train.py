@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TINY, metrics, numbers, refused, script, train
+from helpers import TINY, metrics, numbers, refused, refused_here, script, train
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,16 +171,18 @@ def test_another_run_is_not_written_over(trained, dataset, tmp_path):
     assert "step_000001" in names and "step_000002" not in names and "notes.txt" in names
 
 
-def test_bad_input_is_one_sentence(trained, dataset, tmp_path):
+def test_bad_input_is_one_sentence(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(train(tmp_path, dataset, "--max_itres=3"), "Did you mean 'max_iters'")
     for words, said in (
-        (["--max_itres=3"], "Did you mean 'max_iters'"),
         (["--n_head=3"], "multiple of n_head"),
         (["--batch_size=0"], "at least 1"),
         (["--dataset=nowhere"], "python prepare"),
         (["--init_from=nowhere", "--out_dir=x"], "nowhere"),
         (["--init_from=resume", "--out_dir=nowhere"], "there is no folder nowhere"),
     ):
-        refused(train(tmp_path, dataset, *words), said)
+        words = [*TINY, f"--dataset={dataset}", "--out_dir=out", *words]
+        refused_here(monkeypatch, capsys, train_script.main_or_advice, words, said)
     assert not list(tmp_path.iterdir())
 
 

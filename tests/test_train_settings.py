@@ -25,7 +25,9 @@ PLAIN = dict(
     n_head=[1, 2, 4],
     n_kv_head=[0, 1, 2],
     n_embd=[16, 24],
+    head_dim=[0, 6],
     n_hidden=[0, 7],
+    nope_every=[0, 2],
     ngram=[1, 2, 3],
     ngram_rows=[1, 9],
     ngram_dropout=[0.0, 0.5],
@@ -69,6 +71,8 @@ PLAIN = dict(
     freeze=["", "wte", r"h\.0"],
     init_from=["scratch", "RUN"],
     dataset=["CHAR", "BYTE", "BYTE:1,OTHER:2"],
+    eval_choices=[""],
+    eval_pairs=[""],
     dtype=["float32", "bfloat16", "float16", "auto"],
 )
 STRANGE = {
@@ -76,7 +80,8 @@ STRANGE = {
     float: "-1 0 1 -0.0 1e-320 1e-30 1e30 1e308 1e999 nan -inf x 0.999999999 ".split(" "),
     str: ["", " ", "nowhere", "a\nb", "(", "*", "\udcff", "x" * 300, "../..", "a:1,b:x", ":", ",", "0"],
 }
-LEFT_OUT = {"out_dir", "wandb_log", "wandb_project", "wandb_run_name", "compile", "device"}
+LEFT_OUT = {"out_dir", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "compile", "device"}
+LEFT_OUT |= {"max_minutes", "early_stopping"}  # these make fewer updates
 
 
 @st.composite

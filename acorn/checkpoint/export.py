@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.huggingface import ACORN_TOKENIZER, ACTIVATIONS, CLASSES, NAMES, SUPPORTED, flatten, hf_views
+from acorn.checkpoint.huggingface import (
+    ACORN_TOKENIZER,
+    ACTIVATIONS,
+    CLASSES,
+    GATES,
+    NAMES,
+    flatten,
+    hf_views,
+    is_norm,
+)
 from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
 from acorn.data import chat
@@ -49,11 +58,11 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
     """Return the tokenizer in the format of Hugging Face's library `tokenizers`; None if that is not possible."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    if tokenizer.kind in ("bpe", "hf"):
+    if isinstance(tokenizer, tokenizers.HFTokenizer):
         return json.dumps(tokenizer.config, ensure_ascii=False)
     if tokenizer.kind == "gpt2":
         config = tokenizers.gpt2_config()
-        return config and json.dumps(config, ensure_ascii=False)
+        return json.dumps(config, ensure_ascii=False) if config else None
     if tokenizer.kind == "char":  # each character is a word
         ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
         backend = Tokenizer(models.WordLevel(ids, unk_token=""))  # no unknown token: an unknown character is an error
@@ -80,30 +89,24 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
         raise UserError(f"{target} already exists. Choose another folder, or remove it.")
     model, tokenizer, _ = load_model(source, choice, whole_context=True)
     cfg = model.config
-    family = "llama" if cfg.pos == "rope" else "gpt2"
-    supported = {"qk_norm": [False], "logit_softcap": [0.0], "ngram": [1], **SUPPORTED[family]}
-    if family == "gpt2":
-        supported["n_kv_head"] = [cfg.n_head]
-    if refused := [f"{name}={getattr(cfg, name)!r}" for name in supported if getattr(cfg, name) not in supported[name]]:
-        raise UserError(
-            f"{source} cannot be exported: it has {', '.join(refused)}, which {CLASSES[family]} of transformers does "
-            "not support. Train a model without that."
-        )
-    if family == "gpt2" and cfg.mlp == "relu2":
+    family = choose_family(cfg, source)
+    if family == "gpt2" and cfg.mlp in ("relu", "relu2"):
         print(
-            "warning: mlp='relu2' works in transformers, but llama.cpp assumes GELU for every GPT-2 and would generate "
-            "wrong text without an error. Do not convert this export for llama.cpp.",
+            f"warning: mlp={cfg.mlp!r} works in transformers, but llama.cpp assumes GELU for every GPT-2 and would "
+            "generate wrong text without an error. Do not convert this export for llama.cpp.",
             file=sys.stderr,
         )
     import transformers
 
+    name = class_name(family)
     if tokenizer:  # rows after its last id only pad the vocabulary
         cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
     tensors = {name: t.to(dtype).contiguous() for name, t in hf_tensors(model, family).items()}
     control = tokenizer.control if tokenizer else {}
-    ids = {f"{name}_token_id": control.get(getattr(tokenizer, name, None)) for name in ("bos", "eos")}
-    config = (to_gpt2 if family == "gpt2" else to_llama)(cfg, **ids)  # without ids, transformers warns of GPT-2's
-    config.update(dict(architectures=[CLASSES[family]], dtype=str(dtype)[6:]))
+    ids: dict = {f"{name}_token_id": control.get(getattr(tokenizer, name, "")) for name in ("bos", "eos")}
+    # without ids, transformers warns of GPT-2's
+    config = to_gpt2(cfg, **ids) if family == "gpt2" else to_llama(cfg, family, **ids)
+    config.update(dict(architectures=[name], dtype=str(dtype)[6:]))
     ends = [ids["eos_token_id"], *sorted(tokenizer.ends if tokenizer else ())]  # ends of texts and of turns
     if tokenizer and tokenizer.chat_template:
         with contextlib.suppress(UserError):  # the template ends a turn without a control token
@@ -119,8 +122,8 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
         transformers.GenerationConfig(**ids).save_pretrained(tmp_dir)
         save_file(tensors, tmp_dir / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(tmp_dir / "config.json", tmp_dir / "model.safetensors")  # safetensors makes it private
-        for name, text in (tokenizer_files(tokenizer, cfg.block_size) if tokenizer else {}).items():
-            (tmp_dir / name).write_text(text, encoding="utf-8")
+        for file_name, text in (tokenizer_files(tokenizer, cfg.block_size) if tokenizer else {}).items():
+            (tmp_dir / file_name).write_text(text, encoding="utf-8")
         for file in [*tmp_dir.iterdir(), tmp_dir]:
             files.sync(file)
         os.rename(tmp_dir, target)
@@ -130,12 +133,58 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
         raise UserError(f"{target} could not be written ({reason}). The incomplete export was removed.") from error
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
-    return CLASSES[family]
+    return name
+
+
+def choose_family(cfg: GPTConfig, source: str) -> str:
+    """Return the model_type of transformers that has the features of a model. Raises UserError if none has them all."""
+    if cfg.pos != "rope":
+        family = "gpt2"
+    elif cfg.scale_embedding:
+        family = "gemma"
+    elif cfg.qk_norm_weight:
+        family = "qwen3"
+    elif cfg.qkv_bias:
+        family = "qwen2"
+    elif cfg.nope_every:
+        family = "smollm3"
+    else:
+        family = "llama" if cfg.n_embd % cfg.n_head == 0 else "mistral"  # Llama's check of hidden_size is stricter
+    weighted = family == "qwen3"
+    supported: dict[str, list] = {
+        "qk_norm": [weighted],
+        "qk_norm_weight": [weighted],
+        "logit_softcap": [0.0],
+        "ngram": [1],
+    }
+    if family == "gpt2":
+        supported |= dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values()), scale_embedding=[False])
+        supported |= dict(n_kv_head=[cfg.n_head], head_dim=[cfg.n_embd // cfg.n_head])
+    else:
+        supported |= dict(norm=["rmsnorm"], mlp=list(GATES.values()), bias=[False], qkv_bias=[family == "qwen2"])
+        supported |= dict(
+            nope_every=[cfg.nope_every if family == "smollm3" else 0], scale_embedding=[family == "gemma"]
+        )
+    if refused := [f"{name}={getattr(cfg, name)!r}" for name in supported if getattr(cfg, name) not in supported[name]]:
+        raise UserError(
+            f"{source} cannot be exported: it has {', '.join(refused)}, which {class_name(family)} of transformers "
+            "does not support. Train a model without that."
+        )
+    return family
+
+
+def class_name(family: str) -> str:
+    return "GPT2LMHeadModel" if family == "gpt2" else f"{CLASSES[family]}ForCausalLM"
 
 
 def hf_tensors(model: GPT, family: str) -> dict[str, Tensor]:
     """Return the tensors of `hf_views` for export, with the configuration's vocabulary size and with all biases."""
-    tensors = flatten(hf_views(model, family))
+    views = hf_views(model, family)
+    tensors = flatten(views)
+    if family == "gemma":  # stores the difference of norm weights from 1
+        tensors |= flatten(
+            {name: {k: p - 1 for k, p in parts.items()} for name, parts in views.items() if is_norm(name)}
+        )
     for name in ("transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             tensors[name] = tensors[name][: model.config.vocab_size]
@@ -151,17 +200,26 @@ def to_gpt2(cfg: GPTConfig, **ids: int | None):
     from transformers import GPT2Config
 
     fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["gpt2"].items()}
-    activation = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
-    # llama.cpp's converter reads n_ctx, an older name of n_positions
-    return GPT2Config(**fields, **ids, **dropouts, activation_function=activation, n_ctx=cfg.block_size)
+    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    fields["activation_function"] = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
+    fields["n_ctx"] = cfg.block_size  # an older name of n_positions, which llama.cpp's converter reads
+    return GPT2Config(**fields | ids)
 
 
-def to_llama(cfg: GPTConfig, **ids: int | None):
-    """Return a transformers LlamaConfig with the `ids` of control tokens."""
-    from transformers import LlamaConfig
+def to_llama(cfg: GPTConfig, family: str, **ids: int | None):
+    """Return a transformers configuration of Llama or its relative `family` with the `ids` of control tokens."""
+    import transformers
 
-    fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["llama"].items()}
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    # transformers before version 5 and tools made for it read the separate rope_theta
-    return LlamaConfig(**fields, **ids, rope_parameters=rope, rope_theta=cfg.rope_theta)
+    values = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["llama"].items()}
+    values |= {"head_dim": cfg.head_dim, "pad_token_id": None}  # SmolLM3's default may exceed the vocabulary
+    values["hidden_act"] = next(hf_name for hf_name, mlp in GATES.items() if mlp == cfg.mlp)
+    if family == "smollm3":
+        values["no_rope_layers"] = [int((layer + 1) % cfg.nope_every != 0) for layer in range(cfg.n_layer)]
+        values["no_rope_layer_interval"] = cfg.nope_every
+    if family == "mistral":
+        values["sliding_window"] = None
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta, **cfg.rope_scaling}
+    # transformers before version 5 and tools made for it read rope_theta and rope_scaling
+    old = {"rope_scaling": cfg.rope_scaling} if cfg.rope_scaling else {}
+    kind = getattr(transformers, f"{CLASSES[family]}Config")
+    return kind(**values, **ids, rope_parameters=rope, rope_theta=cfg.rope_theta, **old)

@@ -1,4 +1,4 @@
-"""Import and export Hugging Face checkpoints of the GPT-2 and Llama families.
+"""Import and export Hugging Face checkpoints: GPT-2, and Llama with its relatives (Qwen, Mistral, SmolLM3, Gemma).
 
 Import: python train.py --init_from=gpt2                # or another name on the hub, or a folder
 Export: python -m acorn.hub export out/mine hf/mine     # a folder that transformers loads
@@ -7,7 +7,9 @@ Weights are read and written as safetensors only, because a pickle can run code.
 """
 
 import dataclasses
+import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,22 +17,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.tensors import empty_model, lazy_cat, lazy_slice, lazy_transpose
+from acorn.checkpoint.tensors import LazyTensor, empty_model, lazy_cat, lazy_slice, lazy_transpose
 from acorn.data import tokenizer as tokenizers
-from model import GPT, GPTConfig
+from model import GPT, ROPE_SCALING, GPTConfig
 
 # the files to download from the hub; a repository there may hold many others
 MODEL_FILES = "config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 TOKENIZER_FILES = """
     config.json tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja
-    additional_chat_templates/*.jinja acorn_tokenizer.json
+    additional_chat_templates/*.jinja acorn_tokenizer.json vocab.txt tokenizer.model
 """
-ACORN_TOKENIZER = "acorn_tokenizer.json"  # the tokenizer of an exported folder, for an exact round trip
-PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all parameter names except the head's; some files omit it
-EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
+ACORN_TOKENIZER = (
+    "acorn_tokenizer.json"  # acorn's own copy of the tokenizer in an exported folder, for an exact round trip
+)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}  # of transformers
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS |= {"relu2": "relu2"}
+GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}  # activations of gates
+CLASSES = {  # model_type -> the name of transformers' classes, without Config and ForCausalLM
+    "gpt2": "GPT2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "gemma": "Gemma",
+    "minimind": "Llama",  # transformers does not know it; its configuration has Llama's names
+}
 NAMES = {  # field of GPTConfig -> field of transformers' configuration
     "gpt2": {
         "block_size": "n_positions",
@@ -54,10 +67,6 @@ NAMES = {  # field of GPTConfig -> field of transformers' configuration
         "tie_weights": "tie_word_embeddings",
     },
 }
-SUPPORTED = {  # the values of GPTConfig's switches that each family supports
-    "gpt2": dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values())),
-    "llama": dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu"], bias=[False]),
-}
 
 
 def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
@@ -68,8 +77,11 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     """
     folder = Path(source) if Path(source).is_dir() else download(source)
     family, config = read_config(folder)
-    slices = open_tensors(folder, source, PREFIX[family])
-    embedding = f"{PREFIX[family]}{EMBEDDING[family]}.weight"
+    prefix, embedding = ("transformer.", "wte") if family == "gpt2" else ("model.", "embed_tokens")
+    slices = open_tensors(folder, source, prefix)
+    if family == "minimind" and "model.layers.0.self_attn.q_norm.weight" in slices:  # its config.json does not tell
+        config = dataclasses.replace(config, qk_norm=True, qk_norm_weight=True)
+    embedding = f"{prefix}{embedding}.weight"
     if config.tie_weights and embedding not in slices and "lm_head.weight" in slices:  # tied weights have either name
         slices[embedding] = slices.pop("lm_head.weight")
 
@@ -85,7 +97,7 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     if extra := sorted(slices.keys() - shapes.keys()):
         raise UserError(
             f"the checkpoint {source} has {len(extra)} tensors, {extra[0]} first, that a {family} model with its "
-            "config.json does not have: its architecture is not supported. Use a plain gpt2 or llama checkpoint."
+            "config.json does not have: its architecture is not supported. Use a checkpoint without them."
         )
     for name, shape in shapes.items():
         actual, dtype = slices[name].get_shape(), slices[name].get_dtype()
@@ -101,7 +113,8 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
             )
     values = {}
     for name, parts in views.items():
-        pieces = [(lazy_transpose if is_transposed(family, part) else lazy_slice)(slices[part]) for part in parts]
+        read = lazy_one_more if family == "gemma" and is_norm(name) else lazy_slice
+        pieces = [(lazy_transpose if is_transposed(family, part) else read)(slices[part]) for part in parts]
         values[name] = lazy_cat(pieces, " and ".join(parts), source)
     if config.tie_weights and "lm_head.weight" in slices:
         wte = values["transformer.wte.weight"]
@@ -116,7 +129,7 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     if tokenizer is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
         tokenizer = tokenizers.get_tokenizer("gpt2")
     if tokenizer is None:
-        print(f"note: {source} has no tokenizer.json, so its token ids cannot be decoded", file=sys.stderr)
+        print(f"note: {source} has no tokenizer.json or vocab.txt, so its token ids cannot be decoded", file=sys.stderr)
     return model, values, tokenizer
 
 
@@ -154,22 +167,24 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> tuple[str, GPTConfig]:
-    """Return the family of a checkpoint, gpt2 or llama, and its configuration. Raises UserError for a feature that
+    """Return the model_type of a checkpoint, one of CLASSES, and its configuration. Raises UserError for a feature that
     acorn's model does not support."""
     path = folder / "config.json"
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in PREFIX:
-        raise UserError(f"{path} has model_type {family!r:.40}, which is not supported. Use a gpt2 or llama model.")
+    if not isinstance(family, str) or family not in CLASSES:
+        raise UserError(
+            f"{path} has model_type {family!r:.40}, which is not supported. Use a model of type {', '.join(CLASSES)}."
+        )
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"{folder} is a Hugging Face checkpoint. To load it, pip install transformers.") from error
     try:
         # the library knows the defaults of missing fields, and the formats of older versions
-        if family == "gpt2":
-            return family, from_gpt2(transformers.GPT2Config.from_dict(raw), path)
-        return family, from_llama(transformers.LlamaConfig.from_dict(raw), path)
+        kind = getattr(transformers, f"{CLASSES[family]}Config")
+        config = kind.from_dict(raw | {"model_type": kind.model_type})
+        return family, from_gpt2(config, path) if family == "gpt2" else from_llama(config, path)
     except UserError:
         raise
     except Exception as error:  # transformers raises many types for a broken file
@@ -195,24 +210,72 @@ def from_gpt2(c, path: Path) -> GPTConfig:
 
 
 def from_llama(c, path: Path) -> GPTConfig:
-    """Convert a transformers LlamaConfig that was read from `path`."""
-    rope = c.rope_parameters
+    """Convert a transformers configuration of Llama or one of its relatives that was read from `path`."""
+    rope, window = c.rope_parameters, shortest_window(c)
+    if window and window < c.max_position_embeddings:
+        raise UserError(
+            f"{path} has sliding_window = {window}, which acorn's model does not support unless it is at least "
+            f"max_position_embeddings = {c.max_position_embeddings}. For texts that fit the window, set "
+            f'"max_position_embeddings": {window} there.'
+        )
+    ropes = (getattr(c, "no_rope_layers", None) or [])[: c.num_hidden_layers]  # 0 for a layer without rope
+    nope_every = ropes.index(0) + 1 if 0 in ropes else 0
     refuse(
         path,
         {
-            f"rope scaling {rope['rope_type']!r}": rope["rope_type"] != "default",
+            f"rope scaling {rope['rope_type']!r}": rope["rope_type"] not in ("default", "dynamic", *ROPE_SCALING),
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
-            "sliding_window": getattr(c, "sliding_window", None),
-            f"hidden_act = {c.hidden_act}": c.hidden_act not in ("silu", "swish"),  # synonyms
-            "attention_bias": c.attention_bias,
-            "mlp_bias": c.mlp_bias,
-            f"head_dim = {c.head_dim}": c.head_dim * c.num_attention_heads != c.hidden_size,
+            "no_rope_layers that are not every n-th": any(
+                ropes[i] != bool((i + 1) % nope_every) for i in range(len(ropes)) if nope_every
+            ),
+            f"hidden_act = {c.hidden_act}": c.hidden_act not in GATES,
+            "attention_bias": getattr(c, "attention_bias", False),
+            "mlp_bias": getattr(c, "mlp_bias", False),
+            "use_bidirectional_attention": getattr(c, "use_bidirectional_attention", False),
+            "use_moe": getattr(c, "use_moe", False),  # this and the next are MiniMind's
+            "inference_rope_scaling": getattr(c, "inference_rope_scaling", False),
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
     fields = {name: getattr(c, hf_name) for name, hf_name in NAMES["llama"].items()}
-    form = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False)
-    return GPTConfig(**fields, **form, rope_theta=rope["rope_theta"])
+    weighted = c.model_type == "qwen3"
+    return GPTConfig(
+        **fields,
+        pos="rope",
+        norm="rmsnorm",
+        mlp=GATES[c.hidden_act],
+        bias=False,
+        head_dim=getattr(c, "head_dim", None) or 0,
+        qkv_bias=c.model_type == "qwen2",
+        qk_norm=weighted,
+        qk_norm_weight=weighted,
+        nope_every=nope_every,
+        scale_embedding=c.model_type == "gemma",
+        rope_theta=rope["rope_theta"],
+        rope_scaling=rope_scaling(rope),
+    )
+
+
+def shortest_window(c) -> int | None:
+    """Return the sliding window of attention in any layer of a transformers configuration, None if there is none."""
+    slides = "sliding_attention" in (getattr(c, "layer_types", None) or ["sliding_attention"])
+    return getattr(c, "sliding_window", None) if slides else None
+
+
+def rope_scaling(rope: dict) -> dict:
+    """Return GPTConfig's rope_scaling for the rope_parameters of a transformers configuration."""
+    kind = rope["rope_type"]
+    if kind not in ROPE_SCALING:  # "dynamic" scales only texts longer than max_position_embeddings, the block size
+        return {}
+    given = {name: value for name, value in rope.items() if value is not None}
+    if kind == "yarn":
+        scales = [
+            0.1 * given.get(name, 0) * math.log(max(given["factor"], 1)) + 1 for name in ("mscale", "mscale_all_dim")
+        ]
+        plain = 0.1 * math.log(max(given["factor"], 1)) + 1
+        scale = scales[0] / scales[1] if given.get("mscale") and given.get("mscale_all_dim") else plain
+        given = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": scale} | given
+    return {name: given[name] for name in ("rope_type", *ROPE_SCALING[kind].split())}
 
 
 def refuse(path: Path, unsupported: dict[str, object]) -> None:
@@ -228,7 +291,8 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
     if not (folder / names[0]).exists():
         if not index.exists():
             classes = "(t.AutoModelForCausalLM, t.AutoTokenizer)"
-            convert = f"[c.from_pretrained({source!r}).save_pretrained('converted') for c in {classes}]"
+            code = ", trust_remote_code=True" if "auto_map" in read_json(folder / "config.json") else ""  # MiniMind
+            convert = f"[c.from_pretrained({source!r}{code}).save_pretrained('converted') for c in {classes}]"
             raise UserError(
                 f"{source} has no model.safetensors. A pickle such as pytorch_model.bin is not loaded, because it can "
                 "run code. If you trust it, convert it with "
@@ -259,6 +323,16 @@ def open_tensors(folder: Path, source: str, prefix: str) -> dict:
     return tensors
 
 
+def lazy_one_more(piece) -> LazyTensor:
+    """Return the tensor of `piece` plus 1: Gemma stores the difference of norm weights from 1."""
+    return LazyTensor(piece.get_shape(), lambda rows: piece[rows].float() + 1)
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter of our model is the weight of a norm."""
+    return name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
+
+
 def is_transposed(family: str, name: str) -> bool:
     """Whether transformers stores this tensor transposed (its Conv1D)."""
     return family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -272,28 +346,36 @@ def hf_views(model: GPT, family: str) -> dict[str, dict[str, Tensor]]:
     if family == "gpt2":
         return {name: {name: p.t() if is_transposed(family, name) else p} for name, p in parameters.items()}
     cfg = model.config
-    views = {
-        "transformer.wte.weight": {"model.embed_tokens.weight": model.transformer.wte.weight},
-        "transformer.ln_f.weight": {"model.norm.weight": model.transformer.ln_f.weight},
+    views: dict[str, dict[str, Tensor]] = {
+        "transformer.wte.weight": {"model.embed_tokens.weight": parameters["transformer.wte.weight"]},
+        "transformer.ln_f.weight": {"model.norm.weight": parameters["transformer.ln_f.weight"]},
     }
     if not cfg.tie_weights:
-        views["lm_head.weight"] = {"lm_head.weight": model.lm_head.weight}
-    for i, block in enumerate(model.transformer.h):
-        kv_channels = cfg.n_kv_head * cfg.head_dim
-        q, k, v = block.attn.c_attn.weight.split((cfg.n_embd, kv_channels, kv_channels))
-        gate, up = block.mlp.c_fc.weight.chunk(2)
-        layer = {
-            "ln_1": {"input_layernorm": block.ln_1.weight},
-            "attn.c_attn": {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v},
-            "attn.c_proj": {"self_attn.o_proj": block.attn.c_proj.weight},
-            "ln_2": {"post_attention_layernorm": block.ln_2.weight},
-            "mlp.c_fc": {"mlp.gate_proj": gate, "mlp.up_proj": up},
-            "mlp.c_proj": {"mlp.down_proj": block.mlp.c_proj.weight},
+        views["lm_head.weight"] = {"lm_head.weight": parameters["lm_head.weight"]}
+    split = [n * cfg.head_dim for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]
+    qkv, gated = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    for i in range(cfg.n_layer):
+        block = f"transformer.h.{i}."
+        layer: dict[str, dict[str, Tensor]] = {
+            "ln_1.weight": {"input_layernorm.weight": parameters[f"{block}ln_1.weight"]},
+            "attn.c_attn.weight": names_of(qkv, "weight", parameters[f"{block}attn.c_attn.weight"].split(split)),
+            "attn.c_proj.weight": {"self_attn.o_proj.weight": parameters[f"{block}attn.c_proj.weight"]},
+            "ln_2.weight": {"post_attention_layernorm.weight": parameters[f"{block}ln_2.weight"]},
+            "mlp.c_fc.weight": names_of(gated, "weight", parameters[f"{block}mlp.c_fc.weight"].chunk(2)),
+            "mlp.c_proj.weight": {"mlp.down_proj.weight": parameters[f"{block}mlp.c_proj.weight"]},
         }
+        if cfg.qkv_bias:
+            layer["attn.c_attn.bias"] = names_of(qkv, "bias", parameters[f"{block}attn.c_attn.bias"].split(split))
+        if cfg.qk_norm_weight:
+            layer["attn.q_norm.weight"] = {"self_attn.q_norm.weight": parameters[f"{block}attn.q_norm.weight"]}
+            layer["attn.k_norm.weight"] = {"self_attn.k_norm.weight": parameters[f"{block}attn.k_norm.weight"]}
         for name, parts in layer.items():
-            hf_parts = {f"model.layers.{i}.{part}.weight": view for part, view in parts.items()}
-            views[f"transformer.h.{i}.{name}.weight"] = hf_parts
+            views[f"{block}{name}"] = {f"model.layers.{i}.{part}": view for part, view in parts.items()}
     return views
+
+
+def names_of(modules: Iterable[str], kind: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{kind}": tensor for module, tensor in zip(modules, tensors, strict=True)}
 
 
 def flatten(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

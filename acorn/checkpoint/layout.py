@@ -135,8 +135,9 @@ def read_state(folder: Path) -> dict:
         raise Damaged(f"{path} has format {state.get('format')!r:.20}, which this version does not support")
     # an untrusted file may match its hash and still hold any values
     number, count = (int, float, type(None)), int
+    kinds: dict[str, type | tuple[type, ...]]
     kinds = dict.fromkeys(("config", "settings", "tokenizer", "scaler"), dict)
-    kinds |= dict.fromkeys(("step", "position", "skipped", "bad_steps", "shards"), count)
+    kinds |= dict.fromkeys(("step", "position", "skipped", "bad_steps", "stale_evaluations", "shards"), count)
     kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
     for name, kind in kinds.items():
         value = state.get(name)

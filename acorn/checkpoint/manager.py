@@ -45,6 +45,7 @@ class CheckpointManager:
         self.best_before = best_loss = self.state.best_loss
         best = math.isfinite(val_loss) and (best_loss is None or val_loss < best_loss)
         self.state.evaluated_at, self.state.val_loss = self.state.step, val_loss
+        self.state.stale_evaluations = 0 if best else self.state.stale_evaluations + 1
         if best:
             self.state.best_loss = val_loss
         return best, failed

@@ -22,17 +22,17 @@ def load_optimizers(folder: Path, state: dict, model: GPT, optimizers: list[torc
     """Load a checkpoint's optimizer state into the optimizers of `model`. Raises UserError if it belongs to another
     model or to other optimizers."""
     if state["format"] == FORMAT:
-        saved = open_tensors(folder, state, "optimizer")
-    else:
-        try:
-            saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["optimizers"]
-        except Exception as error:  # its hash matches, so it is a pickle with other content
-            raise UserError(
-                f"{folder / 'optimizer.pt'} is not an optimizer state. No code in it was run. Use another checkpoint."
-            ) from error
-        saved = convert_format_1(model, optimizers, saved)
-        check_tensors(saved, str(folder / "optimizer.pt"))
-    load_moments(model, optimizers, saved)
+        load_moments(model, optimizers, open_tensors(folder, state, "optimizer"))
+        return
+    try:
+        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["optimizers"]
+    except Exception as error:  # its hash matches, so it is a pickle with other content
+        raise UserError(
+            f"{folder / 'optimizer.pt'} is not an optimizer state. No code in it was run. Use another checkpoint."
+        ) from error
+    moments = convert_format_1(model, optimizers, saved)
+    check_tensors(moments, str(folder / "optimizer.pt"))
+    load_moments(model, optimizers, moments)
 
 
 def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def named_moments(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[s
 
     Step counts have shape (), and all other values have their parameter's shape. Empty before the first update.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     states = [(p, moments) for optimizer in optimizers for p, moments in optimizer.state.items()]
     return {f"{names[p]}.{kind}": value for p, moments in states for kind, value in moments.items()}
 
@@ -79,7 +79,7 @@ def convert_format_1(model: GPT, optimizers: list[torch.optim.Optimizer], saved:
         for optimizer, state in zip(optimizers, saved, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             if len(state["param_groups"]) == 1:  # AdamW with Muon had one group, in the model's order
-                params.sort(key=position.get)
+                params.sort(key=position.__getitem__)
             order = [i for group in state["param_groups"] for i in group["params"]]
             for i, moments in state["state"].items():
                 for kind, value in moments.items():

@@ -32,7 +32,7 @@ from acorn.checkpoint.layout import (
 )
 from acorn.checkpoint.moments import named_moments
 from acorn.checkpoint.tensors import copy_to_host, is_valid
-from acorn.distributed import sharding
+from acorn.distributed import heartbeat, sharding
 from acorn.training import lora
 from model import GPT
 
@@ -48,12 +48,11 @@ class Writer:
 
     def __init__(self, out_dir: Path, keep: int, rank: int = 0, world_size: int = 1):
         self.out_dir, self.keep, self.rank, self.world_size = out_dir, keep, rank, world_size
-        self.copies = defaultdict(dict)  # host buffers, by kind of file and name
-        self.writing = None  # a Future of the checkpoint that the thread is writing
-        self.failure = None  # why the last checkpoint could not be written
-        if world_size > 1:  # a separate connection, so that waiting blocks no other user of the store
-            store = torch.distributed.group.WORLD.get_group_store().clone()
-            self.store = torch.distributed.PrefixStore(f"checkpoint/{out_dir}", store)
+        self.copies: dict[str, dict] = defaultdict(dict)  # host buffers, by kind of file and name
+        self.writing: concurrent.futures.Future | None = None  # the checkpoint that the thread is writing
+        self.failure: str | None = None  # why the last checkpoint could not be written
+        if world_size > 1:
+            self.store = torch.distributed.PrefixStore(f"checkpoint/{out_dir}", heartbeat.connect_store())
 
     def save(self, model: GPT, optimizers: list[torch.optim.Optimizer], state: dict, best: bool) -> None:
         """Wait for the previous checkpoint, then start writing `out_dir/step_NNNNNN` for state["step"].
@@ -175,9 +174,9 @@ def commit(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int, best: 
             if time.monotonic() > deadline:
                 raise OSError(0, f"{name} is missing: every machine must see the same folder as out_dir")
             time.sleep(1)
-    for file in tmp_dir.iterdir():
-        if file.name not in hashes:  # left by a process that was killed while writing the same step
-            files.remove(file)
+    for path in tmp_dir.iterdir():
+        if path.name not in hashes:  # left by a process that was killed while writing the same step
+            files.remove(path)
     hashes = {**hashes, "state": state_hash(state)}
     with files.create(tmp_dir / "state.json") as file:
         file.write(json.dumps({**state, "sha256": hashes}, indent=1).encode())

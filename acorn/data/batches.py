@@ -180,13 +180,15 @@ class Conversations:
         begin = self.starts[self.whole[form]]
         end = begin + self.middle[self.whole[form]]
         head, middle, tail = int(self.head[form]), int(self.middle[form]), int(self.tail[form])
-        ids, learned = [], []
+        pieces, learned = [], []
+        mask = self.tokens.mask
+        assert mask is not None, "conversations have a mask"
         for start, length in ((begin, head), (self.starts[form], middle), (end - tail, tail)):
             if length := min(length, max_tokens):
                 max_tokens -= length
-                ids.append(self.tokens.read([start], length)[0])
-                learned.append(self.tokens.mask.read([start], length)[0])
-        ids = np.concatenate(ids)
+                pieces.append(self.tokens.read([start], length)[0])
+                learned.append(mask.read([start], length)[0])
+        ids = np.concatenate(pieces)
         return ids, np.where(np.concatenate(learned), ids, -1)
 
     def read_rows(self, rows: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -211,7 +213,8 @@ def pack(needs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns (starts, members): row r holds the items members[starts[r] : starts[r + 1]].
     """
-    rows, free = [], [[] for _ in range(size + 1)]  # free[n]: the rows with n places left
+    rows: list[list[int]] = []
+    free: list[list[int]] = [[] for _ in range(size + 1)]  # free[n]: the rows with n places left
     open_sizes = 0  # bit n is set if free[n] is not empty
     for item in np.argsort(-needs, kind="stable").tolist():
         need = int(needs[item])
@@ -272,7 +275,7 @@ def in_order(tokens: "Tokens", block_size: int, first: int, count: int) -> tuple
 def count_targets(y: np.ndarray, documents: np.ndarray | None, pairs: bool) -> int:
     """Return by how many the loss of a batch is divided: its unmasked targets, or its pairs of conversations."""
     rows, columns = np.nonzero(y != -1)
-    if not pairs:
+    if not pairs or documents is None:
         return len(rows)
     return len(np.unique(rows * (y.shape[1] + 1) + documents[rows, columns])) // 2
 

@@ -91,7 +91,7 @@ def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndar
 
 def _encoded_parts(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return (text, ids, learned) of each of the conversation's `_parts`."""
-    parts = []
+    parts: list[tuple[str, np.ndarray, np.ndarray]] = []
     for text, is_learned in _parts(tokenizer, messages, False):
         ids = _encode(tokenizer, text, bool(parts))
         parts.append((text, ids, np.full(len(ids), is_learned)))
@@ -241,33 +241,40 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     _, found, ending = _fill_in(tokenizer, conversation, True).rpartition(PROBE)
     if not found or not _any_of(tokenizer.control).search(ending):
         ending = _around_content(tokenizer)[1]
-    names, end = [], None
-    for found in _any_of(tokenizer.control).finditer(ending):
-        if names and (found.start() != end or tokenizer.control[found[0]] not in tokenizer.ends):
+    names: list[str] = []
+    end = 0
+    for match in _any_of(tokenizer.control).finditer(ending):
+        if names and (match.start() != end or tokenizer.control[match[0]] not in tokenizer.ends):
             break
-        names, end = [*names, found[0]], found.end()
+        names.append(match[0])
+        end = match.end()
     return tuple(names)
 
 
-def as_content(tokenizer: Tokenizer, reply: str) -> str:
-    """Return the message content of `reply`, a text that a model generated. This removes what the template adds around
-    the content, such as the space in "[/INST] Hello"."""
-    prefix, ending = _around_content(tokenizer)
+def reply_frame(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the text that the template writes before and after the content of a reply, without control tokens, such
+    as the space in "[/INST] Hello"."""
+    before, after = _around_content(tokenizer)
     prompt = _fill_in(tokenizer, [_message("user", "?")], True)
-    prefix = prefix.removeprefix(prompt) if prefix.startswith(prompt) else ""
-    ending = _any_of(tokenizer.control).split(ending, maxsplit=1)[0]
-    return reply.removeprefix(prefix).removesuffix(ending)
+    before = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    return before, _any_of(tokenizer.control).split(after, maxsplit=1)[0]
+
+
+def as_content(tokenizer: Tokenizer, reply: str) -> str:
+    """Return the message content of `reply`, a text that a model generated, without its `reply_frame`."""
+    before, after = reply_frame(tokenizer)
+    return reply.removeprefix(before).removesuffix(after)
 
 
 def stop_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids that end a reply: the control tokens that the template writes there, and those that end a text."""
-    names = {_stop_name(tokenizer), _call_end(tokenizer)} - {None}
-    return {tokenizer.control[name] for name in names} | tokenizer.ends
+    names = (_stop_name(tokenizer), _call_end(tokenizer))
+    return {tokenizer.control[name] for name in names if name is not None} | tokenizer.ends
 
 
 def _call_end(tokenizer: Tokenizer) -> str | None:
     """Return the name of the control token that ends a reply with a tool call; None if the template has no calls."""
-    if "tool_calls" not in tokenizer.chat_template:
+    if "tool_calls" not in _template(tokenizer):
         return None
     call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
     try:
@@ -295,8 +302,13 @@ def check_learnable(tokenizer: Tokenizer) -> None:
 def unused_fields(tokenizer: Tokenizer, messages: list[dict]) -> set[str]:
     """Return the names of message fields that the template ignores."""
     names = {name for message in messages for name in message} - {"role", "content", "learn"}
-    template = tokenizer.chat_template
+    template = _template(tokenizer)
     return {name for name in names if not any(other in template for other in {name, *REASONING * (name in REASONING)})}
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    assert tokenizer.chat_template is not None, "only tokenizers with a template encode conversations"
+    return tokenizer.chat_template
 
 
 def _message(role: str, content: str) -> dict:
@@ -328,7 +340,7 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """Return the template's text for the messages, with a BREAK inside each name of a control token that comes from a
     message."""
-    template, extras = tokenizer.chat_template, getattr(messages, "extras", {})
+    template, extras = _template(tokenizer), getattr(messages, "extras", {})
     variables = _variables(template)
     extras = {name: value for name, value in extras.items() if name in variables or name in REQUIRED_FIELDS}
     for name in REQUIRED_FIELDS:
@@ -345,9 +357,9 @@ def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: 
                 function["arguments"] = json.loads(function["arguments"])
         text = _rendered(tokenizer, messages, extras, add_generation_prompt)
     for function in _functions(messages):
-        name = function.get("name")
-        if isinstance(name, str) and _broken(name, names) not in text and json.dumps(name)[1:-1] not in text:
-            raise UserError(NOT_RENDERED.format(f"the call of {name!r:.60}"))
+        called = function.get("name")
+        if isinstance(called, str) and _broken(called, names) not in text and json.dumps(called)[1:-1] not in text:
+            raise UserError(NOT_RENDERED.format(f"the call of {called!r:.60}"))
     return text
 
 
@@ -369,7 +381,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the chat template rejects this conversation ({error!s:.200})") from error
-    return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in tokenizer.chat_template else text
+    return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in _template(tokenizer) else text
 
 
 def _render_template(**arguments) -> str:

@@ -26,13 +26,16 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on the device. The copy to a GPU, from pinned memory, is asynchronous."""
         non_blocking = device.type == "cuda"
-        return Batch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in self))
+        x, y = (t.to(device, non_blocking=non_blocking) for t in (self.x, self.y))
+        optional = (self.documents, self.advantages)
+        return Batch(x, y, *(None if t is None else t.to(device, non_blocking=non_blocking) for t in optional))
 
 
 def make_batch(arrays: tuple, device: torch.device) -> Batch:
     """Return a batch in host memory, pinned for a CUDA `device`, from arrays as in acorn/data/batches.py."""
     to_tensor = pinned if device.type == "cuda" else torch.from_numpy
-    return Batch(*(None if array is None else to_tensor(array) for array in arrays))
+    x, y, documents = arrays
+    return Batch(to_tensor(x), to_tensor(y), None if documents is None else to_tensor(documents))
 
 
 def pinned(array: np.ndarray) -> Tensor:
@@ -61,7 +64,7 @@ def updates(
         for first in range(start + r.rank * micro_batch, start + n_sequences, r.world_size * micro_batch):
             arrays = data.sample(block_size, first, micro_batch, seed)
             batches.append(make_batch(arrays, r.device))
-            n_targets += count_targets(*arrays[1:], data.has_pairs)
+            n_targets += count_targets(arrays[1], arrays[2], data.has_pairs)
         yield batches, n_targets
 
 

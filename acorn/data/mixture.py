@@ -74,7 +74,7 @@ class Mixture:
             if len(rows):  # these samples are consecutive in the dataset's own stream
                 batch = batches.sample(dataset.train, block_size, int(drawn[rows[0], 1]), len(rows), seed)
                 x[rows], y[rows] = batch[:2]
-                if batch[2] is not None:
+                if documents is not None and batch[2] is not None:
                     documents[rows] = batch[2]
         return x, y, documents
 
@@ -121,13 +121,16 @@ def _load(spec: str, hashed: bool) -> Mixture:
     parts = [PROPORTION.fullmatch(text) for text in texts]
     if len(parts) == 1 or not any(parts):
         return Mixture([load_dataset(spec, hashed)], [Fraction(1)])
+    names, weights = [], []
     for text, part in zip(texts, parts, strict=True):
         if not part or not Fraction(part[2]):
             raise UserError(
                 f"dataset={spec!r}: {text.strip()!r} should be NAME:PROPORTION with a proportion above 0, such as "
                 "mine:0.2"
             )
-    datasets, weights = [load_dataset(part[1], hashed) for part in parts], [Fraction(part[2]) for part in parts]
+        names.append(part[1])
+        weights.append(Fraction(part[2]))
+    datasets = [load_dataset(name, hashed) for name in names]
     for i, dataset in enumerate(datasets):
         if dataset.path in [other.path for other in datasets[:i]]:
             raise UserError(f"dataset={spec!r} names {dataset.path} twice. Give it one proportion.")

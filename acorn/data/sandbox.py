@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from acorn import REPO, UserError
 
@@ -53,14 +54,23 @@ class _Worker:
     def __init__(self):
         # otherwise sys.path[0] is the working directory, whose modules must not be imported
         start = f"import sys; sys.path[0] = {str(REPO)!r}; from acorn.data import sandbox; sandbox.serve()"
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         env = os.environ | ONE_THREAD | {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen([sys.executable, "-c", start], env=env, bufsize=0, **pipes)
-        self.owner, self.answers = os.getpid(), queue.SimpleQueue()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start],
+            env=env,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None, "they are pipes"
+        self.requests = self.process.stdin
+        self.owner = os.getpid()
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self.collect, args=(self.process.stdout.fileno(),), daemon=True).start()
 
     def collect(self, descriptor: int) -> None:
-        pieces = []
+        pieces: list[bytes] = []
         while piece := os.read(descriptor, 1 << 16):  # a file object's lock could abort Python's shutdown
             while b"\n" in piece:
                 line, piece = piece.split(b"\n", 1)
@@ -74,7 +84,7 @@ class _Worker:
         try:
             rest = memoryview(request)
             while rest:
-                rest = rest[self.process.stdin.write(rest) :]
+                rest = rest[self.requests.write(rest) :]
             answer = self.answers.get(timeout=WALL_SECONDS)
         except (OSError, queue.Empty):
             return None
@@ -83,7 +93,7 @@ class _Worker:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        self.requests.close()
 
 
 def _call(subject: str, task: str, arguments: dict) -> str:
@@ -110,14 +120,15 @@ def _call(subject: str, task: str, arguments: dict) -> str:
 
 def serve() -> None:
     """Answer the requests on standard input, one JSON array per line, until it is closed."""
+    tasks: dict[str, tuple[Callable, str]] = {  # each with the start of its error message
+        "render": (_render, "rejects this conversation"),
+        "check_patterns": (_check_patterns, "fails on a text that repeats one character"),
+    }
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries may print to stdout, which carries the answers
     for line in sys.stdin.buffer:
         task, arguments, seconds = json.loads(line)
-        run, failed = {
-            "render": (_render, "rejects this conversation"),
-            "check_patterns": (_check_patterns, "fails on a text that repeats one character"),
-        }[task]
+        run, failed = tasks[task]
         try:
             answer = {"value": run(seconds, **arguments)}
         except MemoryError:
@@ -165,7 +176,7 @@ def _check_patterns(seconds: int, normalizer: dict | None, pre_tokenizer: dict |
 
     _limit(seconds)
     model = {"type": "BPE", "vocab": {}, "merges": []}  # an empty model: only the patterns can be slower than linear
-    parts = dict(added_tokens=[], normalizer=normalizer, pre_tokenizer=pre_tokenizer, model=model)
+    parts: dict = dict(added_tokens=[], normalizer=normalizer, pre_tokenizer=pre_tokenizer, model=model)
     backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", **parts}))
     for char in "a !1\n\té字":
         backend.encode(char * RUN_LENGTH + "x.", add_special_tokens=False)

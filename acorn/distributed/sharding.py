@@ -6,12 +6,16 @@ the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FSDP, https://
 
 import math
 import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from acorn.distributed.runtime import Runtime
 from model import GPT
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
@@ -42,7 +46,7 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
     return model
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
     """Return whether x is a DTensor, without importing its module, which takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

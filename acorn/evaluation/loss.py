@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from acorn import UserError
 from acorn.data import batches
@@ -67,7 +68,8 @@ def window_sums(
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
     was_training = model.training
     model.eval()
-    sums = [[] for _ in range(4)]  # one list of batches per column; on the device, so that the host does not wait
+    # one list of batches per column; on the device, so that the host does not wait
+    sums: list[list[Tensor]] = [[] for _ in range(4)]
     for batch, n_rows in read_batches(tokens, runtime, batch_size, block_size, max_windows):
         x, y, documents, _ = batch.to(runtime.device)
         with runtime.autocast():
@@ -107,9 +109,11 @@ def evaluate_mixture(
     """
     means = []
     for dataset in data.datasets:
+        assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
         n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
         means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
-    result = _figures(sum(float(share) * mean for share, mean in zip(data.shares, means, strict=True)))
+    weighted = [float(share) * mean for share, mean in zip(data.shares, means, strict=True)]
+    result = _figures(np.sum(weighted, axis=0))
     if len(means) > 1:
         names = [f"loss/{dataset.name}" for dataset in data.datasets]
         result |= {name: float(mean[0]) for name, mean in zip(names, means, strict=True)}

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,13 +65,13 @@ def figure(value: float, error: float, n: int, method: str = "", note: str = "")
     return Figure(value, error if math.isfinite(error) else None, n, method, note)
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Return the mean of n values and its standard error, std / sqrt(n). NaN if there are too few values."""
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    array = np.asarray(values, dtype=np.float64)
+    if not len(array):
         return math.nan, math.nan
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
+    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    return float(array.mean()), float(error)
 
 
 def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
@@ -105,8 +106,8 @@ def measure_text(
     model: GPT, tokenizer: Tokenizer, path: str, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
     """Apply `measure_tokens` to a UTF-8 text file, as one document of a dataset."""
-    ids = [*tokenizer.before_document, *tokenizer.encode(files.read_text(path)), *tokenizer.after_text]
-    ids = np.array(ids, dtype=np.int32)
+    text = tokenizer.encode(files.read_text(path))
+    ids = np.array([*tokenizer.before_document, *text, *tokenizer.after_text], dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has no token to predict. Use a file with more text.")
     with tempfile.TemporaryDirectory() as folder:  # `window_sums` reads shards
@@ -161,7 +162,7 @@ def bleu_of(references: list[str]):
     counts["scripts with spaces"] = n_letters - sum(counts.values())
     if counts["Japanese"] > counts["Chinese"] / 9:  # a tenth or more are kana, so the Han letters are Japanese too
         counts["Japanese"] += counts.pop("Chinese")
-    script = max(counts, key=counts.get) if n_letters else "scripts with spaces"
+    script = max(counts, key=counts.__getitem__) if n_letters else "scripts with spaces"
     reason = f"letters of the references: {counts[script]} of {n_letters} {script}"
     for name in BLEU_TOKENIZERS.get(script, ["13a"]):
         try:
@@ -276,23 +277,35 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
     return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
 
 
+def encode_choices(
+    tokenizer: Tokenizer, records: list[tuple[str, dict]]
+) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
+    """Return the rows of each record's choices, from `encode_choice`, and the length of its longest input."""
+    encoded = [[encode_choice(tokenizer, each["prompt"], choice) for choice in each["choices"]] for _, each in records]
+    return encoded, [max(len(prompt) + len(continuation) for prompt, continuation in rows) - 1 for rows in encoded]
+
+
 def measure_choices(
-    model: GPT, tokenizer: Tokenizer, records: list[tuple[str, dict]], r: runtime.Runtime, batch_size: int
+    model: GPT,
+    records: list[tuple[str, dict]],
+    encoded: list[list[tuple[list[int], list[int]]]],
+    lengths: list[int],
+    r: runtime.Runtime,
+    batch_size: int,
 ) -> tuple[dict[str, Figure], list[int | None]]:
     """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
 
-    "accuracy" compares log-probabilities, "accuracy by byte" log-probabilities per byte. A record with a choice that
-    exceeds the block size is skipped, and its chosen index is None.
+    `encoded` and `lengths` are the results of `encode_choices`. "accuracy" compares log-probabilities, "accuracy by
+    byte" log-probabilities per byte. A record with a choice that exceeds the block size is skipped; its chosen index is
+    None.
     """
-    rows, lengths = [], []
-    for _, record in records:
-        encoded = [encode_choice(tokenizer, record["prompt"], choice) for choice in record["choices"]]
-        lengths.append(max(len(prompt) + len(continuation) for prompt, continuation in encoded) - 1)  # input length
-        rows += encoded if lengths[-1] <= model.config.block_size else []
+    fits = [length <= model.config.block_size for length in lengths]
+    rows = [row for of_record, fit in zip(encoded, fits, strict=True) if fit for row in of_record]
     logprobs = choice_logprobs(model, rows, r, batch_size)
-    right, right_by_bytes, chosen, start = [], [], [], 0
-    for (_, record), length in zip(records, lengths, strict=True):
-        if length > model.config.block_size:
+    right, right_by_bytes, start = [], [], 0
+    chosen: list[int | None] = []
+    for (_, record), fit in zip(records, fits, strict=True):
+        if not fit:
             chosen.append(None)
             continue
         scores = logprobs[start : start + len(record["choices"])]
@@ -329,22 +342,31 @@ def read_records(path: str, limit: int) -> list[tuple[str, dict]]:
     return located
 
 
+def read_choices(path: str, limit: int = 0) -> list[tuple[str, dict]]:
+    """Read multiple-choice records like `read_records`. Raises UserError for an invalid one."""
+    located = read_records(path, limit)
+    for where, record in located:
+        check_choices(where, record)
+    return located
+
+
 def check_choices(where: str, record: dict) -> None:
     """Raise UserError, which names the location `where`, if `record` is not a valid multiple-choice record."""
     choices, answer = record.get("choices"), record.get("answer")
     texts = [record.get("prompt"), *choices] if isinstance(choices, list) else [None]
+    n_choices = len(texts) - 1
     if not all(isinstance(text, str) for text in texts) or len(texts) < 3 or not all(texts[1:]):
         raise UserError(f'{where} needs a "prompt" (a string) and "choices" (a list of two or more non-empty strings)')
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < n_choices:
         raise UserError(
             f'{where} has "answer": {json.dumps(answer)[:50]}. Use the index of the right choice, from 0 to '
-            f"{len(choices) - 1}."
+            f"{n_choices - 1}."
         )
 
 
 def remarks(rows: list[dict]) -> dict[str, list[str]]:
     """Return the methods and notes to print below the table, each with the names of its metrics."""
-    result = {}
+    result: dict[str, list[str]] = {}
     for row in rows:
         notes = [f"{row['on']}: {note}" for note in (row["note"] or "").split("; ") if note]
         for words in [*filter(None, [row["method"]]), *notes]:
@@ -452,6 +474,17 @@ def read_pair(tokenizer: Tokenizer, record: dict) -> tuple[list[int], str]:
     return prompt_ids(tokenizer, messages[:last]), messages[last]["content"].strip()
 
 
+def encode_pairs(tokenizer: Tokenizer, records: list[tuple[str, dict]]) -> list[tuple[list[int], str]]:
+    """Return `read_pair` of each record. Raises UserError, which names the record's location, for an invalid one."""
+    pairs = []
+    for where, record in records:
+        try:
+            pairs.append(read_pair(tokenizer, record))
+        except UserError as error:
+            raise UserError(f"{where} {error}") from error
+    return pairs
+
+
 def measure_pairs(
     model: GPT,
     tokenizer: Tokenizer,
@@ -465,12 +498,7 @@ def measure_pairs(
 
     A record whose prompt leaves no room for an answer is skipped, and its answer is None.
     """
-    pairs = []
-    for where, record in records:
-        try:
-            pairs.append(read_pair(tokenizer, record))
-        except UserError as error:
-            raise UserError(f"{where} {error}") from error
+    pairs = encode_pairs(tokenizer, records)
     lengths = [len(prompt) for prompt, _ in pairs]
     limit = model.config.block_size - 1  # leaves room for one token of the answer
     fitting = [i for i, length in enumerate(lengths) if length <= limit]
@@ -504,9 +532,7 @@ def main() -> int:
     if not (args.dataset or args.text or args.pairs or args.choices):
         dataset, document_mask = training_dataset(args.source, args.checkpoint)
     pairs = read_records(args.pairs, args.limit) if args.pairs else []
-    choices = read_records(args.choices, args.limit) if args.choices else []
-    for where, record in choices:
-        check_choices(where, record)
+    choices = read_choices(args.choices, args.limit) if args.choices else []
 
     # ---- measurements
     model, tokenizer, source, r, block_size = load_evaluated(args)
@@ -522,7 +548,9 @@ def main() -> int:
         )
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
-        figures[args.choices], chosen = measure_choices(model, tokenizer, choices, r, args.batch_size)
+        figures[args.choices], chosen = measure_choices(
+            model, choices, *encode_choices(tokenizer, choices), r, args.batch_size
+        )
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
     # ---- output

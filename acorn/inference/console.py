@@ -32,9 +32,10 @@ def read_prompts(path: str) -> list[str]:
         return prompts
     prompts = []
     for location, value in files.read_json_lines(path):
-        prompts.append(value.get("prompt") if isinstance(value, dict) else value)
-        if not isinstance(prompts[-1], str):
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str):
             raise UserError(f'{location} is not a prompt. Write a JSON string, or an object: {{"prompt": "..."}}.')
+        prompts.append(prompt)
     return prompts
 
 

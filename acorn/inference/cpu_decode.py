@@ -36,9 +36,14 @@ class DecodingLinear(nn.Module):
     `way` is the kernel (one of `ways`) for up to `n_rows` rows, and `prompt_way` the kernel for more rows.
     """
 
+    weight: Tensor
+    scale: Tensor | None  # of each output channel, for int8
+    bias: Tensor | None
+    words: Tensor | None  # the int8 weight, four values in an int32
+
     def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1):
         super().__init__()
-        scale = None
+        scale: Tensor | None = None
         if quantize == "int8":
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (rows,)
             weight = in_huge_pages((weight.float() / scale[:, None]).round().to(torch.int8))
@@ -131,18 +136,19 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 
 class OneTokenCompiled(nn.Module):
-    """Wrap a module: run `compiled` for one token in each of `n_rows` rows, and the module itself for longer inputs.
+    """Wrap a module: run `compiled` for one token in each row, and the module itself for longer inputs.
 
-    `compiled` is the compiled forward of the module's class. A prompt is compute-bound and gains nothing from it.
+    `compiled` is the compiled forward of the module's class, and `row_counts` are the numbers of rows for which it was
+    compiled. A prompt is compute-bound and gains nothing from it.
     """
 
-    def __init__(self, module: nn.Module, compiled, n_rows: int):
+    def __init__(self, module: nn.Module, compiled, row_counts: tuple[int, ...]):
         super().__init__()
-        self.module, self.compiled, self.n_rows = module, compiled, n_rows
+        self.module, self.compiled, self.row_counts = module, compiled, row_counts
 
     def forward(self, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Tensor:
         rest = () if mask is None else (rotary, cache, positions, mask)  # a Linear layer takes x alone
-        if x.shape[:-1] != (self.n_rows, 1):
+        if x.dim() != 3 or x.size(1) != 1 or x.size(0) not in self.row_counts:
             return self.module(x, *rest)
         for tensor in cache:
             torch._dynamo.maybe_mark_dynamic(tensor, 2)  # only the size of the cache may change
@@ -153,14 +159,20 @@ class OneTokenCompiled(nn.Module):
 
 @torch.no_grad()
 def prepare_for_decoding(
-    model: GPT, quantize: str = "none", compile: bool | str = True, n_rows: int = 1, n_tokens: int = 0
+    model: GPT,
+    quantize: str = "none",
+    compile: bool | str = True,
+    n_rows: int = 1,
+    n_tokens: int = 0,
+    fewer_rows: tuple[int, ...] = (),
 ) -> GPT:
     """Replace the Linear layers of `model`, including its head, with DecodingLinear, and return it.
 
     The model can then generate but not train. `quantize` is "none" (weights stay in the model's dtype) or "int8".
-    `compile` also compiles the step of one token in each of `n_rows` rows, which takes some seconds. With "auto" this
-    happens only if it saves time over `n_tokens` tokens, and the compiled model is used only if it is faster. If
-    compiling fails, a warning is printed and the model stays uncompiled. Measurements and choices go to stderr.
+    `compile` also compiles the step of one token in each of `n_rows` rows, and in each number of rows in `fewer_rows`,
+    which takes some seconds each. With "auto" this happens only if it saves time over `n_tokens` tokens, and the
+    compiled model is used only if it is faster. If compiling fails, a warning is printed and the model stays
+    uncompiled. Measurements and choices go to stderr.
     """
     if quantize == "none":
         for p in model.parameters():  # tied parameters stay tied
@@ -174,15 +186,15 @@ def prepare_for_decoding(
     auto = compile == "auto"
     if auto:
         compile = n_rows <= MAX_COMPILED_ROWS and pays_back(seconds - reading, n_tokens)
-    if not compile or not add_compiled(model, n_rows):
+    plain = model.transformer.h, model.lm_head
+    if not compile or not add_compiled(model, (n_rows, *fewer_rows)):
         if seconds > 1e-3:  # a small model has no choice worth reading
             print(f"{kind}: {1e3 * seconds:.1f} ms of matrix products per token, not compiled", file=sys.stderr)
         return model
     compiled = model.transformer.h, model.lm_head
-    plain = nn.ModuleList(block.module for block in model.transformer.h), model.lm_head.module
 
     def one_token(blocks: nn.ModuleList, head: nn.Module) -> Tensor:
-        model.transformer.h, model.lm_head = blocks, head
+        set_layers(model, blocks, head)
         return model(torch.zeros(n_rows, 1, dtype=torch.long), cache=cache)[0]
 
     cache = KVCache(model.config, n_rows, 16)
@@ -206,23 +218,31 @@ def prepare_for_decoding(
     return model
 
 
-def add_compiled(model: GPT, n_rows: int) -> bool:
-    """Wrap blocks and head in OneTokenCompiled, compile them, and return True.
+def set_layers(model: GPT, blocks: nn.ModuleList, head: nn.Module) -> None:
+    model.transformer.h = blocks
+    model.set_submodule("lm_head", head)  # not a Linear
+
+
+def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
+    """Wrap blocks and head in OneTokenCompiled, compile them for these numbers of rows, and return True.
 
     If compiling fails, print a warning, leave the model unchanged, and return False.
     """
     blocks, head = model.transformer.h, model.lm_head
     # size_asserts would check each tensor's shape in each call, although torch.compile's guards already do
-    options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
+    options: dict = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
     try:
-        one_block, one_product = (torch.compile(kind.forward, options=options) for kind in (Block, DecodingLinear))
-        model.transformer.h = nn.ModuleList(OneTokenCompiled(block, one_block, n_rows) for block in blocks)
-        model.lm_head = OneTokenCompiled(head, one_product, n_rows)
-        model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))  # the call compiles
+        one_block, one_product = (
+            torch.compile(kind.forward, options=options, dynamic=False) for kind in (Block, DecodingLinear)
+        )
+        compiled = nn.ModuleList(OneTokenCompiled(block, one_block, row_counts) for block in blocks)
+        set_layers(model, compiled, OneTokenCompiled(head, one_product, row_counts))
+        for n_rows in row_counts:  # the call compiles
+            model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); running uncompiled", file=sys.stderr)
-        model.transformer.h, model.lm_head = blocks, head
+        set_layers(model, blocks, head)
         return False
     return True
 

@@ -3,7 +3,8 @@
 The loop owns the KV cache: `GPT.forward` writes into it, and only the loop advances it.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -83,14 +84,19 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probs < p * probs.max(), -torch.inf)
 
 
+def check_finite(logits: Tensor) -> None:
+    """Raise UserError if a row of the logits (..., V) has NaN or +inf, or only -inf."""
+    if not logits.amax(-1).isfinite().all():  # the maximum propagates NaN
+        raise UserError("the model's logits are non-finite. This checkpoint is broken, so choose an earlier one.")
+
+
 def draw(logits: Tensor, row: list[int], sampling: Sampling, random: torch.Generator) -> int:
     """Sample the token that follows `row` (ids) from its logits (V,).
 
     `random` is a generator on the CPU, so that a seed gives the same tokens on every device. The token's probability
     after the filters is above 0. Raises UserError if a logit is NaN or +inf, or if all are -inf.
     """
-    if not logits.max().isfinite():  # max propagates NaN
-        raise UserError("the model's logits are non-finite. This checkpoint is broken, so choose an earlier one.")
+    check_finite(logits)
     logits = logits.double()
     if sampling.repetition_penalty != 1:
         logits = penalize_repetition(logits, row, sampling.repetition_penalty)
@@ -143,6 +149,27 @@ def generate(
     one-token step, which is worthwhile for many tokens. `finished(True)` is asked whether to return once all rows have
     ended, and `finished(False)` before: ranks that share a model must take part in each other's forward passes.
     """
+    check_prompts(model, prompts)
+    rows = [list(prompt) for prompt in prompts]
+    random = [torch.Generator().manual_seed(seed) for seed in seeds]
+    active = [True] * len(rows)
+    decoder = Decoder(model, max_new_tokens, compile)
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            logits = decoder.logits(rows, active)[:, :n_vocab].float()  # (B, V)
+            logprobs = logits.log_softmax(-1)
+            for i, row in enumerate(rows):
+                if active[i]:
+                    token = draw(logits[i], row, sampling, random[i])
+                    row.append(token)
+                    active[i] = not on_token(i, token, float(logprobs[i, token]))
+            if finished(not any(active)):
+                break
+    return rows
+
+
+def check_prompts(model: GPT, prompts: list[list[int]]) -> None:
+    """Raise UserError if a prompt contains a token that the model does not know."""
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     if (largest := max(map(max, prompts))) >= model.config.vocab_size:
@@ -150,47 +177,69 @@ def generate(
             f"the prompt contains token {largest}, but the model's vocabulary has {model.config.vocab_size} tokens. "
             "The tokenizer has control tokens that the model does not know; leave them out."
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: GPT):
+    """Context in which the model is in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
-        return _generate(model, prompts, max_new_tokens, sampling, seeds, on_token, n_vocab, compile, finished)
+        yield
     finally:
         model.train(was_training)
 
 
-def _generate(model, prompts, max_new_tokens, sampling, seeds, on_token, n_vocab, compile, finished) -> list[list[int]]:
-    # on CUDA this uses CUDA graphs, so one call replays all kernels
-    one_token = torch.compile(model, mode="reduce-overhead") if compile else model
-    block_size, embedding = model.config.block_size, model.transformer.wte.weight
-    # on a CPU, attention over bfloat16 keys and values takes several times as long as over float32
-    cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
-    rows = [list(prompt) for prompt in prompts]
-    random = [torch.Generator().manual_seed(seed) for seed in seeds]
-    active = [True] * len(rows)
-    cache, windows_start = None, None
-    for n in range(max_new_tokens):
-        windows = [context(row, block_size) for row in rows]
+class Decoder:
+    """Computes the logits after rows of tokens, with a KV cache that is refilled whenever the window of a row slides.
+
+    The cache has room for `max_new_tokens` calls of `logits`.
+    """
+
+    def __init__(self, model: GPT, max_new_tokens: int, compile: bool = False):
+        # on CUDA this uses CUDA graphs, so one call replays all kernels
+        self.one_token = torch.compile(model, mode="reduce-overhead") if compile else model
+        self.model, self.compile, self.n_left = model, compile, max_new_tokens
+        self.cache: KVCache | None = None
+        self.windows_start: list[int] = []  # of each row in the cache
+
+    def logits(self, rows: list[list[int]], active: list[bool]) -> Tensor:
+        """Return the logits (B, V) of the token after each row: all ids so far. Each call adds one id per active row.
+
+        The cache does not advance in rows that are not `active`.
+        """
+        windows = [context(row, self.model.config.block_size) for row in rows]
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
-        if start != windows_start:  # initially, and whenever a window slides
-            windows_start = start
-            size = min(block_size, max(map(len, windows)) + max_new_tokens - n)
-            cache = KVCache(model.config, len(rows), size, embedding.device, cache_dtype)
-            if compile:  # a CUDA graph writes to the addresses with which it was captured
-                for tensor in (cache.idx, cache.length, *(t for layer in cache.layers for t in layer)):
-                    torch._dynamo.mark_static_address(tensor)
-            logits = prefill(model, cache, windows)
+        if self.cache is None or start != self.windows_start:  # initially, and whenever a window slides
+            self.windows_start = start
+            size = min(self.model.config.block_size, max(map(len, windows)) + self.n_left)
+            self.cache = self.new_cache(len(rows), size)
+            logits = prefill(self.model, self.cache, windows)
         else:
-            logits = decode(one_token, cache, [row[-1] for row in rows], active)
-        logits = logits[:, :n_vocab].float()  # (B, V)
-        logprobs = logits.log_softmax(-1)
-        for i, row in enumerate(rows):
-            if active[i]:
-                token = draw(logits[i], row, sampling, random[i])
-                row.append(token)
-                active[i] = not on_token(i, token, float(logprobs[i, token]))
-        if finished(not any(active)):
-            break
-    return rows
+            logits = decode(self.one_token, self.cache, [row[-1] for row in rows], active)
+        self.n_left -= 1
+        return logits
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Continue with these rows of the cache, in this order. A row may be given several times, or left out."""
+        if rows == list(range(len(self.windows_start))):
+            return
+        source = self.cache
+        assert source is not None, "`logits` fills it first"
+        target = source if len(rows) == len(self.windows_start) else self.new_cache(len(rows), source.size)
+        target.copy_rows(source, torch.tensor(rows, device=source.length.device))
+        self.cache = target
+        self.windows_start = [self.windows_start[row] for row in rows]
+
+    def new_cache(self, n_rows: int, size: int) -> KVCache:
+        embedding = self.model.transformer.wte.weight
+        # on a CPU, attention over bfloat16 keys and values takes several times as long as over float32
+        dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
+        cache = KVCache(self.model.config, n_rows, size, embedding.device, dtype)
+        if self.compile:  # a CUDA graph writes to the addresses with which it was captured
+            for tensor in (cache.idx, cache.length, *(t for layer in cache.layers for t in layer)):
+                torch._dynamo.mark_static_address(tensor)
+        return cache
 
 
 def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:
@@ -208,7 +257,7 @@ def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:
     return logits[:, 0]
 
 
-def decode(model: GPT, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
+def decode(model: Callable, cache: KVCache, tokens: list[int], active: list[bool]) -> Tensor:
     """Run one more token of each row through the model; return its logits (B, V). Only `active` rows advance."""
     device = cache.length.device
     logits, _ = model(torch.tensor(tokens, device=device)[:, None], cache=cache)
@@ -222,7 +271,7 @@ class TextStream:
     End-of-text tokens end the text, and so do the control tokens `ends`, such as the end of a turn.
     """
 
-    def __init__(self, tokenizer, stop: list[str] = (), ends: set[int] = frozenset()):
+    def __init__(self, tokenizer, stop: Collection[str] = (), ends: Collection[int] = ()):
         self.decoder = StreamDecoder(tokenizer)
         self.ends, self.stop = ends, [s for s in stop if s]
         self.text_ends = tokenizer.ends | set(
@@ -270,8 +319,8 @@ def continue_texts(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: list[int],
-    stop: list[str] = (),
-    ends: set[int] = frozenset(),
+    stop: Collection[str] = (),
+    ends: Collection[int] = (),
     on_text: Callable[[int, str], None] = lambda row, piece: None,
     compile: bool = False,
     finished: Callable[[bool], bool] = bool,

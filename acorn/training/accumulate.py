@@ -1,7 +1,7 @@
 """Compute the gradient of an update, summed over micro-batches and ranks."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Accumulator:
         say: Callable[[str], None],
         objective: Objective,
     ):
-        self.raw_model = self.model = model
+        self.raw_model = model
+        self.model: torch.nn.Module = model  # compiled and distributed
         self.objective, self.figures = objective, objective.no_figures()
         self.data, self.dist, self.say = data, dist, say
         self.micro_batch, self.n_sequences, self.block_size = micro_batch, n_sequences, block_size
@@ -46,7 +47,7 @@ class Accumulator:
         # without scaling, small float16 gradients underflow to 0
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.waited = runtime.Stopwatch(dist.device)  # time spent waiting for slower ranks
-        self.stream = None  # iterator over updates, starting at the next one
+        self.stream: Iterator | None = None  # of updates, starting at the next one
 
     def prepare(self, compile: bool) -> None:
         """Find a micro-batch size that fits in memory (with `auto_batch`), compile the model, and distribute it."""
@@ -68,10 +69,10 @@ class Accumulator:
         """
         dist = self.dist
         while True:
-            batches, n_targets, figures = self._next(position)
+            batches, n_own, figures = self._next(position)
             heartbeat.report_step(step)
             self.waited.start()
-            n_targets = dist.sum(torch.full((), n_targets, device=dist.device))  # torch.tensor would wait for the GPU
+            n_targets = dist.sum(torch.full((), n_own, device=dist.device))  # torch.tensor would wait for the GPU
             self.waited.stop()
             scale = dist.world_size / n_targets.clamp(min=1)
             torch.manual_seed(hash((self.seed, step, dist.rank)))  # dropout depends only on these, so resuming is exact

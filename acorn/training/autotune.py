@@ -16,7 +16,7 @@ import torch
 from acorn.distributed.runtime import Runtime
 from acorn.timing import fastest
 from acorn.training.optim import orthogonalize
-from model import GPT, GPTConfig, attend, attention_dropout
+from model import GPT, CausalSelfAttention, GPTConfig, attend, attention_dropout
 
 TIMED_TOKENS = 512  # per timed update; with fewer tokens, converting the weights would weigh more than in the run
 FLOP_PER_CALL = 1.5e9  # keeps a timed call within tens of milliseconds, even on a slow laptop
@@ -45,8 +45,14 @@ class Arithmetic:
         """Configure `model` and this process accordingly."""
         if self.machine.startswith("cpu") and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.threads)
-        for block in model.transformer.h:
-            block.attn.plain = self.attention == "plain"
+        set_attention(model, self.attention)
+
+
+def set_attention(model: GPT, attention: str) -> None:
+    """Let all blocks of `model` train with the "fused" or the "plain" attention."""
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.plain = attention == "plain"
 
 
 def choose(
@@ -66,13 +72,13 @@ def choose(
     chosen, notes = measure(config, batch_size, muon) if r.is_main else (None, [])
     if kept:
         notes.append("measured again because the machine has changed: losses may differ in the last digits")
-    if r.world_size > 1:
-        chosen = r.broadcast(chosen)
-    return chosen, notes
+    return r.broadcast(chosen), notes
 
 
 def read_saved(values: object) -> Arithmetic | None:
     """Return the Arithmetic stored in a checkpoint, or None if it is missing or invalid."""
+    if not isinstance(values, dict):
+        return None
     try:
         arithmetic = Arithmetic(**values)
         valid = {arithmetic.dtype, arithmetic.muon_dtype} <= {"float32", "bfloat16", "float16"}
@@ -145,7 +151,7 @@ def reduce_config(config: GPTConfig, batch_size: int) -> tuple[GPTConfig, tuple[
         n_layer=1,
         n_head=n_head,
         n_kv_head=config.n_kv_head if n_head % config.n_kv_head == 0 else n_head,
-        n_embd=n_head * config.head_dim,
+        n_embd=2 * math.ceil(config.n_embd * n_head / config.n_head / 2),
         n_hidden=math.ceil(config.n_hidden * n_head / config.n_head),
         vocab_size=min(config.vocab_size, 1024),
         ngram=1,
@@ -218,7 +224,7 @@ def plain_fits(config: GPTConfig) -> bool:
     Plain attention keeps these weights for the backward pass. The other activations are about 16 values per channel
     and token.
     """
-    return config.block_size <= 16 * config.head_dim
+    return config.block_size * config.n_head <= 16 * config.n_embd
 
 
 def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> Callable[[], None]:
@@ -226,8 +232,7 @@ def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> C
     idx = torch.randint(model.config.vocab_size, tokens)
 
     def work() -> None:
-        for block in model.transformer.h:
-            block.attn.plain = attention == "plain"
+        set_attention(model, attention)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(idx, idx, reduction="sum")[1]
         loss.backward()

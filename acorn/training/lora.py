@@ -51,7 +51,9 @@ def add_adapters(model: GPT, names: Iterable[str], rank: int, alpha: float) -> N
     """Freeze the model, and add an adapter of zeros to each of the named Linear layers."""
     model.requires_grad_(False)
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear), name
+        model.set_submodule(name, LoRALinear(layer, rank, alpha))
 
 
 def initial_adapters(model: GPT, seed: int) -> dict[str, Tensor]:

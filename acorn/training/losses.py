@@ -71,13 +71,14 @@ def preference_loss(
     """Return the loss of each pair (B, P), the implicit rewards of its two answers (B, P, 2), and whether there is such
     a pair (B, P).
 
-    `logp` and `reference` (B, T) are the log-probabilities of the targets y under the model and under the reference.
+    `logp` and `reference` (B, T) are the log-probabilities of the targets y under the model and under the reference,
+    which is None for "simpo".
     Document 2p of a row holds the chosen answer, document 2p + 1 the rejected one. `kind` is "dpo", "ipo" or "simpo".
     IPO uses means over an answer's tokens, as its authors advise for answers of different lengths.
     """
     lengths = sums_of_pairs((y != -1).float(), documents)  # (B, P, 2)
     is_pair = (lengths > 0).all(-1)
-    scores = sums_of_pairs(logp if kind == "simpo" else logp - reference, documents)
+    scores = sums_of_pairs(logp if reference is None else logp - reference, documents)
     if kind != "dpo":
         scores = scores / lengths.clamp(min=1)
     chosen, rejected = scores.unbind(-1)

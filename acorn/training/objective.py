@@ -71,8 +71,11 @@ class Objective:
             return self.rewarded(model, x, y, advantage)
         raise NotImplementedError(f"objective={self.kind!r} has no branch in Objective.loss")
 
-    def preferences(self, model: torch.nn.Module, x: Tensor, y: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    def preferences(
+        self, model: torch.nn.Module, x: Tensor, y: Tensor, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the sum of the preference loss over pairs, and its figures."""
+        assert documents is not None, "rows of pairs number them"
         s, options = self.s, dict(per_token=losses.log_probability, given=(y,), documents=documents)
         reference = None if s.preference_loss == "simpo" else self.reference(x, options)
         logp = model(x, **options)[1][..., 0]  # (B, T)
@@ -86,6 +89,7 @@ class Objective:
     def distillation(self, model: torch.nn.Module, x: Tensor, y: Tensor, documents) -> tuple[Tensor, Tensor]:
         """Return the sum of token loss and divergence from the teacher over targets, weighted, and their figures."""
         weight, temperature = self.s.distill_weight, self.s.distill_temperature
+        assert self.frozen is not None
         with torch.no_grad():
             hidden = self.frozen(x, per_token=losses.hidden, documents=documents)[1]  # (B, T, C)
         per_token = functools.partial(losses.divergence, self.frozen, self.data.vocab_size, temperature)
@@ -94,8 +98,9 @@ class Objective:
         loss, n = (1 - weight) * nats + weight * temperature**2 * kl, (y != -1).sum()
         return loss, self.figures({"loss": (loss, n), "kl": (kl, n), "token_loss": (nats, n)})
 
-    def rewarded(self, model: torch.nn.Module, x: Tensor, y: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    def rewarded(self, model: torch.nn.Module, x: Tensor, y: Tensor, advantage: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of GRPO's loss over the tokens of completions, and its figures."""
+        assert advantage is not None, "Rollouts.batch sets it"
         per_token = functools.partial(losses.log_probability_and_entropy, self.s.rollout_temperature)
         options = dict(per_token=per_token, given=(y,))
         reference = self.reference(x, options) if self.s.kl_beta else None
@@ -148,7 +153,7 @@ class Objective:
         if self.kind == "tokens":
             options = (self.dist, batch_size, block_size, max_windows, token_bytes)
             return evaluate_mixture(self.policy, data, split, *options)
-        if self.kind == "grpo":
+        if self.rollouts is not None:
             values = self.rollouts.evaluate(split, batch_size, max_windows)
             means = self.means(self.figures(values))
             return {name: means[name] for name in values}
@@ -170,7 +175,7 @@ class Objective:
         """Return a batch of zeros, for which the loss takes as much memory as for any other."""
         x = torch.zeros(batch_size, block_size, dtype=torch.long, device=self.dist.device)
         documents = x.clone() if has_documents and self.kind != "grpo" else None
-        if self.kind == "dpo":
+        if self.kind == "dpo" and documents is not None:
             documents[:, block_size // 2 :] = 1
         return Batch(x, x.clone(), documents, x.float() if self.kind == "grpo" else None)
 

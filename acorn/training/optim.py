@@ -31,13 +31,13 @@ def make_optimizers(
     "adamw" is AdamW for everything. "muon" is Muon for the matrices in the blocks, and AdamW for embeddings, head and
     norms. The schedule scales each parameter group's "peak_lr". Raises UserError for another name.
     """
+    optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "adamw":
         optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
     elif optimizer == "muon":
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
         in_blocks = set(matrices)
         remaining = [p for p in model.parameters() if p not in in_blocks and p.requires_grad]
-        optimizers = []
         if remaining:
             optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining))
         if matrices:  # either list may be empty, because parameters can be frozen
@@ -79,9 +79,10 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
     if found_inf is None and bad:
         return
     for optimizer in optimizers:
-        optimizer.found_inf = found_inf  # GradScaler's protocol for fused optimizers: with 1 the step is a no-op
+        # GradScaler's protocol for fused optimizers: with 1 the step is a no-op
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's stubs lack this attribute
         optimizer.step()
-        del optimizer.found_inf
+        del optimizer.found_inf  # type: ignore[attr-defined]  # as above
 
 
 class Muon(torch.optim.Optimizer):
@@ -108,7 +109,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # torch's optional closure is not supported
         found_inf = getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf > 0  # on the device
         for group in self.param_groups:
@@ -135,8 +136,8 @@ class Muon(torch.optim.Optimizer):
                 if skip is not None:
                     updates.masked_fill_(skip, 0)
                 torch._foreach_mul_(shards, decay)
-                updates = updates.to(shards[0].dtype).unbind()
-                torch._foreach_add_(shards, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                changes = updates.to(shards[0].dtype).unbind()
+                torch._foreach_add_(shards, changes, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalize_divided(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acorn import printable, report
 from acorn.distributed import runtime
-from acorn.report import duration
+from acorn.report import duration, task_name
 from acorn.training.accumulate import Accumulator
 
 if TYPE_CHECKING:
@@ -160,9 +160,11 @@ class Progress:
         if self.accumulator.objective.rollouts is not None:  # most of the time is spent on sampling
             rate, mfu = n_updates * n_targets.item() / seconds, None
         left = self.time_left.estimate(state.step)
+        if left is not None and self.s.max_minutes:
+            left = min(left, max(0.0, 60 * self.s.max_minutes - state.tick()))
         figures = self.accumulator.objective.means(self.accumulator.figures)
         figures.pop("loss", None)
-        if figures.get("no_signal") == 1:
+        if figures.get("no_signal") == 1 and not self.s.kl_beta:
             text = f"all completions of a prompt have equal rewards (mean {figures['reward']:g}), so nothing is learned"
             self.console.log(f"note: in step {step}, {text}. Use easier prompts, or a larger --group_size.")
         self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left, figures))
@@ -211,14 +213,20 @@ def words_of(figures: dict[str, float]) -> list[str]:
     return [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()]
 
 
-def evaluation_line(step: int, train: dict[str, float], val: dict[str, float]) -> str:
-    """Return the console line of an evaluation at `step`, from the results of `Objective.evaluate` on both splits."""
-    if "perplexity" not in val:
-        words = ", ".join(words_of({name: value for name, value in val.items() if name != "loss"}))
-        return f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f} ({words})"
+def evaluation_line(
+    step: int, train: dict[str, float], val: dict[str, float], measured: dict[str, float | None]
+) -> str:
+    """Return the console line of an evaluation at `step`.
+
+    `train` and `val` are the results of `Objective.evaluate`, `measured` those of `measure_tasks`.
+    """
     each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
     per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
+    tasks = "".join(f", {task_name(name)} {'n/a' if x is None else f'{x:.1f}%'}" for name, x in measured.items())
+    if "perplexity" not in val:
+        words = ", ".join(words_of({name: value for name, value in val.items() if name != "loss"}))
+        return f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f} ({words}){tasks}"
     return (
         f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "
-        f"perplexity {val['perplexity']:.2f}{per_byte}"
+        f"perplexity {val['perplexity']:.2f}{per_byte}{tasks}"
     )

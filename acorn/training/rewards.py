@@ -12,6 +12,7 @@ import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from acorn import REPO, UserError, settings
 
@@ -49,9 +50,8 @@ def load_reward(name: str) -> tuple[Reward, str]:
     """Return a reward and the SHA-256 of its source: one of SHIPPED, or the function `reward` of a Python file.
 
     Raises UserError if there is no such function."""
-    if name in SHIPPED:
-        function = SHIPPED[name]
-    else:
+    function: Any = SHIPPED.get(name)
+    if function is None:
         file = next((f for f in (Path(name), REPO / name) if f.suffix == ".py" and f.is_file()), None)
         if file is None:
             raise UserError(
@@ -77,7 +77,7 @@ def call_reward(function: Reward, name: str, prompt: str, completion: str, answe
     try:
         value = function(prompt, completion, answer)
     except Exception as error:  # from the user's code
-        file = Path(inspect.getsourcefile(function))
+        file = Path(inspect.getsourcefile(function) or name)
         line = settings.line_of(error, file)
         where = f"{name}{f', line {line}' if line else ''}"
         raise UserError(f"the reward fails at {where}: {type(error).__name__}: {error}. Correct it.") from error

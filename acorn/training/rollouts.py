@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from acorn import UserError
 from acorn.data import batches, chat
@@ -50,6 +49,7 @@ class Rollouts:
 
     def _usable(self, tokens: Tokens) -> np.ndarray:
         """Return the indices of the conversations of a split whose prompt and max_new_tokens fit into block_size."""
+        assert tokens.conversations is not None
         room = self.s.block_size + 1 - self.s.max_new_tokens
         fits = [len(self._split(tokens, i)[0]) <= room for i in range(len(tokens.conversations))]
         if not any(fits):
@@ -62,6 +62,7 @@ class Rollouts:
     def _split(self, tokens: Tokens, conversation: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids before the last reply of a conversation, and those of the reply."""
         conversations = tokens.conversations
+        assert conversations is not None
         form = conversations.first[conversation]
         ids, targets = conversations.read_form(form, int(conversations.lengths[form]))
         start = np.flatnonzero(np.diff(targets != -1, prepend=False) & (targets != -1))[-1]
@@ -141,7 +142,7 @@ class Rollouts:
             weights[i, start : len(ids) - 1] = advantage
         return Batch(x, y, None, weights)
 
-    def evaluate(self, split: Literal["train", "val"], batch_size: int, max_tasks: int) -> dict[str, Tensor]:
+    def evaluate(self, split: Literal["train", "val"], batch_size: int, max_tasks: int) -> dict[str, tuple]:
         """Return sums and counts over this rank's part of `max_tasks` tasks of a split (0: as many as val has), which
         the model completes greedily."""
         n = max_tasks or sum(map(len, self.usable["val"]))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from train import TrainSettings
 
 
+TIME_IS_UP, SIGNALED = 1, 2  # reasons to stop; the larger one prevails
+
+
 @dataclass
 class RunState:
     """The progress of a run. It is stored in state.json, so that a resumed run continues exactly."""
@@ -43,6 +46,7 @@ class RunState:
     best_loss: float | None = None  # the lowest validation loss that was saved
     val_loss: float | None = None  # the validation loss at step `evaluated_at`
     evaluated_at: int | None = None
+    stale_evaluations: int = 0  # consecutive evaluations, up to the last one, that were not the best so far
     wandb_id: str | None = None
     data: str | None = None  # identity of the data that `position` refers to
 
@@ -60,13 +64,34 @@ class RunState:
         self.seconds = time.perf_counter() - self.began
         return self.seconds
 
-    def is_evaluation_due(self, eval_interval: int, max_iters: int, eval_only: bool) -> bool:
-        """Return whether the run evaluates before the next update. A resumed run does not repeat its evaluation."""
-        due = self.step % eval_interval == 0 or self.step == max_iters
-        return eval_only or (due and self.evaluated_at != self.step)
+    def reason_to_stop(self, max_minutes: float, signals: list[int]) -> int:
+        """Return SIGNALED, TIME_IS_UP (0 minutes: no limit), or 0 if the run goes on."""
+        if signals:
+            return SIGNALED
+        return TIME_IS_UP if max_minutes and self.tick() >= 60 * max_minutes else 0
 
-    def is_finished(self, max_iters: int) -> bool:
-        return self.step > max_iters or self.evaluated_at == self.step == max_iters
+    def is_evaluation_due(self, s: "TrainSettings", stop: int) -> bool:
+        """Return whether the run evaluates now, with `stop` the reason to stop here, or 0.
+
+        A resumed run does not repeat its evaluation.
+        """
+        due = self.step % s.eval_interval == 0 or self.step == s.max_iters or stop == TIME_IS_UP
+        return s.eval_only or (due and stop != SIGNALED and self.evaluated_at != self.step)
+
+    def is_out_of_patience(self, early_stopping: int) -> bool:
+        """Return whether the val loss has not improved for `early_stopping` evaluations (0: no limit)."""
+        return 0 < early_stopping <= self.stale_evaluations and self.evaluated_at == self.step
+
+    def ended(self, s: "TrainSettings") -> str | None:
+        """Return why a resumed run has nothing left to do, and the setting that continues it; None if it has."""
+        evaluated = self.evaluated_at == self.step
+        if self.step > s.max_iters or (evaluated and self.step == s.max_iters):
+            return f"has already made its {self.step} updates. Use a larger --max_iters to continue."
+        if self.is_out_of_patience(s.early_stopping):
+            return f"was ended by early_stopping={s.early_stopping}. Use a larger one, or 0, to continue."
+        if evaluated and s.max_minutes and self.seconds >= 60 * s.max_minutes:
+            return f"has already trained for max_minutes={s.max_minutes:g}. Use a larger one, or 0, to continue."
+        return None
 
 
 class SkippedUpdates:
@@ -142,13 +167,15 @@ def start_writing(
         for needed in (adapters["base"] if adapters else "", s.reference, s.teacher):
             if needed:
                 checkpoint.pin(Path(needed), out_dir)
-    wandb_run = None
+    wandb_run = tensorboard = None
+    if s.tensorboard_log:
+        tensorboard = report.start_tensorboard(out_dir, state.step, state.evaluated_at)
     if s.wandb_log:
         wandb_run = report.start_wandb(
             s.wandb_project, s.wandb_run_name, dataclasses.asdict(s), out_dir, state.wandb_id
         )
         state.wandb_id = wandb_run.id
-    return report.Metrics(out_dir, state.step, state.evaluated_at, wandb_run), lock
+    return report.Metrics(out_dir, state.step, state.evaluated_at, wandb_run, tensorboard), lock
 
 
 def saved_state(
@@ -189,10 +216,13 @@ def finish(
     state: RunState,
     checkpoints: checkpoint.CheckpointManager,
     console: Console,
-    stopped: bool,
+    stop: int,
     chat: bool,
 ) -> int:
-    """Save the last update if it is not saved yet, and say how the run ended. Returns the exit code."""
+    """Save the last update if it is not saved yet, and say how the run ended. Returns the exit code.
+
+    `stop` is the reason to stop, or 0. `chat`: the data has conversations.
+    """
     failure = checkpoints.finish()
     console.close()
     words = f"--reward={shlex.quote(s.reward)} " if s.reward.endswith(".py") else ""
@@ -200,9 +230,16 @@ def finish(
     if failure is not None:
         text = f"the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}"
         return console.fail(text, 2)
-    if stopped:
+    if stop == SIGNALED:
         console.log(f"stopped at step {state.step}, saved. Resume with: {resume}")
         return 128 + (console.signals[0] if console.signals else signal.SIGTERM)
+    if state.step < s.max_iters:
+        reason, option = f"it has trained for max_minutes={s.max_minutes:g}", "--max_minutes=0"
+        if stop != TIME_IS_UP:
+            reason = f"the val loss has not improved for {state.stale_evaluations} evaluations (early_stopping)"
+            option = "--early_stopping=0"
+        continuing = command("train.py", f"--init_from=resume {option}", s.out_dir)
+        console.log(f"ended at step {state.step}: {reason}. Continue with: {continuing}")
     best = "none" if state.best_loss is None else f"{state.best_loss:.4f}"
     sampling = command("sample.py", "--chat=True" if chat else "", s.out_dir)
     console.log(f"done, best val loss {best}. Sample with: {sampling}")
@@ -247,7 +284,8 @@ def estimate(
     An update takes `dt` seconds, and the evaluation of a sequence `per_sequence` seconds. The reference or the teacher
     takes `frozen` bytes.
     """
-    whole = max(samples_per_epoch(dataset.val, s.block_size) for dataset in data.datasets)
+    val_splits = [dataset.val for dataset in data.datasets if dataset.val is not None]
+    whole = max(samples_per_epoch(val, s.block_size) for val in val_splits)
     n_sequences = 2 * (s.eval_iters * s.batch_size or whole)  # per evaluation: two splits
     evaluating = per_sequence * n_sequences * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]

@@ -11,7 +11,7 @@ import torch
 from acorn import UserError, checkpoint, settings
 from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture, load_mixture
-from acorn.data.tokenizer import KINDS, extends, from_dict, tokenizer_hash
+from acorn.data.tokenizer import KINDS, Tokenizer, extends, from_dict, tokenizer_hash
 from acorn.distributed import heartbeat, sharding
 from acorn.distributed.runtime import Runtime
 from acorn.training import lora, rewards
@@ -20,6 +20,8 @@ from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
 if TYPE_CHECKING:
     from train import TrainSettings
+
+AUTOMATIC = ("n_kv_head", "head_dim", "n_hidden")  # shape settings that GPTConfig computes if they are 0
 
 
 def shape_settings(s: "TrainSettings") -> set[str]:
@@ -30,6 +32,8 @@ def shape_settings(s: "TrainSettings") -> set[str]:
 def check(s: "TrainSettings") -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     settings.check_bounds(vars(s))
+    if s.early_stopping < 0:  # not among the bounds, because sample.py has another setting of this name
+        raise UserError(f"early_stopping = {s.early_stopping} must not be negative")
     if s.gradient_accumulation_steps * s.batch_size * s.block_size > 2**32:
         raise UserError(
             "gradient_accumulation_steps x batch_size x block_size exceeds 2^32 tokens per update. Reduce one of them."
@@ -175,7 +179,9 @@ def load_initial(
     the vocabulary grows by control tokens that the dataset adds to the tokenizer.
     """
     adapters = None
+    tokenizer: Tokenizer | None  # None if the source does not say
     if s.init_from == "resume":
+        assert folder is not None, "a run that resumes has a checkpoint"
         model, values = checkpoint.build_model(folder, state, dist)
         tokenizer, source, adapters = from_dict(state["tokenizer"]), str(folder), state.get("lora")
         for name in ("lora_rank", "lora_alpha", "lora_targets"):
@@ -197,8 +203,9 @@ def load_initial(
             adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
             lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
             values |= lora.initial_adapters(model, s.seed)
-    same = tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer)
-    if not same and s.init_from != "resume" and extends(data.tokenizer, tokenizer):
+    if tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer):
+        pass  # the data fits the model
+    elif s.init_from != "resume" and extends(data.tokenizer, tokenizer):
         n_new = data.vocab_size - tokenizer.n_vocab
         frozen = lora.matching("freeze", s.freeze, [name for name, _ in model.named_parameters()]) if s.freeze else []
         if s.lora_rank or {"transformer.wte.weight", "lm_head.weight"} & set(frozen):
@@ -212,7 +219,7 @@ def load_initial(
         for name in {"transformer.wte.weight", "lm_head.weight"} & {name for name, _ in model.named_parameters()}:
             values[name] = grown_rows(values[name][...].float(), n_before, data.vocab_size)
         source += f", with {n_new} new tokens"
-    elif not same:
+    else:
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
             f"{data.path} uses another tokenizer ({data.tokenizer.kind}, {data.tokenizer.n_vocab} tokens) than "
@@ -225,12 +232,12 @@ def load_initial(
             "Prepare the data with the model's tokenizer."
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
-        actual, setting = getattr(model.config, name), given.get(name)
-        matches = setting is None or setting == actual or (name in ("n_kv_head", "n_hidden") and setting == 0)
-        if name == "block_size" and setting is not None and setting < actual:
-            model.crop_block_size(setting)
+        actual, value = getattr(model.config, name), given.get(name)
+        matches = value is None or value == actual or (name in AUTOMATIC and value == 0)
+        if name == "block_size" and value is not None and value < actual:
+            model.crop_block_size(value)
         elif not matches:
-            raise UserError(f"{name} = {setting}, but {source} has {actual}. Leave {name} out, or train from scratch.")
+            raise UserError(f"{name} = {value}, but {source} has {actual}. Leave {name} out, or train from scratch.")
         setattr(s, name, getattr(model.config, name))
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
@@ -242,6 +249,7 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     lines, epochs = [], []
     windows = s.max_iters * s.gradient_accumulation_steps * s.batch_size
     for dataset, share in zip(data.datasets, data.shares, strict=True):
+        assert dataset.val is not None, "load_data checks this"
         name = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
         lines += [f"data: {name}, {len(dataset.train):,} training tokens and {len(dataset.val):,} validation tokens"]
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
@@ -253,7 +261,7 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     if n_trained < model.num_params():
         lines += [f"trained: {n_trained:,} parameters ({'adapters' if s.lora_rank else 'the others are frozen'})"]
     if not s.eval_only and s.objective == "grpo":
-        n, groups = sum(len(dataset.train.conversations) for dataset in data.datasets), windows // s.group_size
+        n, groups = sum(len(dataset.train.conversations or ()) for dataset in data.datasets), windows // s.group_size
         update = f"{s.gradient_accumulation_steps * s.batch_size:,} completions in groups of {s.group_size}"
         lines += [f"run: {s.max_iters:,} updates of {update}, {groups / n:.3g} epochs, into {s.out_dir}"]
     elif not s.eval_only:
@@ -288,7 +296,8 @@ def start_model(
     torch.manual_seed(s.seed)
     if s.init_from == "scratch":
         model, values, source, adapters = new_model(s, data.vocab_size, meta=dist.fsdp), None, "scratch", None
-        s.n_kv_head, s.n_hidden = model.config.n_kv_head, model.config.n_hidden  # in place of 0
+        for name in AUTOMATIC:
+            setattr(s, name, getattr(model.config, name))
     else:
         model, values, source, adapters = load_initial(s, given, folder, saved, data, dist)
     if s.freeze:

@@ -1,0 +1,100 @@
+"""Measure answers and multiple choice at the evaluations of a training run, as `python -m acorn.evaluate` does."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from acorn import UserError
+from acorn.data.tokenizer import Tokenizer
+from acorn.distributed.runtime import Runtime
+from acorn.evaluation import tasks
+from acorn.inference.generate import evaluating
+from model import GPT
+
+MAX_NEW_TOKENS = 128  # per answer, the default of acorn.evaluate
+
+
+@dataclass
+class Tasks:
+    """Records that a run measures at each evaluation, already encoded. The lists are empty if no file was given."""
+
+    choices: list[tuple[str, dict]] = field(default_factory=list)  # with the location of each record in its file
+    rows: list[list[tuple[list[int], list[int]]]] = field(default_factory=list)  # of the choices of each record
+    lengths: list[int] = field(default_factory=list)  # of the longest row of each record
+    prompts: list[list[int]] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)  # the answer to each prompt
+
+
+def read_tasks(
+    choices: str, pairs: str, tokenizer: Tokenizer, block_size: int, log: Callable[[str], None] = print
+) -> Tasks:
+    """Read the files `choices` and `pairs` ("": none). Records that exceed the block size are skipped, with a note.
+
+    Raises UserError for an invalid file, for a file of which no record fits, and if a package for `pairs` is missing.
+    """
+    result = Tasks()
+    if choices:
+        result.choices = tasks.read_choices(choices)
+        result.rows, result.lengths = tasks.encode_choices(tokenizer, result.choices)
+        report_skipped(choices, result.choices, result.lengths, block_size, log)
+    if pairs:
+        missing = [name for name in ("sacrebleu", "rouge_score", "regex") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"eval_pairs needs the package {missing[0]}, which is not installed. "
+                "Run `pip install sacrebleu rouge-score regex`, or leave out eval_pairs."
+            )
+        records = tasks.read_records(pairs, 0)
+        encoded = tasks.encode_pairs(tokenizer, records)
+        limit = block_size - 1  # leaves room for one token of the answer
+        report_skipped(pairs, records, [len(prompt) for prompt, _ in encoded], limit, log)
+        fitting = [(prompt, reference) for prompt, reference in encoded if len(prompt) <= limit]
+        result.prompts, result.references = map(list, zip(*fitting, strict=True))
+    return result
+
+
+def report_skipped(
+    path: str, records: list[tuple[str, dict]], lengths: list[int], limit: int, log: Callable[[str], None]
+) -> None:
+    """Log how many records exceed `limit` tokens. Raises UserError if all of them do."""
+    if min(lengths) > limit:
+        raise UserError(f"every record of {path} exceeds {limit} tokens. Use shorter ones, or a larger --block_size.")
+    if note := tasks.skipped_note(records, lengths, limit):
+        log(f"note: {note}")
+
+
+def measure_tasks(
+    given: Tasks, model: GPT, tokenizer: Tokenizer, dist: Runtime, batch_size: int
+) -> dict[str, float | None]:
+    """Return the measures of acorn.evaluate in percent: "choices/accuracy", "pairs/exact_match" and so on.
+
+    None is the value of a measure that cannot be computed. The records are divided among the ranks; with FSDP, which
+    needs every rank in each forward pass, each rank computes all. Rank 0 has all results. All ranks must call this.
+    """
+    first, step = (0, 1) if dist.fsdp else (dist.rank, dist.world_size)
+    result = {}
+    with evaluating(model):
+        if given.choices:
+            share = given.choices[first::step], given.rows[first::step], given.lengths[first::step]
+            figures, _ = tasks.measure_choices(model, *share, dist, batch_size)
+            for name, figure in figures.items():
+                value = float("nan") if figure.value is None and figure.n else figure.value or 0.0
+                total, n = dist.sum(torch.tensor([value * figure.n, figure.n], dtype=torch.float64)).tolist()
+                result[f"choices/{key(name)}"] = total / n if total == total else None
+        if given.prompts:
+            prompts, references = given.prompts[first::step], given.references[first::step]
+            with dist.autocast():
+                answers = tasks.greedy_answers(model, tokenizer, prompts, [], MAX_NEW_TOKENS, batch_size)
+                answers = list(map(tasks.after_thinking, answers, references))
+            if not dist.fsdp:
+                answers, references = dist.gather_lists(answers), dist.gather_lists(references)
+            if dist.is_main:
+                for name, figure in tasks.measure_answers(answers, references).items():
+                    result[f"pairs/{key(name)}"] = figure.value
+    return result
+
+
+def key(name: str) -> str:
+    return name.replace(" ", "_")

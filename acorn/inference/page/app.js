@@ -1,0 +1,469 @@
+"use strict";
+// The page: chat, complete, why this token, inside. All text of the model is shown as plain text, never as HTML.
+
+const $ = (id) => document.getElementById(id);
+const VIEWS = ["chat", "complete", "why", "inside"];
+const N_TOP = 5; // alternatives per token
+
+let view = "complete";
+let model = null; // the answer of GET inside
+let running = null; // the AbortController of the answer that is being written
+const conversation = []; // messages: {role, content}
+const completion = { ids: [], tokens: [], text: "", written: "", chosen: -1 }; // ids: of the prompt
+let insideIds = null; // ids to look at instead of the text, until the reader edits it
+let insideData = null;
+
+// -------------------- the server
+
+class ServerError extends Error {}
+
+/** Send a POST request with a JSON body. Raises ServerError with the server's sentence. */
+async function post(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  if ($("api_key").value) headers.Authorization = `Bearer ${$("api_key").value}`;
+  let answer;
+  try {
+    answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError(t("error_network"));
+  }
+  if (answer.ok) return answer;
+  const problem = await answer.json().catch(() => ({}));
+  const error = new ServerError(problem.error?.message ?? `${answer.status} ${answer.statusText}`);
+  error.code = problem.error?.code;
+  throw error;
+}
+
+async function ask(path, body) {
+  return (await post(path, body)).json();
+}
+
+/** Yield the objects of a stream of server-sent events. */
+async function* stream(path, body, signal) {
+  const answer = await post(path, { ...body, stream: true }, signal);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) throw new ServerError(t("error_cut"));
+      buffer += value;
+      const events = buffer.split(/\r?\n\r?\n/);
+      buffer = events.pop();
+      for (const event of events) {
+        const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
+        if (data === "[DONE]") return;
+        if (!data) continue;
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new ServerError(chunk.error.message);
+        yield chunk;
+      }
+    }
+  } catch (error) {
+    throw error instanceof TypeError ? new ServerError(t("error_network")) : error; // the connection broke
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+function settings() {
+  const chosen = { model: model?.name ?? "" };
+  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
+    if ($(name).value !== "") chosen[name] = Number($(name).value);
+  }
+  return chosen;
+}
+
+/** Run `work(signal)`, which Stop interrupts. Errors are shown in the element `place`. */
+async function run(place, work) {
+  if (running) return;
+  running = new AbortController();
+  place.textContent = "";
+  enable();
+  try {
+    await work(running.signal);
+  } catch (error) {
+    if (error.name !== "AbortError") place.textContent = error.message;
+    if (!(error instanceof ServerError) && error.name !== "AbortError") throw error; // a fault of this page
+  } finally {
+    running = null;
+    enable();
+  }
+}
+
+/** Enable the buttons that can do something now. */
+function enable() {
+  const replies = conversation.some((message) => message.role === "assistant");
+  const tokens = completion.tokens.length > 0;
+  const ready = { send: model?.chat, message: model?.chat, chat_again: replies, clear: conversation.length > 0 };
+  Object.assign(ready, { go: true, again: tokens, copy: tokens, show_why: tokens, look: tokens, look_now: true });
+  for (const [id, possible] of Object.entries(ready)) $(id).disabled = !possible || (running !== null && id !== "message");
+  for (const stop of document.querySelectorAll(".stop")) stop.disabled = running === null;
+  $("show_why").hidden = view === "why";
+}
+
+async function copy(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // without HTTPS, browsers offer the clipboard only on this machine; select the text, so that Ctrl+C works
+    const area = make("textarea", { value: text });
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  button.textContent = t("copied");
+  setTimeout(() => (button.textContent = t("copy")), 1500);
+}
+
+// -------------------- chat
+
+function drawMessage(message) {
+  const words = make("div", { className: "words" }, message.content);
+  const box = make("article", { className: `message ${message.role}` });
+  box.append(make("div", { className: "who", data: { t: message.role === "user" ? "you" : "model" } }), words);
+  if (message.role === "assistant") {
+    const buttons = make("div", { className: "row" });
+    const button = (key, action) => {
+      const made = make("button", { type: "button", data: { t: key } });
+      made.addEventListener("click", () => action(made));
+      buttons.append(made);
+    };
+    button("copy", (made) => copy(made, message.content));
+    button("show_why", () => explain(message));
+    button("look", () => lookAtReply(message));
+    box.append(buttons);
+  }
+  translate(box);
+  $("messages").append(box);
+  return [box, words];
+}
+
+function drawConversation() {
+  $("messages").replaceChildren();
+  conversation.forEach(drawMessage);
+}
+
+/** The messages to send, with the system message in front. */
+function messagesToSend() {
+  const system = $("system").value.trim();
+  const said = conversation.map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...said] : said;
+}
+
+async function reply() {
+  const messages = messagesToSend();
+  const message = { role: "assistant", content: "", asked: messages, tokens: [] };
+  const body = { ...settings(), logprobs: true, top_logprobs: N_TOP, return_tokens_as_token_ids: true };
+  let box = null;
+  await run($("chat_error"), async (signal) => {
+    try {
+      for (;;) {
+        try {
+          for await (const chunk of stream("v1/chat/completions", { ...body, messages }, signal)) {
+            const choice = chunk.choices[0];
+            message.tokens.push(...tokensOfChat(choice?.logprobs?.content ?? []));
+            const piece = choice?.delta?.content;
+            if (!piece) continue;
+            if (!box) {
+              conversation.push(message);
+              box = drawMessage(message);
+              box[0].classList.add("writing");
+            }
+            message.content += piece;
+            box[1].textContent = message.content;
+            if (atBottom()) window.scrollTo(0, document.body.scrollHeight);
+          }
+          return;
+        } catch (error) {
+          const first = messages[0].role === "system" ? 1 : 0;
+          if (error.code !== "context_length_exceeded" || box || messages.length < first + 3) throw error;
+          messages.splice(first, 2); // the oldest turn
+          $("chat_error").textContent = t("dropped");
+        }
+      }
+    } finally {
+      box?.[0].classList.remove("writing");
+    }
+  });
+}
+
+function atBottom() {
+  return window.innerHeight + window.scrollY > document.body.scrollHeight - 160;
+}
+
+function send() {
+  const content = $("message").value.trim();
+  if (!content || running || !model?.chat) return;
+  $("message").value = "";
+  conversation.push({ role: "user", content });
+  drawMessage(conversation.at(-1));
+  window.scrollTo(0, document.body.scrollHeight);
+  reply();
+}
+
+function replyAgain() {
+  while (conversation.at(-1)?.role === "assistant") conversation.pop();
+  drawConversation();
+  reply();
+}
+
+/** Show the tokens of a reply under "Why this token?". */
+async function explain(message) {
+  await run($("chat_error"), async () => {
+    const { ids, text } = await ask("inside/tokens", { messages: message.asked });
+    Object.assign(completion, { ids, text, tokens: message.tokens, written: message.content, chosen: -1 });
+    await nameTokens();
+  });
+  if ($("chat_error").textContent) return;
+  $("prompt").value = completion.text;
+  choose("why");
+}
+
+async function lookAtReply(message) {
+  let ids = null;
+  await run($("chat_error"), async () => {
+    ({ ids } = await ask("inside/tokens", { messages: message.asked }));
+  });
+  if (ids) lookAt([...ids, ...message.tokens.map((token) => token.id)]);
+}
+
+// -------------------- complete, and why
+
+const idOf = (name) => Number(name.replace("token_id:", ""));
+
+/** Return the tokens in the "logprobs" of a chat completion: {id, logprob, top: [[id, logprob], ...]}. */
+function tokensOfChat(content) {
+  return content.map(({ token, logprob, top_logprobs }) => {
+    return { id: idOf(token), logprob, top: top_logprobs.map((other) => [idOf(other.token), other.logprob]) };
+  });
+}
+
+/** Return the same for a completion. */
+function tokensOf(logprobs) {
+  return logprobs.tokens.map((name, i) => ({
+    id: idOf(name),
+    logprob: logprobs.token_logprobs[i],
+    top: Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([other, logprob]) => [idOf(other), logprob]),
+  }));
+}
+
+/** Ask for the labels of all tokens of the completion, and of their alternatives. */
+async function nameTokens() {
+  const { tokens } = completion;
+  const alternatives = tokens.map((token) => token.top.map(([id]) => id));
+  const names = await ask("inside/tokens", { ids: tokens.map((token) => token.id), alternatives });
+  names.tokens.forEach((label, i) => Object.assign(tokens[i], { label, names: names.alternatives[i] }));
+}
+
+/** Continue the prompt, or with `kept` tokens, continue after these. */
+async function continueText(kept = []) {
+  await run($("complete_error"), async (signal) => {
+    if (!kept.length) {
+      const text = $("prompt").value;
+      const known = text === completion.text && completion.ids.length; // such as the ids of a conversation
+      const { ids } = known ? completion : await ask("inside/tokens", { text });
+      Object.assign(completion, { ids, text });
+    }
+    Object.assign(completion, { tokens: [...kept], chosen: -1, written: "" });
+    if (kept.length) completion.written = (await ask("inside/tokens", { ids: kept.map((token) => token.id) })).text;
+    drawCompletion(true);
+    const prompt = [...completion.ids, ...kept.map((token) => token.id)];
+    const body = { ...settings(), prompt, logprobs: N_TOP, return_tokens_as_token_ids: true };
+    let naming = null;
+    try {
+      for await (const chunk of stream("v1/completions", body, signal)) {
+        const choice = chunk.choices[0];
+        if (!choice) continue;
+        completion.written += choice.text;
+        if (choice.logprobs) completion.tokens.push(...tokensOf(choice.logprobs));
+        drawCompletion(true);
+        naming ??= nameTokens().then(() => drawCompletion(running !== null)).finally(() => (naming = null));
+      }
+    } finally {
+      await naming;
+      await nameTokens();
+      if (kept.length) completion.chosen = kept.length - 1;
+      drawCompletion(false);
+    }
+  });
+}
+
+function drawCompletion(writing) {
+  const { text, written, tokens } = completion;
+  $("complete_result").replaceChildren(make("span", { className: "given" }, text), make("span", {}, written));
+  $("plain_result").classList.toggle("writing", writing);
+  const row = $("why_tokens");
+  const focused = row.contains(document.activeElement) ? Number(document.activeElement.dataset.i) : -1;
+  row.replaceChildren();
+  $("why_prompt").textContent = text;
+  $("why_prompt").scrollTop = $("why_prompt").scrollHeight;
+  tokens.forEach((token, i) => {
+    if (token.label === undefined) return; // soon
+    const p = Math.exp(token.logprob);
+    const button = make("button", { type: "button", className: "token", tabIndex: i === Math.max(0, completion.chosen) ? 0 : -1, data: { i } }, word(token.label));
+    button.setAttribute("aria-label", `${shown(token.label)} ${percent(p)}`);
+    colour(button, p);
+    button.addEventListener("mouseenter", () => running || showChoices(i));
+    button.addEventListener("focus", () => running || showChoices(i));
+    row.append(button);
+    if (token.label.includes("\\n")) row.append(make("span", { className: "break" }));
+  });
+  if (focused >= 0) row.querySelector(`[data-i="${focused}"]`)?.focus();
+  showChoices(completion.chosen);
+}
+
+/** Show the alternatives to token i. */
+function showChoices(i) {
+  completion.chosen = i;
+  for (const button of $("why_tokens").querySelectorAll("button")) button.classList.toggle("chosen", Number(button.dataset.i) === i);
+  const token = completion.tokens[i];
+  const detail = $("why_detail");
+  if (!token?.names) {
+    detail.replaceChildren(completion.tokens.length ? "" : t("nothing_yet"));
+    return;
+  }
+  const choices = token.top.map(([id, logprob], k) => [id, token.names[k], logprob]);
+  if (!choices.some(([id]) => id === token.id)) choices.push([token.id, token.label, token.logprob]);
+  choices.sort((a, b) => b[2] - a[2]);
+  const list = make("ul", { className: "alternatives" });
+  for (const [id, label, logprob] of choices) {
+    const p = Math.exp(logprob);
+    const bar = make("span", { className: "bar" });
+    bar.style.setProperty("--p", p);
+    const chosen = id === token.id;
+    const button = make("button", { type: "button", className: chosen ? "mark" : "", data: { id } }, word(label, { className: "word" }), bar, make("span", {}, percent(p)));
+    button.setAttribute("aria-label", t("continue_with", { token: shown(label), percent: percent(p) }));
+    if (chosen) button.setAttribute("aria-current", "true");
+    button.addEventListener("click", () => continueText([...completion.tokens.slice(0, i), { ...token, id, logprob }]));
+    list.append(make("li", {}, button));
+  }
+  detail.replaceChildren(make("h3", {}, t("alternatives")), list);
+}
+
+// -------------------- inside
+
+/** Show the Inside view for tokens, or for the last ones if there are too many. */
+async function lookAt(ids) {
+  insideIds = ids.slice(-model.most_tokens);
+  choose("inside");
+  await run($("inside_error"), async () => {
+    $("text").value = (await ask("inside/tokens", { ids: insideIds })).text;
+  });
+  look();
+}
+
+async function look() {
+  const asked = insideIds ? { ids: insideIds } : { text: $("text").value || t("text_hint") };
+  if (!insideIds) $("text").value = asked.text;
+  $("inside_status").textContent = t("busy");
+  await run($("inside_error"), async () => {
+    insideData = await ask("inside", asked);
+    insideData.measure = async () => (await ask("inside/heads", { ids: insideData.ids })).heads;
+    drawInside();
+  });
+  $("inside_status").textContent = "";
+}
+
+function drawInside() {
+  if (insideData) showInside($("inside_result"), insideData, insideData.measure);
+}
+
+// -------------------- views and language
+
+function choose(name) {
+  view = name;
+  for (const tab of VIEWS) {
+    $(tab).setAttribute("aria-selected", tab === name);
+    $(tab).tabIndex = tab === name ? 0 : -1;
+  }
+  const panel = $(name).getAttribute("aria-controls");
+  for (const each of document.querySelectorAll("[role=tabpanel]")) each.hidden = each.id !== panel;
+  $("complete_panel").setAttribute("aria-labelledby", name === "why" ? "why" : "complete");
+  $("plain_result").hidden = name !== "complete";
+  $("why_result").hidden = name !== "why";
+  $("settings").hidden = name === "inside";
+  $("system_label").hidden = name !== "chat";
+  if (name === "complete" || name === "why") drawCompletion(running !== null);
+  history.replaceState(null, "", `#/${name}`);
+  enable();
+}
+
+function speak(chosen) {
+  language = chosen;
+  translate();
+  $("chat_intro").textContent = t(model && !model.chat ? "no_chat" : "chat_intro");
+  $("inside_intro").textContent = t("inside_intro", { n: model?.most_tokens ?? "" });
+  $("why_legend").replaceChildren(legend());
+  showChoices(completion.chosen);
+  drawInside();
+}
+
+function start() {
+  for (const tab of VIEWS) $(tab).addEventListener("click", () => choose(tab));
+  document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    choose(VIEWS.at((VIEWS.indexOf(view) + step) % VIEWS.length));
+    $(view).focus();
+  });
+  $("language").addEventListener("click", () => speak(language === "en" ? "zh" : "en"));
+  for (const stop of document.querySelectorAll(".stop")) stop.addEventListener("click", () => running?.abort());
+  document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
+  document.querySelector(".settings").addEventListener("submit", (event) => event.preventDefault());
+
+  const submit = (form, action) =>
+    $(form).addEventListener("submit", (event) => {
+      event.preventDefault();
+      action();
+    });
+  submit("chat_form", send);
+  submit("complete_form", () => continueText());
+  submit("inside_form", look);
+  $("message").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // an input method uses Enter too
+    event.preventDefault();
+    send();
+  });
+  $("chat_again").addEventListener("click", replyAgain);
+  $("clear").addEventListener("click", () => {
+    conversation.length = 0;
+    drawConversation();
+    enable();
+  });
+  $("again").addEventListener("click", () => continueText());
+  $("copy").addEventListener("click", () => copy($("copy"), completion.text + completion.written));
+  $("show_why").addEventListener("click", () => choose("why"));
+  $("look").addEventListener("click", () => lookAt([...completion.ids, ...completion.tokens.map((token) => token.id)]));
+  $("text").addEventListener("input", () => (insideIds = null));
+  arrowKeys($("why_tokens"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawInside);
+  $("api_key").addEventListener("change", connect);
+
+  const named = VIEWS.find((name) => location.hash === `#/${name}`);
+  speak(language);
+  choose(named ?? view);
+  connect().then(() => named || choose(model?.chat ? "chat" : "complete"));
+}
+
+/** Ask the server about its model. */
+async function connect() {
+  try {
+    const headers = $("api_key").value ? { Authorization: `Bearer ${$("api_key").value}` } : {};
+    const answer = await fetch("inside", { headers });
+    const about = await answer.json();
+    if (!answer.ok) throw new ServerError(about.error?.message);
+    model = about;
+    $("complete_error").textContent = "";
+  } catch (error) {
+    $("complete_error").textContent = error instanceof ServerError ? error.message : t("error_network");
+    return;
+  }
+  $("model").textContent = $("model").title = model.name;
+  speak(language);
+  enable();
+}
+
+start();

@@ -1,0 +1,62 @@
+"""Tasks measured at the evaluations of a run, against acorn.evaluate on its checkpoint."""
+
+import json
+import sys
+
+import pytest
+from helpers import SMALL, TINY, metrics, numbers, train_here
+
+from acorn import UserError, report
+from acorn.evaluation import tasks
+
+RUN = [*TINY, *SMALL, "--max_iters=4", "--block_size=32", "--eval_choices=c.jsonl", "--eval_pairs=p.jsonl"]
+WORDS = "letter", "lantern", "horse", "key"
+
+
+@pytest.fixture
+def files(in_tmp_path, tmp_path):
+    """Write c.jsonl and p.jsonl, each with a record that exceeds 32 tokens."""
+    prompts = [f"{verb} the " for verb in ("take", "bring", "leave", "forget", "forget " * 9)]
+    choices = [{"prompt": p, "choices": WORDS, "answer": i % 4} for i, p in enumerate(prompts)]
+    pairs = [{"prompt": p, "response": WORDS[i % 4]} for i, p in enumerate(prompts)]
+    for name, records in (("c", choices), ("p", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_run_measures_what_acorn_evaluate_measures(files, dataset, tmp_path, monkeypatch, capsys):
+    assert train_here(monkeypatch, *RUN, f"--dataset={dataset}", "--out_dir=o") == 0
+    said = capsys.readouterr().out
+    assert said.count("accuracy") == 2 * 3 and "skipped 1 of 5" in said  # two kinds, three evaluations
+    last = [line for line in metrics(tmp_path / "o") if "val_loss" in line][-1]
+    words = "o --checkpoint=latest --choices=c.jsonl --pairs=p.jsonl --device=cpu --json"
+    monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *words.split()])
+    assert tasks.main() == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert len(rows) == 8
+    for row in rows:
+        name = f"{'choices' if row['on'] == 'c.jsonl' else 'pairs'}/{row['measure'].replace(' ', '_')}"
+        assert last[name] == pytest.approx(row["value"], abs=1e-6)
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    words = [word for word in RUN if "eval_choices" not in word and "eval_pairs" not in word]
+    assert train_here(monkeypatch, *words, f"--dataset={dataset}", "--out_dir=without") == 0
+    alike = [{k: v for k, v in line.items() if not k.startswith(report.TASKS)} for line in numbers(tmp_path / "o")]
+    assert alike == numbers(tmp_path / "without")  # measuring changes nothing
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("eval_choices", '{"prompt": "a"}', "line 1 of bad.jsonl"),
+        ("eval_choices", json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}), "32 tokens"),
+        ("eval_choices", json.dumps({"prompt": "\u20ac", "choices": ["b", "c"], "answer": 0}), "20AC"),
+        ("eval_pairs", "", "bad.jsonl is empty"),
+        ("eval_pairs", '{"prompt": "a"}', "line 1 of bad.jsonl"),
+        ("eval_pairs", None, "bad.jsonl"),
+    ],
+)
+def test_a_broken_file_is_refused_before_the_run_writes(files, dataset, tmp_path, monkeypatch, name, content, said):
+    if content is not None:
+        (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        train_here(monkeypatch, *RUN, f"--{name}=bad.jsonl", f"--dataset={dataset}", "--out_dir=o")
+    assert not (tmp_path / "o").exists()

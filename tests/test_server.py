@@ -1,0 +1,544 @@
+"""The server as OpenAI's Python client and hostile clients meet it."""
+
+import asyncio
+import collections
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import REPO, STATE, on_linux, small_optimizers, start_process
+
+from acorn import UserError, checkpoint, serve
+from acorn.checkpoint.export import export
+from acorn.data import chat
+from acorn.data.tokenizer import get_tokenizer
+from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
+from model import GPT, GPTConfig
+
+openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+from acorn.inference import server as api  # noqa: E402  # needs FastAPI
+
+MESSAGES = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi<|endoftext|>!"}]
+
+
+def make_model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+        model.transformer.wte.weight[128:256] *= 0.1  # mostly ASCII
+    return model.eval()
+
+
+def make_app(template=chat.PLAIN, **settings):
+    tokenizer = get_tokenizer("byte")
+    tokenizer.chat_template = template
+    return api.create_app(make_model(), tokenizer, "tiny", **settings)
+
+
+@contextlib.contextmanager
+def serving(app):
+    """Serve an app in a thread and return its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served():
+    app = make_app()
+    with serving(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield SimpleNamespace(app=app, url=url, client=client, scheduler=app.state.scheduler)
+
+
+@pytest.fixture
+def post(served):
+    """Post a body to a path and return (status, JSON)."""
+
+    def call(body, path="completions", **headers):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json"} | headers
+        answer = httpx.post(f"{served.url}/v1/{path}", content=content, headers=headers, timeout=60)
+        return answer.status_code, answer.json()
+
+    return call
+
+
+def expected(served, prompt: list[int], n_new: int, sampling: Sampling, seed=0, stop=(), ends=()) -> str:
+    """Return the text that sample.py's loop writes."""
+    text, pieces = TextStream(served.app.state.tokenizer, stop, set(ends)), []
+
+    def on_token(row, token, logprob):
+        pieces.append(text.push(token))
+        return text.stopped_by is not None
+
+    generate(served.app.state.model, [prompt], n_new, sampling, [seed], on_token, 257)
+    return "".join([*pieces, text.finish()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completions
+
+
+def test_a_completion_is_what_sample_py_writes(served):
+    sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+    extra = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
+    settings = dict(temperature=0.9, top_p=0.95, seed=3, max_tokens=200, extra_body=extra)
+    answer = served.client.completions.create(model="any", prompt="Once", n=2, **settings)
+    prompt = encode_prompt(served.app.state.tokenizer, "Once")
+    for k, choice in enumerate(answer.choices):
+        assert choice.text == expected(served, prompt, 200, sampling, 3 + k) and choice.index == k
+    assert answer.object == "text_completion" and answer.model == "tiny"
+    assert answer.usage.prompt_tokens == 4 and answer.usage.total_tokens == 4 + answer.usage.completion_tokens
+
+
+def test_prompts_are_texts_or_ids_one_or_several(served):
+    greedy = dict(model="tiny", temperature=0, max_tokens=5)
+    create = served.client.completions.create
+    ids = [list(b"abc"), list("é字".encode())]
+    texts = [expected(served, prompt, 5, Sampling(temperature=0)) for prompt in ids]
+    assert create(prompt=ids[0], **greedy).choices[0].text == texts[0]
+    assert [choice.text for choice in create(prompt=ids, **greedy).choices] == texts
+    assert [choice.text for choice in create(prompt=["abc", "é字"], **greedy).choices] == texts
+    assert create(prompt="", **greedy).usage.prompt_tokens == 1  # the end-of-text token starts a document
+    control = create(prompt="<|endoftext|>", **greedy)
+    assert control.usage.prompt_tokens == 13  # text, not the token
+
+
+def test_a_stop_string_and_the_end_of_text_end_a_completion(served):
+    greedy = dict(model="tiny", prompt="The", temperature=0)
+    whole = served.client.completions.create(**greedy, max_tokens=40)
+    text = whole.choices[0].text
+    assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 40
+    stop = text[10:13]
+    stopped = served.client.completions.create(**greedy, max_tokens=40, stop=["never", stop]).choices[0]
+    assert stopped.text == text[: text.index(stop)] and stopped.finish_reason == "stop"
+
+
+def test_logprobs_with_echo_are_those_of_the_text(served):
+    settings = dict(model="tiny", prompt=["ab字", "q"], temperature=0, echo=True, logprobs=3, max_tokens=2)
+    for choice, prompt in zip(served.client.completions.create(**settings).choices, settings["prompt"], strict=True):
+        ids = list(prompt.encode())
+        rows = served.app.state.model(torch.tensor([ids]), torch.tensor([ids]))[0][0, :, :257].log_softmax(-1).detach()
+        got, n = choice.logprobs, len(ids)
+        assert got.token_logprobs[0] is None and got.top_logprobs[0] is None and len(got.tokens) == n + 2
+        assert got.token_logprobs[1:n] == pytest.approx([float(rows[i, ids[i + 1]]) for i in range(n - 1)], abs=1e-4)
+        best = max(got.top_logprobs[n].values())
+        assert got.token_logprobs[n] == best == pytest.approx(float(rows[-1].max()), abs=1e-4)
+        assert choice.text.startswith(prompt) and got.text_offset[0] == 0 and got.text_offset[n] == len(prompt)
+        assert all(len(top) in (3, 4) for top in got.top_logprobs[1:])
+    assert "bytes:\\xe5" in served.client.completions.create(**settings).choices[0].logprobs.tokens
+    only = served.client.completions.create(**settings | {"max_tokens": 0}).choices[1]
+    assert only.text == "q" and only.logprobs.tokens == ["q"] and only.finish_reason == "length"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat and streams
+
+
+def test_a_chat_is_rendered_with_the_template_and_ends_with_its_token(served):
+    tokenizer = served.app.state.tokenizer
+    settings = dict(model="gpt-5", messages=MESSAGES, temperature=0, max_completion_tokens=30)
+    answer = served.client.chat.completions.create(**settings, logprobs=True, top_logprobs=2)
+    messages = [{"role": "system", "content": "Be kind."}, MESSAGES[1]]
+    prompt = chat.render(tokenizer, messages).tolist()
+    text = expected(served, prompt, 30, Sampling(temperature=0), ends=chat.stop_ids(tokenizer))
+    message, scored = answer.choices[0].message, answer.choices[0].logprobs.content
+    assert message.role == "assistant" and message.content == text and answer.usage.prompt_tokens == len(prompt)
+    assert len(scored) == answer.usage.completion_tokens
+    assert all(token.logprob == token.top_logprobs[0].logprob and token.bytes for token in scored)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert served.client.chat.completions.create(model="x", messages=parts, max_tokens=1).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_a_stream_has_the_same_text_and_figures(served, kind):
+    settings = dict(model="tiny", seed=7, n=2, max_tokens=50, stop=["q"])
+    if kind == "chat":
+        create, settings["messages"] = served.client.chat.completions.create, MESSAGES
+        whole = create(**settings)
+        texts = [choice.message.content for choice in whole.choices]
+    else:
+        create, settings["prompt"] = served.client.completions.create, "é"
+        whole = create(**settings)
+        texts = [choice.text for choice in whole.choices]
+    chunks = list(create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices == [] and all(c.usage is None for c in chunks[:-1])
+    streamed, reasons = ["", ""], [[], []]
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.delta.content if kind == "chat" else choice.text
+        reasons[choice.index].append(choice.finish_reason)
+    assert streamed == texts
+    assert [each[-1] for each in reasons] == [choice.finish_reason for choice in whole.choices]
+    assert all(set(each[:-1]) == {None} for each in reasons)
+
+
+def test_what_a_template_writes_around_a_reply_is_removed_from_streams_too():
+    for text in (" Hello \n", " Hi", "  x\n\n", "", " ", "no space"):
+        reply, pieces = api.ReplyText(" ", "\n"), []
+        for char in text:
+            pieces.append(reply.push(char))
+        assert "".join(pieces) + reply.finish() == text.removeprefix(" ").removesuffix("\n")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_eight_streams_at_once_return_what_each_returns_alone(served, temperature):
+    def ask(i: int) -> str:
+        chunks = served.client.completions.create(
+            model="tiny", prompt="x" * (1 + 5 * i), max_tokens=20 + 17 * i, temperature=temperature, seed=i, stream=True
+        )
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    alone = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == alone
+    assert len(set(alone)) == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and limits
+
+
+def test_errors_are_those_of_the_client(served):
+    create = served.client.completions.create
+    with pytest.raises(openai.BadRequestError, match=r"temperature = 9") as error:
+        create(model="tiny", prompt="a", temperature=9)
+    assert error.value.param == "temperature" and error.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="300 tokens") as error:
+        create(model="tiny", prompt=[1] * 300)
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        served.client.models.retrieve("other")
+    assert [model.id for model in served.client.models.list()] == ["tiny"]
+
+
+BAD = [
+    b"",
+    b"{",
+    b"[]",
+    b'"prompt"',
+    b"\xff\xfe{}",
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}",
+    b'{"prompt": [1' + b"0" * 5000 + b"]}",
+    b'{"temperature": 1' + b"0" * 400 + b"}",
+    b"[" * 100_000,
+    b'{"prompt": ' + b"[" * 100_000,
+    {"prompt": {}},
+    {"prompt": []},
+    {"prompt": [[]]},
+    {"prompt": [1, "a"]},
+    {"prompt": [True]},
+    {"prompt": [-1]},
+    {"prompt": [257]},
+    {"prompt": ["a"] * 129},
+    {"prompt": "a" * 1_000_000},
+    {"prompt": "a", "n": 0},
+    {"prompt": "a", "n": 10**9},
+    {"prompt": "a", "max_tokens": -1},
+    {"prompt": "a", "max_tokens": 10**9},
+    {"prompt": "a", "max_tokens": 5000},
+    {"prompt": "a", "max_tokens": "many"},
+    {"prompt": "a", "temperature": -0.1},
+    {"prompt": "a", "top_p": 0},
+    {"prompt": "a", "top_k": -1},
+    {"prompt": "a", "min_p": 2},
+    {"prompt": "a", "seed": -5},
+    {"prompt": "a", "seed": 2**70},
+    {"prompt": "a", "logprobs": 100},
+    {"prompt": "a", "stop": ["x"] * 10_000},
+    {"prompt": "a", "stop": ["x" * 10_000]},
+    {"prompt": "a", "stop": [1]},
+    {"prompt": "a", "suffix": "b"},
+    {"prompt": "a", "best_of": 4},
+    {"prompt": "a", "frequency_penalty": 1},
+    {"prompt": "a", "temprature": 1},
+    {"messages": []},
+    {"messages": ["a"]},
+    {"messages": [{"role": "root", "content": "a"}]},
+    {"messages": [{"role": "user", "content": None}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"messages": [{"role": "user", "content": "a" * 200}]},
+    {"messages": [{"role": "user", "content": "a"}] * 5000},
+    {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
+]
+
+
+@pytest.mark.parametrize("body", BAD, ids=[f"{i}" for i in range(len(BAD))])
+def test_a_bad_request_gets_a_sentence(post, body):
+    path = "chat/completions" if isinstance(body, dict) and "messages" in body else "completions"
+    status, answer = post(body, path)
+    message = answer["error"]["message"]
+    assert status == 400, message
+    assert message.endswith(".") and " " in message and len(message) < 500 and "Traceback" not in message
+
+
+def test_lone_surrogates_are_no_server_error(post):
+    assert post(b'{"prompt": "\\ud800", "max_tokens": 1, "echo": true}')[0] in (200, 400)
+
+
+def test_only_json_is_accepted_and_a_large_body_is_not(served, post):
+    assert post({"prompt": "a"}, **{"content-type": "text/plain"})[0] == 415
+    status, answer = post(b" " * (100 << 20))
+    assert status == 413 and answer["error"]["message"].endswith(".")
+
+
+def test_a_client_that_hangs_up_frees_its_rows_at_once(served):
+    scheduler = served.scheduler
+    for stream in (True, False):
+        before = scheduler.n_cancelled
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.stream(
+                "POST",
+                f"{served.url}/v1/completions",
+                json={"prompt": "a", "max_tokens": 4000, "n": 8, "stream": stream, "temperature": 0},
+                timeout=httpx.Timeout(5, read=0.3),
+            ) as answer,
+        ):
+            for _ in answer.iter_raw():
+                if scheduler.running and stream:
+                    raise httpx.ReadTimeout("hang up")
+        end = time.monotonic() + 5
+        while scheduler.running and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not scheduler.running and scheduler.n_cancelled == before + 8
+
+
+def test_a_full_queue_answers_429_with_a_time():
+    app = make_app(max_batch=1, max_queue=1)
+    release = threading.Event()
+    app.state.scheduler.call(lambda: release.wait(20))
+    with serving(app) as url:
+        ask = lambda: httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)  # noqa: E731
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(ask)
+            while not app.state.scheduler.waiting:
+                time.sleep(0.01)
+            full = ask()
+            assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+            assert full.json()["error"]["type"] == "rate_limit_error"
+            release.set()
+            assert first.result().status_code == 200
+        assert "acorn_requests_refused_total 1" in httpx.get(f"{url}/metrics").text
+
+
+def test_key_and_cors():
+    """In this process, without a socket."""
+
+    async def ask(app, method, path, **headers):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, path, headers=headers)
+
+    def call(app, *args, **headers):
+        return asyncio.run(ask(app, *args, **headers))
+
+    app = make_app(api_key="secret", cors_origins=["http://friend"])
+    assert call(app, "GET", "/v1/models").status_code == 401
+    assert call(app, "GET", "/v1/models", Authorization="Bearer wrong").json()["error"]["code"] == "invalid_api_key"
+    friend = call(app, "GET", "/v1/models", Authorization="Bearer secret", Origin="http://friend")
+    assert friend.status_code == 200 and friend.headers["access-control-allow-origin"] == "http://friend"
+    assert "access-control-allow-origin" not in call(app, "GET", "/health", Origin="http://other").headers
+    plain = make_app()
+    assert "access-control-allow-origin" not in call(plain, "GET", "/health", Origin="http://friend").headers
+    assert call(plain, "GET", "/health").status_code == 200
+    figures = call(plain, "GET", "/metrics").text
+    for line in figures.strip().splitlines():
+        assert re.fullmatch(r"# TYPE acorn_\w+ (gauge|counter|histogram)|acorn_\w+(\{le=\"[^\"]+\"\})? [\d.e+-]+", line)
+    assert call(plain, "GET", "/v1/nothing").json()["error"]["message"]
+    assert call(plain, "PUT", "/v1/completions").status_code == 405
+
+
+def test_a_base_model_says_that_it_cannot_chat():
+    with serving(make_app(template=None)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": MESSAGES})
+    assert answer.status_code == 400 and "/v1/completions" in answer.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def command(*words):
+    """Start `python -m acorn.serve` and return (process, address)."""
+    port = free_port()
+    words = ["-m", "acorn.serve", f"--port={port}", "--device=cpu", "--compile=False", *words]
+    process, url = start_process(*words, cwd=REPO), f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
+    with command(f"--out_dir={trained}") as (process, url):
+        body = {"prompt": "ANNA", "max_tokens": 400, "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and len(rest) == 401
+        assert process.wait(20) == 0
+
+
+def test_bad_settings_are_refused_with_a_sentence(trained, monkeypatch):
+    for words, match in ((["--max_batch=0"], "max_batch"), (["--cache_mb=0", "--port=70000"], "port")):
+        monkeypatch.setattr(sys, "argv", ["serve", f"--out_dir={trained}", *words])
+        with pytest.raises(UserError, match=match):
+            serve.main()
+
+
+@pytest.mark.slow
+def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
+    """lm-eval's client for completions against its own reading of the exported folder, on the same questions."""
+    lm_eval = pytest.importorskip("lm_eval", reason="a large package: pip install lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    assert lm_eval
+    torch.manual_seed(0)
+    tokenizer = get_tokenizer("gpt2")
+    model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight *= 20
+    state = STATE | {"tokenizer": tokenizer.to_dict(), "step": 0}
+    writer = checkpoint.Writer(tmp_path / "out", 1)
+    writer.save(model, small_optimizers(model, updates=0), state, True)
+    assert writer.wait()
+    export(str(tmp_path / "out"), tmp_path / "hf")
+    choices = [("The sky is", f" {word}") for word in ("blue", "green and full of birds", "\u5b57", "2 + 2")]
+    choices += [("A much longer question " * 12, " answer"), ("x", " <|endoftext|> y")]
+
+    def digits(lm) -> list[tuple[float, bool]]:
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(choices)]
+        return lm.loglikelihood(requests)
+
+    reference = digits(HFLM(pretrained=str(tmp_path / "hf"), device="cpu", batch_size=1, dtype="float32"))
+    with serving(api.create_app(model, tokenizer, "tiny")) as url:
+        lm = LocalCompletionsAPI(
+            model="tiny", base_url=f"{url}/v1/completions", tokenizer=str(tmp_path / "hf"), max_length=127, batch_size=2
+        )
+        got = digits(lm)
+    assert [is_greedy for _, is_greedy in got] == [is_greedy for _, is_greedy in reference]
+    assert [p for p, _ in got] == pytest.approx([p for p, _ in reference], abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two minutes with hostile clients
+
+
+HOSTILE_SECONDS = 120
+
+
+def resident_mb(pid: int) -> float:
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def send(url: str, body: bytes) -> tuple[int, bytes]:
+    """Post a body and return (status, answer). httpx would take longer than the server."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+LARGE = b"a" * (100 << 20)
+HOSTILE = [body if isinstance(body, bytes) else json.dumps(body).encode() for body in BAD]
+HOSTILE += [
+    json.dumps({"prompt": ["a", "b"], "n": 20, "max_tokens": 3, "stop": [f"{i}" for i in range(10_000)]}).encode(),
+    json.dumps({"prompt": "<|endoftext|><|im_start|>\0\x1b[2J", "max_tokens": 2}).encode(),
+]
+
+
+def hostile(url: str, chance: random.Random) -> int | None:
+    """Do one bad thing to the server and return the status, None if it was not waited for."""
+    kind = chance.choices(("bad", "garbage", "large", "slow", "hang up", "half"), (20, 4, 1, 20, 10, 10))[0]
+    if kind == "bad":
+        return send(url, chance.choice(HOSTILE))[0]
+    if kind == "garbage":
+        return send(url, chance.randbytes(chance.choice((1, 1000, 100_000))))[0]
+    if kind == "large":
+        return send(url, LARGE)[0]
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "n": 4, "logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # it reads nothing
+        connection.sendall(head.encode() + (body[:10] if kind == "half" else body))
+        time.sleep(chance.uniform(0, 3) if kind != "hang up" else 0.05)
+    return None
+
+
+@pytest.mark.slow
+@on_linux
+def test_two_minutes_of_hostile_clients(trained):
+    """200 connections misuse the server. It answers each with a 2xx or 4xx, a polite client beside them always gets the
+    same text, and memory stays flat."""
+    with command(f"--out_dir={trained}", "--max_queue=100000") as (process, url):
+        polite = json.dumps({"prompt": "ANNA", "max_tokens": 30, "seed": 5}).encode()
+        text = json.loads(send(url, polite)[1])["choices"][0]["text"]
+        end, statuses, broken, memory = time.monotonic() + HOSTILE_SECONDS, collections.Counter(), [], []
+
+        def misuse(seed: int) -> None:
+            chance = random.Random(seed)
+            while time.monotonic() < end:
+                try:
+                    statuses[hostile(url, chance)] += 1
+                except (http.client.HTTPException, OSError) as error:
+                    broken.append(error)
+
+        with ThreadPoolExecutor(200) as pool:
+            attacks = [pool.submit(misuse, seed) for seed in range(200)]
+            while time.monotonic() < end:
+                status, answer = send(url, polite)
+                assert status == 429 or json.loads(answer)["choices"][0]["text"] == text
+                memory.append((resident_mb(process.pid), status))
+        for attack in attacks:
+            attack.result()
+        print(f"memory {memory[0]} .. {memory[-1]} MB in {len(memory)} requests, {statuses}, broken: {len(broken)}")
+        assert process.poll() is None and json.loads(send(url, polite)[1])["choices"][0]["text"] == text
+        assert set(statuses) <= {None, 200, 400, 408, 413, 415, 429}, statuses
+        assert "acorn_sequences_failed_total 0" in httpx.get(f"{url}/metrics").text
+        half = len(memory) // 2
+        assert max(memory[half:])[0] < max(memory[:half])[0] * 1.1 + 20
