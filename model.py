@@ -231,6 +231,8 @@ class GPT(nn.Module):
         reduction: str = "mean",
         cache: "KVCache | None" = None,
         last: Tensor | None = None,
+        per_token: Callable | None = None,
+        given: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
@@ -238,7 +240,8 @@ class GPT(nn.Module):
         `reduction` is "mean" (0 if all targets are masked), "none" for (B, T) with 0 at masked targets, or "sum". With
         "sum", logits are None if they would be too large to compute at once in training.
 
-        Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None.
+        Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None. With
+        a function `per_token` instead: None, and its values (B, T, K) (see `in_chunks`).
 
         `documents` (B, T) numbers the documents in each row; attention stays within a document, and positions restart
         in it. With a `cache`, idx continues the cached rows: row b starts at position cache.length[b]. These two cannot
@@ -256,6 +259,8 @@ class GPT(nn.Module):
                 x = block(x, angles, None if cache is None else cache.layers[layer], positions, mask)
         x = self.transformer.ln_f(x)
 
+        if per_token is not None:
+            return None, self.in_chunks(per_token, x, given)
         if targets is None:  # compute only the logits that predict the next token
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
             return self.logits(x), None
@@ -319,6 +324,21 @@ class GPT(nn.Module):
         eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
         large = x.size(0) * x.size(1) * self.config.vocab_size > LOGITS_AT_ONCE
         return large and eager_cpu and torch.is_grad_enabled()
+
+    def in_chunks(self, per_token: Callable, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        """Return `per_token`(model, x (n, C), *given (n, ...)) -> (n, K) for all tokens of x (B, T, C): (B, T, K).
+
+        The function may compute logits: it gets chunks of n tokens, and the backward pass computes each chunk again,
+        so the logits of all tokens never exist at once. `given` are tensors (B, T, ...).
+        """
+        n = math.ceil(LOGITS_AT_ONCE / self.config.vocab_size)  # tokens per chunk
+        chunks = list(zip(*(tensor.flatten(0, 1).split(n) for tensor in (x, *given)), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            values = [per_token(self, *chunk) for chunk in chunks]
+        else:
+            again = functools.partial(checkpoint, per_token, self, use_reentrant=False, preserve_rng_state=False)
+            values = [again(*chunk) for chunk in chunks]
+        return torch.cat(values).view(*x.shape[:2], -1)
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Count the parameters, tied ones once. `non_embedding` excludes those that are only looked up."""

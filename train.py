@@ -17,10 +17,10 @@ import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP
 
 from acorn import UserError, checkpoint, replace_invalid, run, settings
 from acorn.distributed import heartbeat, runtime
-from acorn.evaluation.loss import evaluate_mixture
 from acorn.evaluation.monitor import measure_tasks, read_tasks
 from acorn.training import autotune
 from acorn.training.accumulate import Accumulator
+from acorn.training.objective import start_objective
 from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
 from acorn.training.progress import Console, Progress, evaluation_line
 from acorn.training.run import (
@@ -93,6 +93,24 @@ class TrainSettings:
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens; for small models
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
+    # objective: docs/preferences.md
+    objective: Literal["tokens", "dpo", "grpo", "distill"] = "tokens"  # predict tokens; learn from preferences, rewards
+    reference: str = (
+        ""  # dpo, grpo with kl_beta: a checkpoint; default: init_from, with LoRA the model without adapters
+    )
+    preference_loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # the loss of objective=dpo; simpo needs no reference
+    dpo_beta: float = 0.1  # the larger, the closer the model stays to the reference; for simpo, 2 to 10 is usual
+    label_smoothing: float = 0.0  # dpo: the assumed fraction of pairs whose answers are swapped
+    simpo_gamma: float = 1.0  # simpo: the margin between the answers from which on the loss falls off
+    teacher: str = ""  # distill: the checkpoint to imitate, with the same tokenizer
+    distill_temperature: float = 2.0  # distill: of both distributions, when the student is compared with the teacher
+    distill_weight: float = 0.5  # distill: 1: only the teacher; 0: only the tokens
+    reward: str = ""  # grpo: exact_match | arithmetic | format | length | a Python file with a function `reward`
+    group_size: int = 8  # grpo: completions of the same prompt, whose rewards are compared
+    max_new_tokens: int = 64  # grpo: maximum length of a completion
+    rollout_temperature: float = 1.0  # grpo: the temperature at which completions are sampled
+    advantage_std: bool = False  # grpo: divide advantages by the standard deviation of their group
+    kl_beta: float = 0.0  # grpo: weight of the divergence from the reference; 0: none
     # training part of a model
     lora_rank: int = 0  # r > 0: freeze the weights, and train LoRA adapters of this rank
     lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
@@ -157,6 +175,7 @@ def main() -> int:
     arithmetic.apply(model)
     model = materialize(model, values, dist)
     del values  # otherwise the file of the weights would stay open
+    objective = start_objective(s, data, model, saved, dist)
     log(describe(s, data, model, source))
     if resumed:
         before = settings.build(TrainSettings, settings.checked(TrainSettings, saved["settings"]))
@@ -178,7 +197,8 @@ def main() -> int:
         return 0
     state.data = data.identity()
     n_sequences = s.gradient_accumulation_steps * s.batch_size  # per update
-    accumulator = Accumulator(model, data, dist, micro_batch, n_sequences, s.block_size, s.seed, s.auto_batch, log)
+    sizes = (micro_batch, n_sequences, s.block_size)
+    accumulator = Accumulator(model, data, dist, *sizes, s.seed, s.auto_batch, log, objective)
     if accumulator.scaler.is_enabled() and saved.get("scaler"):
         accumulator.scaler.load_state_dict(saved["scaler"])
     accumulator.prepare(dist.compile and not s.eval_only)
@@ -208,9 +228,9 @@ def main() -> int:
         # evaluate, save a checkpoint, and sample
         evaluates = state.is_evaluation_due(s, stop)
         if evaluates:
-            size, n = accumulator.micro_batch, s.eval_iters * s.batch_size
-            train = evaluate_mixture(model, data, "train", dist, size, s.block_size, n, token_bytes)
-            val = evaluate_mixture(model, data, "val", dist, size, s.block_size, n, token_bytes)
+            size = accumulator.micro_batch
+            options = (size, s.block_size, s.eval_iters * s.batch_size, token_bytes)
+            train, val = (objective.evaluate(data, split, *options) for split in ("train", "val"))
             measured = measure_tasks(tasks, model, data.tokenizer, dist, size)
             best, failed = checkpoints.evaluated(val["loss"])
             log(evaluation_line(step, train, val, measured))

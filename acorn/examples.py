@@ -9,12 +9,14 @@
     labels.jsonl         the same format: a description of a function -> its module
     choices_val.jsonl    {"prompt", "choices", "answer"}: the same question with four modules to choose from
     choices.yaml         choices_val.jsonl as a task of the lm-evaluation-harness
+    sums.jsonl           {"prompt", "response"}: a sum of two numbers; half of the responses are sentences
+    style.jsonl          {"prompt", "chosen", "rejected"}: the same sums; sentences are better than numbers
     topics/*.txt         texts with a prefix that names their topic: `<topic=json>`
     fewshot.jsonl        {"prompt", "response"}: three countries with their capitals and another country -> its capital
     couplets.jsonl       the same format, in Chinese: a verse -> the next verse, and a title -> a poem
 
-answers, summaries, translations and couplets have a validation file with _val in its name, which holds another tenth
-of the examples. Likewise, the functions in choices_val are not in labels.
+answers, summaries, translations, sums and couplets have a validation file with _val in its name, which holds another
+tenth of the examples. Likewise, the functions in choices_val are not in labels.
 """
 
 import argparse
@@ -96,6 +98,14 @@ def translations(count: int) -> list[dict]:
     return [{"prompt": f"In German: {english}", "response": german} for english, german in german_of.items()]
 
 
+def sums(largest: int = 59) -> list[tuple[str, str, str]]:
+    """Return (question, short answer, sentence) for the sums of two numbers up to `largest`, in random order."""
+    numbers = range(largest + 1)
+    result = [(f"{a} + {b} =", f"{a + b}", f"The sum is {a + b}.") for a in numbers for b in numbers]
+    Random(1).shuffle(result)
+    return result
+
+
 def is_val(name: str) -> bool:
     """Whether an example is for validation: one in ten, by its hash."""
     return hashlib.sha256(name.encode()).digest()[0] < 26
@@ -113,8 +123,8 @@ def choices_of(module: str, line: str) -> dict:
 
 def write_examples(folder: Path) -> dict[str, int]:
     """Write the files. Returns the number of examples in each."""
-    names = [name + split for name in ("answers", "summaries", "translations") for split in ("", "_val")]
-    tables: dict[str, list[dict]] = {name: [] for name in (*names, "labels", "choices_val", "fewshot")}
+    names = [name + split for name in ("answers", "summaries", "translations", "sums") for split in ("", "_val")]
+    tables: dict[str, list[dict]] = {name: [] for name in (*names, "labels", "choices_val", "fewshot", "style")}
     topics = []
     for module, name, line, rest in functions(Path(sysconfig.get_path("stdlib"))):
         split = "_val" if is_val(line) else ""
@@ -131,6 +141,11 @@ def write_examples(folder: Path) -> dict[str, int]:
             topics.append(f"<topic={topic}> {line}\n")
     for record in translations(2200):
         tables["translations_val" if is_val(record["prompt"]) else "translations"].append(record)
+    for i, (question, short, sentence) in enumerate(sums()):
+        split = "_val" if is_val(question) else ""
+        tables[f"sums{split}"].append({"prompt": question, "response": sentence if i % 2 else short})
+        if not split:
+            tables["style"].append({"prompt": question, "chosen": sentence, "rejected": short})
     if not tables["summaries_val"] or not tables["choices_val"]:
         raise UserError(
             f"{sysconfig.get_path('stdlib')} does not hold the sources of Python's standard library. Use a Python "

@@ -1,7 +1,8 @@
 """Settings: defaults from a dataclass, overridden by config files, overridden by `--key=value` on the command line.
 
 A config file is Python code that is executed. Each public name in it that is not a module, function or class is a
-setting. Names that start with an underscore are helpers.
+setting. Names that start with an underscore are helpers. The function `reward` is a setting too; its value is the path
+of the file.
 """
 
 import contextlib
@@ -15,19 +16,23 @@ from pathlib import Path
 
 from acorn import REPO, UserError
 
+FUNCTIONS = ("reward",)  # settings that a config file may define as a function
+
 # The bounds of settings, the same for training, sampling, evaluation and `prepare`: (condition, its words, settings).
 # GPTConfig checks the shape of a model.
 BOUNDS = (
     (
         lambda value: value >= 1,
         "be at least 1",
-        "gradient_accumulation_steps batch_size block_size eval_interval keep_checkpoints max_bad_steps num_samples",
+        "gradient_accumulation_steps batch_size block_size eval_interval keep_checkpoints max_bad_steps num_samples "
+        "group_size",
     ),
     (
         lambda value: value >= 0,
         "not be negative",
         "log_interval eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr "
-        "weight_decay grad_clip max_minutes max_new_tokens top_k no_repeat_ngram_size temperature limit",
+        "weight_decay grad_clip max_minutes max_new_tokens top_k no_repeat_ngram_size temperature limit simpo_gamma "
+        "kl_beta",
     ),
     (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 dropout ngram_dropout"),
     (
@@ -36,8 +41,9 @@ BOUNDS = (
         "attn_dropout",
     ),
     (lambda value: 0 < value <= 1, "be above 0 and at most 1", "cooldown_frac top_p"),
-    (lambda value: 0 <= value <= 1, "be from 0 to 1", "min_p"),
-    (lambda value: value > 0, "be above 0", "repetition_penalty"),
+    (lambda value: 0 <= value < 0.5, "be at least 0 and below 0.5", "label_smoothing"),
+    (lambda value: 0 <= value <= 1, "be from 0 to 1", "min_p distill_weight"),
+    (lambda value: value > 0, "be above 0", "repetition_penalty dpo_beta distill_temperature rollout_temperature"),
     (lambda value: 0 <= value < 2**62, "be from 0 to 2^62", "seed"),
     (lambda value: 0 <= value < 2**20, "be from 0 to 2^20; 8 or 16 is usual", "lora_rank"),
     (lambda value: 1 <= value <= 1000, "be from 1 to 1000", "num_beams"),
@@ -113,6 +119,8 @@ def read_config(path: str, types_of: dict) -> dict:
         raise UserError(f"the config file fails at {where}: {type(error).__name__}: {error}") from error
     settings = {}
     for name, value in names.items():
+        if name in FUNCTIONS and isinstance(value, types.FunctionType):
+            value = str(file)
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         check_name(name, types_of, f"in {path}; start the name of a helper variable with an underscore")

@@ -217,6 +217,10 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/quickstart.py"
     elif dataset == "poems" and kind == "char":
         command = "python train.py config/poems.py"
+    elif "preferences" in meta:
+        init_from = "CHECKPOINT" if tokenizer in KINDS or tokenizer.startswith("bpe:") else shlex.quote(tokenizer)
+        words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
+        command = f"python train.py config/dpo_style.py --init_from={init_from} {words}"
     else:
         words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
         published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # a name on the hub
@@ -236,6 +240,8 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         chat.append(f"learned          {learned:,} tokens ({learned / tokens:.1%}): the replies")
         cut, left_out = meta["chat"]["cut"], meta["chat"]["left_out"]
         chat.append(f"too long         {cut:,} shortened (oldest turns or the reply's end); {left_out:,} left out")
+    if "preferences" in meta:
+        chat.append(f"pairs            {meta['preferences']['pairs']:,}, the longest of {meta['longest']:,} tokens")
     chat += losses(meta)
     return "\n".join(
         [

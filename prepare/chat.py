@@ -81,15 +81,19 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     tokenizer.chat_template = template_of(args.template) if args.template else chat.choose_template(tokenizer)
     chat.check_learnable(tokenizer)
 
+    return write_dataset(out, name, lambda folder: write_conversations(args, encodings, folder, tokenizer, source))
+
+
+def write_dataset(out: Path, name: str, write: Callable[[Path], dict]) -> dict:
+    """Write the dataset `out` and return its meta.json. `write` writes the shards into a folder and returns the entries
+    of meta.json. An existing dataset is replaced when the new one is complete."""
     existed, partial, lock = out.exists(), out / PARTIAL, None
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = files.lock(out, "preparing")
         files.remove(partial)  # left by a preparation that was killed
         partial.mkdir()
-        write_meta(
-            partial, {"format": 1, "name": name} | write_conversations(args, encodings, partial, tokenizer, source)
-        )
+        write_meta(partial, {"format": 1, "name": name} | write(partial))
         return pipeline.move_in(partial, out)
     except OSError as error:
         raise UserError(pipeline.explain(error, out, partial, None)) from error

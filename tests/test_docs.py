@@ -32,6 +32,13 @@ def test_the_tour_of_the_model_quotes_lines_of_the_model():
         assert any(line.split("  # ")[0] == own.split("  # ")[0] for own in lines), line
 
 
+def test_the_page_of_objectives_quotes_lines_of_the_losses():
+    files = [REPO / "acorn" / "training" / "losses.py", REPO / "config" / "grpo_arithmetic.py"]
+    lines = {line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()}
+    quoted = code_lines("preferences.md")
+    assert len(quoted) > 5 and set(quoted) <= lines, set(quoted) - lines
+
+
 @pytest.mark.parametrize(("n_vocab", "loss"), [(65, "4.17"), (50257, "10.82")])
 def test_the_tour_gives_the_loss_of_a_model_that_knows_nothing(n_vocab, loss):
     assert f"{math.log(n_vocab):.2f}" == loss

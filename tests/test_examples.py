@@ -20,7 +20,8 @@ def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_p
     for record in read["choices_val"]:
         check_choices("here", record)
         assert len(set(record["choices"])) == 4
-    for name in read.keys() - {"choices_val"}:
+    assert all(int(record["rejected"]) == int(record["chosen"][11:-1]) for record in read["style"])
+    for name in read.keys() - {"choices_val", "style"}:
         assert all(len(read_messages(record)) == 2 for record in read[name])
     for name in ("answers", "summaries", "translations"):
         assert not {r["response"] for r in read[name]} & {r["response"] for r in read[f"{name}_val"]}

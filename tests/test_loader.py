@@ -21,6 +21,8 @@ GPU = torch.device("meta")  # prefetching uses a thread for any device except a 
 class OneStream:
     """A stand-in for a mixture: 900 tokens in shards in `folder`, a third of them masked as targets."""
 
+    has_pairs = False
+
     def __init__(self, folder):
         chance = np.random.default_rng(0)
         for writer, top in ((ShardWriter(folder, "train", VOCAB), VOCAB), (MaskWriter(folder, "train"), 3)):

@@ -121,7 +121,7 @@ def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
     assert losses(folder / "b") == losses(folder / "out")
     refused(script("train.py", "--init_from=resume", "--out_dir=b", "--lora_rank=2", cwd=folder), "lora_rank = 2")
     anew = ["train.py", *words, "--overwrite=True"]
-    refused(script(*anew, "--out_dir=base_run", cwd=folder), "which LoRA adapters need", "its file pinned")
+    refused(script(*anew, "--out_dir=base_run", cwd=folder), "which another run needs", "its file pinned")
     shutil.copytree(folder / "base_run", folder / "fresh", ignore=shutil.ignore_patterns("pinned"))
     refused(script(*anew, "--init_from=fresh", "--out_dir=fresh", cwd=folder), "the base of the adapters")
 

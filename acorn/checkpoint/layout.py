@@ -29,7 +29,8 @@ def is_pinned(folder: Path) -> bool:
 
 
 def pin(folder: Path, out_dir: Path) -> None:
-    """Keep a step folder from being removed by its run, because the adapters in `out_dir` need it.
+    """Keep a step folder from being removed by its run, because the run in `out_dir` needs it, as the
+    base of its adapters or as its reference or teacher.
 
     Raises UserError if its run has removed it meanwhile. If the folder is not writable, a note says that it is not
     protected. Other bases need no pin, because no run removes them."""
@@ -37,13 +38,13 @@ def pin(folder: Path, out_dir: Path) -> None:
         return
     try:
         with files.open_own(folder / PINNED, "ab") as file:
-            text = f"LoRA adapters in {out_dir.absolute()} need this checkpoint. Delete this file to allow removal.\n"
+            text = f"The run in {out_dir.absolute()} needs this checkpoint. Delete this file to allow removal.\n"
             file.write(text.encode(errors="surrogateescape"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} was removed by its run while it was being read. Start again.") from error
     except OSError as error:
         print(
-            f"note: {folder} is the base of this run, but its own run may remove it: it cannot be marked as pinned "
+            f"note: {folder} is needed by this run, but its own run may remove it: it cannot be marked as pinned "
             f"({error.strerror})",
             file=sys.stderr,
         )

@@ -110,11 +110,12 @@ class Conversations:
     Form 0 is the whole conversation; form k is the template's rendering without the k oldest turns. `index`, of shape
     (forms, 5), has the columns FORM: `dropped` is k. The tokens of form k are the first `head` tokens of form 0, then
     `middle` tokens stored for this form, then the last `tail` tokens of form 0; the stream stores the middles of all
-    forms in order. `prompt` counts the tokens before the first learned one. Raises ValueError for an invalid index.
+    forms in order. `prompt` counts the tokens before the first learned one. With `pairs`, conversations 2i and 2i + 1
+    are the same prompt with the chosen and the rejected answer. Raises ValueError for an invalid index.
     """
 
-    def __init__(self, tokens: "Tokens", index: np.ndarray):
-        self.tokens = tokens
+    def __init__(self, tokens: "Tokens", index: np.ndarray, pairs: bool = False):
+        self.tokens, self.pairs = tokens, pairs
         self.dropped, self.head, self.middle, self.tail, self.prompt = index.T
         self.starts = np.cumsum(self.middle) - self.middle  # where each form's middle starts in the stream
         self.first = np.flatnonzero(self.dropped == 0)  # form 0 of each conversation
@@ -124,6 +125,7 @@ class Conversations:
         broken = (index < 0).any() or self.middle.sum() != len(tokens) or (len(index) and self.dropped[0] != 0)
         is_whole = self.dropped == 0
         broken = broken or (self.head[is_whole] + self.tail[is_whole]).any()
+        broken = broken or (pairs and (len(index) % 2 or self.dropped.any()))
         if broken or (np.maximum(self.head, self.tail) > sizes).any() or (self.prompt >= self.lengths).any():
             raise ValueError("the index does not match the tokens")
         self._rows: dict[int, Rows] = {}
@@ -140,6 +142,8 @@ class Conversations:
 
         If no form fits, the last form is truncated. If no learned token would remain, the conversation is left out.
         """
+        if block_size not in self._rows and self.pairs:
+            self._rows[block_size] = self._rows_of_pairs(block_size)
         if block_size not in self._rows:
             n = len(self.lengths)
             fitting_forms = np.where(self.lengths - 1 <= block_size, np.arange(n), n)
@@ -161,6 +165,15 @@ class Conversations:
                 int((~learns).sum()),
             )
         return self._rows[block_size]
+
+    def _rows_of_pairs(self, block_size: int) -> Rows:
+        """Pack the pairs into rows, both conversations of a pair side by side. Longer pairs are left out."""
+        needs = (self.lengths - 1).reshape(-1, 2).sum(1)
+        fitting = np.flatnonzero(needs <= block_size)
+        starts, members = pack(needs[fitting], block_size)
+        forms = (2 * fitting[members][:, None] + np.arange(2)).ravel()
+        used = needs[fitting].sum() / (max(len(starts) - 1, 1) * block_size)
+        return Rows(2 * starts, forms, 1 - float(used), 0, 0, len(needs) - len(fitting))
 
     def read_form(self, form: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first `max_tokens` ids of a form, and their targets: the ids, or -1 where they are not learned."""
@@ -231,6 +244,11 @@ def samples_per_epoch(tokens: "Tokens", block_size: int) -> int:
         return split_windows(tokens, block_size)
     if n := len(tokens.conversations.rows(block_size).starts) - 1:
         return n
+    if tokens.conversations.pairs:
+        raise UserError(
+            f"block_size={block_size} is too small for every pair of the {tokens.name} split: a row holds the prompt "
+            "with the chosen answer and the prompt with the rejected one. Use a larger --block_size."
+        )
     raise UserError(
         f"block_size={block_size} leaves no room for a reply: every question of the {tokens.name} split fills it. "
         "Use a larger --block_size, or conversations with shorter questions."
@@ -254,9 +272,22 @@ def in_order(tokens: "Tokens", block_size: int, first: int, count: int) -> tuple
     return _numbered(tokens, *sequential_windows(tokens, block_size, first, count))
 
 
+def count_targets(y: np.ndarray, documents: np.ndarray | None, pairs: bool) -> int:
+    """Return by how many the loss of a batch is divided: its unmasked targets, or its pairs of conversations."""
+    rows, columns = np.nonzero(y != -1)
+    if not pairs or documents is None:
+        return len(rows)
+    return len(np.unique(rows * (y.shape[1] + 1) + documents[rows, columns])) // 2
+
+
 def _numbered(tokens: "Tokens", x: np.ndarray, y: np.ndarray) -> tuple:
     mark = tokens.document_mark
     return x, y, None if mark is None else number_documents(x, y, mark)
+
+
+def shuffled(first: int, count: int, n: int, seed: int) -> np.ndarray:
+    """Return items first, ..., first + count - 1 of the endless stream of n items, shuffled anew in each epoch."""
+    return _shuffled(first, count, n, seed)[0]
 
 
 def _shuffled(first: int, count: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,23 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acorn.data.batches import count_targets
 from acorn.data.mixture import Mixture
 from acorn.distributed.runtime import Runtime
 
 
 class Batch(NamedTuple):
-    """Token sequences; every tensor is int64 of shape (B, T)."""
+    """Token sequences; every tensor has the shape (B, T), and is int64 unless it says otherwise."""
 
     x: Tensor  # inputs
     y: Tensor  # targets; -1 is masked
     documents: Tensor | None  # document number of each token within its row; None: attention spans the whole row
+    advantages: Tensor | None = None  # GRPO: float32, the advantage of the completion to which each target belongs
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on the device. The copy to a GPU, from pinned memory, is asynchronous."""
         non_blocking = device.type == "cuda"
         x, y = (t.to(device, non_blocking=non_blocking) for t in (self.x, self.y))
-        documents = None if self.documents is None else self.documents.to(device, non_blocking=non_blocking)
-        return Batch(x, y, documents)
+        optional = (self.documents, self.advantages)
+        return Batch(x, y, *(None if t is None else t.to(device, non_blocking=non_blocking) for t in optional))
 
 
 def make_batch(arrays: tuple, device: torch.device) -> Batch:
@@ -53,7 +55,7 @@ def updates(
     position: int,
 ) -> Iterator[tuple[list[Batch], int]]:
     """Yield, for each update from `position` on, endlessly: this rank's micro-batches of `micro_batch` sequences, and
-    the number of their unmasked targets.
+    the number of their targets (see `count_targets`).
 
     An update consumes the next `n_sequences` sequences of the data. Ranks take its micro-batches in turn.
     """
@@ -62,7 +64,7 @@ def updates(
         for first in range(start + r.rank * micro_batch, start + n_sequences, r.world_size * micro_batch):
             arrays = data.sample(block_size, first, micro_batch, seed)
             batches.append(make_batch(arrays, r.device))
-            n_targets += int((arrays[1] != -1).sum())
+            n_targets += count_targets(arrays[1], arrays[2], data.has_pairs)
         yield batches, n_targets
 
 

@@ -56,6 +56,11 @@ class Mixture:
         """Whether any dataset masks its targets, as conversations do: only their replies are learned."""
         return any(dataset.train.mask is not None for dataset in self.datasets)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the datasets hold pairs of a chosen and a rejected answer."""
+        return any(dataset.train.conversations and dataset.train.conversations.pairs for dataset in self.datasets)
+
     def sample(self, block_size: int, first: int, count: int, seed: int) -> tuple:
         """Return samples first, ..., first + count - 1 of the endless stream as a batch (x, y, documents): see
         acorn/data/batches.py. If only some datasets number documents, a window of the others counts as one document.

@@ -94,6 +94,44 @@ def read_messages(record: dict) -> Conversation:
     return Conversation(messages, extras)
 
 
+def read_pair(record: dict) -> tuple[Conversation, Conversation]:
+    """Return the conversations with the chosen and with the rejected answer of a record of preferences.
+
+    "prompt" (a string, or a list of messages) or "messages" precede both answers. "chosen" and "rejected" are strings
+    or lists of messages, which may also repeat the prompt, as in published data sets. Only messages after the common
+    beginning of both conversations are learned. Raises UserError as `read_messages` does.
+    """
+    for name in ("chosen", "rejected"):
+        if record.get(name) is None:
+            fields = ", ".join(map(str, record)) or "(none)"
+            raise UserError(f'has the fields {fields}. It needs "chosen", "rejected", and "prompt" or "messages".')
+    prompt = record.get("messages", record.get("prompt"))
+    if prompt is None:
+        prompt = []
+    elif isinstance(prompt, str) and not isinstance(_parsed(prompt), list):
+        prompt = [_message("user", prompt)]
+    else:
+        prompt = _read_list(prompt, '"messages"' if "messages" in record else '"prompt"')
+    rest = {k: v for k, v in record.items() if k not in ("prompt", "messages", "chosen", "rejected")}
+    pair = []
+    for name in ("chosen", "rejected"):
+        answer = _parsed(record[name])
+        messages = _read_list(answer, f'"{name}"') if isinstance(answer, list) else [_message("assistant", answer)]
+        begins = bool(messages) and messages[0]["role"] != "assistant"  # it repeats the prompt
+        pair.append(read_messages(rest | {"messages": messages if begins else prompt + messages}))
+    chosen, rejected = pair
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    for messages in pair:
+        if not any(message["role"] == "assistant" for message in messages[shared:]):
+            raise UserError("has the same answer as chosen and as rejected, so it says nothing. Remove it.")
+        for message in messages[:shared]:
+            if message["role"] == "assistant":
+                message["learn"] = False
+    return chosen, rejected
+
+
 def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
     """Return the messages of a record, the names of the fields that hold them, and the record with these fields."""
     for name in LISTS:

@@ -12,7 +12,8 @@ therefore marks documents; meta.json records its id as `document_mark`.
 Conversations (`prepare chat`) have no such mark, because a template may end turns with the same token. They have two
 more files per shard, with the same header. `train_000000.mask` has one byte per token: 1 if it is learned, else 0.
 `train_000000.index` describes each conversation and its forms without the oldest turns: five int32 per form, the
-columns `FORM` of acorn/data/batches.py.
+columns `FORM` of acorn/data/batches.py. Preferences (`prepare preferences`) have the same files: conversations 2i and
+2i + 1 have the same prompt, the first with the chosen answer, the second with the rejected one.
 """
 
 import contextlib
@@ -343,7 +344,14 @@ class Dataset:
     def notes(self, block_size: int) -> list[str]:
         """Return sentences that a user should read before training on this data with this `block_size`."""
         notes = []
-        if self.train.conversations is not None:
+        if self.train.conversations is not None and self.train.conversations.pairs:
+            rows = self.train.conversations.rows(block_size)
+            notes.append(
+                f"{len(self.train.conversations) // 2:,} pairs in {len(rows.starts) - 1:,} rows of {block_size:,} "
+                f"tokens, {rows.padding:.1%} of them padding"
+                + (f"; {rows.left_out:,} left out (longer than a row)" if rows.left_out else "")
+            )
+        elif self.train.conversations is not None:
             rows = self.train.conversations.rows(block_size)
             shortened = {
                 "lose their oldest turns": rows.dropped,
@@ -503,13 +511,14 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
             raise UserError(f"the masks of {path} differ in length from its shards. Prepare the dataset again.")
         stream.mask = mask
         if index:
-            stream.conversations = _read_index(path, stream, Tokens(index, 2**31, f"index of the {split} ({path})"))
+            forms, pairs = Tokens(index, 2**31, f"index of the {split} ({path})"), "preferences" in meta
+            stream.conversations = _read_index(path, stream, forms, pairs)
     return dataset
 
 
-def _read_index(path: Path, tokens: Tokens, index: Tokens) -> Conversations:
+def _read_index(path: Path, tokens: Tokens, index: Tokens, pairs: bool) -> Conversations:
     try:
-        return Conversations(tokens, index.read([0], len(index)).reshape(-1, len(FORM)))
+        return Conversations(tokens, index.read([0], len(index)).reshape(-1, len(FORM)), pairs)
     except ValueError as error:
         raise UserError(
             f"the index of {path} does not match its shards. Prepare the dataset again with --overwrite."

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -10,13 +11,38 @@ from torch import Tensor
 
 from acorn import UserError
 from acorn.data import batches
-from acorn.data.loader import make_batch, prefetch
+from acorn.data.loader import Batch, make_batch, prefetch
 from acorn.data.mixture import Mixture
 from acorn.data.shards import Tokens
 from acorn.distributed.runtime import Runtime
 from model import GPT
 
 WINDOW_SEED = 4242  # fixed seed for choosing windows, so that all evaluations of all runs use the same ones
+
+
+def read_batches(
+    tokens: Tokens, runtime: Runtime, batch_size: int, block_size: int, max_windows: int = 0
+) -> Iterator[tuple[Batch, int]]:
+    """Yield this rank's batches of an evaluation, and the number of rows in each that count.
+
+    With FSDP, a rank without rows gets a dummy window with 0 rows that count, because FSDP needs every rank in each
+    forward pass. For `max_windows` see `window_sums`.
+    """
+    n = batches.samples_per_epoch(tokens, block_size)
+    whole = not max_windows or max_windows >= n
+    count = n if whole else max_windows
+    windows = batches.in_order if whole else functools.partial(batches.sample, seed=WINDOW_SEED)
+
+    def read():
+        for start in range(0, count, batch_size * runtime.world_size):
+            first = start + batch_size * runtime.rank
+            n_rows = max(0, min(batch_size, count - first))
+            if not n_rows and not runtime.fsdp:
+                break
+            arrays = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
+            yield make_batch(arrays, runtime.device), n_rows
+
+    return prefetch(read(), runtime.device)
 
 
 @torch.no_grad()
@@ -39,28 +65,13 @@ def window_sums(
     `max_windows` of these, the same ones every time. The windows are divided among the ranks. Attention stays inside a
     document if the split numbers its documents.
     """
-    n = batches.samples_per_epoch(tokens, block_size)
-    whole = not max_windows or max_windows >= n
-    count = n if whole else max_windows
-    windows = batches.in_order if whole else functools.partial(batches.sample, seed=WINDOW_SEED)
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
-
-    def read_batches():
-        for start in range(0, count, batch_size * runtime.world_size):
-            first = start + batch_size * runtime.rank
-            n_rows = max(0, min(batch_size, count - first))
-            if not n_rows and not runtime.fsdp:
-                break
-            # a rank without rows runs a dummy window, because FSDP needs every rank in each forward pass
-            arrays = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
-            yield make_batch(arrays, runtime.device), n_rows
-
     was_training = model.training
     model.eval()
     # one list of batches per column; on the device, so that the host does not wait
     sums: list[list[Tensor]] = [[] for _ in range(4)]
-    for batch, n_rows in prefetch(read_batches(), runtime.device):
-        x, y, documents = batch.to(runtime.device)
+    for batch, n_rows in read_batches(tokens, runtime, batch_size, block_size, max_windows):
+        x, y, documents, _ = batch.to(runtime.device)
         with runtime.autocast():
             _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 at masked targets
         n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)

@@ -139,13 +139,15 @@ def generate(
     on_token: Callable[[int, int, float], bool],
     n_vocab: int | None = None,
     compile: bool = False,
+    finished: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Continue a batch of prompts (ids, of any lengths) by up to `max_new_tokens`; return prompts with continuations.
 
     `on_token(row, id, logprob)` is called for each token, with its log-probability in nats under the unfiltered model,
     and ends the row by returning True. Row i samples from its own generator, seeded with seeds[i], so its tokens do not
     depend on the other rows. Ids from `n_vocab` on (vocabulary padding) are never sampled. `compile` compiles the
-    one-token step, which is worthwhile for many tokens.
+    one-token step, which is worthwhile for many tokens. `finished(True)` is asked whether to return once all rows have
+    ended, and `finished(False)` before: ranks that share a model must take part in each other's forward passes.
     """
     check_prompts(model, prompts)
     rows = [list(prompt) for prompt in prompts]
@@ -161,7 +163,7 @@ def generate(
                     token = draw(logits[i], row, sampling, random[i])
                     row.append(token)
                     active[i] = not on_token(i, token, float(logprobs[i, token]))
-            if not any(active):
+            if finished(not any(active)):
                 break
     return rows
 
@@ -321,6 +323,7 @@ def continue_texts(
     ends: Collection[int] = (),
     on_text: Callable[[int, str], None] = lambda row, piece: None,
     compile: bool = False,
+    finished: Callable[[bool], bool] = bool,
 ) -> list[Continuation]:
     """Continue each prompt (token ids) with text, as one batch; see `generate` and `TextStream`.
 
@@ -339,7 +342,7 @@ def continue_texts(
         add(row, streams[row].push(token))
         return streams[row].stopped_by is not None
 
-    generate(model, prompts, max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile)
+    generate(model, prompts, max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile, finished)
     for row, stream in enumerate(streams):
         add(row, stream.finish())
         results[row].stopped_by = stream.stopped_by

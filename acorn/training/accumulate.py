@@ -11,6 +11,7 @@ from acorn import UserError
 from acorn.data.loader import Batch, prefetch, updates
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
+from acorn.training.objective import Objective
 from acorn.training.optim import step_if_finite
 from model import GPT
 
@@ -19,8 +20,9 @@ class Accumulator:
     """Computes gradients from sequences.
 
     It owns the loader, the compiled and distributed model, the micro-batch size (which `auto_batch` reduces when memory
-    runs out), and the scaler of float16 gradients. The loss is summed and divided by the number of targets in all
-    micro-batches and on all ranks, so an update does not depend on how its sequences are split.
+    runs out), and the scaler of float16 gradients. The loss of the objective is summed and divided by the number of
+    targets (of pairs, for preferences) in all micro-batches and on all ranks, so an update does not depend on how its
+    sequences are split. `figures` are those of the last update on this rank (see `Objective.loss`).
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class Accumulator:
         seed: int,
         auto_batch: bool,
         say: Callable[[str], None],
+        objective: Objective,
     ):
         self.raw_model = model
         self.model: torch.nn.Module = model  # compiled and distributed
+        self.objective, self.figures = objective, objective.no_figures()
         self.data, self.dist, self.say = data, dist, say
         self.micro_batch, self.n_sequences, self.block_size = micro_batch, n_sequences, block_size
         self.seed, self.auto_batch = seed, auto_batch
@@ -65,19 +69,14 @@ class Accumulator:
         """
         dist = self.dist
         while True:
-            if self.stream is None:
-                stream = updates(
-                    self.data, dist, self.block_size, self.seed, self.n_sequences, self.micro_batch, position
-                )
-                self.stream = prefetch(stream, dist.device)
-            batches, n_targets = next(self.stream)
+            batches, n_own, figures = self._next(position)
             heartbeat.report_step(step)
             self.waited.start()
-            n_targets = dist.sum(torch.full((), n_targets, device=dist.device))  # torch.tensor would wait for the GPU
+            n_targets = dist.sum(torch.full((), n_own, device=dist.device))  # torch.tensor would wait for the GPU
             self.waited.stop()
             scale = dist.world_size / n_targets.clamp(min=1)
             torch.manual_seed(hash((self.seed, step, dist.rank)))  # dropout depends only on these, so resuming is exact
-            loss_sum = torch.zeros((), device=dist.device)
+            loss_sum, self.figures = torch.zeros((), device=dist.device), figures
             if not self.auto_batch:
                 with advice_on_memory(self.micro_batch, self.n_sequences):
                     self._passes(batches, scale, loss_sum)
@@ -88,6 +87,18 @@ class Accumulator:
             self.raw_model.zero_grad(set_to_none=True)
             self._shrink()
             self.stream = None
+
+    def _next(self, position: int) -> tuple[list[Batch], int, Tensor]:
+        """Return this rank's micro-batches of the update at `position`, the number of their targets, and figures."""
+        if self.objective.rollouts is not None:
+            batches, n_targets, values = self.objective.rollouts.update(position, self.n_sequences, self.micro_batch)
+            return batches, n_targets, self.objective.figures(values)
+        if self.stream is None:
+            stream = updates(
+                self.data, self.dist, self.block_size, self.seed, self.n_sequences, self.micro_batch, position
+            )
+            self.stream = prefetch(stream, self.dist.device)
+        return *next(self.stream), self.objective.no_figures()
 
     def step(self, optimizers: list[torch.optim.Optimizer], grad_clip: float, skipped: Tensor) -> Tensor:
         """Clip the gradient and update the parameters. Returns the gradient norm before clipping, of shape ().
@@ -113,18 +124,17 @@ class Accumulator:
             # FSDP averages in every pass; otherwise each rank would keep the gradients of the whole model
             if isinstance(self.model, DistributedDataParallel):
                 self.model.require_backward_grad_sync = i == len(batches) - 1 and not self.auto_batch
-            x, y, documents = batch.to(self.dist.device)
             with self.dist.autocast():
-                loss = self.model(x, y, reduction="sum", documents=documents)[1]
+                loss, figures = self.objective.loss(self.model, batch.to(self.dist.device))
             self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
+            self.figures += figures
 
     def _trial(self, model: torch.nn.Module) -> None:
         """Run a forward and backward pass of `model` over a micro-batch of zeros."""
-        x = torch.zeros(self.micro_batch, self.block_size, dtype=torch.long, device=self.dist.device)
-        documents = x.clone() if self.data.has_documents else None
+        batch = self.objective.trial_batch(self.micro_batch, self.block_size, self.data.has_documents)
         with self.dist.autocast():
-            model(x, x.clone(), reduction="sum", documents=documents)[1].backward()
+            self.objective.loss(model, batch)[0].backward()
         self.raw_model.zero_grad(set_to_none=True)
 
     def _shrink(self) -> None:

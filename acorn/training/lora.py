@@ -6,6 +6,7 @@ Optimizer state and checkpoints hold only A and B. After training they are merge
 with the base.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
+        if not self.scale:  # see `adapters_off`
+            return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
@@ -66,6 +69,20 @@ def initial_adapters(model: GPT, seed: int) -> dict[str, Tensor]:
 def adapters(model: GPT) -> dict[str, Tensor]:
     """Return the parameters of the adapters by name."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+@contextlib.contextmanager
+def adapters_off(model: GPT):
+    """Context manager in which the model computes what its base computes."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
 
 
 def fit_adapters(model: GPT, tensors: dict, rank: int, alpha: float, source: str) -> None:

@@ -157,15 +157,23 @@ class Progress:
         n_sequences = self.accumulator.n_sequences
         rate = n_updates * n_sequences * self.s.block_size / seconds
         mfu = model.estimate_mfu(n_sequences, seconds / n_updates, dist.peak_flops())
+        if self.accumulator.objective.rollouts is not None:  # most of the time is spent on sampling
+            rate, mfu = n_updates * n_targets.item() / seconds, None
         left = self.time_left.estimate(state.step)
         if left is not None and self.s.max_minutes:
             left = min(left, max(0.0, 60 * self.s.max_minutes - state.tick()))
-        self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left))
+        figures = self.accumulator.objective.means(self.accumulator.figures)
+        figures.pop("loss", None)
+        if figures.get("no_signal") == 1 and not self.s.kl_beta:
+            text = f"all completions of a prompt have equal rewards (mean {figures['reward']:g}), so nothing is learned"
+            self.console.log(f"note: in step {step}, {text}. Use easier prompts, or a larger --group_size.")
+        self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left, figures))
         of_rank = dist.gather([runtime.peak_memory(dist.device), self.accumulator.waited.take()])
         if self.metrics is not None:
             self.metrics.write(
                 step=step,
                 loss=loss,
+                **figures,
                 lr=lr,
                 grad_norm=norm,
                 tokens_per_second=rate,
@@ -186,16 +194,23 @@ def update_parts(
     rate: float,
     mfu: float | None,
     left: float | None,
+    figures: dict[str, float] | None = None,
 ) -> list[str]:
     """Return the figures of update `step` for the console. `rate` is in tokens per second, `left` in seconds.
 
-    An unknown `mfu` or `left` (None) is omitted.
+    An unknown `mfu` or `left` (None) is omitted. `figures` are those of the objective, by name.
     """
-    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
+    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", *words_of(figures or {})]
+    parts += [f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
     parts += [f"{rate:,.0f} tok/s"]
     parts += [] if mfu is None else [f"mfu {mfu:.1%}"]
     parts += [] if left is None else [f"{duration(left)} left"]
     return parts
+
+
+def words_of(figures: dict[str, float]) -> list[str]:
+    """Return figures for the console, such as "chosen reward 0.123"."""
+    return [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()]
 
 
 def evaluation_line(
@@ -203,11 +218,14 @@ def evaluation_line(
 ) -> str:
     """Return the console line of an evaluation at `step`.
 
-    `train` and `val` are the results of `evaluate_mixture`, `measured` those of `measure_tasks`.
+    `train` and `val` are the results of `Objective.evaluate`, `measured` those of `measure_tasks`.
     """
     each = ", ".join(f"{name[5:]} {loss:.4f}" for name, loss in val.items() if name.startswith("loss/"))
     per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
     tasks = "".join(f", {task_name(name)} {'n/a' if x is None else f'{x:.1f}%'}" for name, x in measured.items())
+    if "perplexity" not in val:
+        words = ", ".join(words_of({name: value for name, value in val.items() if name != "loss"}))
+        return f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f} ({words}){tasks}"
     return (
         f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "
         f"perplexity {val['perplexity']:.2f}{per_byte}{tasks}"

@@ -20,7 +20,6 @@ from acorn import UserError, checkpoint, files, report
 from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
-from acorn.evaluation.loss import evaluate_mixture
 from acorn.inference.generate import sample_text
 from acorn.training.accumulate import Accumulator
 from acorn.training.autotune import Arithmetic
@@ -165,8 +164,9 @@ def start_writing(
         raise UserError(f"another run wrote into {out_dir} while this run was starting. Check it, and start again.")
     if s.init_from != "resume":
         checkpoint.remove_run(out_dir)  # without overwrite, there can only be a run without a checkpoint
-        if adapters:
-            checkpoint.pin(Path(adapters["base"]), out_dir)
+        for needed in (adapters["base"] if adapters else "", s.reference, s.teacher):
+            if needed:
+                checkpoint.pin(Path(needed), out_dir)
     wandb_run = tensorboard = None
     if s.tensorboard_log:
         tensorboard = report.start_tensorboard(out_dir, state.step, state.evaluated_at)
@@ -196,6 +196,7 @@ def saved_state(
         "lora": adapters,
         "arithmetic": dataclasses.asdict(arithmetic),
         "scaler": accumulator.scaler.state_dict(),
+        "objective": accumulator.objective.hashes,
         **dataclasses.asdict(state),
         "launch": heartbeat.launch_id(),
     }
@@ -224,7 +225,8 @@ def finish(
     """
     failure = checkpoints.finish()
     console.close()
-    resume = command("train.py", "--init_from=resume", s.out_dir)
+    words = f"--reward={shlex.quote(s.reward)} " if s.reward.endswith(".py") else ""
+    resume = command("train.py", f"{words}--init_from=resume", s.out_dir)
     if failure is not None:
         text = f"the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}"
         return console.fail(text, 2)
@@ -268,15 +270,19 @@ def dry_run(
     dist.synchronize()
     per_update = (time.perf_counter() - clock) / 4
     clock, n = time.perf_counter(), accumulator.micro_batch * dist.world_size
-    evaluate_mixture(accumulator.raw_model, data, "val", dist, accumulator.micro_batch, s.block_size, n, token_bytes)
+    accumulator.objective.evaluate(data, "val", accumulator.micro_batch, s.block_size, n, token_bytes)
     per_sequence = (time.perf_counter() - clock) / n
-    return estimate(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence)
+    frozen = accumulator.objective.frozen_bytes()
+    return estimate(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence, frozen)
 
 
-def estimate(s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: float, per_sequence: float) -> str:
+def estimate(
+    s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: float, per_sequence: float, frozen: int
+) -> str:
     """Describe the memory and time of `n_updates` updates and their evaluations.
 
-    An update takes `dt` seconds, and the evaluation of a sequence `per_sequence` seconds.
+    An update takes `dt` seconds, and the evaluation of a sequence `per_sequence` seconds. The reference or the teacher
+    takes `frozen` bytes.
     """
     val_splits = [dataset.val for dataset in data.datasets if dataset.val is not None]
     whole = max(samples_per_epoch(val, s.block_size) for val in val_splits)
@@ -287,8 +293,12 @@ def estimate(s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: 
     copied = sum(n_bytes * (3 if p.requires_grad else 0 if s.lora_rank else 1) for p, n_bytes in held)
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     peak_memory = runtime.peak_memory(next(model.parameters()).device)
+    fixed += frozen
+    with_frozen = (
+        f", of which {report.size(frozen)} for the {'teacher' if s.teacher else 'reference'}" if frozen else ""
+    )
     return (
-        f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments; "
+        f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments{with_frozen}; "
         f"the process used {report.size(peak_memory)} at its peak; saving a checkpoint needs up to "
         f"{report.size(copied)} more host memory\n"
         f"time: {1000 * dt:.0f} ms per update, {tokens / dt:,.0f} tokens/s; about "

@@ -14,7 +14,7 @@ from acorn.data.mixture import Mixture, load_mixture
 from acorn.data.tokenizer import KINDS, Tokenizer, extends, from_dict, tokenizer_hash
 from acorn.distributed import heartbeat, sharding
 from acorn.distributed.runtime import Runtime
-from acorn.training import lora
+from acorn.training import lora, rewards
 from acorn.training.optim import learning_rate_at
 from model import DROPOUTS, GPT, GPTConfig, grown_rows
 
@@ -44,11 +44,47 @@ def check(s: "TrainSettings") -> None:
         raise UserError("lora_rank needs weights to start from. Give --init_from, or leave lora_rank out.")
     if s.lora_rank and s.freeze:
         raise UserError("lora_rank already freezes all weights. Leave out either lora_rank or freeze.")
+    check_objective(s)
     learning_rate_at(0, s.lr_schedule, s.learning_rate, s.min_lr, 0, 1)  # raises for a schedule without a branch
     if s.auto_batch and s.fsdp:
         raise UserError("auto_batch does not work with fsdp, whose passes need all ranks. Leave one of them out.")
     if not s.out_dir or "\0" in s.out_dir:
         raise UserError(f"out_dir = {s.out_dir!r:.100} is not a valid folder name. Use one such as out/mine.")
+
+
+def check_objective(s: "TrainSettings") -> None:
+    """Raise UserError for settings that the objective needs or excludes."""
+    if s.objective in ("dpo", "grpo") and s.init_from == "scratch":
+        raise UserError(f"objective={s.objective} needs weights to start from. Give --init_from.")
+    users = {"reference": ("dpo", "grpo"), "teacher": ("distill",), "reward": ("grpo",)}
+    for name, objectives in users.items():
+        if getattr(s, name) and s.objective not in objectives:
+            raise UserError(
+                f"{name}={getattr(s, name)} has no effect with objective={s.objective}. Leave it out, or use "
+                f"--objective={objectives[0]}."
+            )
+    if s.objective == "distill" and not s.teacher:
+        raise UserError("objective=distill needs a teacher. Give a checkpoint with --teacher.")
+    if s.objective == "grpo" and not s.reward:
+        raise UserError(
+            "objective=grpo needs a reward. Define `def reward(prompt, completion, answer)` in the config file, or use "
+            f"--reward={' or '.join(rewards.SHIPPED)}."
+        )
+    if s.objective == "grpo" and (s.group_size < 2 or s.gradient_accumulation_steps * s.batch_size % s.group_size):
+        raise UserError(
+            f"group_size={s.group_size} must be at least 2, and divide the gradient_accumulation_steps x batch_size = "
+            f"{s.gradient_accumulation_steps} x {s.batch_size} completions of an update."
+        )
+    if s.objective == "grpo" and not 1 <= s.max_new_tokens < s.block_size:
+        raise UserError(f"max_new_tokens={s.max_new_tokens} must be at least 1 and below block_size={s.block_size}.")
+    if s.reference and s.objective == "grpo" and not s.kl_beta:
+        raise UserError("reference has no effect with kl_beta=0. Leave it out, or use --kl_beta=0.04.")
+    if s.reference and s.lora_rank:
+        raise UserError("with lora_rank, the reference is the model without its adapters. Leave out --reference.")
+    if s.reference and s.preference_loss == "simpo":
+        raise UserError("preference_loss=simpo uses no reference. Leave out --reference.")
+    if s.label_smoothing and s.preference_loss != "dpo":
+        raise UserError(f"label_smoothing applies to preference_loss=dpo, not {s.preference_loss}. Leave it out.")
 
 
 def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainSettings", dict]:
@@ -69,6 +105,11 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
         s = settings.build(kind, before, not_inherited, given)
         if (out_dir / "state.json").exists():
             raise UserError(f"{out_dir} is a single checkpoint of a run. Resume with --out_dir={out_dir.parent}.")
+        if s.reward.endswith(".py") and "reward" not in given:  # a checkpoint must not name code that runs
+            raise UserError(
+                f"the reward of this run is a function in {s.reward}. To run its code, resume with "
+                f"--reward={shlex.quote(s.reward)} as well."
+            )
     check(s)
     if s.decay_lr and s.min_lr > s.learning_rate:
         if "min_lr" in given:
@@ -85,7 +126,7 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
         )
     if starts and (pinned := [folder for folder in checkpoint.step_folders(out_dir) if checkpoint.is_pinned(folder)]):
         raise UserError(
-            f"overwrite would remove {pinned[0]}, which LoRA adapters need (see its file {checkpoint.PINNED}). "
+            f"overwrite would remove {pinned[0]}, which another run needs (see its file {checkpoint.PINNED}). "
             "Give another --out_dir, or delete that file."
         )
     return s, given
@@ -219,7 +260,11 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if n_trained < model.num_params():
         lines += [f"trained: {n_trained:,} parameters ({'adapters' if s.lora_rank else 'the others are frozen'})"]
-    if not s.eval_only:
+    if not s.eval_only and s.objective == "grpo":
+        n, groups = sum(len(dataset.train.conversations or ()) for dataset in data.datasets), windows // s.group_size
+        update = f"{s.gradient_accumulation_steps * s.batch_size:,} completions in groups of {s.group_size}"
+        lines += [f"run: {s.max_iters:,} updates of {update}, {groups / n:.3g} epochs, into {s.out_dir}"]
+    elif not s.eval_only:
         update = f"{s.gradient_accumulation_steps * s.batch_size * s.block_size:,} tokens"
         lines += [f"run: {s.max_iters:,} updates of {update}, {' and '.join(epochs)} epochs, into {s.out_dir}"]
     return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""prepare/preferences.py: pairs of answers from the forms of published data, each pair in one row."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import documents_of, prepare, prepare_fails
+
+from acorn import UserError
+from acorn.data import batches, chat
+from acorn.data.records import read_pair
+from acorn.data.shards import load_dataset
+
+ASK = {"role": "user", "content": "Why?"}
+
+
+def reply(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+FORMS = [
+    {"prompt": "Why?", "chosen": "good", "rejected": "bad"},
+    {"messages": [ASK], "chosen": "good", "rejected": "bad"},
+    {"prompt": [ASK], "chosen": [reply("good")], "rejected": [reply("bad")]},
+    {"prompt": "Why?", "chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")], "score_chosen": 8.5},
+    {"chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")]},
+]
+
+
+@pytest.mark.parametrize("record", FORMS)
+def test_the_forms_of_published_pairs(record):
+    assert read_pair(record) == ([ASK, reply("good")], [ASK, reply("bad")])
+
+
+def test_only_the_last_answers_of_a_longer_conversation_are_learned():
+    turns = [ASK, reply("so"), {"role": "user", "content": "And?"}]
+    for messages in read_pair({"messages": turns, "chosen": "good", "rejected": "bad"}):
+        assert [message.get("learn", True) for message in messages if message["role"] == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "a", "chosen": "b"}, 'It needs "chosen"'),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same answer"),
+        ({"chosen": "b", "rejected": "c"}, "before the first message"),
+        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "not a list"),
+        ({"prompt": "a", "chosen": 3, "rejected": "c"}, "not a string"),
+    ],
+)
+def test_bad_records_are_refused(record, words, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=words):
+        read_pair(record)
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text(json.dumps(FORMS[0]) + "\n" + json.dumps(record))
+    prepare_fails(f"line 2.*{words}", "preferences", "p.jsonl", "--tokenizer=byte")
+    assert not Path("data/p").exists()
+
+
+def test_a_pair_stays_in_one_row_with_its_answers_as_targets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}?", "chosen": "A" * (1 + i % 4), "rejected": "b" * (1 + i % 3)} for i in range(40)]
+    rows.append({"prompt": "long", "chosen": "A" * 300, "rejected": "b"})
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    meta = prepare("preferences", "p.jsonl", "--tokenizer=byte", "--val_fraction=0.2")
+    assert meta["preferences"]["pairs"] == 41 and len(documents_of(load_dataset("p"), "train")) % 2 == 0
+    dataset, found = load_dataset("p"), {}
+    tokenizer = dataset.tokenizer
+    for tokens in (dataset.train, dataset.val):
+        n = batches.samples_per_epoch(tokens, 200)
+        x, y, documents = batches.in_order(tokens, 200, 0, n)
+        for row in range(n):
+            for number in range(0, documents[row].max() + 1, 2):
+                parts = [documents[row] == number + i for i in range(2)]
+                texts = [tokenizer.decode(y[row, part & (y[row] != -1)]) for part in parts]
+                if any(texts):
+                    ids = x[row, parts[0]]
+                    found[next(i for i in range(40) if f"\n{i}?" in tokenizer.decode(ids))] = texts
+                    messages = [{"role": "user", "content": rows[i]["prompt"]} for i in list(found)[-1:]]
+                    prompt = chat.render(tokenizer, messages)
+                    assert ids[: len(prompt)].tolist() == prompt.tolist()
+    expected = {i: [row[name] + "<|endoftext|>" for name in ("chosen", "rejected")] for i, row in enumerate(rows[:40])}
+    assert found == expected  # all but the pair that is longer than a row
+    notes = " ".join(dataset.notes(200))
+    assert "pairs in" in notes and ("1 left out" in notes or dataset.val.conversations.rows(200).left_out)
