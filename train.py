@@ -228,9 +228,9 @@ def main() -> int:
         # evaluate, save a checkpoint, and sample
         evaluates = state.is_evaluation_due(s, stop)
         if evaluates:
-            size = accumulator.micro_batch
-            options = (size, s.block_size, s.eval_iters * s.batch_size, token_bytes)
-            train, val = (objective.evaluate(data, split, *options) for split in ("train", "val"))
+            size, n = accumulator.micro_batch, s.eval_iters * s.batch_size
+            train = objective.evaluate(data, "train", size, s.block_size, n, token_bytes)
+            val = objective.evaluate(data, "val", size, s.block_size, n, token_bytes)
             measured = measure_tasks(tasks, model, data.tokenizer, dist, size)
             best, failed = checkpoints.evaluated(val["loss"])
             log(evaluation_line(step, train, val, measured))

@@ -151,8 +151,9 @@ class Objective:
     ) -> dict[str, float]:
         """Return the "loss" of a split and further figures by name. For the arguments see `evaluate_mixture`."""
         if self.kind == "tokens":
-            options = (self.dist, batch_size, block_size, max_windows, token_bytes)
-            return evaluate_mixture(self.policy, data, split, *options)
+            return evaluate_mixture(
+                self.policy, data, split, self.dist, batch_size, block_size, max_windows, token_bytes
+            )
         if self.rollouts is not None:
             values = self.rollouts.evaluate(split, batch_size, max_windows)
             means = self.means(self.figures(values))
