@@ -108,7 +108,8 @@ def prepare_corpus(argv: list[str]) -> None:
 
 def load_corpus(name: str) -> types.ModuleType:
     """Import the module of a corpus. Raises UserError, with its file and line, if it fails or lacks a part."""
-    file = ROOT / "prepare" / f"{name}.py"
+    spec = importlib.util.find_spec(f"prepare.{name}")
+    file = Path(spec.origin) if spec and spec.origin else ROOT / "prepare" / f"{name}.py"
     where = f"prepare/{file.name}"
     try:
         corpus = importlib.import_module(f"prepare.{name}")

@@ -124,11 +124,11 @@ def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkey
     argv = ["text", "r.jsonl", "--tokenizer=byte", "--shard_tokens=1500"]
     finish, calls = ShardWriter._finish_shard, []
 
-    def full(writer):
+    def full(*arguments):
         calls.append(1)
         if len(calls) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
-        finish(writer)
+        finish(*arguments)
 
     monkeypatch.setattr(ShardWriter, "_finish_shard", full)
     prepare_fails(r"the disk of data/r is full: .* MB are free\. Free some space", *argv)
