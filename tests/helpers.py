@@ -108,6 +108,24 @@ def train_here(monkeypatch, *words) -> int:
         return main()
 
 
+def run_here(main, *words, cwd: Path, input: str = "") -> subprocess.CompletedProcess:
+    """Run a script's `main` in this process, and return what `script` would return."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    before, folder, code = (sys.argv, sys.stdin), Path.cwd(), 0
+    sys.argv, sys.stdin = ["script.py", *map(str, words)], io.TextIOWrapper(io.BytesIO(input.encode()), "utf-8")
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            acorn.run(main)
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv, sys.stdin = before
+        os.chdir(folder)
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
     """Assert that a script refused bad input: one sentence with these words, exit code 2, no traceback."""
     assert result.returncode == 2, result.stdout + result.stderr

@@ -92,6 +92,7 @@ def test_several_processes_have_the_losses_of_one(alone, n):
         assert_same(alone, name, *(run for run in runs if f"-{name}-" in run))
 
 
+@pytest.mark.slow
 def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alone):
     """The rate is 0, so what the first update leaves is what there was; then another form takes the run up."""
     data = ["--dataset=text", "--max_iters=1", "--bias=True"]

@@ -138,6 +138,7 @@ def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
     assert not torch.allclose(F.softmax(base.eval()(idx)[0], -1), F.softmax(model(idx)[0], -1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path, monkeypatch):
     folder, words = adapted
     shutil.copytree(folder / "out", tmp_path / "out")

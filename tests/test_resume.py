@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers import REPO, TINY, metrics, numbers, refused, script, start_process, train
+from helpers import REPO, TINY, metrics, numbers, refused, script, start_process, train, train_here
 from safetensors.torch import load_file, save_file
 
 from acorn import files
@@ -66,6 +66,7 @@ def test_evaluation_only_on_resume_measures_and_writes_nothing(trained, dataset,
     assert before == {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
     for name in ("one", "two"):
         os.mkdir(tmp_path / name)
@@ -89,13 +90,14 @@ def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
     refused(train(tmp_path, dataset, "--document_mask=True", "--out_dir=d"), "char tokenizer", "no end-of-text token")
 
 
-def test_settings_given_on_resume_overrule_those_of_before(dataset, tmp_path):
+def test_settings_given_on_resume_overrule_those_of_before(dataset, tmp_path, monkeypatch):
     losses = {}
     for decay in ("0.1", "90"):
-        out = f"--out_dir=o{decay}"
-        assert train(tmp_path, dataset, "--max_iters=4", "--lr_decay_iters=40", out).returncode == 0
+        out = f"--out_dir={tmp_path}/o{decay}"
+        first = [*TINY, f"--dataset={dataset}", "--max_iters=4", "--lr_decay_iters=40", out]
+        assert train_here(monkeypatch, *first) == 0
         words = ["--init_from=resume", out, "--max_iters=8", f"--weight_decay={decay}"]
-        assert script("train.py", *words, cwd=tmp_path).returncode == 0
+        assert train_here(monkeypatch, *words) == 0
         losses[decay] = [m["loss"] for m in metrics(tmp_path / f"o{decay}") if "loss" in m]
     assert losses["0.1"][:5] == losses["90"][:5] and losses["0.1"][6:] != losses["90"][6:]
 

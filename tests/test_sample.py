@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import fuzz, refused, refused_here, rounds, script
+from helpers import fuzz, refused, refused_here, rounds, run_here, script
 from hypothesis import strategies as st
 
 import sample as sample_script
@@ -17,11 +17,11 @@ from model import GPT, GPTConfig
 
 @pytest.fixture(scope="module")
 def sample(trained, tmp_path_factory):
-    """Run sample.py on the trained model from a folder without any data: the tokenizer comes with the checkpoint."""
+    """Call sample.py's main on the trained model, in a folder without data: the tokenizer is in the checkpoint."""
     cwd = tmp_path_factory.mktemp("elsewhere")
 
     def call(*words, **kwargs):
-        return script("sample.py", f"--out_dir={trained}", "--device=cpu", *words, cwd=cwd, **kwargs)
+        return run_here(sample_script.main, f"--out_dir={trained}", "--device=cpu", *words, cwd=cwd, **kwargs)
 
     return call
 
@@ -83,8 +83,9 @@ def test_prompt_from_a_file_stop_strings_and_logprobs(sample, tmp_path):
     assert all(p <= 0 for p in result["logprobs"])
 
 
-def test_interactive_asks_until_the_end(sample):
-    result = sample("--interactive=True", "--max_new_tokens=5", input="ANNA\nBORIS\n")
+def test_interactive_asks_until_the_end(trained):
+    words = [f"--out_dir={trained}", "--device=cpu", "--interactive=True", "--max_new_tokens=5"]
+    result = script("sample.py", *words, cwd="/", input="ANNA\nBORIS\n")
     assert result.returncode == 0
     assert result.stdout.count("---------------") == 2 and "ANNA" in result.stdout and "BORIS" in result.stdout
 
@@ -93,9 +94,8 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
     prompt = "今天天气很好。"
     words = ["--device=cpu", "--json=True", "--num_samples=2", f"--start={prompt}", "--temperature=0"]
     for n in (1, 2, 10):  # also where the last character is not complete
-        for result in as_json(
-            script("sample.py", f"--out_dir={bytes_model}", *words, f"--max_new_tokens={n}", cwd="/")
-        ):
+        words_n = [f"--out_dir={bytes_model}", *words, f"--max_new_tokens={n}"]
+        for result in as_json(run_here(sample_script.main, *words_n, cwd="/")):
             assert result["prompt"] == prompt and "\ufffd" not in result["text"]
     streamed = script(
         "sample.py", f"--out_dir={bytes_model}", *words[:1], *words[3:], "--num_samples=1", "--stream", cwd="/"
@@ -103,10 +103,11 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
     assert streamed.stdout.startswith(prompt) and "\ufffd" not in streamed.stdout
 
 
-def test_bad_input_is_one_sentence(sample, trained, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    refused(sample("--start=€"), "U+20AC")
+    words = [f"--out_dir={trained}", "--device=cpu", "--start=€"]
+    refused(script("sample.py", *words, cwd=tmp_path), "U+20AC")
     for words, said in (
         (["--start="], "empty"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
