@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from acorn import report
 from acorn.data.chat import CHATML
 from prepare import pipeline
 
 pytest.register_assert_rewrite("helpers", "forked", "hf_models")  # before they are imported
-from helpers import REPO, TEXT, TINY, script, small_bpe  # noqa: E402
+from helpers import REPO, TEXT, TINY, script, script_here, small_bpe  # noqa: E402
 
 torch.set_num_threads(1)  # two test processes side by side on two cores
 
@@ -25,7 +26,7 @@ def dataset(tmp_path_factory) -> Path:
     """A prepared char dataset of about 11 thousand tokens."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(TEXT)
-    result = script("prepare", "text", "text.txt", "--tokenizer=char", "--out=tiny", cwd=folder)
+    result = script_here("prepare", "text", "text.txt", "--tokenizer=char", "--out=tiny", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "tiny"
 
@@ -87,6 +88,12 @@ def chatml(tmp_path_factory) -> Path:
 def in_tmp_path(tmp_path, monkeypatch):
     """The test runs in a new folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A run in this process draws no loss curve, which takes longer than the rest of a tiny run."""
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
 
 
 @pytest.fixture

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from forked import RUN, said_in_a_sentence
-from helpers import TINY, numbers, script, train
+from helpers import TINY, numbers, script_here, train
 
 import train as train_script
 from acorn import UserError, checkpoint, report
 from acorn.data import batches
 from acorn.data.shards import load_dataset
 from model import GPT
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.mark.parametrize("split", [(1, 8), (8, 1)])
@@ -35,7 +37,7 @@ def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tm
     """Replies of unequal length, so that the mean of the micro-batches' means would be another number."""
     pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    assert script("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
+    assert script_here("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     words = ["--max_iters=4", "--dropout=0", "--eval_interval=2", "--eval_iters=0"]
     for out, more in (("a", []), ("b", ["--gradient_accumulation_steps=8", "--batch_size=1"])):
         result = train(tmp_path, "d", *words, *more, f"--out_dir={out}")

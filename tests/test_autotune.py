@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import AVX2, REPO, TINY, script
+from helpers import AVX2, REPO, TINY, script_here
 
 from acorn.distributed import runtime
 from acorn.training import autotune
@@ -97,10 +97,11 @@ def test_plain_and_fused_attention_train_alike(p):
 
 def test_a_run_says_what_it_chose_and_resumes_with_it(dataset, tmp_path):
     words = [word for word in TINY if "dtype" not in word]
-    first = script("train.py", *words, f"--dataset={dataset}", "--out_dir=o", "--dtype=auto", cwd=tmp_path)
+    words += [f"--dataset={dataset}", "--out_dir=o", "--dtype=auto", "--max_iters=2", "--eval_iters=1"]
+    first = script_here("train.py", *words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "(auto: " in first.stdout.split("dtype ", 1)[1].splitlines()[0]
-    saved = json.loads((tmp_path / "o/step_000040/state.json").read_text())["arithmetic"]
-    again = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=41", cwd=tmp_path)
+    saved = json.loads((tmp_path / "o/step_000002/state.json").read_text())["arithmetic"]
+    again = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=3", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"dtype {saved['dtype']} (from the checkpoint)" in again.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TEXT, script
+from helpers import TEXT, script_here
 
 from acorn import UserError
 from acorn.data import batches, chat
@@ -381,14 +381,14 @@ def test_a_model_sees_the_question_where_eos_ends_it(tmp_path, monkeypatch):
 def letters_loss(folder: Path, n: int, updates: int) -> float:
     tokenizer = write_tokenizer(folder / "hf", ZEPHYR)
     (folder / "letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in letters(n)))
-    made = script("prepare", "chat", "letters.jsonl", f"--tokenizer={tokenizer}", "--out=d", cwd=folder)
+    made = script_here("prepare", "chat", "letters.jsonl", f"--tokenizer={tokenizer}", "--out=d", cwd=folder)
     assert made.returncode == 0, made.stderr
     words = (
         f"--init_from=scratch --dataset=d --out_dir=o --max_iters={updates} --eval_interval={updates} --n_layer=2 "
         "--n_head=2 --n_embd=64 --learning_rate=3e-3 --min_lr=3e-4 --device=cpu --dtype=float32 --compile=False"
     )
     config = Path(__file__).parent.parent / "config" / "finetune_chat.py"
-    trained = script("train.py", config, *words.split(), "--document_mask=True", cwd=folder, timeout=600)
+    trained = script_here("train.py", config, *words.split(), "--document_mask=True", cwd=folder)
     assert trained.returncode == 0, trained.stderr
     lines = [json.loads(line) for line in (folder / "o" / "metrics.jsonl").read_text().splitlines()]
     return [line["val_loss"] for line in lines if "val_loss" in line][-1]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import REPO, refused
+from helpers import REPO, refused, run_here
 from hf_models import MODERN, assert_same_logits, greedy, ours, saved, tokens, transformers
 from safetensors.torch import load_file
 
@@ -92,16 +92,13 @@ def test_adapters_go_out_with_the_context_of_their_base(tmp_path, monkeypatch):
 
 
 def test_export_as_a_person_runs_it(tmp_path, trained):
-    def export(*words):
-        command = [sys.executable, "-m", "acorn.hub", "export", *map(str, words)]
-        return subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-
-    result = export(trained, tmp_path / "new" / "hf", "--dtype=bfloat16")
+    command = [sys.executable, "-m", "acorn.hub", "export", trained, tmp_path / "new" / "hf", "--dtype=bfloat16"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "GPT2LMHeadModel" in result.stdout
     assert load_file(tmp_path / "new" / "hf" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["hf"]
-    refused(export(trained, tmp_path / "new" / "hf"), "already exists")
+    refused(run_here(hub.main, "export", trained, tmp_path / "new" / "hf", cwd=REPO), "already exists")
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, monkeypatch):

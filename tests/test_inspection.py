@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_dataset, make_tokens, refused, script
+from helpers import make_dataset, make_tokens, refused, script_here
 from tqdm import tqdm
 
 from acorn import UserError
@@ -116,22 +116,22 @@ def test_verify_finds_a_changed_shard(tmp_path):
 
 def test_verify_reads_the_text_again_where_it_still_is(tmp_path):
     (tmp_path / "book.txt").write_text("A line of some length.\n" * 200)
-    assert script("prepare", "text", "book.txt", "--name=book", "--tokenizer=byte", cwd=tmp_path).returncode == 0
+    assert script_here("prepare", "text", "book.txt", "--name=book", "--tokenizer=byte", cwd=tmp_path).returncode == 0
     verify = ("prepare", "inspect", "book", "--verify", "--samples=0")
-    assert "source text is unchanged" in script(*verify, cwd=tmp_path).stdout
+    assert "source text is unchanged" in script_here(*verify, cwd=tmp_path).stdout
     (tmp_path / "book.txt").write_text("A line of some lenght.\n" * 200)
-    refused(script(*verify, cwd=tmp_path), "has changed since")
+    refused(script_here(*verify, cwd=tmp_path), "has changed since")
     (tmp_path / "book.txt").unlink()
-    assert "can no longer be read (there is no file" in script(*verify, cwd=tmp_path).stdout
+    assert "can no longer be read (there is no file" in script_here(*verify, cwd=tmp_path).stdout
 
 
 def test_masked_tokens_are_counted(tmp_path):
     records = [{"prompt": f"Number {i}?", "response": "Yes."} for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = script("prepare", "chat", "pairs.jsonl", "--name=pairs", "--tokenizer=byte", cwd=tmp_path)
+    result = script_here("prepare", "chat", "pairs.jsonl", "--name=pairs", "--tokenizer=byte", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     meta = json.loads((tmp_path / "data" / "pairs" / "meta.json").read_text())
-    output = script("prepare", "inspect", "pairs", cwd=tmp_path).stdout
+    output = script_here("prepare", "inspect", "pairs", cwd=tmp_path).stdout
     shares = [f"{1 - meta[split]['learned'] / meta[split]['tokens']:.1%}" for split in ("train", "val")]
     assert next(line.split() for line in output.splitlines() if line.startswith("masked")) == ["masked", *shares]
 

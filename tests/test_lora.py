@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import losses, refused, same_weights, script
+from helpers import losses, refused, same_weights, script_here
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -102,7 +102,7 @@ def adapted(trained, dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted")
     shutil.copytree(trained, folder / "base_run")
     words = [*MACHINE, *WORDS, "--init_from=base_run", f"--dataset={dataset}", "--dropout=0.1", "--warmup_iters=0"]
-    result = script("train.py", *words, "--max_iters=10", "--out_dir=out", cwd=folder)
+    result = script_here("train.py", *words, "--max_iters=10", "--out_dir=out", cwd=folder)
     assert result.returncode == 0, result.stderr
     # 2 blocks with c_attn (96 x 32), c_proj (32 x 32), c_fc (128 x 32) and c_proj (32 x 128)
     assert f"{2 * 4 * (96 + 32 + 32 + 32 + 128 + 32 + 32 + 128):,} parameters (adapters)" in result.stdout
@@ -115,15 +115,15 @@ def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
     step = folder / "out" / "step_000010"
     assert {file.name for file in step.iterdir()} == {"adapters.safetensors", "optimizer.safetensors", "state.json"}
     assert all(".lora_" in name for name in load_file(step / "adapters.safetensors"))
-    assert script("train.py", *words, "--max_iters=5", "--out_dir=b", cwd=folder).returncode == 0
-    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=10", cwd=folder)
+    assert script_here("train.py", *words, "--max_iters=5", "--out_dir=b", cwd=folder).returncode == 0
+    result = script_here("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=10", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert losses(folder / "b") == losses(folder / "out")
-    refused(script("train.py", "--init_from=resume", "--out_dir=b", "--lora_rank=2", cwd=folder), "lora_rank = 2")
+    refused(script_here("train.py", "--init_from=resume", "--out_dir=b", "--lora_rank=2", cwd=folder), "lora_rank = 2")
     anew = ["train.py", *words, "--overwrite=True"]
-    refused(script(*anew, "--out_dir=base_run", cwd=folder), "which another run needs", "its file pinned")
+    refused(script_here(*anew, "--out_dir=base_run", cwd=folder), "which another run needs", "its file pinned")
     shutil.copytree(folder / "base_run", folder / "fresh", ignore=shutil.ignore_patterns("pinned"))
-    refused(script(*anew, "--init_from=fresh", "--out_dir=fresh", cwd=folder), "the base of the adapters")
+    refused(script_here(*anew, "--init_from=fresh", "--out_dir=fresh", cwd=folder), "the base of the adapters")
 
 
 def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
@@ -143,11 +143,11 @@ def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path,
     folder, words = adapted
     shutil.copytree(folder / "out", tmp_path / "out")
     sample = ["sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
-    assert script(*sample, cwd=tmp_path).returncode == 0
+    assert script_here(*sample, cwd=tmp_path).returncode == 0
 
     shutil.copytree(folder / "base_run" / "step_000030", tmp_path / "other")  # neither the best nor the newest
     (tmp_path / "out" / "base").write_text("other\n")
-    refused(script(*sample, cwd=tmp_path), "weights of other", "write its path into the file out/base")
+    refused(script_here(*sample, cwd=tmp_path), "weights of other", "write its path into the file out/base")
     monkeypatch.chdir(tmp_path)
     for text, said in (
         (b"out", "cannot be the base"),
@@ -161,12 +161,14 @@ def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path,
     shutil.move(folder / "base_run", tmp_path / "moved")
     try:
         (tmp_path / "out" / "base").write_text("moved\n")
-        moved = script(*sample, cwd=tmp_path)
+        moved = script_here(*sample, cwd=tmp_path)
         assert moved.returncode == 0, moved.stderr
     finally:
         shutil.move(tmp_path / "moved", folder / "base_run")
-    again = script("train.py", *words, "--init_from=out", "--out_dir=c", "--max_iters=1", cwd=folder)
+    again = script_here("train.py", *words, "--init_from=out", "--out_dir=c", "--max_iters=1", cwd=folder)
     refused(again, "is a LoRA run", "acorn.hub export out FOLDER")
-    refused(script("train.py", *words, "--init_from=scratch", "--out_dir=c", cwd=folder), "needs weights to start from")
-    refused(script("train.py", *words, "--freeze=wte", "--out_dir=c", cwd=folder), "either lora_rank or freeze")
-    refused(script("train.py", *words, "--lora_rank=33", "--out_dir=c", cwd=folder), "the 32 channels")
+    refused(
+        script_here("train.py", *words, "--init_from=scratch", "--out_dir=c", cwd=folder), "needs weights to start from"
+    )
+    refused(script_here("train.py", *words, "--freeze=wte", "--out_dir=c", cwd=folder), "either lora_rank or freeze")
+    refused(script_here("train.py", *words, "--lora_rank=33", "--out_dir=c", cwd=folder), "the 32 channels")

@@ -9,6 +9,7 @@ from helpers import SMALL, TINY, metrics, numbers, train_here
 from acorn import UserError, report
 from acorn.evaluation import tasks
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 RUN = [*TINY, *SMALL, "--max_iters=4", "--block_size=32", "--eval_choices=c.jsonl", "--eval_pairs=p.jsonl"]
 WORDS = "letter", "lantern", "horse", "key"
 
@@ -36,7 +37,6 @@ def test_a_run_measures_what_acorn_evaluate_measures(files, dataset, tmp_path, m
     for row in rows:
         name = f"{'choices' if row['on'] == 'c.jsonl' else 'pairs'}/{row['measure'].replace(' ', '_')}"
         assert last[name] == pytest.approx(row["value"], abs=1e-6)
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     words = [word for word in RUN if "eval_choices" not in word and "eval_pairs" not in word]
     assert train_here(monkeypatch, *words, f"--dataset={dataset}", "--out_dir=without") == 0
     alike = [{k: v for k, v in line.items() if not k.startswith(report.TASKS)} for line in numbers(tmp_path / "o")]

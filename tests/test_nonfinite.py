@@ -15,11 +15,7 @@ from acorn import UserError, checkpoint, report
 from acorn.checkpoint import save
 from acorn.training import optim
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Draw no loss curve: that takes longer than a tiny run."""
-    monkeypatch.setattr(report, "draw_curve", lambda *args: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def math_is_fine(model) -> bool:

@@ -19,6 +19,7 @@ from acorn.training.lora import adapters_off
 from acorn.training.objective import Objective
 from train import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 RUN = (
     "--block_size=96 --batch_size=4 --gradient_accumulation_steps=2 --n_layer=1 --n_head=2 --n_embd=16 --pos=rope "
     "--eval_interval=2 --log_interval=1 --eval_iters=1 --max_iters=4 --warmup_iters=0 --learning_rate=1e-2 "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, script
+from helpers import refused, script_here
 from hf_models import (
     ALONE,
     assert_same_logits,
@@ -155,14 +155,14 @@ def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tm
     write_tokenizer(tmp_path / "base")
     (tmp_path / "t.txt").write_text("the other the one, and the third. " * 40)
     for name, tokenizer in (("right", tmp_path / "base"), ("wrong", "byte")):
-        result = script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={name}", cwd=tmp_path)
+        result = script_here("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={name}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert ("config/finetune_lora.py --init_from=" in result.stdout) == (name == "right")
     words = "--batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --warmup_iters=0 --eval_interval=2".split()
     words += "--eval_iters=1 --device=cpu --dtype=float32 --compile=False --init_from=base --out_dir=out".split()
-    wrong = script("train.py", *words, "--dataset=wrong", cwd=tmp_path)
+    wrong = script_here("train.py", *words, "--dataset=wrong", cwd=tmp_path)
     refused(wrong, "(hf, 262 tokens)", "python prepare text FILES --tokenizer base")
-    result = script("train.py", *words, "--dataset=right", "--block_size=8", cwd=tmp_path)
+    result = script_here("train.py", *words, "--dataset=right", "--block_size=8", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
     hub.export(str(tmp_path / "out"), tmp_path / "hf")
@@ -191,15 +191,15 @@ def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypat
     prepare_corpus(["chat", "talk.jsonl", "--tokenizer", "base", "--out", "talk", *new])
     words = "--batch_size=2 --gradient_accumulation_steps=1 --eval_interval=1 --eval_iters=1 --warmup_iters=0".split()
     words += "--device=cpu --dtype=float32 --compile=False --dataset=talk --init_from=base --out_dir=out".split()
-    refused(script("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "lora_rank")
-    refused(script("train.py", *words, "--freeze=wte", cwd=tmp_path), "2 tokens that are new", "this freeze")
-    result = script("train.py", *words, "--block_size=64", "--max_iters=0", cwd=tmp_path)
+    refused(script_here("train.py", *words, "--lora_rank=2", cwd=tmp_path), "2 tokens that are new", "lora_rank")
+    refused(script_here("train.py", *words, "--freeze=wte", cwd=tmp_path), "2 tokens that are new", "this freeze")
+    result = script_here("train.py", *words, "--block_size=64", "--max_iters=0", cwd=tmp_path)
     assert result.returncode == 0 and "vocabulary of 261" in result.stdout, result.stderr
     idx = tokens(259)
     with torch.no_grad():
         grown = checkpoint.load_model("out")[0](idx, idx)[0]
         assert grown.size(-1) == 261 and torch.equal(grown[..., :259], base(idx, idx)[0])
-    result = script("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=1", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=out", "--max_iters=1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
     hub.export("out", tmp_path / "hf")

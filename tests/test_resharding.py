@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO, TINY, losses, refused, script, torchrun
+from helpers import REPO, TINY, losses, refused, script_here, torchrun
 
 LAST = 12  # updates
 WORDS = [*TINY, "--dropout=0", "--batch_size=2", "--gradient_accumulation_steps=6", f"--lr_decay_iters={LAST}"]
@@ -36,7 +36,7 @@ def test_a_run_goes_on_among_any_number_of_processes(dataset, tmp_path, optimize
     words = [*WORDS, f"--dataset={dataset}", f"--optimizer={optimizer}"]
     each = LAST // len(chain)
     words.append(f"--eval_interval={each}")
-    assert script("train.py", *words, f"--max_iters={LAST}", "--out_dir=whole", cwd=tmp_path).returncode == 0
+    assert script_here("train.py", *words, f"--max_iters={LAST}", "--out_dir=whole", cwd=tmp_path).returncode == 0
     for i, (n_processes, fsdp) in enumerate(chain, start=1):
         how = ["--out_dir=o", f"--max_iters={i * each}", f"--fsdp={fsdp}"]
         result = train(tmp_path, n_processes, *(words if i == 1 else ["--init_from=resume"]), *how)
@@ -50,11 +50,11 @@ def test_a_run_goes_on_among_any_number_of_processes(dataset, tmp_path, optimize
 
 def read_by_the_other_commands(cwd):
     """sample.py and init_from take a sharded checkpoint as any other."""
-    result = script("sample.py", "--out_dir=o", "--num_samples=1", "--max_new_tokens=5", cwd=cwd)
+    result = script_here("sample.py", "--out_dir=o", "--num_samples=1", "--max_new_tokens=5", cwd=cwd)
     assert result.returncode == 0, result.stderr
     words = ["--init_from=o", "--max_iters=1", "--out_dir=p", "--eval_only=True", "--eval_iters=0"]
     state = json.loads(next((cwd / "o").glob("step_*/state.json")).read_text())
-    result = script("train.py", *TINY, f"--dataset={state['settings']['dataset']}", *words, cwd=cwd)
+    result = script_here("train.py", *TINY, f"--dataset={state['settings']['dataset']}", *words, cwd=cwd)
     assert result.returncode == 0, result.stderr
 
 
@@ -81,6 +81,6 @@ def test_a_shard_that_is_lost_is_missed(dataset, tmp_path):
     assert train(tmp_path, 2, *words).returncode == 0
     lost = tmp_path / "o" / "step_000002" / "optimizer-00002-of-00002.safetensors"
     lost.unlink()
-    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=4", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=4", cwd=tmp_path)
     refused(result, "no checkpoint")
     assert f"{lost.relative_to(tmp_path)} is missing" in result.stderr

@@ -7,10 +7,12 @@ import signal
 
 import pytest
 import torch
-from helpers import REPO, TINY, metrics, numbers, refused, script, start_process, train, train_here
+from helpers import REPO, TINY, metrics, numbers, refused, script_here, start_process, train, train_here
 from safetensors.torch import load_file, save_file
 
 from acorn import files
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp_path):
@@ -46,20 +48,20 @@ def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp
     stopped_again = int((tmp_path / "b" / "latest").read_text()[5:])
     assert stopped_again > stopped_at + 3
 
-    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=40", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=40", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     if stopped_again < 40:
         assert numbers(tmp_path / "b") == numbers(trained)
     else:  # a very fast machine: the runs are the same as far as both went
         assert numbers(tmp_path / "b")[:44] == numbers(trained)[:44]
 
-    result = script("train.py", "--init_from=resume", "--out_dir=b", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=b", cwd=tmp_path)
     assert result.returncode == 0 and "already made its 40 updates" in result.stdout
 
 
 def test_evaluation_only_on_resume_measures_and_writes_nothing(trained, dataset, tmp_path):
     before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
-    result = script("train.py", "--init_from=resume", f"--out_dir={trained}", "--eval_only=True", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", f"--out_dir={trained}", "--eval_only=True", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     val = metrics(trained)[-1]["val_loss"]
     assert f"val loss {val:.4f}" in result.stdout
@@ -72,13 +74,13 @@ def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
         os.mkdir(tmp_path / name)
         for i in range(20):
             (tmp_path / name / f"{i}.txt").write_text(f"{name} is document number {i} of {name}. " * (i % 7 + 1))
-        assert script("prepare", "text", name, "--tokenizer=byte", cwd=tmp_path).returncode == 0
+        assert script_here("prepare", "text", name, "--tokenizer=byte", cwd=tmp_path).returncode == 0
     words = ["one:0.7,two:0.3", "--document_mask=True", "--lr_decay_iters=6", "--eval_interval=3"]
     for out, more in (("a", ["--max_iters=6"]), ("b", ["--max_iters=3"])):
         result = train(tmp_path, *words, f"--out_dir={out}", *more)
         assert result.returncode == 0, result.stderr
     assert "70.0% data/one" in result.stdout and "30.0% data/two" in result.stdout
-    result = script("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=6", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=b", "--max_iters=6", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = numbers(tmp_path / "a")
     assert numbers(tmp_path / "b") == lines
@@ -107,11 +109,12 @@ def test_a_resumed_run_insists_on_its_data(trained, tmp_path):
     words = ["--tokenizer", trained, "--name", "other"]
     text = "BORIS:\nbring the key, and bring it slowly.\n\n" * 20  # no character that the tokenizer lacks
     (tmp_path / "t.txt").write_text(text)
-    assert script("prepare", "text", "t.txt", *words, cwd=tmp_path).returncode == 0
-    result = script("train.py", "--init_from=resume", f"--out_dir={trained}", "--dataset=other", cwd=tmp_path)
+    assert script_here("prepare", "text", "t.txt", *words, cwd=tmp_path).returncode == 0
+    result = script_here("train.py", "--init_from=resume", f"--out_dir={trained}", "--dataset=other", cwd=tmp_path)
     refused(result, "not the data", "--init_from=")
-    words = [f"--init_from={trained}", "--dataset=other", "--max_iters=1", "--out_dir=o"]
-    assert script("train.py", *words, "--batch_size=2", "--device=cpu", "--compile=False", cwd=tmp_path).returncode == 0
+    words = [f"--init_from={trained}", "--dataset=other", "--max_iters=1", "--eval_iters=1", "--out_dir=o"]
+    words += ["--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu", "--compile=False"]
+    assert script_here("train.py", *words, cwd=tmp_path).returncode == 0
 
 
 def test_an_optimizer_state_of_other_shapes_is_refused(trained, tmp_path):
@@ -126,5 +129,5 @@ def test_an_optimizer_state_of_other_shapes_is_refused(trained, tmp_path):
     state = json.loads((folder / "state.json").read_text())
     state["sha256"]["optimizer.safetensors"] = files.sha256(folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
-    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=50", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=50", cwd=tmp_path)
     refused(result, "optimizer state")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import fuzz, refused, refused_here, rounds, run_here, script
+from helpers import fuzz, refused, refused_here, rounds, run_here, script, script_here
 from hypothesis import strategies as st
 
 import sample as sample_script
@@ -31,11 +31,13 @@ def bytes_model(tmp_path_factory):
     """A run on bytes, where a Chinese character is three tokens."""
     cwd = tmp_path_factory.mktemp("bytes")
     (cwd / "t.txt").write_text("今天天气很好。我们去公园。" * 60)
-    assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=cwd).returncode == 0
+    assert script_here("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=cwd).returncode == 0
     words = "--block_size=32 --batch_size=4 --gradient_accumulation_steps=1 --n_layer=2 --n_head=1 --n_embd=32"
     run = "--max_iters=200 --warmup_iters=0 --learning_rate=1e-2 --eval_interval=200 --log_interval=50 --eval_iters=1"
     machine = "--device=cpu --dtype=float32 --compile=False"
-    result = script("train.py", *words.split(), *run.split(), *machine.split(), "--dataset=d", "--out_dir=out", cwd=cwd)
+    result = script_here(
+        "train.py", *words.split(), *run.split(), *machine.split(), "--dataset=d", "--out_dir=out", cwd=cwd
+    )
     assert result.returncode == 0, result.stderr
     return cwd / "out"
 
@@ -97,7 +99,7 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
         words_n = [f"--out_dir={bytes_model}", *words, f"--max_new_tokens={n}"]
         for result in as_json(run_here(sample_script.main, *words_n, cwd="/")):
             assert result["prompt"] == prompt and "\ufffd" not in result["text"]
-    streamed = script(
+    streamed = script_here(
         "sample.py", f"--out_dir={bytes_model}", *words[:1], *words[3:], "--num_samples=1", "--stream", cwd="/"
     )
     assert streamed.stdout.startswith(prompt) and "\ufffd" not in streamed.stdout
@@ -107,7 +109,7 @@ def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     words = [f"--out_dir={trained}", "--device=cpu", "--start=€"]
-    refused(script("sample.py", *words, cwd=tmp_path), "U+20AC")
+    refused(script_here("sample.py", *words, cwd=tmp_path), "U+20AC")
     for words, said in (
         (["--start="], "empty"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from helpers import REPO, refused, script
+from helpers import REPO, refused, run_here, script_here
 from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, checkpoint
@@ -31,20 +31,20 @@ def chatting(tmp_path_factory):
     pairs = [{"prompt": f"{thing}?", "response": color} for thing, color in COLORS.items()]
     (cwd / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (cwd / "many.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs for _ in range(10)))
-    made = script("prepare", "chat", "many.jsonl", "--tokenizer=byte", "--val_fraction=0.5", "--out=d", cwd=cwd)
+    made = script_here("prepare", "chat", "many.jsonl", "--tokenizer=byte", "--val_fraction=0.5", "--out=d", cwd=cwd)
     assert made.returncode == 0, made.stderr
     words = "--block_size=64 --batch_size=8 --gradient_accumulation_steps=1 --n_layer=2 --n_head=2 --n_embd=64"
     run = "--max_iters=150 --warmup_iters=0 --learning_rate=3e-3 --eval_interval=150 --log_interval=50 --eval_iters=0"
     machine = "--device=cpu --dtype=float32 --compile=False --document_mask=True"
-    trained = script("train.py", *words.split(), *run.split(), *machine.split(), "--dataset=d", "--out_dir=o", cwd=cwd)
+    trained = script_here(
+        "train.py", *words.split(), *run.split(), *machine.split(), "--dataset=d", "--out_dir=o", cwd=cwd
+    )
     assert trained.returncode == 0 and "sample.py --chat=True --out_dir=o" in trained.stdout, trained.stderr
     return cwd
 
 
 def measure(*words, cwd):
-    command = [sys.executable, "-m", "acorn.evaluate", *map(str, words), "--device=cpu"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    return subprocess.run(command, cwd=cwd, env=env, timeout=120, capture_output=True, text=True)
+    return run_here(main, *words, "--device=cpu", cwd=cwd)
 
 
 def figures(result):
@@ -242,7 +242,10 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
         with pytest.raises(UserError) as refusal:
             main()
         assert all(words in str(refusal.value) for words in said)
-    refused(measure("o", "--pairs=nowhere", cwd=chatting), "nowhere cannot be read")  # on the console
+    command = [sys.executable, "-m", "acorn.evaluate", "o", "--pairs=nowhere"]  # as a person runs it
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=chatting, env=env, timeout=120, capture_output=True, text=True)
+    refused(done, "nowhere cannot be read")
 
 
 def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch, capsys):
@@ -277,7 +280,7 @@ def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch,
 def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns(chatting):
     words = ["sample.py", "--out_dir=o", "--chat", "--temperature=0", "--max_new_tokens=20", "--device=cpu"]
     questions = [f"{thing}?" for thing in COLORS] * 2
-    result = script(*words, cwd=chatting, input="\n".join(questions) + "\n")
+    result = script_here(*words, cwd=chatting, input="\n".join(questions) + "\n")
     assert result.returncode == 0, result.stderr
     replies = result.stdout.split("> ")[1:-1]
     assert len(replies) == len(questions)
@@ -295,10 +298,10 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
         assert messages[0]["role"] == "user" and messages[-1]["content"] == question
         messages.append({"role": "assistant", "content": "green"})
     assert len(messages) < 12
-    long = script(*words, cwd=chatting, input="a" * 99 + "\n")
+    long = script_here(*words, cwd=chatting, input="a" * 99 + "\n")
     assert long.returncode == 0 and "Shorten it" in long.stdout
 
 
 def test_a_conversation_needs_a_template(trained):
-    refused(script("sample.py", f"--out_dir={trained}", "--chat", cwd="/", input=""), "no chat template")
-    refused(script("sample.py", "--chat", "--json=True", cwd="/"), "Leave out interactive")
+    refused(script_here("sample.py", f"--out_dir={trained}", "--chat", cwd="/", input=""), "no chat template")
+    refused(script_here("sample.py", "--chat", "--json=True", cwd="/"), "Leave out interactive")

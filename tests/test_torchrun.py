@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from helpers import REPO, TINY, numbers, script, start_process, torchrun
+from helpers import REPO, TINY, numbers, script_here, start_process, torchrun
 
 from acorn import files
 from acorn.distributed.heartbeat import MAX_SILENT_LOOKS
@@ -32,7 +32,7 @@ def workers(launcher) -> list[int]:
     return sorted(map(int, found.stdout.split()))
 
 
-@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("everyone", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sigterm_saves_once_and_ends(dataset, tmp_path, everyone):
     """To the launcher alone, or to all processes of the job, as schedulers differ."""
     process = launch(tmp_path, dataset, "--max_iters=1000000", "--eval_interval=1000000")
@@ -62,9 +62,9 @@ def test_an_error_is_said_once(dataset, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint(dataset, tmp_path):
     words = ["--max_iters=60", "--dropout=0"]
-    whole = script("train.py", *TINY, f"--dataset={dataset}", *words, "--out_dir=whole", cwd=tmp_path)
+    whole = script_here("train.py", *TINY, f"--dataset={dataset}", *words, "--out_dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    old = script("train.py", *TINY, f"--dataset={dataset}", "--max_iters=30", "--out_dir=o", cwd=tmp_path)
+    old = script_here("train.py", *TINY, f"--dataset={dataset}", "--max_iters=30", "--out_dir=o", cwd=tmp_path)
     assert old.returncode == 0, old.stderr
     process = launch(tmp_path, dataset, *words, "--overwrite=True", restarts=2)
     read_until(process, "step 20:")

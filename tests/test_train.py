@@ -8,12 +8,14 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TINY, metrics, numbers, refused, refused_here, script, train, train_here
+from helpers import TINY, metrics, numbers, refused, refused_here, script, script_here, train, train_here
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_script
 from acorn.training import accumulate, optim
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_a_run_learns_and_leaves_what_it_promises(trained):
@@ -87,7 +89,7 @@ def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, mon
     """Count host reads on a CPU that is treated as a GPU. With `reads`, each update has one extra read."""
     monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", ())
     (tmp_path / "t.txt").write_text("this is a document. " * 200)
-    assert script("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
+    assert script_here("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's handlers
     if reads:
@@ -116,7 +118,7 @@ def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_nex
     words = "--max_iters=2 --lr_decay_iters=8 --eval_interval=2 --keep_checkpoints=9 --out_dir=o".split()
     assert train(tmp_path, dataset, *words).returncode == 0
     (tmp_path / "o" / ".writing-step_000004").write_text("a file is in the way")
-    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=6", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=6", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "the checkpoint of step 4 could not be written into o (File exists)" in result.stderr
     val = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "o") if "val_loss" in m}
@@ -124,7 +126,7 @@ def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_nex
     assert state["best_loss"] == min(val[2], val[6])
 
     (tmp_path / "o" / ".writing-step_000008").write_text("a file is in the way")
-    result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=8", cwd=tmp_path)
+    result = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=8", cwd=tmp_path)
     refused(result, "the last updates are not saved (File exists)", "--init_from=resume")
     assert (tmp_path / "o" / "latest").read_text() == "step_000006\n"
 
@@ -189,8 +191,10 @@ def test_bad_input_is_one_sentence(dataset, tmp_path, monkeypatch, capsys):
 def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
     (tmp_path / "t.txt").write_text("quite another text with other characters: 0123456789" * 20)
     for tokenizer in ("char", "byte"):
-        script("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={tokenizer}", cwd=tmp_path)
-        result = script("train.py", f"--init_from={trained}", "--out_dir=o", f"--dataset={tokenizer}", cwd=tmp_path)
+        script_here("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={tokenizer}", cwd=tmp_path)
+        result = script_here(
+            "train.py", f"--init_from={trained}", "--out_dir=o", f"--dataset={tokenizer}", cwd=tmp_path
+        )
         refused(result, "another tokenizer", f"({tokenizer}, ")
     assert not (tmp_path / "o").exists()
 
@@ -198,7 +202,9 @@ def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
 @pytest.mark.slow
 def test_wandb_offline(dataset, tmp_path):
     pytest.importorskip("wandb")
-    result = train(tmp_path, dataset, "--wandb_log=True", "--max_iters=2", "--out_dir=o")
+    result = script(
+        "train.py", *TINY, f"--dataset={dataset}", "--wandb_log=True", "--max_iters=2", "--out_dir=o", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     result = script("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=4", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -218,7 +224,7 @@ def test_nanogpts_config_files_run_unchanged(dataset, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shakespeare_char").symlink_to(dataset)
     words = "--device=cpu --compile=False --eval_iters=2 --max_iters=3 --block_size=8 --n_layer=1 --n_head=1 --n_embd=8"
-    result = script("train.py", "config.py", *words.split(), cwd=tmp_path)
+    result = script_here("train.py", "config.py", *words.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert {m["lr"] for m in metrics(tmp_path / "out-x") if "lr" in m} == {3e-5}
 
@@ -226,7 +232,8 @@ def test_nanogpts_config_files_run_unchanged(dataset, tmp_path):
 @pytest.mark.slow
 def test_compiled_training_has_the_losses_of_eager(dataset, tmp_path):
     for out, compile in (("a", False), ("b", True)):
-        result = train(tmp_path, dataset, "--dropout=0", "--max_iters=10", f"--compile={compile}", f"--out_dir={out}")
+        words = ["--dropout=0", "--max_iters=10", f"--compile={compile}", f"--out_dir={out}"]
+        result = script("train.py", *TINY, f"--dataset={dataset}", *words, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "warning" not in result.stdout
     for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
@@ -236,7 +243,8 @@ def test_compiled_training_has_the_losses_of_eager(dataset, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_training_on_a_gpu(dataset, tmp_path, dtype):
-    result = train(tmp_path, dataset, "--device=cuda", f"--dtype={dtype}", "--compile=True", "--out_dir=o")
+    words = ["--device=cuda", f"--dtype={dtype}", "--compile=True", "--out_dir=o"]
+    result = script("train.py", *TINY, f"--dataset={dataset}", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5

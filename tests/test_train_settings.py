@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from helpers import fuzz, keep_signal_handlers, rounds, script
+from helpers import fuzz, keep_signal_handlers, rounds, script_here
 from hypothesis import strategies as st
 
 import prepare.__main__ as prepare_cli
@@ -120,7 +120,7 @@ def places(dataset, tmp_path_factory) -> dict[str, str]:
         prepare_cli.prepare_corpus(argv)
     run = folder / "run"
     argv = [f"--{k}={v}" for k, v in BASE.items()]
-    done = script("train.py", *argv, f"--dataset={folder / 'byte'}", f"--out_dir={run}", cwd=folder)
+    done = script_here("train.py", *argv, f"--dataset={folder / 'byte'}", f"--out_dir={run}", cwd=folder)
     assert done.returncode == 0, done.stderr
     return {"CHAR": str(dataset), "BYTE": str(folder / "byte"), "OTHER": str(folder / "other"), "RUN": str(run)}
 
