@@ -1,7 +1,7 @@
 """Tokens per second of servers: streams over HTTP against acorn's sampling loop and llama.cpp's server.
 
 $ python benchmarks/serve.py --streams 8
-$ python benchmarks/serve.py --streams 1 --only ", fp32"
+$ python benchmarks/serve.py --streams 1 --max_batch 1
 
 The model, the precisions and the contenders' processes are those of benchmarks/decode.py. A run sends --streams
 requests at once, from another process, and reads their streams to the end. tokens/s divides the generated tokens of all
@@ -27,12 +27,11 @@ from acorn.distributed import runtime
 from acorn.inference.scheduler import prepare
 from model import GPT, GPTConfig
 
-MAX_BATCH = 8  # the server's default
 PRECISIONS = {"fp32": ("F32", torch.float32, "none"), "bf16": ("BF16", torch.bfloat16, "none")}
 PRECISIONS["int8"] = ("Q8_0", torch.float32, "int8")
 
 
-def acorn_server(dtype: torch.dtype, quantize: str) -> str:
+def acorn_server(dtype: torch.dtype, quantize: str, max_batch: int) -> str:
     """Start the server as `python -m acorn.serve --compile=True` does, and return its address."""
     import uvicorn
 
@@ -42,7 +41,7 @@ def acorn_server(dtype: torch.dtype, quantize: str) -> str:
     runtime.setup("cpu", "float32", False)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**decode.SHAPES)).to(dtype).eval()
-    app = create_app(prepare(model, MAX_BATCH, quantize, True), get_tokenizer("gpt2"), max_batch=MAX_BATCH)
+    app = create_app(prepare(model, max_batch, quantize, True), get_tokenizer("gpt2"), max_batch=max_batch)
     print(f"batches of {app.state.scheduler.row_counts} rows", file=sys.stderr)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
     threading.Thread(target=server.run, daemon=True).start()
@@ -94,6 +93,7 @@ def over_http(address: str, args, *words) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--max_batch", type=int, default=8, help="setting of acorn's server")
     parser.add_argument("--prompt", type=int, default=16, help="tokens in each prompt")
     parser.add_argument("--new", type=int, default=100, help="tokens to generate in each stream")
     parser.add_argument("--rounds", type=int, default=3)
@@ -113,7 +113,7 @@ def main() -> None:
         return lambda: run(prompts, args.new)
 
     def acorn(dtype, quantize):
-        address = acorn_server(dtype, quantize)
+        address = acorn_server(dtype, quantize, args.max_batch)
         return lambda: over_http(address, args)
 
     def llama(gguf):
@@ -129,7 +129,8 @@ def main() -> None:
         return bench.serve(contenders[args.alone], warm_up=1)
 
     print(machine(torch.device("cpu")))
-    print(f"GPT-2 124M, {args.streams} streams, prompts of {args.prompt}, {args.new} new tokens\n")
+    print(f"GPT-2 124M, {args.streams} streams, prompts of {args.prompt}, {args.new} new tokens")
+    print(f"acorn's server with --max_batch={args.max_batch}\n")
     names, n_new = bench.chosen(contenders, args.only), args.streams * args.new
     results = bench.in_turn(names, args.rounds, args.limit, lambda figures: f"{n_new / figures['whole']:,.1f} tokens/s")
     rows, medians = [], {}
