@@ -1,28 +1,28 @@
 # Teach a style by preferences: a tiny chat model learns to answer sums in a sentence instead of a bare number.
 # $ python -m acorn.examples data/examples
-# $ python prepare chat data/examples/sums.jsonl --tokenizer byte --name sums
-# $ python train.py config/quickstart.py --dataset=sums --out_dir=out/sums --block_size=128 --max_iters=2000
-# $ python prepare preferences data/examples/style.jsonl --tokenizer out/sums --name style
+# $ python prepare chat data/examples/hasty.jsonl --tokenizer byte --name hasty
+# $ python train.py config/quickstart.py --dataset=hasty --out_dir=out/hasty --block_size=128 --max_iters=800
+# $ python prepare preferences data/examples/style.jsonl --tokenizer out/hasty --name style
 # $ python train.py config/dpo_style.py
 # $ python sample.py --out_dir=out/style --chat=True
 
 out_dir = "out/style"
-init_from = "out/sums"
+init_from = "out/hasty"
 dataset = "style"
 objective = "dpo"
-dpo_beta = 0.1
+dpo_beta = 0.5  # with 0.1, the answers drift further from the reference, and a quarter of the sums become wrong
 
 # 16 rows * 128 tokens; a row holds one pair or two, each with its prompt twice
 block_size = 128
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 60
+max_iters = 40
 eval_interval = 20
-eval_iters = 4
+eval_iters = 2
 
 # a low learning rate: the loss ignores what it does to all other texts
-learning_rate = 3e-4
-min_lr = 3e-5
+learning_rate = 1e-4
+min_lr = 1e-5
 warmup_iters = 6
 weight_decay = 0.0
 beta2 = 0.99
