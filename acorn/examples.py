@@ -125,9 +125,8 @@ def choices_of(module: str, line: str) -> dict:
 def write_examples(folder: Path) -> dict[str, int]:
     """Write the files. Returns the number of examples in each."""
     names = [name + split for name in ("answers", "summaries", "translations", "sums") for split in ("", "_val")]
-    tables: dict[str, list[dict]] = {
-        name: [] for name in (*names, "labels", "choices_val", "fewshot", "hasty", "style")
-    }
+    names += ["labels", "choices_val", "fewshot", "hasty", "style"]
+    tables: dict[str, list[dict]] = {name: [] for name in names}
     topics = []
     for module, name, line, rest in functions(Path(sysconfig.get_path("stdlib"))):
         split = "_val" if is_val(line) else ""

@@ -1,4 +1,4 @@
-"""The recipes of docs/preferences.md before and after, with standard errors over seeds: rewards, preferences, a teacher.
+"""The recipes of docs/preferences.md before and after, with standard errors over seeds.
 
 $ python benchmarks/recipes.py
 $ python benchmarks/recipes.py --seeds 1 --only rewards

@@ -1,16 +1,17 @@
 # Teach a style by preferences: a tiny chat model learns to answer sums in a sentence instead of a bare number.
 # $ python -m acorn.examples data/examples
-# $ python prepare chat data/examples/hasty.jsonl --tokenizer byte --name hasty
-# $ python train.py config/quickstart.py --dataset=hasty --out_dir=out/hasty --block_size=128 --max_iters=800
-# $ python prepare preferences data/examples/style.jsonl --tokenizer out/hasty --name style
+# $ python prepare chat data/examples/sums.jsonl --tokenizer byte --name sums
+# $ python train.py config/quickstart.py --dataset=sums --out_dir=out/sums --block_size=128 --max_iters=800 \
+#     --cooldown_frac=0.5
+# $ python prepare preferences data/examples/style.jsonl --tokenizer out/sums --name style
 # $ python train.py config/dpo_style.py
 # $ python sample.py --out_dir=out/style --chat=True
 
 out_dir = "out/style"
-init_from = "out/hasty"
+init_from = "out/sums"
 dataset = "style"
 objective = "dpo"
-dpo_beta = 0.5  # with 0.1, the answers drift further from the reference, and a quarter of the sums become wrong
+dpo_beta = 0.5  # with 0.1, the model drifts further from the reference, and more sums become wrong
 
 # 16 rows * 128 tokens; a row holds one pair or two, each with its prompt twice
 block_size = 128

@@ -1,6 +1,8 @@
-# Learn from rewards: a tiny chat model that mostly forgets to carry samples answers to sums; right ones become more likely.
-# The first three commands of config/dpo_style.py make the model to start from.
-# $ python prepare chat data/examples/sums.jsonl --tokenizer out/hasty --name sums
+# Learn from rewards: a tiny chat model has the habit of forgetting to carry, which rewards correct.
+# The first three commands of config/dpo_style.py make a model that knows sums. The next two make one with the habit.
+# $ python prepare chat data/examples/hasty.jsonl --tokenizer out/sums --name hasty
+# $ python train.py config/quickstart.py --init_from=out/sums --dataset=hasty --out_dir=out/hasty --block_size=128 \
+#     --max_iters=150 --learning_rate=1e-3 --muon_lr=0.002
 # $ python train.py config/grpo_arithmetic.py
 # $ python sample.py --out_dir=out/grpo --chat=True
 

@@ -57,7 +57,7 @@ def test_a_file_without_a_reward_is_refused(text, words, tmp_path):
 
 @pytest.mark.parametrize("value", [None, "1", float("nan"), float("-inf"), 1e300, 10**400, 1j])
 def test_a_reward_that_is_no_number_is_refused(value):
-    with pytest.raises(UserError, match="return a finite number"):
+    with pytest.raises(UserError, match="a finite number"):
         call_reward(lambda prompt, completion, answer: value, "mine", "", "", "")
 
 

@@ -85,5 +85,5 @@ def call_reward(function: Reward, name: str, prompt: str, completion: str, answe
     if isinstance(value, Real) and abs(value) <= LARGEST:  # False for NaN
         return float(value)
     raise UserError(
-        f"the reward {name} returned {value!r:.60} ({type(value).__name__}). Make it return a finite number, such as 0.5."
+        f"the reward {name} returned {value!r:.60} ({type(value).__name__}). It must return a finite number, as 0.5."
     )
