@@ -10,6 +10,7 @@
     choices_val.jsonl    {"prompt", "choices", "answer"}: the same question with four modules to choose from
     choices.yaml         choices_val.jsonl as a task of the lm-evaluation-harness
     sums.jsonl           {"prompt", "response"}: a sum of two numbers; half of the responses are sentences
+    hasty.jsonl          the same prompts; four fifths of the responses forget to carry, such as 15 + 58 = 63
     style.jsonl          {"prompt", "chosen", "rejected"}: the same sums; sentences are better than numbers
     topics/*.txt         texts with a prefix that names their topic: `<topic=json>`
     fewshot.jsonl        {"prompt", "response"}: three countries with their capitals and another country -> its capital
@@ -98,10 +99,10 @@ def translations(count: int) -> list[dict]:
     return [{"prompt": f"In German: {english}", "response": german} for english, german in german_of.items()]
 
 
-def sums(largest: int = 59) -> list[tuple[str, str, str]]:
-    """Return (question, short answer, sentence) for the sums of two numbers up to `largest`, in random order."""
+def sums(largest: int = 59) -> list[tuple[str, int, int]]:
+    """Return (question, sum, sum without the carry) for all pairs of numbers up to `largest`, in random order."""
     numbers = range(largest + 1)
-    result = [(f"{a} + {b} =", f"{a + b}", f"The sum is {a + b}.") for a in numbers for b in numbers]
+    result = [(f"{a} + {b} =", a + b, 10 * (a // 10 + b // 10) + (a + b) % 10) for a in numbers for b in numbers]
     Random(1).shuffle(result)
     return result
 
@@ -124,7 +125,8 @@ def choices_of(module: str, line: str) -> dict:
 def write_examples(folder: Path) -> dict[str, int]:
     """Write the files. Returns the number of examples in each."""
     names = [name + split for name in ("answers", "summaries", "translations", "sums") for split in ("", "_val")]
-    tables: dict[str, list[dict]] = {name: [] for name in (*names, "labels", "choices_val", "fewshot", "style")}
+    names += ["labels", "choices_val", "fewshot", "hasty", "style"]
+    tables: dict[str, list[dict]] = {name: [] for name in names}
     topics = []
     for module, name, line, rest in functions(Path(sysconfig.get_path("stdlib"))):
         split = "_val" if is_val(line) else ""
@@ -141,11 +143,12 @@ def write_examples(folder: Path) -> dict[str, int]:
             topics.append(f"<topic={topic}> {line}\n")
     for record in translations(2200):
         tables["translations_val" if is_val(record["prompt"]) else "translations"].append(record)
-    for i, (question, short, sentence) in enumerate(sums()):
-        split = "_val" if is_val(question) else ""
-        tables[f"sums{split}"].append({"prompt": question, "response": sentence if i % 2 else short})
+    for i, (question, right, hasty) in enumerate(sums()):
+        split, style = "_val" if is_val(question) else "", "The sum is {}." if i % 2 else "{}"
+        tables[f"sums{split}"].append({"prompt": question, "response": style.format(right)})
         if not split:
-            tables["style"].append({"prompt": question, "chosen": sentence, "rejected": short})
+            tables["hasty"].append({"prompt": question, "response": style.format(hasty if i % 5 else right)})
+            tables["style"].append({"prompt": question, "chosen": f"The sum is {right}.", "rejected": f"{right}"})
     if not tables["summaries_val"] or not tables["choices_val"]:
         raise UserError(
             f"{sysconfig.get_path('stdlib')} does not hold the sources of Python's standard library. Use a Python "

@@ -126,6 +126,8 @@ def write_pairs(
         for where, pair in tqdm(pairs(args, encodings, bad), desc="encoding", unit=" pairs", disable=None):
             try:
                 rendered = [render(tokenizer, messages) for messages in pair]
+                if np.array_equal(rendered[0][0], rendered[1][0]):
+                    raise UserError("the chat template renders both answers alike. Remove this pair.")
             except UserError as error:
                 bad(UserError(f"{where}: {error}"))
                 continue

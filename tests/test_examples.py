@@ -21,6 +21,8 @@ def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_p
         check_choices("here", record)
         assert len(set(record["choices"])) == 4
     assert all(int(record["rejected"]) == int(record["chosen"][11:-1]) for record in read["style"])
+    right, hasty = ({r["prompt"]: r["response"] for r in read[name]} for name in ("sums", "hasty"))
+    assert right.keys() == hasty.keys() and {right["28 + 47 ="], hasty["28 + 47 ="]} == {"75", "65"}
     for name in read.keys() - {"choices_val", "style"}:
         assert all(len(read_messages(record)) == 2 for record in read[name])
     for name in ("answers", "summaries", "translations"):

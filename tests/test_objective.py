@@ -39,6 +39,7 @@ def folder(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         arguments = [str(folder / f"{name}.jsonl"), "--tokenizer=byte", f"--out={folder / name}"]
         prepare_cli.prepare_corpus([kind, *arguments])
+    (folder / "none.py").write_text("def reward(prompt, completion, answer): return None")
     with pytest.MonkeyPatch.context() as patch:
         words = [*RUN, f"--dataset={folder / 'chat'}", f"--out_dir={folder / 'sft'}", "--max_iters=20"]
         assert train_here(patch, *words, "--eval_interval=20", "--lr_decay_iters=20") == 0
@@ -136,6 +137,7 @@ REFUSED = {
     "label_smoothing": [*FORMS["simpo"], "--label_smoothing=0.1"],
     "divide": [*FORMS["grpo"], "--group_size=3"],
     "leaves room": [*FORMS["grpo"], "--max_new_tokens=90"],
+    "a finite number": [*FORMS["grpo"], "--reward=none.py"],
     "nor a Python file": [*FORMS["grpo"], "--reward=exact"],
     "too small for every pair": [*FORMS["dpo"], "--block_size=8"],
 }

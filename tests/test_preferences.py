@@ -46,6 +46,7 @@ def test_only_the_last_answers_of_a_longer_conversation_are_learned():
         ({"chosen": "b", "rejected": "c"}, "before the first message"),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "not a list"),
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, "not a string"),
+        ({"chosen": [ASK, reply("b")], "rejected": [{**ASK, "content": "How?"}, reply("c")]}, "different prompts"),
     ],
 )
 def test_bad_records_are_refused(record, words, tmp_path, monkeypatch):

@@ -55,10 +55,22 @@ def test_a_file_without_a_reward_is_refused(text, words, tmp_path):
         load_reward(str(tmp_path / "c.py"))
 
 
-@pytest.mark.parametrize("value", [None, "1", float("nan")])
+@pytest.mark.parametrize("value", [None, "1", float("nan"), float("-inf"), 1e300, 10**400, 1j])
 def test_a_reward_that_is_no_number_is_refused(value):
-    with pytest.raises(UserError, match="not a finite number"):
+    with pytest.raises(UserError, match="a finite number"):
         call_reward(lambda prompt, completion, answer: value, "mine", "", "", "")
+
+
+@pytest.mark.parametrize("value", [True, -3, 0.5, np.float32(0.25)])
+def test_a_reward_may_be_a_number_of_any_type(value):
+    assert call_reward(lambda prompt, completion, answer: value, "mine", "", "", "") == value
+
+
+def test_a_reward_that_ends_the_process_is_refused(tmp_path):
+    (tmp_path / "c.py").write_text("import sys\ndef reward(prompt, completion, answer): sys.exit(0)")
+    function, _ = load_reward(str(tmp_path / "c.py"))
+    with pytest.raises(UserError, match="SystemExit"):
+        call_reward(function, "c.py", "", "", "")
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,8 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
     for messages in pair:
         if not any(message["role"] == "assistant" for message in messages[shared:]):
             raise UserError("has the same answer as chosen and as rejected, so it says nothing. Remove it.")
+        if messages[shared]["role"] != "assistant":
+            raise UserError("has a chosen and a rejected answer to different prompts. Correct or remove it.")
         for message in messages[:shared]:
             if message["role"] == "assistant":
                 message["learn"] = False

@@ -19,11 +19,11 @@ def log_probability(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     return -F.cross_entropy(model.logits(x).float(), y, ignore_index=-1, reduction="none")[:, None]
 
 
-def log_probability_and_entropy(temperature: float, model: GPT, x: Tensor, y: Tensor) -> Tensor:
+def log_probability_and_entropy(n_vocab: int, temperature: float, model: GPT, x: Tensor, y: Tensor) -> Tensor:
     """Return the log-probability of each target and the entropy of its distribution in nats: (n, 2); 0 if masked.
 
-    Both are those at the sampling `temperature`."""
-    logp = (model.logits(x).float() / temperature).log_softmax(-1)  # (n, V)
+    Both are those of sampling: over the first `n_vocab` ids, at the `temperature`."""
+    logp = (model.logits(x)[:, :n_vocab].float() / temperature).log_softmax(-1)
     values = torch.stack((logp.gather(1, y.clamp(min=0)[:, None])[:, 0], -(logp.exp() * logp).sum(1)), dim=1)
     return values * (y != -1)[:, None]
 

@@ -16,7 +16,7 @@ from acorn.distributed import sharding
 from acorn.distributed.runtime import Runtime
 from acorn.evaluation.loss import evaluate_mixture, read_batches
 from acorn.training import lora, losses
-from acorn.training.rewards import load_reward
+from acorn.training.rewards import call_reward, load_reward
 from acorn.training.rollouts import Rollouts
 from acorn.training.start import materialize
 from model import GPT
@@ -101,7 +101,8 @@ class Objective:
     def rewarded(self, model: torch.nn.Module, x: Tensor, y: Tensor, advantage: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of GRPO's loss over the tokens of completions, and its figures."""
         assert advantage is not None, "Rollouts.batch sets it"
-        per_token = functools.partial(losses.log_probability_and_entropy, self.s.rollout_temperature)
+        sampling = (self.data.tokenizer.n_vocab, self.s.rollout_temperature)
+        per_token = functools.partial(losses.log_probability_and_entropy, *sampling)
         options = dict(per_token=per_token, given=(y,))
         reference = self.reference(x, options) if self.s.kl_beta else None
         logp, entropy = model(x, **options)[1].unbind(-1)  # (B, T)
@@ -207,6 +208,8 @@ def start_objective(s: "TrainSettings", data: Mixture, policy: GPT, saved: dict,
             )
         reward, hashes["reward"] = load_reward(s.reward)
         rollouts = Rollouts(s, data, policy, dist, reward)
+        task = rollouts.task("train", 0, 0)
+        call_reward(reward, s.reward, task.prompt, task.answer, task.answer)  # fails before the run writes anything
     for setting, sha256 in hashes.items():
         if (saved.get("objective") or hashes).get(setting) != sha256:
             raise UserError(

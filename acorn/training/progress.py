@@ -166,7 +166,8 @@ class Progress:
         figures.pop("loss", None)
         if figures.get("no_signal") == 1 and not self.s.kl_beta:
             text = f"all completions of a prompt have equal rewards (mean {figures['reward']:g}), so nothing is learned"
-            self.console.log(f"note: in step {step}, {text}. Use easier prompts, or a larger --group_size.")
+            advice = "Use prompts that the model sometimes answers right, or a larger --group_size."
+            self.console.log(f"note: in step {step}, {text}. {advice}")
         self.console.update(update_parts(step, self.s.max_iters, loss, lr, norm, rate, mfu, left, figures))
         of_rank = dist.gather([runtime.peak_memory(dist.device), self.accumulator.waited.take()])
         if self.metrics is not None:

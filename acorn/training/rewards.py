@@ -7,10 +7,10 @@ function `reward` in the config file.
 
 import hashlib
 import inspect
-import math
 import re
 import runpy
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from acorn import REPO, UserError, settings
 
 Reward = Callable[[str, str, str], float]
 
+LARGEST = 3e38  # rewards are averaged in float32
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -60,7 +61,7 @@ def load_reward(name: str) -> tuple[Reward, str]:
             )
         try:
             function = runpy.run_path(str(file)).get("reward")
-        except Exception as error:  # from the user's code
+        except (Exception, SystemExit) as error:  # from the user's code
             raise UserError(f"{name} fails: {type(error).__name__}: {error}. Correct it.") from error
         function = SHIPPED.get(function) if isinstance(function, str) else function
         if not inspect.isfunction(function):
@@ -76,11 +77,13 @@ def call_reward(function: Reward, name: str, prompt: str, completion: str, answe
     """Return the reward of a completion. Raises UserError if the function fails or returns no finite number."""
     try:
         value = function(prompt, completion, answer)
-    except Exception as error:  # from the user's code
+    except (Exception, SystemExit) as error:  # from the user's code
         file = Path(inspect.getsourcefile(function) or name)
         line = settings.line_of(error, file)
         where = f"{name}{f', line {line}' if line else ''}"
         raise UserError(f"the reward fails at {where}: {type(error).__name__}: {error}. Correct it.") from error
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
+    if isinstance(value, Real) and abs(value) <= LARGEST:  # False for NaN
         return float(value)
-    raise UserError(f"the reward {name} returned {value!r:.60}, which is not a finite number. Correct it.")
+    raise UserError(
+        f"the reward {name} returned {value!r:.60} ({type(value).__name__}). It must return a finite number, as 0.5."
+    )

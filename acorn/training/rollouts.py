@@ -153,7 +153,7 @@ class Rollouts:
         results = [result for i, result in zip(indices, results, strict=True) if i < n]
         reward = sum(reward for _, reward in results)
         return {
-            "loss": (-reward, len(results)),
+            "loss": (0.0 - reward, len(results)),
             "reward": (reward, len(results)),
             "clipped": (sum(completion.stopped_by is None for completion, _ in results), len(results)),
             "length": (sum(len(completion.ids) for completion, _ in results), len(results)),
