@@ -47,6 +47,7 @@ class GPTConfig:
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens to the token embedding
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
+    embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict = field(default_factory=dict)  # how rope is stretched for long texts, see `rope_frequencies`
@@ -178,6 +179,11 @@ class Transformer(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         if config.ngram > 1:
             self.ngram = NgramEmbedding(config)
+        if config.embedding_skip:  # the factors of each block's mix
+            self.residual_scale = nn.Parameter(torch.empty(config.n_layer))
+            self.embedding_scale = nn.Parameter(torch.empty(config.n_layer))
+            if config.ngram > 1:
+                self.ngram_scale = nn.Parameter(torch.empty(config.n_layer))
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config, config.n_embd)
 
@@ -209,9 +215,9 @@ class GPT(nn.Module):
         The std of the projections into the residual stream is divided by sqrt(2 * n_layer), with 2 * n_layer the number
         of these projections, so that the variance does not grow with depth.
         """
-        if name.endswith("bias"):
+        if name.endswith(("bias", "embedding_scale", "ngram_scale")):
             p.zero_()
-        elif p.dim() == 1:  # the scale of a norm
+        elif p.dim() == 1:  # the scale of a norm, or of the residual stream
             p.fill_(1.0)
         elif name.endswith("c_proj.weight"):
             p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -249,9 +255,11 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         positions, mask = self.positions_and_mask(idx, documents, cache)
-        x, rotary = self.embed(idx, positions, cache)  # (B, T, C)
-        x = dropout(x, self.config.dropout, self.training)
+        x, ngrams, rotary = self.embed(idx, positions, cache)  # (B, T, C)
+        x = embedding = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
+            if self.config.embedding_skip:
+                x = self.mix(layer, x, embedding, ngrams)
             angles = None if self.config.nope_every and (layer + 1) % self.config.nope_every == 0 else rotary
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, angles, mask=mask, use_reentrant=False)
@@ -274,14 +282,20 @@ class GPT(nn.Module):
             loss = loss / (targets != -1).sum().clamp(min=1)
         return logits, loss.view(B, T) if reduction == "none" else loss
 
-    def embed(self, idx: Tensor, positions: Tensor, cache: "KVCache | None") -> tuple[Tensor, tuple | None]:
-        """Embed tokens idx (B, T) at `positions` (T,) or (B, T). Returns x (B, T, C), and rope's angles or None."""
-        cfg, rotary = self.config, None
+    def embed(
+        self, idx: Tensor, positions: Tensor, cache: "KVCache | None"
+    ) -> tuple[Tensor, Tensor | None, tuple | None]:
+        """Embed tokens idx (B, T) at `positions` (T,) or (B, T).
+
+        Returns x (B, T, C), the n-gram embeddings in it (B, T, C) or None, and rope's angles or None.
+        """
+        cfg, ngrams, rotary = self.config, None, None
         x = self.transformer.wte(idx)  # (B, T, C)
         if cfg.scale_embedding:
             x = x * math.sqrt(cfg.n_embd)
         if cfg.ngram > 1:
-            x = x + self.transformer.ngram(idx, positions, cache)
+            ngrams = self.transformer.ngram(idx, positions, cache)
+            x = x + ngrams
         if cfg.pos == "learned":
             x = x + self.transformer.wpe(positions)
         elif cfg.pos == "sinusoidal":  # the embedding is scaled as in section 3.4 of the paper
@@ -291,7 +305,13 @@ class GPT(nn.Module):
             rotary = (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
         else:
             raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.embed")
-        return x, rotary
+        return x, ngrams, rotary
+
+    def mix(self, layer: int, x: Tensor, embedding: Tensor, ngrams: Tensor | None) -> Tensor:
+        """Return the input of a block: a learned mix of its usual input x, the embedding and the n-gram embeddings."""
+        t = self.transformer
+        x = t.residual_scale[layer] * x + t.embedding_scale[layer] * embedding  # (B, T, C)
+        return x if ngrams is None else x + t.ngram_scale[layer] * ngrams
 
     def positions_and_mask(
         self, idx: Tensor, documents: Tensor | None, cache: "KVCache | None"

@@ -93,6 +93,7 @@ class TrainSettings:
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens; for small models
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
+    embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding
     # objective: docs/preferences.md
     objective: Literal["tokens", "dpo", "grpo", "distill"] = "tokens"  # predict tokens; learn from preferences, rewards
     reference: str = (
@@ -119,6 +120,7 @@ class TrainSettings:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices in the blocks, AdamW for the rest
     muon_lr: float = 0.02  # peak learning rate of Muon, scheduled like learning_rate
+    muon_split: bool = False  # orthogonalize queries, keys, values, and gates apart, although stored as one matrix
     learning_rate: float = 6e-4  # peak learning rate
     max_iters: int = 600000  # total number of updates
     weight_decay: float = 1e-1  # on matrices and embeddings
@@ -183,9 +185,9 @@ def main() -> int:
             log(f"note: {change}")
 
     # ---- optimizer
-    betas, muon_dtype = (s.beta1, s.beta2), arithmetic.torch_muon_dtype
+    betas, muon_dtype, split = (s.beta1, s.beta2), arithmetic.torch_muon_dtype, s.muon_split
     optimizers = make_optimizers(
-        model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, dist.device.type, muon_dtype
+        model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, dist.device.type, muon_dtype, split
     )
     if folder:
         checkpoint.load_optimizers(folder, saved, model, optimizers)

@@ -2,7 +2,7 @@
 
 A config file is Python code that is executed. Each public name in it that is not a module, function or class is a
 setting. Names that start with an underscore are helpers. The function `reward` is a setting too; its value is the path
-of the file.
+of the file. The settings on the command line are global variables in the file, which can derive others from them.
 """
 
 import contextlib
@@ -76,13 +76,13 @@ def parse(cls: type, argv: list[str]) -> dict:
     if "--help" in argv or "-h" in argv:
         print_help(cls)
     types_of = typing.get_type_hints(cls)
-    from_files: dict = {}
+    paths: list[str] = []
     from_words: dict = {}
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
-            from_files |= read_config(word, types_of)
+            paths.append(word)
             continue
         key, equals, value = word.lstrip("-").partition("=")  # the value may hold further equals signs
         key = key.replace("-", "_")
@@ -101,18 +101,24 @@ def parse(cls: type, argv: list[str]) -> dict:
             from_words[key] = [*from_words.get(key, []), value]
         else:
             from_words[key] = convert(value, types_of[key], f"--{key}")
+    from_files: dict = {}
+    for path in paths:
+        from_files |= read_config(path, types_of, from_words)
     return from_files | from_words
 
 
-def read_config(path: str, types_of: dict) -> dict:
-    """Run a config file and return its settings. A relative path is tried from the working directory, then the repo."""
+def read_config(path: str, types_of: dict, given: dict) -> dict:
+    """Run a config file, in which the settings `given` on the command line are variables, and return its settings.
+
+    A relative path is tried from the working directory, then the repo.
+    """
     file = next((f for f in (Path(path), REPO / path) if f.is_file()), None)
     if file is None:
         near = difflib.get_close_matches(Path(path).name, [f.name for f in (REPO / "config").glob("*.py")], n=1)
         hint = f"Did you mean config/{near[0]}?" if near else "Give its path, such as config/quickstart.py."
         raise UserError(f"there is no config file {path}. {hint}")
     try:
-        names = runpy.run_path(str(file))
+        names = runpy.run_path(str(file), init_globals=given)
     except Exception as error:
         line = line_of(error, file)
         where = f"{path}, line {line}" if line else path

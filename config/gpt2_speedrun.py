@@ -27,6 +27,7 @@ logit_softcap = 15.0
 max_iters = 3250
 optimizer = "muon"
 muon_lr = 0.02
+muon_split = True
 learning_rate = 3e-3
 lr_schedule = "wsd"
 warmup_iters = 50

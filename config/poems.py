@@ -25,6 +25,7 @@ ngram = 3
 max_iters = 2000
 optimizer = "muon"
 muon_lr = 0.02
+muon_split = True
 learning_rate = 1e-2
 lr_schedule = "wsd"
 warmup_iters = 10

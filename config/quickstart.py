@@ -28,6 +28,7 @@ ngram = 4
 max_iters = 100
 optimizer = "muon"
 muon_lr = 0.02
+muon_split = True
 learning_rate = 1.5e-2
 lr_schedule = "wsd"
 warmup_iters = 10

@@ -31,6 +31,7 @@ ngram_dropout = 0.5
 max_iters = 2800
 optimizer = "muon"
 muon_lr = 0.02
+muon_split = True
 learning_rate = 5e-3
 lr_schedule = "wsd"
 warmup_iters = 10

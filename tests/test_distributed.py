@@ -31,7 +31,16 @@ train.runtime.shutdown(0)
 # rows and matrices that two and four processes do not divide, micro-batches that they have to split
 SHAPE = "--n_layer=3 --n_hidden=50 --dropout=0 --eval_interval=5 --max_iters=10".split()
 ADAMW = [*SHAPE, "--document_mask=True"]
-MUON = [*SHAPE, "--optimizer=muon", "--pos=rope", "--ngram=2", "--tie_weights=False", "--zero_init=True"]
+MUON = [
+    *SHAPE,
+    "--optimizer=muon",
+    "--muon_split=True",
+    "--pos=rope",
+    "--ngram=2",
+    "--embedding_skip=True",
+    "--tie_weights=False",
+    "--zero_init=True",
+]
 MUON += ["--gradient_accumulation_steps=1", "--batch_size=8"]
 OPTIMIZERS = [("adamw", ADAMW), ("muon", MUON)]
 

@@ -21,7 +21,7 @@ FORMS = {
     "gpt2": {},
     "llama": MODERN,
     "speedrun": dict(pos="rope", norm="rmsnorm", mlp="relu2", qk_norm=True, bias=False, logit_softcap=15.0),
-    "ngram": dict(pos="sinusoidal", ngram=3, ngram_rows=64, qk_norm=True),
+    "ngram": dict(pos="sinusoidal", ngram=3, ngram_rows=64, qk_norm=True, embedding_skip=True),
 }
 
 

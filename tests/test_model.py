@@ -22,6 +22,7 @@ SWITCHES = dict(
     logit_softcap=(0.0, 15.0),
     bias=(True, False),
     ngram=(1, 3),
+    embedding_skip=(False, True),
 )
 
 
@@ -303,6 +304,20 @@ def test_zero_init_starts_every_block_as_the_identity_and_the_head_as_uniform():
     model = GPT(GPTConfig(**SMALL, zero_init=True, tie_weights=False))
     _, loss = model(tokens(), tokens())
     assert loss.item() == pytest.approx(math.log(37), rel=1e-6)
+
+
+def test_a_block_sees_a_mix_of_the_residual_stream_and_the_embedding():
+    model = random_model(pos="sinusoidal", ngram=2, embedding_skip=True)
+    idx, t = tokens(), model.transformer
+    embedding, ngrams, _ = model.embed(idx, torch.arange(12), None)
+    x = embedding
+    for layer, block in enumerate(t.h):
+        mixed = t.residual_scale[layer] * x + t.embedding_scale[layer] * embedding + t.ngram_scale[layer] * ngrams
+        x = block(mixed)
+    torch.testing.assert_close(model.lm_head(t.ln_f(x)), model(idx, idx)[0])
+    plain, skipping = (GPT(GPTConfig(**SMALL, embedding_skip=skip)) for skip in (False, True))
+    skipping.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(idx, idx)[0], skipping(idx, idx)[0])  # a new model mixes nothing in
 
 
 def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():

@@ -133,6 +133,28 @@ def test_muon_steps_are_the_formula_matrix_by_matrix():
         torch.testing.assert_close(params[i].detach(), p, rtol=0.02, atol=2e-3)  # bfloat16 inside
 
 
+@pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
+def test_split_matrices_are_updated_as_if_each_part_were_a_matrix(mlp):
+    """Against a model in which queries, keys, values, gates and values are matrices of their own."""
+    torch.manual_seed(0)
+    shape = dict(block_size=8, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=8, mlp=mlp, bias=False)
+    model = GPT(GPTConfig(**shape))
+    rows = {"attn.c_attn.weight": [8, 4, 4]} | ({"mlp.c_fc.weight": [64, 64]} if mlp == "swiglu" else {})
+    apart = {}
+    for name, p in model.transformer.h.named_parameters():
+        if p.dim() == 2:
+            p.grad = torch.randn_like(p)
+            parts = rows.get(name.split(".", 1)[1], [p.size(0)])
+            apart[name] = [torch.nn.Parameter(part.detach().clone()) for part in p.split(parts)]
+            for part, gradient in zip(apart[name], p.grad.split(parts), strict=True):
+                part.grad = gradient.clone()
+    options = (1e-3, 0.02, 0.1, (0.9, 0.95), "cpu", torch.float32)
+    make_optimizers(model, "muon", *options, muon_split=True)[1].step()
+    Muon([p for parts in apart.values() for p in parts], 0.02, weight_decay=0.1, dtype=torch.float32).step()
+    for name, parts in apart.items():
+        torch.testing.assert_close(model.transformer.h.get_parameter(name), torch.cat(parts), rtol=1e-4, atol=1e-6)
+
+
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, tie_weights=False))
     adamw, muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")

@@ -156,6 +156,7 @@ def choose_family(cfg: GPTConfig, source: str) -> str:
         "qk_norm_weight": [weighted],
         "logit_softcap": [0.0],
         "ngram": [1],
+        "embedding_skip": [False],
     }
     if family == "gpt2":
         supported |= dict(pos=["learned"], norm=["layernorm"], mlp=list(ACTIVATIONS.values()), scale_embedding=[False])

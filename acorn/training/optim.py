@@ -10,7 +10,7 @@ from torch import Tensor
 
 from acorn import UserError
 from acorn.distributed.sharding import is_sharded, local
-from model import GPT
+from model import GATED, GPT, Block
 
 if TYPE_CHECKING:
     from train import TrainSettings
@@ -25,23 +25,25 @@ def make_optimizers(
     betas: tuple[float, float],
     device_type: str,
     muon_dtype: torch.dtype = torch.bfloat16,
+    muon_split: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers that together update the model.
 
     "adamw" is AdamW for everything. "muon" is Muon for the matrices in the blocks, and AdamW for embeddings, head and
-    norms. The schedule scales each parameter group's "peak_lr". Raises UserError for another name.
+    norms; for `muon_split` see `muon_groups`. The schedule scales each parameter group's "peak_lr". Raises UserError
+    for another name.
     """
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "adamw":
         optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
     elif optimizer == "muon":
-        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
-        in_blocks = set(matrices)
+        groups = muon_groups(model, muon_split)
+        in_blocks = {p for group in groups for p in group["params"]}
         remaining = [p for p in model.parameters() if p not in in_blocks and p.requires_grad]
         if remaining:
             optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining))
-        if matrices:  # either list may be empty, because parameters can be frozen
-            optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
+        if groups:  # either list may be empty, because parameters can be frozen
+            optimizers.append(Muon(groups, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
         raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/training/optim.py). Add one.")
     for each in optimizers:
@@ -49,6 +51,26 @@ def make_optimizers(
     for group in (group for each in optimizers for group in each.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def muon_groups(model: GPT, split: bool) -> list[dict]:
+    """Return Muon's parameter groups: the matrices in the blocks.
+
+    With `split`, the matrices that acorn stores as one, but which act apart, are orthogonalized apart: queries, keys
+    and values, and the gates and values of a gated MLP.
+    """
+    groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+    for block in model.transformer.h:
+        parts: dict[str, tuple[int, ...]] = {}
+        if split:
+            assert isinstance(block, Block)  # for mypy
+            parts["attn.c_attn.weight"] = tuple(block.attn.split)
+        if split and model.config.mlp in GATED:
+            parts["mlp.c_fc.weight"] = (model.config.n_hidden, model.config.n_hidden)
+        for name, p in block.named_parameters():
+            if p.dim() == 2 and p.requires_grad:
+                groups[parts.get(name, ())].append(p)
+    return [{"params": params, "parts": parts} for parts, params in groups.items()]
 
 
 def moment_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -90,7 +112,8 @@ class Muon(torch.optim.Optimizer):
 
     The update moves all directions of a weight equally far, even those with a small gradient. Matrices of the same
     shape are stacked and orthogonalized together, which keeps it cheap for small models. The ranks divide the matrices
-    among them. If a matrix is sharded, each rank stores the momentum of its own rows.
+    among them. If a matrix is sharded, each rank stores the momentum of its own rows. A parameter group may have
+    "parts", the numbers of rows of the parts of its matrices that are orthogonalized apart.
 
     `dtype` is the dtype of the orthogonalization. bfloat16 is precise enough for training, but amplifies rounding
     differences, such as those from the order in which ranks sum gradients. As with torch's fused optimizers, `step` is
@@ -105,7 +128,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=()))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -130,30 +153,36 @@ class Muon(torch.optim.Optimizer):
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 nesterov = nesterov.to(self.dtype)  # (N, own rows, columns)
                 if is_sharded(params[0]):
-                    updates = orthogonalize_sharded(nesterov, rows)
+                    updates = orthogonalize_sharded(nesterov, rows, group["parts"])
                 else:
-                    updates = orthogonalize_divided(nesterov)
+                    updates = orthogonalize_divided(nesterov, group["parts"])
                 if skip is not None:
                     updates.masked_fill_(skip, 0)
                 torch._foreach_mul_(shards, decay)
                 changes = updates.to(shards[0].dtype).unbind()
-                torch._foreach_add_(shards, changes, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                scale = 1.0 if group["parts"] else size_factor(rows, columns)  # parts are scaled already
+                torch._foreach_add_(shards, changes, alpha=-group["lr"] * scale)
 
 
-def orthogonalize_divided(x: Tensor) -> Tensor:
+def size_factor(rows: int, columns: int) -> float:
+    """Return the factor by which Muon multiplies the update of a matrix, so that one learning rate fits all shapes."""
+    return max(1, rows / columns) ** 0.5
+
+
+def orthogonalize_divided(x: Tensor, parts: tuple[int, ...]) -> Tensor:
     """Orthogonalize x (N, rows, columns), equal on all ranks. Each rank computes its share of the N matrices."""
     n, world_size = len(x), dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        return orthogonalize(x)
+        return orthogonalize_parts(x, parts)
     share = math.ceil(n / world_size)
     first = min(share * dist.get_rank(), n)
-    orthogonal = pad(orthogonalize(x[first : first + share]), 0, share)
+    orthogonal = pad(orthogonalize_parts(x[first : first + share], parts), 0, share)
     result = orthogonal.new_empty(world_size * share, *x.shape[1:])
     dist.all_gather_into_tensor(result, orthogonal)
     return result[:n]
 
 
-def orthogonalize_sharded(x: Tensor, rows: int) -> Tensor:
+def orthogonalize_sharded(x: Tensor, rows: int, parts: tuple[int, ...]) -> Tensor:
     """Orthogonalize N sharded matrices with `rows` rows: x (N, own rows, columns) -> the same shape.
 
     Each matrix is gathered on one rank, orthogonalized there, and scattered back, so no rank holds more elements than
@@ -165,7 +194,7 @@ def orthogonalize_sharded(x: Tensor, rows: int) -> Tensor:
     x = pad(pad(x, 0, world_size * share), 1, chunk)
     pieces = exchange(x.view(world_size, share, chunk, columns))  # this rank's matrices, the rows of each rank
     matrices = pieces.transpose(0, 1).reshape(share, world_size * chunk, columns)[:, :rows]
-    matrices = pad(orthogonalize(matrices), 1, world_size * chunk)
+    matrices = pad(orthogonalize_parts(matrices, parts), 1, world_size * chunk)
     pieces = exchange(matrices.view(share, world_size, chunk, columns).transpose(0, 1))  # rows of all matrices
     return pieces.reshape(world_size * share, chunk, columns)[:n, :own_rows]
 
@@ -183,6 +212,19 @@ def pad(x: Tensor, dim: int, size: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = size - x.size(dim)
     return torch.cat((x, x.new_zeros(shape)), dim) if shape[dim] else x
+
+
+def orthogonalize_parts(x: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """Orthogonalize x (N, rows, columns), or its parts of so many rows, which are also multiplied by `size_factor`."""
+    if not parts:
+        return orthogonalize(x)
+    pieces = list(x.split(parts, dim=1))
+    for rows in set(parts):  # parts of the same shape together
+        same = [i for i, n in enumerate(parts) if n == rows]
+        orthogonal = orthogonalize(torch.cat([pieces[i] for i in same])) * size_factor(rows, x.size(2))
+        for i, piece in zip(same, orthogonal.chunk(len(same)), strict=True):
+            pieces[i] = piece
+    return torch.cat(pieces, dim=1)
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:

@@ -21,6 +21,7 @@ from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
 from acorn.inference.generate import sample_text
+from acorn.training import ladder
 from acorn.training.accumulate import Accumulator
 from acorn.training.autotune import Arithmetic
 from acorn.training.optim import set_learning_rates
@@ -273,7 +274,11 @@ def dry_run(
     accumulator.objective.evaluate(data, "val", accumulator.micro_batch, s.block_size, n, token_bytes)
     per_sequence = (time.perf_counter() - clock) / n
     frozen = accumulator.objective.frozen_bytes()
-    return estimate(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence, frozen)
+    tokens = accumulator.n_sequences * s.block_size
+    rate = accumulator.raw_model.flops_per_token() * tokens / per_update
+    predicted = ladder.forecast(s, sys.argv[1:], data.vocab_size, data.identity(), rate)
+    text = estimate(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence, frozen)
+    return "\n".join(filter(None, [text, predicted, "this was a dry run: nothing was written"]))
 
 
 def estimate(
@@ -302,6 +307,5 @@ def estimate(
         f"the process used {report.size(peak_memory)} at its peak; saving a checkpoint needs up to "
         f"{report.size(copied)} more host memory\n"
         f"time: {1000 * dt:.0f} ms per update, {tokens / dt:,.0f} tokens/s; about "
-        f"{report.duration(n_updates * dt)} for the updates and {report.duration(evaluating)} for the evaluations\n"
-        "this was a dry run: nothing was written"
+        f"{report.duration(n_updates * dt)} for the updates and {report.duration(evaluating)} for the evaluations"
     )

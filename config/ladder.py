@@ -1,0 +1,42 @@
+# One dial: depth sets width, heads, rates, batch and horizon, so that runs of all sizes follow one scaling law.
+# $ python prepare shakespeare
+# $ python train.py config/ladder.py --n_layer=2              # then 3, 4 and 5, each into its own out_dir
+# $ python train.py config/ladder.py --n_layer=6 --dry_run=True    # the loss and the time of the next run
+
+n_layer = globals().get("n_layer", 4)  # the dial, from the command line
+
+out_dir = f"out/ladder-{n_layer}"
+dataset = "plays"
+
+# width grows with depth; heads of 32 channels
+n_embd = 32 * n_layer
+n_head = n_layer
+pos = "rope"
+mlp = "relu2"
+qk_norm = True
+tie_weights = False
+zero_init = True
+ngram = 4
+
+# larger models profit from larger batches
+block_size = 128
+batch_size = 2 * n_layer
+gradient_accumulation_steps = 1
+
+# each parameter of a matrix in the blocks sees 6 tokens
+_matrices = 12 * n_layer * n_embd**2
+max_iters = 6 * _matrices // (batch_size * block_size)
+
+optimizer = "muon"
+muon_lr = 0.02
+muon_split = True
+learning_rate = 1.5e-2
+lr_schedule = "wsd"
+warmup_iters = 20
+cooldown_frac = 0.7
+min_lr = 0.0
+weight_decay = 0.0
+beta2 = 0.99
+
+eval_interval = max_iters
+eval_iters = 0  # the whole validation split
