@@ -11,7 +11,7 @@ out_dir = "out/style"
 init_from = "out/sums"
 dataset = "style"
 objective = "dpo"
-dpo_beta = 0.5  # with 0.1, the model drifts further from the reference, and more sums become wrong
+dpo_beta = 0.5
 
 # 16 rows * 128 tokens; a row holds one pair or two, each with its prompt twice
 block_size = 128
