@@ -238,3 +238,32 @@ def test_tasks_measured_by_several_processes_are_those_of_one(dataset, tmp_path)
     for out_dir in ("ddp", "fsdp"):
         for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / out_dir), strict=True):
             assert [one.get(name) for name in names] == pytest.approx([other.get(name) for name in names], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_every_objective_has_the_losses_of_one_process(alone):
+    """Preferences, a teacher and rewards; the completions of an update are the same ones, however they are divided."""
+    pairs = [{"prompt": f"{n} a?", "chosen": "A" * (n % 5 + 1), "rejected": "b" * (n % 3 + 1)} for n in range(1, 40)]
+    (alone / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    result = script_here("prepare", "preferences", "pairs.jsonl", "--tokenizer=chat", "--out=pairs", cwd=alone)
+    assert result.returncode == 0, result.stderr
+    common = ["--block_size=96", "--dropout=0", "--max_iters=4", "--eval_interval=2"]
+    train(alone, 1, [*common, "--dataset=chat", "--out_dir=sft", "--max_iters=20", "--eval_interval=20"])
+    start = [*common, "--init_from=sft"]
+    grpo = [*start, "--objective=grpo", "--dataset=chat", "--reward=length", "--group_size=4", "--max_new_tokens=12"]
+    forms = {
+        "dpo": [*start, "--objective=dpo", "--dataset=pairs"],
+        "lora": [*start, "--objective=dpo", "--dataset=pairs", "--lora_rank=2"],
+        "distill": [*common, "--objective=distill", "--teacher=sft", "--dataset=chat", "--n_embd=16"],
+        "grpo": grpo,
+        "kl": [*grpo, "--kl_beta=0.1"],
+    }
+    train(alone, 1, *([*words, f"--out_dir={name}"] for name, words in forms.items()))
+    runs = {
+        f"{name}-{kind}": [*forms[name], *more]
+        for name in forms
+        for kind, more in (("ddp", []), ("fsdp", ["--fsdp=True"]))
+    }
+    train(alone, 2, *([*words, f"--out_dir={name}"] for name, words in runs.items()))
+    for name in forms:
+        assert_same(alone, name, f"{name}-ddp", f"{name}-fsdp", rel=1e-4)
