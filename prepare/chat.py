@@ -33,6 +33,15 @@ TOKENIZER = "gpt2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared_arguments(
+        parser,
+        "maximum tokens per conversation: a longer one loses its oldest turns or, if it has only one turn, the end of "
+        "its reply; default: no limit, because training fits each conversation to its block_size",
+    )
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, max_tokens: str) -> None:
+    """Add the arguments of conversations and of pairs of answers; `max_tokens` is the help of --max_tokens."""
     parser.add_argument(
         "files",
         nargs="+",
@@ -50,13 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEMPLATE",
         help="plain, chatml, or a file with a Jinja template; default: the tokenizer's own, else chatml or plain",
     )
-    parser.add_argument(
-        "--max_tokens",
-        type=int,
-        metavar="N",
-        help="maximum tokens per conversation: a longer one loses its oldest turns or, if it has only one turn, the "
-        "end of its reply; default: no limit, because training fits each conversation to its block_size",
-    )
+    parser.add_argument("--max_tokens", type=int, metavar="N", help=max_tokens)
 
 
 default_name = text.default_name
@@ -66,22 +69,33 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     """Write the dataset `out` and return its meta.json. An existing dataset is replaced when the new one is complete.
 
     Raises UserError for invalid options, files or records."""
+    encodings = check_arguments(args)
+    messages = (message for _, messages in conversations(args, encodings, skip_or_fail(args)) for message in messages)
+    tokenizer = with_template(args, tokenizer, messages)
+    return write_dataset(out, name, lambda folder: write_conversations(args, encodings, folder, tokenizer, source))
+
+
+def check_arguments(args: argparse.Namespace) -> dict[str, str]:
+    """Return the encoding of each file. Raises UserError for invalid options and for missing files."""
     settings.check_bounds(vars(args))
     if args.val_by == "end":
         raise UserError("conversations are split by their hash. Remove --val_by end.")
     for path in args.files:
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
-    encodings = encodings_of(args)
+    return encodings_of(args)
+
+
+def with_template(args: argparse.Namespace, tokenizer: str | Tokenizer, messages: Iterator[dict]) -> Tokenizer:
+    """Return the tokenizer with the chat template of --template, or with its own.
+
+    If `tokenizer` names a kind that is trained, it learns from the text of `messages`.
+    """
     if isinstance(tokenizer, str):
-        messages = (
-            message for _, messages in conversations(args, encodings, skip_or_fail(args)) for message in messages
-        )
         tokenizer = get_tokenizer(tokenizer, (str(message.get("content", "")) for message in messages))
     tokenizer.chat_template = template_of(args.template) if args.template else chat.choose_template(tokenizer)
     chat.check_learnable(tokenizer)
-
-    return write_dataset(out, name, lambda folder: write_conversations(args, encodings, folder, tokenizer, source))
+    return tokenizer
 
 
 def write_dataset(out: Path, name: str, write: Callable[[Path], dict]) -> dict:
@@ -179,12 +193,7 @@ def write_conversations(
     bad, faults = skip_or_fail(args, skipped), encoding.Faults()
     sizes = tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
-        writers, mask_writers, index_writers = {}, {}, {}
-        for split in counts:
-            writer = ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)
-            writers[split] = stack.enter_context(writer)
-            mask_writers[split] = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
-            index_writers[split] = stack.enter_context(IndexWriter(folder, split))
+        writers = {split: open_writers(stack, folder, split, tokenizer, args) for split in counts}
         for where, messages in tqdm(
             conversations(args, encodings, bad), desc="encoding", unit=" conversations", disable=None
         ):
@@ -209,13 +218,14 @@ def write_conversations(
             else:
                 split = "train" if n <= val_from else "val"
             n_tokens = sum(len(forms[0][0]) for forms in fitted)
-            if args.val_tokens and writers["val"].tokens + n_tokens > args.val_tokens:
+            if args.val_tokens and writers["val"][0].tokens + n_tokens > args.val_tokens:
                 split = "train"
+            tokens, masks, indices = writers[split]
             for forms in fitted:
                 ids, learned, index = joined(forms)
-                writers[split].write(ids)
-                mask_writers[split].write(learned)
-                index_writers[split].write(index.ravel())
+                tokens.write(ids)
+                masks.write(learned)
+                indices.write(index.ravel())
                 whole, targets = forms[0]
                 longest = max(longest, len(whole))
                 counts[split].update(bytes=int(sizes[whole].sum()), learned=int(targets[1:].sum()))
@@ -242,29 +252,54 @@ def write_conversations(
                 f"val_fraction={args.val_fraction} puts none of {n} conversations into {split} ({left_out} were left "
                 "out as too long). Use more conversations, or change --max_tokens or --val_fraction."
             )
+    told = {"examples": examples, "cut": cut, "left_out": left_out, "max_tokens": args.max_tokens}
+    told |= {"skipped": skipped.count}
+    figures = {"documents": n - left_out, "chat": told, "longest": longest}
+    return entries(args, tokenizer, source, figures, counts, writers)
+
+
+Writers = tuple[ShardWriter, ShardWriter, ShardWriter]  # of tokens, masks and indices, which are all shards
+
+
+def open_writers(
+    stack: contextlib.ExitStack, folder: Path, split: str, tokenizer: Tokenizer, args: argparse.Namespace
+) -> Writers:
+    """Open the writers of a split's tokens, masks and indices, which `stack` closes."""
+    tokens = stack.enter_context(ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens))
+    masks = stack.enter_context(MaskWriter(folder, split, args.shard_tokens))
+    return tokens, masks, stack.enter_context(IndexWriter(folder, split))
+
+
+def entries(
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    source: dict,
+    figures: dict,
+    counts: dict[str, Counter],
+    writers: dict[str, Writers],
+) -> dict:
+    """Return the entries of meta.json: `figures` and those that conversations and pairs share."""
     hashes = [files.sha256(path) for path in args.files]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return {
+    shared = {
         "tokenizer": tokenizer.to_dict(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "vocab_size": tokenizer.n_vocab,
-        "documents": n - left_out,
-        "chat": {"examples": examples, "cut": cut, "left_out": left_out, "max_tokens": args.max_tokens}
-        | {"skipped": skipped.count},
-        "longest": longest,
         "val_by": "document",
         "source": source | {"sha256": sha256},
-    } | {
+    }
+    splits = {
         split: {
-            "tokens": writers[split].tokens,
+            "tokens": tokens.tokens,
             "bytes": counts[split]["bytes"],
             "learned": counts[split]["learned"],
-            "shards": writers[split].shards,
-            "masks": mask_writers[split].shards,
-            "index": index_writers[split].shards,
+            "shards": tokens.shards,
+            "masks": masks.shards,
+            "index": index.shards,
         }
-        for split in counts
+        for split, (tokens, masks, index) in writers.items()
     }
+    return shared | figures | splits
 
 
 def limited(forms: list[tuple], limit: int | None) -> list[tuple]:

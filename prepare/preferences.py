@@ -7,8 +7,6 @@ a pair that is longer than block_size is left out. A hash of the prompt decides 
 
 import argparse
 import contextlib
-import hashlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,40 +15,29 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from acorn import UserError, files, printable, settings
+from acorn import UserError, printable
 from acorn.data import chat
 from acorn.data.records import Conversation, read_pair
-from acorn.data.shards import IndexWriter, MaskWriter, ShardWriter
-from acorn.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
+from acorn.data.tokenizer import Tokenizer
 from prepare import encoding, reading, text
-from prepare.chat import Skipped, encodings_of, skip_or_fail, split_of, template_of, write_dataset
+from prepare.chat import (
+    Skipped,
+    add_shared_arguments,
+    check_arguments,
+    entries,
+    open_writers,
+    skip_or_fail,
+    split_of,
+    with_template,
+    write_dataset,
+)
 
 TOKENIZER = "gpt2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILES",
-        help=".jsonl, .json, .parquet or .csv files, also compressed (.gz, .zst)",
-    )
-    parser.add_argument(
-        "--skip_bad", action="store_true", help="skip bad records and count them; default: stop at the first one"
-    )
-    parser.add_argument(
-        "--encoding", metavar="NAME", help="the encoding of all files, such as gb18030; default: detected per file"
-    )
-    parser.add_argument(
-        "--template",
-        metavar="TEMPLATE",
-        help="plain, chatml, or a file with a Jinja template; default: the tokenizer's own, else chatml or plain",
-    )
-    parser.add_argument(
-        "--max_tokens",
-        type=int,
-        metavar="N",
-        help="leave out pairs whose two conversations have more than N tokens together; default: no limit",
+    add_shared_arguments(
+        parser, "leave out pairs whose two conversations have more than N tokens together; default: no limit"
     )
 
 
@@ -61,23 +48,9 @@ def prepare(args: argparse.Namespace, out: Path, *, name: str, tokenizer: str | 
     """Write the dataset `out` and return its meta.json. An existing dataset is replaced when the new one is complete.
 
     Raises UserError for invalid options, files or records."""
-    settings.check_bounds(vars(args))
-    if args.val_by == "end":
-        raise UserError("pairs are split by the hash of their prompt. Remove --val_by end.")
-    for path in args.files:
-        if not os.path.isfile(path):
-            raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
-    encodings = encodings_of(args)
-    if isinstance(tokenizer, str):
-        texts = (
-            str(message.get("content", ""))
-            for _, pair in pairs(args, encodings, skip_or_fail(args))
-            for messages in pair
-            for message in messages
-        )
-        tokenizer = get_tokenizer(tokenizer, texts)
-    tokenizer.chat_template = template_of(args.template) if args.template else chat.choose_template(tokenizer)
-    chat.check_learnable(tokenizer)
+    encodings = check_arguments(args)
+    read = pairs(args, encodings, skip_or_fail(args))
+    tokenizer = with_template(args, tokenizer, (message for _, pair in read for each in pair for message in each))
     return write_dataset(out, name, lambda folder: write_pairs(args, encodings, folder, tokenizer, source))
 
 
@@ -118,11 +91,7 @@ def write_pairs(
     n, left_out, longest, skipped = 0, 0, 0, Skipped()
     bad, sizes = skip_or_fail(args, skipped), tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
-        writers = {}
-        for split in counts:
-            own = [ShardWriter(folder, split, tokenizer.n_vocab, args.shard_tokens)]
-            own += [MaskWriter(folder, split, args.shard_tokens), IndexWriter(folder, split)]
-            writers[split] = [stack.enter_context(each) for each in own]
+        writers = {split: open_writers(stack, folder, split, tokenizer, args) for split in counts}
         for where, pair in tqdm(pairs(args, encodings, bad), desc="encoding", unit=" pairs", disable=None):
             try:
                 rendered = [render(tokenizer, messages) for messages in pair]
@@ -162,25 +131,6 @@ def write_pairs(
         print(f"note: {left_out:,} pairs with more than {args.max_tokens:,} tokens are left out", file=sys.stderr)
     if n == 1:
         raise UserError("one pair cannot be split into training and validation. Add more pairs.")
-    hashes = [files.sha256(path) for path in args.files]
-    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return {
-        "tokenizer": tokenizer.to_dict(),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "vocab_size": tokenizer.n_vocab,
-        "documents": 2 * n,
-        "preferences": {"pairs": n, "left_out": left_out, "max_tokens": args.max_tokens, "skipped": skipped.count},
-        "longest": longest,
-        "val_by": "document",
-        "source": source | {"sha256": sha256},
-    } | {
-        split: {
-            "tokens": tokens.tokens,
-            "bytes": counts[split]["bytes"],
-            "learned": counts[split]["learned"],
-            "shards": tokens.shards,
-            "masks": masks.shards,
-            "index": index.shards,
-        }
-        for split, (tokens, masks, index) in writers.items()
-    }
+    told = {"pairs": n, "left_out": left_out, "max_tokens": args.max_tokens, "skipped": skipped.count}
+    figures = {"documents": 2 * n, "preferences": told, "longest": longest}
+    return entries(args, tokenizer, source, figures, counts, writers)
