@@ -87,9 +87,7 @@ def main() -> int:
         r.dtype = torch.float32
     # ---- model
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
-    model, tokenizer, source = checkpoint.load_model(load_from, s.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
+    model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
     model.to(r.device, r.dtype)
     if s.quantize != "none" and r.device.type != "cpu":
         raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {r.device}.")

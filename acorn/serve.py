@@ -71,9 +71,7 @@ def main() -> int:
     if s.dtype == "auto" and r.device.type == "cpu":
         r.dtype = torch.float32
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
-    model, tokenizer, source = checkpoint.load_model(load_from, s.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
+    model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
     model.to(r.device, r.dtype)
     if r.device.type != "cpu" and s.quantize != "none":
         raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {r.device}.")

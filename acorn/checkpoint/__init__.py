@@ -28,7 +28,7 @@ from acorn.checkpoint.layout import (
     state_hash,
     step_folders,
 )
-from acorn.checkpoint.load import LazyCheckpoint, build_model, is_on_hub, load_model, open_model
+from acorn.checkpoint.load import LazyCheckpoint, build_model, is_on_hub, load_model, load_with_tokenizer, open_model
 from acorn.checkpoint.manager import CheckpointManager
 from acorn.checkpoint.moments import load_optimizers, named_moments
 from acorn.checkpoint.save import Writer
@@ -54,6 +54,7 @@ __all__ = [
     "launched_by",
     "load_model",
     "load_optimizers",
+    "load_with_tokenizer",
     "merge_adapters",
     "named_moments",
     "open_model",

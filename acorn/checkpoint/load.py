@@ -88,6 +88,16 @@ def load_model(
     return fill(opened.model, opened.values), opened.tokenizer, opened.source
 
 
+def load_with_tokenizer(source: str, choice: str = "best") -> tuple[GPT, tokenizers.Tokenizer, str]:
+    """Return the same as `load_model`. Raises UserError if the tokenizer cannot be loaded."""
+    model, tokenizer, description = load_model(source, choice)
+    if tokenizer is None:
+        raise UserError(
+            f"{description} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer."
+        )
+    return model, tokenizer, description
+
+
 def open_model(
     source: str, choice: str = "best", plain: bool = False, r: Runtime = ONE_RANK, whole_context: bool = False
 ) -> LazyCheckpoint:

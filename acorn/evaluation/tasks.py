@@ -430,9 +430,7 @@ def parse_arguments() -> argparse.Namespace:
 def load_evaluated(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, runtime.Runtime, int]:
     """Return the model on its device, its tokenizer, its description, the runtime and the block size."""
     r = runtime.setup(args.device, args.dtype, False)
-    model, tokenizer, source = checkpoint.load_model(args.source, args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
+    model, tokenizer, source = checkpoint.load_with_tokenizer(args.source, args.checkpoint)
     model.to(r.device).eval()
     limit = model.config.block_size
     block_size = args.block_size or min(limit, 1024)

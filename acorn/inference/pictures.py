@@ -220,9 +220,7 @@ def main() -> int:
     text = files.read_text(args.text[5:]) if args.text.startswith("FILE:") else args.text
 
     r = runtime.setup(args.device, "float32", False)
-    model, tokenizer, source = checkpoint.load_model(args.source, args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer that acorn can load. Use a checkpoint that includes its tokenizer.")
+    model, tokenizer, source = checkpoint.load_with_tokenizer(args.source, args.checkpoint)
     ids = encode(tokenizer, text, args.control_tokens, source)
     inside.check_text(tokenizer, ids, model.config.block_size)
     model.to(r.device).eval().requires_grad_(False)
