@@ -96,9 +96,7 @@ class TrainSettings:
     embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding
     # objective: docs/preferences.md
     objective: Literal["tokens", "dpo", "grpo", "distill"] = "tokens"  # predict tokens; learn from preferences, rewards
-    reference: str = (
-        ""  # dpo, grpo with kl_beta: a checkpoint; default: init_from, with LoRA the model without adapters
-    )
+    reference: str = ""  # dpo, grpo with kl_beta: a checkpoint; default: init_from (LoRA: without its adapters)
     preference_loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # the loss of objective=dpo; simpo needs no reference
     dpo_beta: float = 0.1  # the larger, the closer the model stays to the reference; for simpo, 2 to 10 is usual
     label_smoothing: float = 0.0  # dpo: the assumed fraction of pairs whose answers are swapped
