@@ -29,7 +29,7 @@ def test_noise_of_the_losses_moves_a_forecast_by_little():
 
 def test_what_cannot_be_fitted_is_an_error():
     with pytest.raises(ValueError, match="3 parameters"):
-        ladder.fit([1e12, 1e13], [1.5, 1.4])
+        ladder.fit([1e12, 1e12, 1e13], [1.5, 1.49, 1.4])
     with pytest.raises(ValueError, match="do not fall"):
         ladder.fit([1e12, 1e13, 1e14], [1.4, 1.5, 1.6])
 

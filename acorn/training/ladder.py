@@ -35,11 +35,11 @@ class ScalingLaw:
 def fit(flops: list[float], losses: list[float]) -> ScalingLaw:
     """Return the law with the smallest squared error. For each of many floors, scale and exponent are a line's.
 
-    Raises ValueError if there are fewer than three runs, or if the losses do not fall with the FLOPs.
+    Raises ValueError if there are fewer than three sizes, or if the losses do not fall with the FLOPs.
     """
     x, y = np.log(np.array(flops)), np.array(losses)
-    if len(x) < FEWEST_RUNS:
-        raise ValueError(f"a scaling law has {FEWEST_RUNS} parameters, and needs as many runs, not {len(x)}")
+    if len(set(flops)) < FEWEST_RUNS:
+        raise ValueError(f"a scaling law has {FEWEST_RUNS} parameters, and needs runs of as many sizes")
     best, smallest = None, np.inf
     for floor in np.linspace(0, y.min(), 2000, endpoint=False):
         slope, intercept = np.polyfit(x, np.log(y - floor), 1)
