@@ -59,7 +59,7 @@ def jobs_of_unequal_length() -> list[dict]:
 
 
 def staggered(scheduler: Scheduler, arguments: list[dict]) -> list[Job]:
-    """Run jobs, each of which starts when an earlier one has some tokens, so that they join and leave at any time."""
+    """Run jobs, each started after an earlier one has made some tokens, so that they join and leave a running batch."""
     jobs = [Job(**each) for each in arguments]
     for i, job in enumerate(jobs[1:], 1):
         before = jobs[(i - 1) // 2]  # two start with each

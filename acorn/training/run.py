@@ -299,11 +299,9 @@ def estimate(
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     peak_memory = runtime.peak_memory(next(model.parameters()).device)
     fixed += frozen
-    with_frozen = (
-        f", of which {report.size(frozen)} for the {'teacher' if s.teacher else 'reference'}" if frozen else ""
-    )
+    included = f", including {report.size(frozen)} for the {'teacher' if s.teacher else 'reference'}" if frozen else ""
     return (
-        f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments{with_frozen}; "
+        f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments{included}; "
         f"the process used {report.size(peak_memory)} at its peak; saving a checkpoint needs up to "
         f"{report.size(copied)} more host memory\n"
         f"time: {1000 * dt:.0f} ms per update, {tokens / dt:,.0f} tokens/s; about "
