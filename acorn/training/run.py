@@ -299,11 +299,13 @@ def estimate(
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     peak_memory = runtime.peak_memory(next(model.parameters()).device)
     fixed += frozen
+    # with rewards, most of the time is spent on sampling completions, whose lengths differ
+    rate = "" if s.objective == "grpo" else f", {tokens / dt:,.0f} tokens/s"
     included = f", including {report.size(frozen)} for the {'teacher' if s.teacher else 'reference'}" if frozen else ""
     return (
         f"memory: up to {report.size(fixed)} for parameters, gradients and optimizer moments{included}; "
         f"the process used {report.size(peak_memory)} at its peak; saving a checkpoint needs up to "
         f"{report.size(copied)} more host memory\n"
-        f"time: {1000 * dt:.0f} ms per update, {tokens / dt:,.0f} tokens/s; about "
-        f"{report.duration(n_updates * dt)} for the updates and {report.duration(evaluating)} for the evaluations"
+        f"time: {1000 * dt:.0f} ms per update{rate}; about {report.duration(n_updates * dt)} for the updates and "
+        f"{report.duration(evaluating)} for the evaluations"
     )
