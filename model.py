@@ -44,6 +44,7 @@ class GPTConfig:
     tie_weights: bool = True  # the head shares its matrix with the token embedding
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # every block, and an untied head, initially outputs zero
+    embedding_std: float = 0.02  # standard deviation of the initial token embedding
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens to the token embedding
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
@@ -210,7 +211,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_parameter(self, name: str, p: Tensor) -> None:
-        """Initialize one parameter as in GPT-2: normal with std 0.02.
+        """Initialize one parameter as in GPT-2: normal with std 0.02, except for the token embedding's embedding_std.
 
         The std of the projections into the residual stream is divided by sqrt(2 * n_layer), with 2 * n_layer the number
         of these projections, so that the variance does not grow with depth.
@@ -226,7 +227,7 @@ class GPT(nn.Module):
         elif name.startswith("transformer.ngram."):
             p.zero_()  # so that an n-gram unseen in training adds nothing
         else:
-            p.normal_(std=0.02)
+            p.normal_(std=self.config.embedding_std if name == "transformer.wte.weight" else 0.02)
 
     def forward(
         self,
@@ -712,6 +713,8 @@ def check_config(config: GPTConfig) -> None:
             raise ValueError(f"{name} = {getattr(config, name)} must be at least 1")
         if getattr(config, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):
             raise ValueError(f"{name} = {getattr(config, name)} is too large for any machine. Use a smaller value.")
+    if not 0 <= config.embedding_std < math.inf:
+        raise ValueError(f"embedding_std = {config.embedding_std} must be a finite number and not negative")
     for name in ("dropout", "ngram_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)} must be at least 0 and below 1")

@@ -90,6 +90,7 @@ class TrainSettings:
     tie_weights: bool = True  # head and token embedding share a matrix
     logit_softcap: float = 0.0  # c > 0: logits are c * tanh(logits / c)
     zero_init: bool = False  # blocks, and an untied head, initially output zero
+    embedding_std: float = 0.02  # standard deviation of the initial token embedding
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens; for small models
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
@@ -118,6 +119,7 @@ class TrainSettings:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices in the blocks, AdamW for the rest
     muon_lr: float = 0.02  # peak learning rate of Muon, scheduled like learning_rate
+    muon_momentum: float = 0.95  # Muon's decay rate for the mean of gradients; shorter runs need less
     muon_split: bool = False  # orthogonalize queries, keys, values, and gates apart, although stored as one matrix
     learning_rate: float = 6e-4  # peak learning rate
     max_iters: int = 600000  # total number of updates
@@ -167,8 +169,8 @@ def main() -> int:
     token_bytes = data.tokenizer.token_bytes()
     model, values, source, adapters = start_model(s, given, folder, saved, data, dist)
     tasks = read_tasks(s.eval_choices, s.eval_pairs, data.tokenizer, model.config.block_size, log)
-    muon = s.optimizer == "muon"
-    arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, muon, dist, saved.get("arithmetic"))
+    has_muon = s.optimizer == "muon"
+    arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, has_muon, dist, saved.get("arithmetic"))
     if notes:
         log("; ".join(notes))
     dist.dtype = arithmetic.torch_dtype
@@ -183,10 +185,9 @@ def main() -> int:
             log(f"note: {change}")
 
     # ---- optimizer
-    betas, muon_dtype, split = (s.beta1, s.beta2), arithmetic.torch_muon_dtype, s.muon_split
-    optimizers = make_optimizers(
-        model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, dist.device.type, muon_dtype, split
-    )
+    rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
+    muon = (arithmetic.torch_muon_dtype, s.muon_split, s.muon_momentum)
+    optimizers = make_optimizers(model, s.optimizer, *rates, dist.device.type, *muon)
     if folder:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 

@@ -32,9 +32,9 @@ BOUNDS = (
         "not be negative",
         "log_interval eval_iters max_iters warmup_iters lr_decay_iters sample_interval learning_rate muon_lr min_lr "
         "weight_decay grad_clip max_minutes max_new_tokens top_k no_repeat_ngram_size temperature limit simpo_gamma "
-        "kl_beta",
+        "kl_beta embedding_std",
     ),
-    (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 dropout ngram_dropout"),
+    (lambda value: 0 <= value < 1, "be at least 0 and below 1", "beta1 beta2 muon_momentum dropout ngram_dropout"),
     (
         lambda value: 0 <= value < 1 or value == -1,
         "be at least 0 and below 1, or -1 for that of dropout",

@@ -43,9 +43,8 @@ def changes(s: TrainSettings, data, n_updates: int) -> dict[str, float]:
     """Return the root mean square change of each activation after some updates."""
     torch.manual_seed(s.seed)
     model = new_model(s, data.vocab_size, meta=False)
-    betas = (s.beta1, s.beta2)
-    options = (s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay, betas, "cpu", torch.float32, s.muon_split)
-    optimizers = make_optimizers(model, *options)
+    rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
+    optimizers = make_optimizers(model, s.optimizer, *rates, "cpu", torch.float32, s.muon_split, s.muon_momentum)
     held_out, before = torch.from_numpy(sample_windows(data.val, s.block_size, 0, 16, 0)[0]), {}
     for step in range(n_updates):
         x, y = map(torch.from_numpy, sample_windows(data.train, s.block_size, 16 * step, 16, s.seed))

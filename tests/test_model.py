@@ -300,6 +300,13 @@ def test_gpt2_has_124_million_parameters_and_gpt2s_initialization():
     assert std["transformer.h.3.mlp.c_proj.weight"] == pytest.approx(0.02 / 4, rel=0.03)  # sqrt(2 * 8) = 4
 
 
+def test_embedding_std_is_that_of_the_initial_token_embedding():
+    wte = GPT(GPTConfig(**{**SMALL, "n_embd": 512, "embedding_std": 0.3})).transformer.wte.weight
+    assert 0.29 < wte.std() < 0.31
+    with pytest.raises(ValueError, match="embedding_std"):
+        GPTConfig(**SMALL, embedding_std=float("nan"))
+
+
 def test_zero_init_starts_every_block_as_the_identity_and_the_head_as_uniform():
     model = GPT(GPTConfig(**SMALL, zero_init=True, tie_weights=False))
     _, loss = model(tokens(), tokens())

@@ -155,6 +155,19 @@ def test_split_matrices_are_updated_as_if_each_part_were_a_matrix(mlp):
         torch.testing.assert_close(model.transformer.h.get_parameter(name), torch.cat(parts), rtol=1e-4, atol=1e-6)
 
 
+def test_muon_momentum_is_the_decay_rate_of_the_mean_gradient():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.0, (0.9, 0.95), "cpu", torch.float32, muon_momentum=0.75)[1]
+    weight = model.transformer.h[0].attn.c_proj.weight
+    first, second = torch.randn(2, 8, 8)
+    for gradient in (first, second):
+        before, weight.grad = weight.detach().clone(), gradient
+        muon.step()
+    mean = 0.75 * (0.25 * first) + 0.25 * second
+    expected = orthogonalize((0.25 * second + 0.75 * mean)[None])[0]  # Nesterov
+    torch.testing.assert_close((before - weight.detach()) / 0.02, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, tie_weights=False))
     adamw, muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")

@@ -26,6 +26,7 @@ def make_optimizers(
     device_type: str,
     muon_dtype: torch.dtype = torch.bfloat16,
     muon_split: bool = False,
+    muon_momentum: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers that together update the model.
 
@@ -43,7 +44,7 @@ def make_optimizers(
         if remaining:
             optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining))
         if groups:  # either list may be empty, because parameters can be frozen
-            optimizers.append(Muon(groups, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
+            optimizers.append(Muon(groups, muon_lr, muon_momentum, weight_decay, muon_dtype))
     else:
         raise UserError(f"optimizer={optimizer!r} has no branch in make_optimizers (acorn/training/optim.py). Add one.")
     for each in optimizers:
