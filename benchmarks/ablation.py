@@ -44,7 +44,9 @@ WINDOWS = 1024
 VARIANTS = {
     "the recipe": "",
     "q, k and v orthogonalized as one matrix": "muon_split=False",
-    "AdamW (learning rate 5e-3) instead of Muon": "optimizer=adamw learning_rate=5e-3",
+    "usual momentum (muon_momentum 0.95, beta1 0.9)": "muon_momentum=0.95 beta1=0.9",
+    "embedding_std 0.02": "embedding_std=0.02",
+    "AdamW (learning rate 5e-3, beta1 0.9) instead of Muon": "optimizer=adamw learning_rate=5e-3 beta1=0.9",
     "embedding_skip": "embedding_skip=True",
     "SwiGLU instead of squared ReLU": "mlp=swiglu",
     "other rates (muon_lr 0.014, learning_rate 0.03)": "muon_lr=0.014 learning_rate=0.03",
@@ -60,7 +62,7 @@ VARIANTS = {
     "weight decay 0.05": "weight_decay=0.05",
     "GPT-2's architecture, AdamW 1e-3, cosine": (
         "ngram=1 optimizer=adamw learning_rate=1e-3 pos=learned mlp=gelu_tanh qk_norm=False tie_weights=True "
-        "zero_init=False lr_schedule=cosine n_head=4 weight_decay=0.1"
+        "zero_init=False lr_schedule=cosine n_head=4 weight_decay=0.1 beta1=0.9 embedding_std=0.02"
     ),
 }
 RECIPE = next(iter(VARIANTS))

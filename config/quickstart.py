@@ -21,13 +21,18 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 
+# larger initial embeddings than those of GPT-2, which helps in short runs
+embedding_std = 0.1
+
 # add embeddings of the last two, three and four characters, which is most of what such a short run can learn
 ngram = 4
 
-# Muon for the matrices in the blocks, AdamW with a high learning rate for the rest; the rate falls linearly to zero
-max_iters = 100
+# Muon for the matrices in the blocks, AdamW with a high learning rate for the rest; the rate falls linearly to zero.
+# In so few updates, gradients are averaged over fewer of them than usual (muon_momentum, beta1)
+max_iters = 80
 optimizer = "muon"
 muon_lr = 0.02
+muon_momentum = 0.85
 muon_split = True
 learning_rate = 1.5e-2
 lr_schedule = "wsd"
@@ -35,7 +40,8 @@ warmup_iters = 10
 cooldown_frac = 0.9
 min_lr = 0.0
 weight_decay = 0.0
+beta1 = 0.5
 beta2 = 0.99
 
-eval_interval = 50
+eval_interval = 40
 eval_iters = 10
