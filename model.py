@@ -68,6 +68,7 @@ class GPTConfig:
 
 GATED = ("swiglu", "geglu")  # MLPs whose hidden channels are multiplied by gates
 DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # settings that may change when training continues
+INITIALIZATION = ("zero_init", "embedding_std")  # settings that matter only for a new model
 
 
 class Norm(nn.Module):

@@ -16,7 +16,7 @@ from acorn.distributed import heartbeat, sharding
 from acorn.distributed.runtime import Runtime
 from acorn.training import lora, rewards
 from acorn.training.optim import learning_rate_at
-from model import DROPOUTS, GPT, GPTConfig, grown_rows
+from model import DROPOUTS, GPT, INITIALIZATION, GPTConfig, grown_rows
 
 if TYPE_CHECKING:
     from train import TrainSettings
@@ -175,8 +175,9 @@ def load_initial(
     description of its LoRA adapters, or None.
 
     The shape settings in `s` are set to those of the model. A different value that the user gave raises UserError, and
-    so does a dataset with an incompatible tokenizer. Exceptions: dropouts may differ, block_size may be smaller, and
-    the vocabulary grows by control tokens that the dataset adds to the tokenizer.
+    so does a dataset with an incompatible tokenizer. Exceptions: dropouts may differ, those of the initialization have
+    no effect, block_size may be smaller, and the vocabulary grows by control tokens that the dataset adds to the
+    tokenizer.
     """
     adapters = None
     tokenizer: Tokenizer | None  # None if the source does not say
@@ -233,7 +234,7 @@ def load_initial(
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, value = getattr(model.config, name), given.get(name)
-        matches = value is None or value == actual or (name in AUTOMATIC and value == 0)
+        matches = value in (None, actual) or name in INITIALIZATION or (name in AUTOMATIC and value == 0)
         if name == "block_size" and value is not None and value < actual:
             model.crop_block_size(value)
         elif not matches:
