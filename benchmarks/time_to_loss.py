@@ -6,6 +6,8 @@ $ python benchmarks/time_to_loss.py --nanogpt PATH_OF_A_CHECKOUT --seeds 3
 nanoGPT does the CPU run of its README. The target is the final loss of that run, measured here over the whole val split
 in windows of 64 tokens. acorn then runs config/quickstart.py on the same text, once per seed. Import, compilation,
 evaluation and saving all count. Without --nanogpt, the target is --target.
+
+On another text, or for the losses after an equal time: --dataset PATH_OF_A_CHECKOUT/data/NAME max_iters=3000.
 """
 
 import argparse
@@ -75,7 +77,8 @@ def main() -> None:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             if args.nanogpt and seed == args.first_seed:  # here, so that both see the same machine
                 out = Path(scratch) / "nanogpt"
-                command = [sys.executable, "train.py", *README_RUN, f"--out_dir={out}"]
+                words = [*README_RUN, f"--dataset={Path(dataset).name}", f"--out_dir={out}"]
+                command = [sys.executable, "train.py", *words]
                 peer_seconds, lines = timed(command, Path(args.nanogpt), args.limit)
                 curves["nanoGPT"] = curve(lines)
                 target = whole_val_loss(out, dataset, args.block_size) if peer_seconds else args.target
