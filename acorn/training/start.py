@@ -175,9 +175,9 @@ def load_initial(
     description of its LoRA adapters, or None.
 
     The shape settings in `s` are set to those of the model. A different value that the user gave raises UserError, and
-    so does a dataset with an incompatible tokenizer. Exceptions: dropouts may differ, those of the initialization have
-    no effect, block_size may be smaller, and the vocabulary grows by control tokens that the dataset adds to the
-    tokenizer.
+    so does a dataset with an incompatible tokenizer. Exceptions: dropouts may differ, settings of
+    the initialization are ignored, block_size may be smaller, and the vocabulary grows by control tokens that the
+    dataset adds to the tokenizer.
     """
     adapters = None
     tokenizer: Tokenizer | None  # None if the source does not say
