@@ -11,8 +11,7 @@ from typing import TextIO
 from acorn import openmp
 
 openmp.load()  # works only before torch is imported, so scripts import acorn first
-# importing torch creates a million objects; with Python's thresholds, a fifth of the time goes into finding no garbage
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(50_000, 20, 50)  # with Python's thresholds, collections take a fifth of the time of importing torch
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # C0, C1, and bidi overrides
 REPO = Path(__file__).resolve().parent.parent  # its config/ and data/ are found from any working directory
@@ -64,5 +63,6 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:  # no permission, a full disk, a file name that is too long
         print(printable(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}"), file=sys.stderr)
         code = 2
-    gc.freeze()  # otherwise Python searches all objects of the libraries for garbage while it exits: half a second
+    finally:  # also if argparse exits
+        gc.freeze()  # otherwise Python searches all objects of the libraries for garbage while it exits: half a second
     sys.exit(code or 0)
