@@ -23,8 +23,8 @@ tie_weights = False
 block_size = 128
 batch_size = 12
 gradient_accumulation_steps = 1
-max_iters = 300
-eval_interval = 100
+max_iters = 600
+eval_interval = 200
 eval_iters = 10
 
 learning_rate = 5e-3
