@@ -6,6 +6,7 @@ $ python benchmarks/auto.py --isa avx2 --only quickstart
 `auto` should be at least 1.0x. Each figure comes from a few updates of train.py on a small dataset, in a new process;
 auto and float32 take turns. Large models run with a small batch. Fine-tuning starts from random weights with the shape
 of its base, and finetune_shakespeare.py from GPT-2 124M, because its own base, GPT-2 XL, is too large for most CPUs.
+The recipes of docs/preferences.md start from twenty updates on sums.
 """
 
 import argparse
@@ -21,16 +22,23 @@ import bench
 import torch
 from bench import REPO, median
 
+from acorn.examples import write_examples
+
 ONE_SEQUENCE = ["--batch_size=1", "--gradient_accumulation_steps=1", "--dry_run=True"]  # four updates, timed
 RUNS = {  # config: its tokenizer or the shape of its base, and settings for a short run
     "quickstart": ("char", ["--max_iters=60"]),
     "shakespeare_best": ("char", ["--max_iters=12"]),
+    "ladder": ("char", ["--max_iters=40"]),
+    "poems": ("char", ["--max_iters=40"]),
     "train_shakespeare_char": ("char", ["--batch_size=16", "--dry_run=True"]),
     "train_gpt2": ("gpt2", [*ONE_SEQUENCE, "--wandb_log=False"]),
     "gpt2_speedrun": ("gpt2", ONE_SEQUENCE),
     "finetune_shakespeare": ("GPT-2 124M", ONE_SEQUENCE),
     "finetune_chat": ("SmolLM2-135M", ["--batch_size=2", "--dry_run=True"]),
     "finetune_lora": ("SmolLM2-135M", ["--batch_size=2", "--dry_run=True"]),
+    "dpo_style": ("style", ["--max_iters=40"]),
+    "distill": ("sums", ["--max_iters=60"]),
+    "grpo_arithmetic": ("sums", ["--max_iters=8"]),
 }
 
 
@@ -54,6 +62,20 @@ def make_base(folder: Path, shape: str) -> Path:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **special))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def recipe_data(folder: Path, kind: str) -> tuple[Path, Path]:
+    """Prepare data of docs/preferences.md, sums or pairs of styles, and train a model to start from. Returns both."""
+    write_examples(folder)
+    sums, base, style = folder / "sums", folder / "base", folder / "style"
+    tokenizer = ["--tokenizer", "byte", "--out", sums]
+    bench.timed([sys.executable, REPO / "prepare", "chat", folder / "sums.jsonl", *tokenizer])
+    words = [f"--dataset={sums}", f"--out_dir={base}", "--block_size=128", "--max_iters=20", "--device=cpu"]
+    bench.timed([sys.executable, REPO / "train.py", "config/quickstart.py", *words])
+    if kind == "style":
+        tokenizer = ["--tokenizer", base, "--out", style]
+        bench.timed([sys.executable, REPO / "prepare", "preferences", folder / "style.jsonl", *tokenizer])
+    return (style if kind == "style" else sums), base
 
 
 def run(words: list, out: Path, limit: float) -> tuple[float | None, str]:
@@ -84,7 +106,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in bench.chosen(RUNS, args.only):
             kind, settings = RUNS[name]
-            if kind not in sources:  # dataset and initial weights
+            if kind in ("sums", "style"):
+                data, base = recipe_data(Path(scratch) / f"{name} data", kind)
+                role = "teacher" if name == "distill" else "init_from"
+                sources[kind] = [f"--dataset={data}", f"--{role}={base}"]
+            elif kind not in sources:  # dataset and initial weights
                 base = make_base(Path(scratch) / f"base {kind}", kind) if " " in kind or "-" in kind else "scratch"
                 data = bench.tiny_dataset(Path(scratch) / f"data {kind}", kind if base == "scratch" else str(base))
                 sources[kind] = [f"--dataset={data}", f"--init_from={base}"]
