@@ -56,7 +56,7 @@ def draw(rows: list[dict], law: ladder.ScalingLaw, used: int, path: str) -> None
     flops = np.geomspace(rows[0]["FLOPs"], rows[-1]["FLOPs"], 100)
     label = f"{law.floor:.3f} + {law.scale:.3g} C$^{{-{law.exponent:.3f}}}$"
     axes.plot(flops, [law.loss(c) for c in flops], color="0.5", lw=1, label=label)
-    for part, style, name in ((rows[:used], "o", "in the fit"), (rows[used:], "*", "predicted before it was trained")):
+    for part, style, name in ((rows[:used], "o", "in the fit"), (rows[used:], "*", "not in the fit")):
         axes.plot([row["FLOPs"] for row in part], [row["val loss"] for row in part], style, label=name)
     for row in rows:
         axes.annotate(f"{row['n_layer']} layers", (row["FLOPs"], row["val loss"]), (6, 6), textcoords="offset points")

@@ -21,10 +21,12 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 ngram = 3
+embedding_std = 0.1
 
 max_iters = 2000
 optimizer = "muon"
 muon_lr = 0.02
+muon_momentum = 0.85
 muon_split = True
 learning_rate = 1e-2
 lr_schedule = "wsd"
@@ -32,6 +34,7 @@ warmup_iters = 10
 cooldown_frac = 0.7
 min_lr = 0.0
 weight_decay = 0.0
+beta1 = 0.7
 beta2 = 0.99
 
 eval_interval = 500
