@@ -466,7 +466,7 @@ def test_gpu_documents_are_the_cpus(compile):
         forward = torch.compile(model) if compile and device == "cuda" else model
         _, loss = forward(idx.to(device), idx.to(device), documents=documents.to(device))
         loss.backward()
-        gradients.append([loss.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+        gradients.append([loss.detach().cpu()] + [p.grad.cpu().clone() for p in model.parameters()])
     for expected, got in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
 

@@ -33,6 +33,19 @@ def test_a_device_that_is_not_there_is_refused(device, word):
         runtime.setup(device, "auto", False)
 
 
+def test_one_process_uses_the_first_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("auto", "cuda"):
+        r = runtime.setup(device, "auto", False)
+        assert r.device == chosen.pop() == torch.device("cuda", 0)  # torch refuses a device without an index
+        assert r.dtype == torch.bfloat16
+
+
 def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning(capsys):
     model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
 

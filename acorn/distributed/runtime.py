@@ -233,9 +233,9 @@ def setup(device: str, dtype: str, compile: str | bool, backend: str = "auto", f
     notes: list[str] = []
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, notes)
+    if chosen.type == "cuda" and chosen.index is None:  # torch.cuda.set_device needs an index
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1:
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if backend == "auto" or chosen.type != "cuda":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
         heartbeat.join(backend, rank, world_size)
