@@ -246,7 +246,7 @@ class GPT(nn.Module):
 
         With `targets` (B, T), in which -1 is masked: logits (B, T, V) and the loss in nats over the unmasked targets.
         `reduction` is "mean" (0 if all targets are masked), "none" for (B, T) with 0 at masked targets, or "sum". With
-        "sum", logits are None if they would be too large to compute at once in training.
+        "sum", used in training, logits are None: as an output of the compiled model they would cost memory and time.
 
         Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None. With
         a function `per_token` instead: None, and its values (B, T, K) (see `in_chunks`).
@@ -280,6 +280,8 @@ class GPT(nn.Module):
         logits = self.logits(x)  # (B, T, V)
         flat, kind = logits.view(B * T, -1).float(), "none" if reduction == "none" else "sum"
         loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction=kind)
+        if reduction == "sum":
+            return None, loss
         if reduction == "mean":
             loss = loss / (targets != -1).sum().clamp(min=1)
         return logits, loss.view(B, T) if reduction == "none" else loss
@@ -303,7 +305,12 @@ class GPT(nn.Module):
         elif cfg.pos == "sinusoidal":  # the embedding is scaled as in section 3.4 of the paper
             x = x * math.sqrt(cfg.n_embd) + sinusoidal_positions(positions, cfg.n_embd).to(x.dtype)
         elif cfg.pos == "rope":
-            cos, sin = rotary_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)  # ([B,] T, D/2)
+            rope = (cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+            if cache is None:
+                tables = rotary_tables(cfg.block_size, *rope, idx.device)
+                cos, sin = (table[positions] for table in tables)  # ([B,] T, D/2)
+            else:
+                cos, sin = rotary_angles(positions, *rope)  # (B, T, D/2)
             rotary = (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
         else:
             raise NotImplementedError(f"pos={cfg.pos!r} has no branch in GPT.embed")
@@ -444,6 +451,17 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: dict 
     frequency, scale = rope_frequencies(head_dim, theta, scaling or {}, positions.device)
     angle = positions[..., None] * frequency
     return angle.cos() * scale, angle.sin() * scale
+
+
+@torch.compiler.assume_constant_result  # otherwise each compiled kernel would compute cos and sin again
+def rotary_tables(block_size: int, head_dim: int, theta: float, scaling: dict, device) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of all positions, both (block_size, D/2)."""
+    return _rotary_tables(block_size, head_dim, theta, tuple(scaling.items()), device)
+
+
+@functools.lru_cache(maxsize=8)
+def _rotary_tables(block_size: int, head_dim: int, theta: float, scaling: tuple, device) -> tuple[Tensor, Tensor]:
+    return rotary_angles(torch.arange(block_size, device=device), head_dim, theta, dict(scaling))
 
 
 # The settings of each kind of rope scaling, named as in transformers. original_max_position_embeddings is the context
