@@ -15,10 +15,12 @@ from acorn.inference.generate import (
     Sampling,
     TextStream,
     ban_repeated_ngrams,
+    checked,
     context,
     draw,
     encode_prompt,
     generate,
+    inverse_transform,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -80,12 +82,17 @@ def test_ngrams_that_occurred_are_ruled_out():
     assert kept(ban_repeated_ngrams(logits, [1], 3)) == [0, 1, 2, 3, 4]
 
 
+def draw_one(logits: torch.Tensor, row: list[int], sampling: Sampling, random: torch.Generator) -> int:
+    [token] = checked(draw(logits[None], [row], sampling, [random]).tolist())
+    return token
+
+
 def test_draws_follow_the_probabilities():
     random = torch.Generator().manual_seed(0)
     logits = logs(0.1, 0.0, 0.6, 0.3)
     counts = [0] * 4
     for _ in range(4000):
-        counts[draw(logits, [], Sampling(), random)] += 1
+        counts[draw_one(logits, [], Sampling(), random)] += 1
     assert counts[1] == 0  # never one of probability 0
     for count, p in zip(counts, (0.1, 0.0, 0.6, 0.3), strict=True):
         assert abs(count / 4000 - p) < 4 * math.sqrt(0.25 / 4000)
@@ -93,8 +100,8 @@ def test_draws_follow_the_probabilities():
 
 def test_temperature_zero_is_greedy_and_takes_the_lowest_of_ties():
     random = torch.Generator()
-    assert draw(torch.tensor([1.0, 5.0, 5.0]), [], GREEDY, random) == 1
-    assert draw(torch.tensor([1.0, 5.0, 2.0]), [], Sampling(top_k=1), random) == 1
+    assert draw_one(torch.tensor([1.0, 5.0, 5.0]), [], GREEDY, random) == 1
+    assert draw_one(torch.tensor([1.0, 5.0, 2.0]), [], Sampling(top_k=1), random) == 1
 
 
 LOGIT = st.one_of(st.just(-math.inf), st.floats(-30, 30), st.sampled_from([-3e38, 0.0, 3e38]))
@@ -122,9 +129,47 @@ def test_a_token_of_probability_zero_is_never_drawn(logits, row, n, penalty, tem
     banned = {i for i in possible if n and len(row) >= n and f" {f'{prefix} {i}'.strip()} " in words}
     sampling = Sampling(penalty, n, temperature, top_k, top_p, min_p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *size, generator: torch.tensor(uniform))
-        token = draw(torch.tensor(logits), row, sampling, torch.Generator())
+        patch.setattr(torch, "rand", lambda *size, generator: torch.full(size, uniform))
+        token = draw_one(torch.tensor(logits), row, sampling, torch.Generator())
     assert token in (possible - banned or possible)
+
+
+def test_rows_are_drawn_as_if_each_were_alone():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, ::2] = -math.inf
+    rows = [[1, 2, 1], [3], [], [5, 5, 5, 5]]
+    for how in (
+        GREEDY,
+        Sampling(),
+        Sampling(temperature=0.7, top_k=5),
+        Sampling(top_p=0.6, min_p=0.1),
+        Sampling(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    ):
+        seeded = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
+        together = [draw(logits, rows, how, seeded).tolist() for _ in range(20)]
+        alone = []
+        for row in range(4):
+            random = torch.Generator().manual_seed(row + 1)
+            alone.append([draw_one(logits[row], rows[row], how, random) for _ in range(20)])
+        assert together == list(map(list, zip(*alone, strict=True)))
+
+
+def test_sums_that_decrease_by_rounding_draw_no_token_of_probability_zero(monkeypatch):
+    """A GPU sums in parallel, so that the sum up to a token may be below that up to the token before."""
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
+    sums = torch.tensor([[1e-17, 0.25, 0.25 + 1e-15, 1.0, 1 - 1e-15]], dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: sums)
+    for uniform, expected in ((0.0, 1), (0.25 - 1e-9, 1), (0.25, 3), (1 - 2**-24, 3)):
+        share = torch.tensor([[uniform]], dtype=torch.float64)
+        assert inverse_transform(probs, share, in_order=False).tolist() == [expected]
+
+
+def test_both_ways_to_draw_draw_the_same_token():
+    probs = torch.rand(200, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs = probs.masked_fill(probs < 0.5, 0)
+    uniform = torch.rand(200, 1, generator=torch.Generator().manual_seed(1)).double()
+    drawn = [inverse_transform(probs, uniform, in_order).tolist() for in_order in (True, False)]
+    assert drawn[0] == drawn[1] and all(probs[i, id] > 0 for i, id in enumerate(drawn[0]))
 
 
 def test_extremes_still_draw_a_token_of_the_vocabulary():
@@ -139,9 +184,9 @@ def test_extremes_still_draw_a_token_of_the_vocabulary():
         Sampling(no_repeat_ngram_size=1),
         Sampling(min_p=1.0, top_p=1e-12, top_k=1),
     ):
-        assert draw(logits, row, how, random) in (0, 1, 2)
+        assert draw_one(logits, row, how, random) in (0, 1, 2)
     with pytest.raises(UserError, match="non-finite"):
-        draw(torch.tensor([1.0, math.nan]), [], GREEDY, random)
+        draw_one(torch.tensor([1.0, math.nan]), [], GREEDY, random)
 
 
 # ---- the loop
@@ -320,8 +365,8 @@ def test_any_sampling_parameters_draw_a_token_that_they_allow(rounds):
     def one(how: Sampling, values: list[float], row: list[int], seed: int) -> None:
         logits = torch.tensor(values, dtype=torch.float32)
         row = [i % len(values) for i in row]
-        token = draw(logits, row, how, torch.Generator().manual_seed(seed))
-        assert token == draw(logits, row, how, torch.Generator().manual_seed(seed))
+        token = draw_one(logits, row, how, torch.Generator().manual_seed(seed))
+        assert token == draw_one(logits, row, how, torch.Generator().manual_seed(seed))
         assert 0 <= token < len(values)
         if how.repetition_penalty == 1 and not how.no_repeat_ngram_size:
             if how.top_k:

@@ -245,7 +245,7 @@ def test_compiled_training_has_the_losses_of_eager(dataset, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_training_on_a_gpu(dataset, tmp_path, dtype):
-    words = ["--device=cuda", f"--dtype={dtype}", "--compile=True", "--out_dir=o"]
+    words = ["--device=cuda", f"--dtype={dtype}", "--compile=True", "--sample_interval=10", "--out_dir=o"]
     result = script("train.py", *TINY, f"--dataset={dataset}", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from acorn import UserError
 from acorn.data.tokenizer import StreamDecoder
+from acorn.distributed.sharding import is_sharded
 from model import GPT, KVCache
 
 
@@ -53,69 +54,97 @@ def ban_repeated_ngrams(logits: Tensor, row: list[int], n: int) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep exactly the `k` highest logits of (V,), and set the rest to -inf. Ties go to the lowest ids."""
-    if k >= logits.numel():
+    """Keep exactly the `k` highest logits of each row of (..., V), and set the rest to -inf. Ties: the lowest ids."""
+    if k >= logits.size(-1):
         return logits
-    threshold = logits.topk(k).values[-1]
+    threshold = logits.topk(k).values[..., -1:]
     above, equal = logits > threshold, logits == threshold
-    keep = above | (equal & (equal.cumsum(0) <= k - above.sum()))
+    keep = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
     return logits.masked_fill(~keep, -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least `p`; set the rest to -inf.
+    """Keep the smallest set of most likely tokens of each row of (..., V) whose probabilities sum to at least `p`.
 
-    At least one token stays, and ties go to the lowest ids. Nucleus sampling, https://arxiv.org/abs/1904.09751.
+    The rest is set to -inf. At least one token stays, and ties go to the lowest ids. Nucleus sampling,
+    https://arxiv.org/abs/1904.09751.
     """
     descending, order = logits.sort(descending=True, stable=True)
-    probs = descending.softmax(0)
-    mass_before = probs.cumsum(0) - probs  # total probability of the more likely tokens
+    probs = descending.softmax(-1)
+    mass_before = probs.cumsum(-1) - probs  # total probability of the more likely tokens
     drop = mass_before >= p
-    drop[0] = False
-    return logits.index_fill(0, order[drop], -torch.inf)
+    drop[..., 0] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens of (V,) that are at least `p` times as likely as the most likely one; set the rest to -inf.
+    """Keep the tokens of (..., V) that are at least `p` times as likely as their row's most likely one, else -inf.
 
     https://arxiv.org/abs/2407.01082
     """
-    probs = logits.softmax(0)
-    return logits.masked_fill(probs < p * probs.max(), -torch.inf)
+    probs = logits.softmax(-1)
+    return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -torch.inf)
+
+
+NON_FINITE = "the model's logits are non-finite. This checkpoint is broken, so choose an earlier one."
 
 
 def check_finite(logits: Tensor) -> None:
     """Raise UserError if a row of the logits (..., V) has NaN or +inf, or only -inf."""
     if not logits.amax(-1).isfinite().all():  # the maximum propagates NaN
-        raise UserError("the model's logits are non-finite. This checkpoint is broken, so choose an earlier one.")
+        raise UserError(NON_FINITE)
 
 
-def draw(logits: Tensor, row: list[int], sampling: Sampling, random: torch.Generator) -> int:
-    """Sample the token that follows `row` (ids) from its logits (V,).
+def draw(logits: Tensor, rows: list[list[int]], sampling: Sampling, random: list[torch.Generator]) -> Tensor:
+    """Sample the tokens (B,) that follow `rows` (ids) from their logits (B, V). The host does not wait for a GPU.
 
-    `random` is a generator on the CPU, so that a seed gives the same tokens on every device. The token's probability
-    after the filters is above 0. Raises UserError if a logit is NaN or +inf, or if all are -inf.
+    `random` are the rows' generators on the CPU, so that a seed gives the same tokens on every device. A token's
+    probability after the filters is above 0. The token is -1 if a logit of its row is NaN or +inf, or if all are -inf.
     """
-    check_finite(logits)
+    finite = logits.amax(-1).isfinite()  # the maximum propagates NaN
     logits = logits.double()
     if sampling.repetition_penalty != 1:
-        logits = penalize_repetition(logits, row, sampling.repetition_penalty)
+        pairs = zip(logits, rows, strict=True)
+        logits = torch.stack([penalize_repetition(each, row, sampling.repetition_penalty) for each, row in pairs])
     if sampling.no_repeat_ngram_size:
-        logits = ban_repeated_ngrams(logits, row, sampling.no_repeat_ngram_size)
+        pairs = zip(logits, rows, strict=True)
+        logits = torch.stack([ban_repeated_ngrams(each, row, sampling.no_repeat_ngram_size) for each, row in pairs])
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits = (logits - logits.max()) / sampling.temperature  # subtracting the maximum first avoids +inf
-    if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
-    # Inverse transform sampling. A float32 uniform times the float64 sum stays below the sum, and right=True skips
-    # tokens of probability 0.
-    cumulative = logits.softmax(0).cpu().cumsum(0)  # on the CPU, since a parallel cumsum on a GPU may not be monotonic
-    uniform = torch.rand((), generator=random).double() * cumulative[-1]
-    return int(torch.searchsorted(cumulative, uniform, right=True))
+        ids = logits.argmax(-1)
+    else:
+        # subtracting the maximum first avoids +inf
+        logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+        if sampling.top_k:
+            logits = keep_top_k(logits, sampling.top_k)
+        if sampling.top_p < 1:
+            logits = keep_top_p(logits, sampling.top_p)
+        if sampling.min_p > 0:
+            logits = keep_min_p(logits, sampling.min_p)
+        uniform = torch.stack([torch.rand(1, generator=each) for each in random]).double()  # (B, 1)
+        ids = inverse_transform(logits.softmax(-1), uniform.to(logits.device), in_order=logits.device.type == "cpu")
+    return torch.where(finite, ids, -1)
+
+
+def checked(ids: list[int]) -> list[int]:
+    """Return ids from `draw`. Raises UserError if a row had non-finite logits."""
+    if -1 in ids:
+        raise UserError(NON_FINITE)
+    return ids
+
+
+def inverse_transform(probs: Tensor, uniform: Tensor, in_order: bool) -> Tensor:
+    """Return the ids (B,) at which the cumulative sums of probs (B, V) exceed the share uniform (B, 1) of their total.
+
+    No token of probability 0 is returned. `in_order` says that the device sums in order, as CPUs do. A GPU's parallel
+    sums may decrease by a rounding error. `uniform` is float64 with float32's precision, so that its product with the
+    total is below the total.
+    """
+    cumulative = probs.cumsum(-1)
+    if in_order:  # right=True skips tokens of probability 0
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    cumulative = cumulative.masked_fill(probs == 0, -1.0)
+    threshold = uniform * cumulative.amax(-1, keepdim=True)
+    return (cumulative > threshold).int().argmax(-1)  # the first of them
 
 
 def context(row: list[int], block_size: int) -> list[int]:
@@ -157,12 +186,15 @@ def generate(
     with evaluating(model):
         for _ in range(max_new_tokens):
             logits = decoder.logits(rows, active)[:, :n_vocab].float()  # (B, V)
-            logprobs = logits.log_softmax(-1)
-            for i, row in enumerate(rows):
-                if active[i]:
-                    token = draw(logits[i], row, sampling, random[i])
-                    row.append(token)
-                    active[i] = not on_token(i, token, float(logprobs[i, token]))
+            going = [i for i in range(len(rows)) if active[i]]
+            if going:
+                logits = logits if len(going) == len(rows) else logits[going]
+                ids = draw(logits, [rows[i] for i in going], sampling, [random[i] for i in going])
+                logprobs = logits.log_softmax(-1).gather(-1, ids.clamp(min=0)[:, None])[:, 0]
+                drawn, values = torch.stack((ids.double(), logprobs.double())).tolist()  # one wait for a GPU
+                for i, token, logprob in zip(going, checked([int(id) for id in drawn]), values, strict=True):
+                    rows[i].append(token)
+                    active[i] = not on_token(i, token, logprob)
             if finished(not any(active)):
                 break
     return rows
@@ -197,9 +229,11 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, max_new_tokens: int, compile: bool = False):
-        # on CUDA this uses CUDA graphs, so one call replays all kernels
-        self.one_token = torch.compile(model, mode="reduce-overhead") if compile else model
-        self.model, self.compile, self.n_left = model, compile, max_new_tokens
+        self.model, self.n_left = model, max_new_tokens
+        self.one_token = torch.compile(model) if compile else model
+        weight = model.transformer.wte.weight
+        self.uses_graphs = weight.is_cuda and not is_sharded(weight)  # sharded weights are gathered in each pass
+        self.graph: GraphedStep | None = None
         self.cache: KVCache | None = None
         self.windows_start: list[int] = []  # of each row in the cache
 
@@ -216,7 +250,9 @@ class Decoder:
             self.cache = self.new_cache(len(rows), size)
             logits = prefill(self.model, self.cache, windows)
         else:
-            logits = decode(self.one_token, self.cache, [row[-1] for row in rows], active)
+            if self.uses_graphs and (self.graph is None or self.graph.cache is not self.cache):
+                self.graph = GraphedStep(self.one_token, self.cache)
+            logits = decode(self.graph or self.one_token, self.cache, [row[-1] for row in rows], active)
         self.n_left -= 1
         return logits
 
@@ -235,11 +271,36 @@ class Decoder:
         embedding = self.model.transformer.wte.weight
         # on a CPU, attention over bfloat16 keys and values takes several times as long as over float32
         dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
-        cache = KVCache(self.model.config, n_rows, size, embedding.device, dtype)
-        if self.compile:  # a CUDA graph writes to the addresses with which it was captured
-            for tensor in (cache.idx, cache.length, *(t for layer in cache.layers for t in layer)):
-                torch._dynamo.mark_static_address(tensor)
-        return cache
+        return KVCache(self.model.config, n_rows, size, embedding.device, dtype)
+
+
+class GraphedStep:
+    """A CUDA graph of the model's step by one token per row, with a certain cache.
+
+    A replay launches all kernels at once. Launching them one by one takes longer than the kernels of a small model run.
+    """
+
+    def __init__(self, model: Callable, cache: KVCache):
+        self.cache = cache
+        device = cache.length.device
+        self.idx = torch.zeros(len(cache.length), 1, dtype=torch.long, device=device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and lets libraries allocate; what this writes into the cache is overwritten
+                model(self.idx, cache=cache)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: in a training run, the loader's thread may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits, _ = model(self.idx, cache=cache)
+
+    def __call__(self, idx: Tensor, cache: KVCache) -> tuple[Tensor, None]:
+        """Return the logits (B, 1, V) after idx (B, 1), like the model, and None."""
+        assert cache is self.cache, "a graph writes to the addresses with which it was captured"
+        self.idx.copy_(idx)
+        self.graph.replay()
+        return self.logits.clone(), None
 
 
 def prefill(model: GPT, cache: KVCache, windows: list[list[int]]) -> Tensor:

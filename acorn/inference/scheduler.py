@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acorn import UserError
 from acorn.inference.cpu_decode import prepare_for_decoding
-from acorn.inference.generate import Sampling, context, decode, draw, prefill
+from acorn.inference.generate import Sampling, checked, context, decode, draw, prefill
 from model import GPT, KVCache
 
 SIZE_STEP = 128  # tokens per row of the smallest cache
@@ -298,7 +298,7 @@ class Scheduler:
         if sequence.cancelled:
             return
         try:
-            token = draw(logits, sequence.ids, sequence.sampling, sequence.random)
+            [token] = checked(draw(logits[None], [sequence.ids], sequence.sampling, [sequence.random]).tolist())
         except UserError as error:  # non-finite logits
             return self._end(sequence, error)
         if len(sequence.ids) == len(sequence.prompt):
