@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import prepare.__main__ as prepare_cli
 import train
 from acorn import UserError, report
+from acorn.training.progress import LINES
 
 # a model of some hundred parameters, two updates; a machine that is as it is
 BASE = dict(block_size=8, batch_size=2, gradient_accumulation_steps=2, n_layer=1, n_head=2, n_embd=16, ngram_rows=50)
@@ -153,8 +154,9 @@ def test_any_settings_train_two_steps_or_are_refused_with_a_sentence(places, tmp
             assert "had a non-finite gradient" in capsys.readouterr().err
         elif "True" not in (chosen.get("eval_only"), chosen.get("dry_run")):
             steps = [line["step"] for line in report.read_metrics(out_dir / "metrics.jsonl") if "loss" in line]
-            every = int(float(chosen.get("log_interval", 1)))
-            assert steps == list(range(0, int(float(chosen["max_iters"])), every))
+            n_updates = int(float(chosen["max_iters"]))
+            every = int(float(chosen.get("log_interval", 1))) or math.ceil(n_updates / LINES)
+            assert steps == list(range(0, n_updates, every))
         trained += 1
 
     with keep_signal_handlers():
