@@ -2,7 +2,8 @@
 
 $ python benchmarks/decode.py --nanogpt PATH_OF_A_CHECKOUT
 
-The model has the shape of GPT-2 124M and random weights, and decodes greedily, so only speed is compared. A run reads
+The model has the shape of GPT-2 124M (or of Llama 3.2 1B) and random weights, and decodes greedily, so only speed is
+compared. A run reads
 the prompts and generates --new tokens for each. tokens/s divides the generated tokens by the whole time, including the
 prefill; the time to the first token is listed separately. Contenders run in separate processes and take turns. A
 contender that exceeds --limit is stopped, and its finished rounds count. Packages that are not installed are reported
@@ -29,12 +30,15 @@ from acorn.inference.generate import Sampling, generate
 from model import GPT, GPTConfig
 
 SHAPES = dict(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+LLAMA = dict(block_size=4096, vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192)
+LLAMA |= dict(bias=False, pos="rope", norm="rmsnorm", mlp="swiglu")
 
 
-def acorn_run(dtype, device, batch, quantize="none"):
+def acorn_run(shape, dtype, device, batch, quantize="none", compile=False):
     runtime.setup(str(device), "float32", False)  # as sample.py does
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPES)).to(device, dtype).eval()
+    with torch.device(device):
+        model = GPT(GPTConfig(**shape)).to(dtype).eval()
     if device.type == "cpu":
         model = prepare_for_decoding(model, quantize, n_rows=batch)
 
@@ -47,18 +51,24 @@ def acorn_run(dtype, device, batch, quantize="none"):
                 first.append(time.perf_counter() - start)
             return False
 
-        compile = device.type == "cuda"
         generate(model, prompts, new, Sampling(temperature=0), [0] * len(prompts), on_token, compile=compile)
         return {"first": first[0], "whole": time.perf_counter() - start}
 
     return run
 
 
-def hugging_face_run(dtype, device):
+def hugging_face_run(llama, dtype, device):
     import transformers
 
-    config = transformers.GPT2Config(eos_token_id=None, bos_token_id=None)
-    model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
+    no_ends = dict(eos_token_id=None, bos_token_id=None)
+    if llama:
+        sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+        sizes |= dict(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=4096, tie_word_embeddings=True)
+        kind, config = transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes, **no_ends)
+    else:
+        kind, config = transformers.GPT2LMHeadModel, transformers.GPT2Config(**no_ends)
+    with torch.device(device):
+        model = kind(config).to(dtype).eval()
 
     def run(prompts, new):
         idx = torch.tensor(prompts, device=device)
@@ -182,6 +192,7 @@ def llama_cpp_run(dtype, batch):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="folder of a nanoGPT checkout")
+    parser.add_argument("--model", choices=("gpt2", "llama-1b"), default="gpt2")
     parser.add_argument("--prompt", type=int, default=16, help="tokens in each prompt")
     parser.add_argument("--batch", type=int, default=1, help="number of prompts in the batch")
     parser.add_argument("--new", type=int, default=100, help="tokens to generate for each prompt")
@@ -193,19 +204,24 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=240.0, help="seconds per contender, over all its rounds")
     args = bench.parse_args(parser)
 
+    llama = args.model == "llama-1b"
+    shape = LLAMA if llama else SHAPES
     # for all contenders' processes: transformers (also used by CTranslate2's converter) prints errors only
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     device = torch.device(args.device)
     contenders = {
-        "acorn, fp32": lambda: acorn_run(torch.float32, device, args.batch),
-        "acorn, bf16": lambda: acorn_run(torch.bfloat16, device, args.batch),
-        "Hugging Face, fp32": lambda: hugging_face_run(torch.float32, device),
-        "Hugging Face, bf16": lambda: hugging_face_run(torch.bfloat16, device),
+        "acorn, fp32": lambda: acorn_run(shape, torch.float32, device, args.batch),
+        "acorn, bf16": lambda: acorn_run(shape, torch.bfloat16, device, args.batch),
+        "Hugging Face, fp32": lambda: hugging_face_run(llama, torch.float32, device),
+        "Hugging Face, bf16": lambda: hugging_face_run(llama, torch.bfloat16, device),
     }
-    if args.nanogpt:
+    if device.type == "cuda":
+        contenders["acorn compiled, bf16"] = lambda: acorn_run(shape, torch.bfloat16, device, args.batch, compile=True)
+    if args.nanogpt and not llama:
         contenders["nanoGPT, fp32"] = lambda: nanogpt_run(args.nanogpt, device)
     if device.type == "cpu":
-        contenders["acorn, int8"] = lambda: acorn_run(torch.float32, device, args.batch, "int8")
+        contenders["acorn, int8"] = lambda: acorn_run(shape, torch.float32, device, args.batch, "int8")
+    if device.type == "cpu" and not llama:
         contenders["CTranslate2, fp32"] = lambda: ctranslate2_run("float32")
         contenders["CTranslate2, int8"] = lambda: ctranslate2_run("int8")
         for precision, dtype in ("fp32", "F32"), ("bf16", "BF16"), ("int8", "Q8_0"):
@@ -221,18 +237,20 @@ def main() -> None:
 
     print(machine(device))
     print(
-        f"GPT-2 124M, {args.batch} prompts of {args.prompt}, {args.new} new tokens; medians of {args.rounds} rounds\n"
+        f"{args.model}, {args.batch} prompts of {args.prompt}, {args.new} new tokens; medians of {args.rounds} rounds\n"
     )
     names, n_new = bench.chosen(contenders, args.only), args.batch * args.new
     results = bench.in_turn(names, args.rounds, args.limit, lambda figures: f"{n_new / figures['whole']:,.1f} tokens/s")
     rate = read_rate(device)
+    with torch.device("meta"):
+        n_weights = GPT(GPTConfig(**shape)).num_params()
     rows, medians = [], {}
     for name, figures in results.items():
         first, whole = (median([each[key] for each in figures]) for key in ("first", "whole"))
         medians[name] = {"first": first, "tokens_per_second": n_new / whole}
     base = medians.get("Hugging Face, fp32")
     for name, m in sorted(medians.items(), key=lambda item: -item[1]["tokens_per_second"]):
-        size = {"fp32": 4, "bf16": 2, "int8": 1}[name.split(", ")[1]] * 124_439_808
+        size = {"fp32": 4, "bf16": 2, "int8": 1}[name.split(", ")[1]] * n_weights
         row = {"contender": name, "tokens/s": f"{m['tokens_per_second']:.1f}", "first token, s": f"{m['first']:.2f}"}
         if base:
             row["x Hugging Face fp32"] = f"{m['tokens_per_second'] / base['tokens_per_second']:.2f}"
