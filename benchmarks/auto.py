@@ -6,7 +6,7 @@ $ python benchmarks/auto.py --isa avx2 --only quickstart
 `auto` should be at least 1.0x. Each figure comes from a few updates of train.py on a small dataset, in a new process;
 auto and float32 take turns. Large models run with a small batch. Fine-tuning starts from random weights with the shape
 of its base, and finetune_shakespeare.py from GPT-2 124M, because its own base, GPT-2 XL, is too large for most CPUs.
-The recipes of docs/preferences.md start from twenty updates on sums.
+The recipes of docs/preferences.md start from a model trained for 20 updates on sums.
 """
 
 import argparse

@@ -3,9 +3,9 @@
 $ python prepare shakespeare
 $ python benchmarks/ladder.py --depths 2,3,4,5 --next 6 --picture ladder.png
 
-Each size of the fit is trained with two seeds, and the law is fitted to their mean losses: the losses of two seeds
-differ by as much as the prediction should be exact to. Finished runs in --folder are not repeated. `--next 0` only
-predicts.
+Each size of the fit is trained with two seeds, and the law is fitted to their mean losses, because losses of single
+seeds differ by more than the error that the prediction should have. Finished runs in --folder are not repeated.
+`--next 0` only predicts.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def train(depth: int, n_seeds: int, args: argparse.Namespace) -> dict:
 
 
 def draw(rows: list[dict], law: ladder.ScalingLaw, used: int, path: str) -> None:
-    """Plot losses over FLOPs, with the law; the rows from `used` on were predicted."""
+    """Plot losses over FLOPs, with the law; the rows from `used` on are not in the fit."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,5 @@
-# One dial: depth sets width, heads, rates, batch and horizon, so that runs of all sizes follow one scaling law.
+# One dial: the depth sets width, heads, Muon's rate, batch and number of updates. The losses of 2 to 6 layers follow
+# one scaling law.
 # $ python prepare shakespeare
 # $ python train.py config/ladder.py --n_layer=2              # then 3, 4 and 5, each into its own out_dir
 # $ python train.py config/ladder.py --n_layer=6 --dry_run=True    # the loss and the time of the next run
@@ -17,7 +18,7 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 
-# larger models profit from larger batches
+# the batch grows with the depth
 block_size = 128
 batch_size = 2 * n_layer
 gradient_accumulation_steps = 1
@@ -27,7 +28,7 @@ _matrices = 12 * n_layer * n_embd**2
 max_iters = 3 * _matrices // (batch_size * block_size)
 
 optimizer = "muon"
-muon_lr = 0.04 / n_layer  # measured at 2, 3 and 4 layers
+muon_lr = 0.04 / n_layer  # chosen by short runs with 2, 3 and 4 layers
 muon_split = True
 muon_momentum = 0.85
 learning_rate = 1.5e-2

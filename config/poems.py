@@ -1,7 +1,7 @@
 # Chinese verse: a character-level GPT on Tang and Song poems, in about three minutes on two CPU cores.
 # $ python prepare poems
 # $ python train.py config/poems.py
-# $ python sample.py --out_dir=out/poems --start="《春晓》" --stop="《"   # the stop is the next poem's title
+# $ python sample.py --out_dir=out/poems --start="《春晓》" --stop="《"   # stops before the next poem's title
 
 out_dir = "out/poems"
 dataset = "poems"

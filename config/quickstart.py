@@ -21,14 +21,14 @@ qk_norm = True
 tie_weights = False
 zero_init = True
 
-# larger initial embeddings than those of GPT-2, which helps in short runs
+# larger initial embeddings than GPT-2's: they help with BPE, and make no clear difference with characters
 embedding_std = 0.1
 
 # add embeddings of the last two, three and four characters, which is most of what such a short run can learn
 ngram = 4
 
 # Muon for the matrices in the blocks, AdamW with a high learning rate for the rest; the rate falls linearly to zero.
-# In so few updates, gradients are averaged over fewer of them than usual (muon_momentum, beta1)
+# In so few updates, lower momentum helps: it averages over fewer gradients (muon_momentum, beta1)
 max_iters = 80
 optimizer = "muon"
 muon_lr = 0.02
