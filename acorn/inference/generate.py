@@ -246,6 +246,7 @@ class Decoder:
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
         if self.cache is None or start != self.windows_start:  # initially, and whenever a window slides
             self.windows_start = start
+            self.cache = self.graph = None  # frees their memory first
             size = min(self.model.config.block_size, max(map(len, windows)) + self.n_left)
             self.cache = self.new_cache(len(rows), size)
             logits = prefill(self.model, self.cache, windows)
