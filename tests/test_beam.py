@@ -88,6 +88,17 @@ def test_a_batch_equals_the_prompts_one_by_one_also_where_the_window_slides():
         assert [beam.score for beam in beams] == pytest.approx([beam.score for beam in alone], abs=1e-5)
 
 
+def test_searches_that_end_early_stay_in_their_block_while_others_slide():
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model.init_weights()
+        prompts = [torch.randint(20, (n,)).tolist() for n in (3, 5, 7, 8)]
+        rules = Rules(2, 14, ends=set(range(4)))
+        for prompt, beams in zip(prompts, beam_search(model, prompts, rules), strict=True):
+            assert [beam.ids for beam in beams] == [beam.ids for beam in beam_search(model, [prompt], rules)[0]]
+
+
 @torch.no_grad()
 def test_with_enough_beams_it_finds_the_best_of_all_texts():
     torch.manual_seed(2)

@@ -245,6 +245,16 @@ def test_a_row_that_stops_leaves_the_others_alone():
         assert row == whole[:end]
 
 
+@pytest.mark.parametrize("changes", [dict(pos="learned"), dict(pos="rope", ngram=2)])
+def test_a_row_that_stopped_at_the_end_of_the_block_stays_there_while_others_slide(changes):
+    model = random_model(block_size=8, **changes)
+    for length in (7, 11, 15):  # with one more token, the window is a whole block
+        prompts = [[1] * length, [2] * 8, [3] * 5]
+        rows = generate(model, prompts, 20, GREEDY, [0, 0, 0], lambda row, token, logprob: row == 0)
+        assert len(rows[0]) == length + 1
+        assert rows[1:] == [greedy_without_cache(model, prompt, 20) for prompt in prompts[1:]]
+
+
 def test_padded_ids_are_never_drawn():
     model = random_model()
     with torch.no_grad():

@@ -78,7 +78,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens of (..., V) that are at least `p` times as likely as their row's most likely one, else -inf.
+    """Set the tokens of (..., V) that are less than `p` times as likely as the row's most likely one to -inf.
 
     https://arxiv.org/abs/2407.01082
     """
@@ -96,7 +96,9 @@ def check_finite(logits: Tensor) -> None:
 
 
 def draw(logits: Tensor, rows: list[list[int]], sampling: Sampling, random: list[torch.Generator]) -> Tensor:
-    """Sample the tokens (B,) that follow `rows` (ids) from their logits (B, V). The host does not wait for a GPU.
+    """Sample the tokens (B,) that follow `rows` (ids) from their logits (B, V).
+
+    The host waits for a GPU a few times, and once more per row if a repetition filter is on.
 
     `random` are the rows' generators on the CPU, so that a seed gives the same tokens on every device. A token's
     probability after the filters is above 0. The token is -1 if a logit of its row is NaN or +inf, or if all are -inf.
@@ -191,7 +193,7 @@ def generate(
                 logits = logits if len(going) == len(rows) else logits[going]
                 ids = draw(logits, [rows[i] for i in going], sampling, [random[i] for i in going])
                 logprobs = logits.log_softmax(-1).gather(-1, ids.clamp(min=0)[:, None])[:, 0]
-                drawn, values = torch.stack((ids.double(), logprobs.double())).tolist()  # one wait for a GPU
+                drawn, values = torch.stack((ids.double(), logprobs.double())).tolist()  # in one transfer
                 for i, token, logprob in zip(going, checked([int(id) for id in drawn]), values, strict=True):
                     rows[i].append(token)
                     active[i] = not on_token(i, token, logprob)
@@ -222,6 +224,9 @@ def evaluating(model: GPT):
         model.train(was_training)
 
 
+GRAPH_TOKENS = 8  # capturing a CUDA graph takes as long as a few steps
+
+
 class Decoder:
     """Computes the logits after rows of tokens, with a KV cache that is refilled whenever the window of a row slides.
 
@@ -246,12 +251,19 @@ class Decoder:
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
         if self.cache is None or start != self.windows_start:  # initially, and whenever a window slides
             self.windows_start = start
-            self.cache = self.graph = None  # frees their memory first
             size = min(self.model.config.block_size, max(map(len, windows)) + self.n_left)
-            self.cache = self.new_cache(len(rows), size)
+            if self.cache is not None and self.cache.size == size and len(self.cache.length) == len(rows):
+                self.cache.length.zero_()  # keeps the graph, which writes to this cache
+            else:
+                self.cache = self.graph = None  # frees their memory first
+                self.cache = self.new_cache(len(rows), size)
             logits = prefill(self.model, self.cache, windows)
+            ended = torch.tensor([not each for each in active], device=self.cache.length.device)
+            self.cache.length -= ended.long()  # `decode` writes the last token of ended rows again, not behind the end
         else:
-            if self.uses_graphs and (self.graph is None or self.graph.cache is not self.cache):
+            if self.graph is not None and self.graph.cache is not self.cache:
+                self.graph = None
+            if self.graph is None and self.uses_graphs and self.n_left >= GRAPH_TOKENS:
                 self.graph = GraphedStep(self.one_token, self.cache)
             logits = decode(self.graph or self.one_token, self.cache, [row[-1] for row in rows], active)
         self.n_left -= 1
@@ -293,7 +305,7 @@ class GraphedStep:
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: in a training run, the loader's thread may use the GPU meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(self.graph, None, stream, "thread_local"):
             self.logits, _ = model(self.idx, cache=cache)
 
     def __call__(self, idx: Tensor, cache: KVCache) -> tuple[Tensor, None]:
