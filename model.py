@@ -455,7 +455,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: dict 
 
 @torch.compiler.assume_constant_result  # otherwise each compiled kernel would compute cos and sin again
 def rotary_tables(block_size: int, head_dim: int, theta: float, scaling: dict, device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of all positions, both (block_size, D/2)."""
+    """Return cos and sin of all positions, both (block_size, D/2).
+
+    A second compiled model whose theta or scaling differs breaks the graph here; its results are right.
+    """
     return _rotary_tables(block_size, head_dim, theta, tuple(scaling.items()), device)
 
 

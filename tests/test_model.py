@@ -442,6 +442,18 @@ def test_an_impossible_shape_is_refused_with_a_sentence(change, word):
         GPTConfig(**{**SMALL, **change})
 
 
+def test_compiled_models_with_different_angles_keep_their_own():
+    """Compiled code is shared by all models of a process, and contains the tables of angles as constants."""
+    idx = tokens()
+    for theta, factor, block_size in ((1e4, 1.0, 24), (5e3, 1.0, 24), (5e3, 4.0, 24), (1e4, 1.0, 24), (1e4, 1.0, 16)):
+        scaling = {"rope_type": "linear", "factor": factor}
+        model = random_model(pos="rope", rope_theta=theta, rope_scaling=scaling, block_size=block_size)
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])
+        model.crop_block_size(12)
+        torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])
+
+
 @pytest.mark.gpu
 def test_gpu_logits_are_the_cpus():
     model = random_model(pos="rope", n_kv_head=2, mlp="swiglu", norm="rmsnorm", bias=False)
