@@ -3,11 +3,11 @@
 $ python benchmarks/decode.py --nanogpt PATH_OF_A_CHECKOUT
 
 The model has the shape of GPT-2 124M (or of Llama 3.2 1B) and random weights, and decodes greedily, so only speed is
-compared. A run reads
-the prompts and generates --new tokens for each. tokens/s divides the generated tokens by the whole time, including the
-prefill; the time to the first token is listed separately. Contenders run in separate processes and take turns. A
-contender that exceeds --limit is stopped, and its finished rounds count. Packages that are not installed are reported
-and left out (see requirements-bench.txt). llama.cpp's wheel is built for AVX2 and does not use AVX-512.
+compared. A run reads the prompts and generates --new tokens for each. tokens/s divides the generated tokens by the
+whole time, including the prefill; the time to the first token is listed separately. Contenders run in separate
+processes and take turns. A contender that exceeds --limit is stopped, and its finished rounds count. Packages that are
+not installed are reported and left out (see requirements-bench.txt). llama.cpp's wheel is built for AVX2 and does not
+use AVX-512.
 """
 
 import argparse

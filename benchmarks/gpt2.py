@@ -54,13 +54,15 @@ def updates_per_second(seconds: list[float], steps: list[int]) -> float:
 class Run:
     """What a training run printed: updates, their seconds, and their losses. `val` is None if it was stopped."""
 
-    def __init__(self, name: str, steps: list[int], seconds: list[float], losses: list[float], val: float | None):
-        self.name, self.steps, self.losses, self.val = name, steps, losses, val
+    def __init__(
+        self, name: str, n: int, steps: list[int], seconds: list[float], losses: list[float], val: float | None
+    ):
+        self.name, self.n, self.steps, self.losses, self.val = name, n, steps, losses, val
         self.seconds = [each - seconds[0] for each in seconds]
         self.rate = updates_per_second(seconds, steps)
 
 
-def run_nanogpt(name: str, folder: Path, words: list[str], limit: float) -> Run:
+def run_nanogpt(name: str, n: int, folder: Path, words: list[str], limit: float) -> Run:
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     words = ["config/train_gpt2.py", "--wandb_log=False", "--dataset=x", f"--out_dir={folder}/out", *words]
     _, lines = timed([sys.executable, "train.py", *words], folder, limit, env)
@@ -73,17 +75,19 @@ def run_nanogpt(name: str, folder: Path, words: list[str], limit: float) -> Run:
         elif "val loss" in line:
             evaluations.append(float(line.split("val loss ")[1]))
     val = evaluations[-1] if len(evaluations) > 1 else None
-    return Run(name, steps[1:-1], seconds[1:-1], losses[1:-1], val)  # without the lines beside evaluations
+    # without the lines beside evaluations
+    kept = [i for i, step in enumerate(steps) if 0 < step < n]
+    return Run(name, n, *([values[i] for i in kept] for values in (steps, seconds, losses)), val)
 
 
-def run_acorn(name: str, config: str, dataset: Path, out: Path, words: list[str], limit: float) -> Run:
+def run_acorn(name: str, n: int, config: str, dataset: Path, out: Path, words: list[str], limit: float) -> Run:
     words = [config, f"--dataset={dataset}", f"--out_dir={out}", "--overwrite=True", "--wandb_log=False", *words]
     timed([sys.executable, REPO / "train.py", *words], limit=limit)
     figures = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     updates = [each for each in figures if "loss" in each][1:]
     evaluations = [each["val_loss"] for each in figures if "val_loss" in each]
     val = evaluations[-1] if len(evaluations) > 1 else None
-    return Run(name, *([each[key] for each in updates] for key in ("step", "seconds", "loss")), val)
+    return Run(name, n, *([each[key] for each in updates] for key in ("step", "seconds", "loss")), val)
 
 
 def main() -> None:
@@ -120,7 +124,7 @@ def main() -> None:
         row["MFU"] = f"{run.rate * tokens * flops / peak:.1%}" if peak else "n/a"
         row |= {"updates": "", "seconds": "", "val loss": ""}
         if training:
-            row |= {"updates": run.steps[-1], "seconds": f"{run.seconds[-1]:.0f}"}
+            row |= {"updates": run.n, "seconds": f"{run.n / run.rate:.0f}"}
             row["val loss"] = f"stopped at {args.limit:g} s" if run.val is None else f"{run.val:.4f}"
             curves.append(run)
         rows.append(row)
@@ -136,16 +140,16 @@ def main() -> None:
             return [*common, *horizon, f"--warmup_iters={n // 10}"]
 
         def nanogpt(n: int, name: str) -> Run:
-            return run_nanogpt(name, folder, schedule(n), args.limit)
+            return run_nanogpt(name, n, folder, schedule(n), args.limit)
 
         def acorn(n: int, name: str, config: str, *more: str) -> Run:
-            return run_acorn(name, config, dataset.path.resolve(), out, [*schedule(n), *more], args.limit)
+            return run_acorn(name, n, config, dataset.path.resolve(), out, [*schedule(n), *more], args.limit)
 
         more = [f"--{setting}" for setting in args.settings] + (["--n_head=2"] if toy else [])
         probe = nanogpt(PROBE, "nanoGPT, short run")
         record(probe, False)
         n_nanogpt = int(args.seconds * probe.rate)
-        record(acorn(PROBE, f"acorn, {BASELINE}, short run", BASELINE), False)
+        record(acorn(PROBE, f"acorn, {BASELINE}, short run", BASELINE, "--mlp=gelu"), False)
         probe = acorn(PROBE, f"acorn, {SPEEDRUN}, short run", SPEEDRUN, *more)
         record(probe, False)
         n_acorn = int(args.seconds * probe.rate)
