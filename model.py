@@ -453,13 +453,17 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: dict 
     return angle.cos() * scale, angle.sin() * scale
 
 
-@torch.compiler.assume_constant_result  # otherwise each compiled kernel would compute cos and sin again
 def rotary_tables(block_size: int, head_dim: int, theta: float, scaling: dict, device) -> tuple[Tensor, Tensor]:
     """Return cos and sin of all positions, both (block_size, D/2).
 
     A second compiled model whose theta or scaling differs breaks the graph here; its results are right.
     """
     return _rotary_tables(block_size, head_dim, theta, tuple(scaling.items()), device)
+
+
+# Otherwise each compiled kernel would compute cos and sin again. This is what torch.compiler.assume_constant_result
+# does, which imports the compiler: for a second, also in runs that do not compile.
+rotary_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=8)
