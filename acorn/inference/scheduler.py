@@ -199,10 +199,13 @@ class Scheduler:
         self._note_rate(self.n_tokens - n_before)
 
     def _leave(self) -> None:
-        """Drop cancelled sequences; those that have ended are gone already."""
-        for sequence in [s for s in self.running if s.cancelled]:
-            self.n_cancelled += 1
-            self.running.remove(sequence)
+        """Drop cancelled sequences, waiting ones too, which would take places in the queue and memory."""
+        with self.changed:
+            n_before = len(self.running) + len(self.waiting)
+            self.running = [s for s in self.running if not s.cancelled]
+            if any(s.cancelled for s in self.waiting):
+                self.waiting = collections.deque(s for s in self.waiting if not s.cancelled)
+            self.n_cancelled += n_before - len(self.running) - len(self.waiting)
 
     def _admit(self) -> None:
         """Start waiting sequences in their order while they fit: each prefill gives the first new token."""
