@@ -19,8 +19,8 @@ from acorn.training.optim import orthogonalize
 from model import GPT, CausalSelfAttention, GPTConfig, attend, attention_dropout
 
 TIMED_TOKENS = 512  # per timed update; with fewer tokens, converting the weights would weigh more than in the run
-FLOP_PER_CALL = 1.5e9  # keeps a timed call within tens of milliseconds, even on a slow laptop
-TIMING_SECONDS = 0.05  # timing budget per choice, not counting the first call of each candidate
+FLOP_PER_CALL = 0.8e9  # keeps a timed call within tens of milliseconds, even on a slow laptop
+TIMING_SECONDS = 0.03  # timing budget per choice, not counting the first call of each candidate
 
 
 @dataclass
