@@ -247,7 +247,10 @@ def main() -> int:
         if evaluates:
             progress.restart_clock()
         if stop or step == s.max_iters or state.is_out_of_patience(s.early_stopping):
-            return finish(s, state, checkpoints, console, stop, data.has_conversations)
+            code = finish(s, state, checkpoints, console, stop, data.has_conversations)
+            if metrics is not None:
+                metrics.draw()
+            return code
 
         # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
         ask_to_stop = dist.ask(state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))

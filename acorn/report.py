@@ -12,12 +12,14 @@ import os
 import re
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
 from acorn import UserError, files, printable, visible
 
+DRAW_SECONDS = 5  # a short run draws its curve once, at its end: drawing takes a good part of a second
 MAX_METRICS_BYTES = 1 << 31  # bytes; a larger metrics.jsonl is not read
 NUMERIC_FIELDS = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
 NUMERIC_FIELDS |= {"val_perplexity", "val_bits_per_byte"}
@@ -36,6 +38,7 @@ class Metrics:
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None, tensorboard=None):
         self.path, self.torn = out_dir / "metrics.jsonl", False
+        self.drawn_at = time.monotonic()
         self.loggers = {}  # by name, functions that send figures elsewhere
         if wandb_run is not None:
             self.loggers["wandb"] = lambda figures: wandb_run.log(figures, step=figures["step"])
@@ -56,7 +59,10 @@ class Metrics:
         measured: dict[str, float | None],
         seconds: float,
     ) -> None:
-        """Append the results of `evaluate_mixture` on both splits and of `measure_tasks`, and redraw loss.png."""
+        """Append the results of `evaluate_mixture` on both splits and of `measure_tasks`.
+
+        Redraws loss.png unless it was drawn within the last DRAW_SECONDS. Call `draw` at the end of a run.
+        """
         self.write(
             step=step,
             train_loss=train["loss"],
@@ -64,7 +70,12 @@ class Metrics:
             **measured,
             seconds=seconds,
         )
+        if time.monotonic() - self.drawn_at > DRAW_SECONDS:
+            self.draw()
+
+    def draw(self) -> None:
         draw_curve(read_metrics(self.path), self.path.with_name("loss.png"))
+        self.drawn_at = time.monotonic()
 
     def write(self, **values) -> None:
         """Append a line, in which non-finite numbers become null.

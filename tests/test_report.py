@@ -270,14 +270,16 @@ def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_p
             raise RuntimeError("no network")
 
     monkeypatch.setattr(report, "draw_losses", fails)
+    monkeypatch.setattr(report, "DRAW_SECONDS", -1)
     monkeypatch.setattr(report, "start_wandb", lambda *_: Wandb())
     save, saved = checkpoint.Writer.save, []
     monkeypatch.setattr(checkpoint.Writer, "save", lambda *a: (saved.append(len(seen)), save(*a)))
     words = [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--wandb_log=True", "--max_iters=4"]
     assert train_here(monkeypatch, *words) == 0
     said = capsys.readouterr().err
-    assert len(seen) == 3 and saved == [1, 2]  # at steps 0, 2 and 4; a checkpoint at 2 and 4, each before its picture
-    assert said.count("the run continues") == 4 and said.count("wandb logging failed") == 1 and "\x1b" not in said
+    # pictures at steps 0, 2, 4 and at the end; a checkpoint at 2 and 4, each before its picture
+    assert len(seen) == 4 and saved == [1, 2]
+    assert said.count("the run continues") == 5 and said.count("wandb logging failed") == 1 and "\x1b" not in said
     assert checkpoint.find(tmp_path / "o")[1]["step"] == 4
 
 
@@ -302,3 +304,11 @@ def test_absent_tensorboard_is_one_clear_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         report.start_tensorboard(tmp_path, 0, None)
+
+
+def test_a_short_run_draws_its_curve_once(dataset, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "draw_losses", lambda metrics, picture: drawn.append(metrics[-1]["step"]))
+    words = [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--max_iters=4"]
+    assert train_here(monkeypatch, *words) == 0
+    assert drawn == [4]
