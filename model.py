@@ -71,6 +71,16 @@ DROPOUTS = ("dropout", "attn_dropout", "ngram_dropout")  # settings that may cha
 INITIALIZATION = ("zero_init", "embedding_std")  # settings that matter only for a new model
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Leave the initialization to `GPT.init_weights`, so that it alone draws random numbers."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """As in Linear."""
+
+
 class Norm(nn.Module):
     """LayerNorm (with optional bias) or RMSNorm (https://arxiv.org/abs/1910.07467)."""
 
@@ -98,8 +108,8 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.plain = False  # train with `plain_attention`
         self.split = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]  # of c_attn
-        self.c_attn = nn.Linear(config.n_embd, sum(self.split), bias=config.bias or config.qkv_bias)  # q, k, v in one
-        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(self.split), bias=config.bias or config.qkv_bias)  # q, k, v in one
+        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.qk_norm_weight:
             self.q_norm, self.k_norm = Norm(config, config.head_dim), Norm(config, config.head_dim)
 
@@ -137,8 +147,8 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         gates = 2 if config.mlp in GATED else 1  # gates and values come from one matrix
-        self.c_fc = nn.Linear(config.n_embd, gates * config.n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, gates * config.n_hidden, bias=config.bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         kind, x = self.config.mlp, self.c_fc(x)
@@ -176,9 +186,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.pos == "learned":
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.wpe = Embedding(config.block_size, config.n_embd)
         if config.ngram > 1:
             self.ngram = NgramEmbedding(config)
         if config.embedding_skip:  # the factors of each block's mix
@@ -197,14 +207,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute each block in the backward pass, to save memory
-        device = torch.get_default_device()
-        with torch.device("meta"):  # shapes only, so that init_weights alone draws random numbers
-            self.transformer = Transformer(config)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device=device)
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights()
+        if self.lm_head.weight.device.type != "meta":  # which has shapes only
+            self.init_weights()
 
     def init_weights(self) -> None:
         for name, p in self.named_parameters():
@@ -405,16 +413,19 @@ class GPT(nn.Module):
             head.weight = nn.Parameter(grown_rows(head.weight, n_vocab, size))
         self.config.vocab_size = wte.num_embeddings = head.out_features = wte.weight.size(0)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, params=None) -> torch.optim.AdamW:
+    def configure_optimizers(
+        self, weight_decay, learning_rate, betas, device_type, params=None, kind=torch.optim.AdamW
+    ) -> torch.optim.AdamW:
         """Create AdamW, fused if supported, with weight decay on matrices and embeddings, not on biases and norms.
 
-        `params` are the parameters to update; the default is all."""
+        `params` are the parameters to update; the default is all. `kind` is the class of the optimizer.
+        """
         params = [p for p in (self.parameters() if params is None else params) if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
+        return kind(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of one token's forward and backward pass.
@@ -529,7 +540,7 @@ class NgramEmbedding(nn.Module):
         self.config = config
         V = config.vocab_size
         self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # number of (back + 1)-grams
-        self.tables = nn.ModuleList(nn.Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
+        self.tables = nn.ModuleList(Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
 
     def forward(self, idx: Tensor, positions: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Return the sum of the embeddings (B, T, C) of the n-grams that end at each token of idx (B, T).

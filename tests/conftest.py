@@ -51,7 +51,7 @@ def start():
     from forked import Forked
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked", "torch._dynamo"])  # which the first optimizer imports
+    context.set_forkserver_preload(["forked"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{REPO / 'tests'}")
         first = context.Process(target=time.sleep, args=(0,))

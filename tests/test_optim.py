@@ -66,7 +66,7 @@ def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
     with pytest.raises(UserError, match="make_optimizers"):
         make_optimizers(model, "lion", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
-    model.configure_optimizers = lambda *args: torch.optim.SGD(model.parameters())
+    model.configure_optimizers = lambda *args, **kwargs: torch.optim.SGD(model.parameters())
     with pytest.raises(UserError, match=r"SGD.*moment_kinds"):
         make_optimizers(model, "adamw", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
 

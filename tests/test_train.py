@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TINY, metrics, numbers, refused, refused_here, script, script_here, train, train_here
+from helpers import SMALL, TINY, metrics, numbers, refused, refused_here, script, script_here, train, train_here
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,6 +102,20 @@ def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, mon
     quiet = {step: host_reads.of_update[step] for step in range(12) if step not in (0, 4, 8, 9, 11)}
     assert quiet == dict.fromkeys(quiet, int(reads))
     assert all(host_reads.of_update[step] > 1 for step in (0, 4, 8, 9, 11))  # logged, or before an evaluation
+
+
+def test_an_uncompiled_run_does_not_import_torchs_compiler(dataset, tmp_path):
+    """The import takes a second."""
+    words = [*TINY, *SMALL, f"--dataset={dataset}", "--out_dir=out", "--optimizer=muon", "--ngram=2", "--max_iters=2"]
+    for command in (
+        ["train.py", *words],
+        ["train.py", "--out_dir=out", "--init_from=resume", "--max_iters=4"],
+        ["sample.py", "--out_dir=out", "--max_new_tokens=2"],
+    ):
+        result = script(*command, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+        assert result.returncode == 0, result.stderr[-1000:]
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+        assert "torch" in imported and "torch._dynamo" not in imported
 
 
 def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):

@@ -1,5 +1,6 @@
 """Optimizers (AdamW and Muon) and learning-rate schedules."""
 
+import inspect
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -36,13 +37,13 @@ def make_optimizers(
     """
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "adamw":
-        optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
+        optimizers = [model.configure_optimizers(weight_decay, learning_rate, betas, device_type, kind=AdamW)]
     elif optimizer == "muon":
         groups = muon_groups(model, muon_split)
         in_blocks = {p for group in groups for p in group["params"]}
         remaining = [p for p in model.parameters() if p not in in_blocks and p.requires_grad]
         if remaining:
-            optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining))
+            optimizers.append(model.configure_optimizers(0.0, learning_rate, betas, device_type, remaining, AdamW))
         if groups:  # either list may be empty, because parameters can be frozen
             optimizers.append(Muon(groups, muon_lr, muon_momentum, weight_decay, muon_dtype))
     else:
@@ -108,7 +109,24 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
         del optimizer.found_inf  # type: ignore[attr-defined]  # as above
 
 
-class Muon(torch.optim.Optimizer):
+class StartsFast(torch.optim.Optimizer):
+    """A base class that keeps torch's compiler out of optimizers.
+
+    torch decorates these methods with code that imports the compiler, which takes a second at the start of a run. It
+    only matters to programs that compile their optimizer.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(StartsFast, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(StartsFast):
     """Momentum with orthogonalized updates, for matrices: https://kellerjordan.github.io/posts/muon/
 
     The update moves all directions of a weight equally far, even those with a small gradient. Matrices of the same
