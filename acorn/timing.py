@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Mapping
 
+FIRST_CALL = 0.2  # seconds; a first call may compile or load a library, but one that takes longer is slow
+
 
 def fastest(
     candidates: Mapping[str, Callable[[], object]],
@@ -13,9 +15,9 @@ def fastest(
     """Return the name of the fastest candidate, and the time of each candidate in seconds per call.
 
     The candidates take turns, so that a change in the machine's speed affects all of them. Each candidate's time is
-    that of its fastest call, which other processes disturb least. The first calls warm up and do not count. Candidates
-    that are far behind are dropped early. No new round starts after `seconds`, except the first one; candidates should
-    be small enough for several rounds.
+    that of its fastest call, which other processes disturb least. The first calls warm up and do not count, unless they
+    take longer than FIRST_CALL. Candidates that are far behind are dropped early. No new round starts after `seconds`,
+    except the first one; candidates should be small enough for several rounds.
 
     The first candidate is the default. Another one is chosen only if it is faster by the factor `margin`, so that noise
     does not decide between equals. `clock` returns seconds. `time.thread_time` suits single-threaded work, because it
@@ -23,8 +25,7 @@ def fastest(
     """
     # warm-up: the first calls fill caches and load libraries, which may take longer than all rounds together
     times = {name: seconds_per_call(work, clock) for name, work in candidates.items()}
-    # a first call may compile for a few milliseconds; a candidate that takes far longer is slow
-    running = [name for name in times if times[name] <= max(10 * min(times.values()), seconds / 5)]
+    running = [name for name in times if times[name] <= max(10 * min(times.values()), FIRST_CALL)]
     warm = False
     began = time.perf_counter()
     while len(running) > 1 and (not warm or time.perf_counter() - began < seconds):
