@@ -61,7 +61,7 @@ class Metrics:
     ) -> None:
         """Append the results of `evaluate_mixture` on both splits and of `measure_tasks`.
 
-        Redraws loss.png unless it was drawn within the last DRAW_SECONDS. Call `draw` at the end of a run.
+        Redraws loss.png unless it was drawn, or the run began, within the last DRAW_SECONDS. Call `draw` at the end.
         """
         self.write(
             step=step,
