@@ -19,7 +19,7 @@ import numpy as np
 
 from acorn import UserError, files, printable, visible
 
-DRAW_SECONDS = 5  # a short run draws its curve once, at its end: drawing takes a good part of a second
+DRAW_SECONDS = 5  # seconds between pictures; a short run, in which drawing would take much of the time, draws one
 MAX_METRICS_BYTES = 1 << 31  # bytes; a larger metrics.jsonl is not read
 NUMERIC_FIELDS = {"loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "skipped", "seconds"}
 NUMERIC_FIELDS |= {"val_perplexity", "val_bits_per_byte"}
@@ -38,7 +38,7 @@ class Metrics:
 
     def __init__(self, out_dir: Path, step: int, evaluated_at: int | None, wandb_run=None, tensorboard=None):
         self.path, self.torn = out_dir / "metrics.jsonl", False
-        self.drawn_at = time.monotonic()
+        self.drawn_at, self.undrawn = time.monotonic(), False
         self.loggers = {}  # by name, functions that send figures elsewhere
         if wandb_run is not None:
             self.loggers["wandb"] = lambda figures: wandb_run.log(figures, step=figures["step"])
@@ -61,7 +61,7 @@ class Metrics:
     ) -> None:
         """Append the results of `evaluate_mixture` on both splits and of `measure_tasks`.
 
-        Redraws loss.png unless it was drawn, or the run began, within the last DRAW_SECONDS. Call `draw` at the end.
+        Draws loss.png unless it was drawn, or the run began, within the last DRAW_SECONDS. Call `draw` at the end.
         """
         self.write(
             step=step,
@@ -70,12 +70,15 @@ class Metrics:
             **measured,
             seconds=seconds,
         )
+        self.undrawn = True
         if time.monotonic() - self.drawn_at > DRAW_SECONDS:
             self.draw()
 
     def draw(self) -> None:
-        draw_curve(read_metrics(self.path), self.path.with_name("loss.png"))
-        self.drawn_at = time.monotonic()
+        """Draw loss.png if it lacks the last evaluation."""
+        if self.undrawn:
+            draw_curve(read_metrics(self.path), self.path.with_name("loss.png"))
+            self.drawn_at, self.undrawn = time.monotonic(), False
 
     def write(self, **values) -> None:
         """Append a line, in which non-finite numbers become null.

@@ -93,7 +93,6 @@ def main() -> int:
     page.add_page(app)
     print(f"up to {s.max_batch} sequences at once, batches of {app.state.scheduler.row_counts} rows", flush=True)
     gc.freeze()  # else each full garbage collection visits all objects of the libraries, a tenth of a second
-    gc.set_threshold(700, 10, 10)  # Python's own: finished requests are garbage in cycles, which must not pile up
     # after finishing what runs, uvicorn raises the signal again, which then must not change the exit code
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="info", access_log=False))

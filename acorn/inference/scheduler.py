@@ -184,7 +184,6 @@ class Scheduler:
             except Exception as error:
                 future.set_exception(error)
         n_before = self.n_tokens
-        self._leave()
         self._admit()
         decoding = [sequence for sequence in self.running if not self._slid(sequence)]
         if decoding:
@@ -208,13 +207,14 @@ class Scheduler:
             self.n_cancelled += n_before - len(self.running) - len(self.waiting)
 
     def _admit(self) -> None:
-        """Start waiting sequences in their order while they fit: each prefill gives the first new token."""
+        """Drop cancelled sequences, and start waiting ones in their order while they fit.
+
+        Each prefill gives the first new token.
+        """
         prefilled = {}
         while True:
+            self._leave()  # each time, because a prefill takes a while
             with self.changed:
-                while self.waiting and self.waiting[0].cancelled:
-                    self.n_cancelled += 1
-                    self.waiting.popleft()
                 if not self.waiting or not self._has_room(self.waiting[0]):
                     return
                 sequence = self.waiting.popleft()

@@ -8,6 +8,7 @@ passes events to the coroutine of the request, which answers with one JSON objec
 
 import asyncio
 import contextlib
+import gc
 import json
 import secrets
 import time
@@ -347,6 +348,7 @@ def create_app(
     client may ask for at most `max_new_tokens` per choice. With an `api_key`, paths below /v1 and /inside need it as a
     bearer token.
     """
+    gc.set_threshold(700, 10, 10)  # Python's own; acorn's suit short scripts, and finished requests are cyclic garbage
     scheduler = Scheduler(model, max_batch, max_queue, cache_bytes, tokenizer.n_vocab)
     block_size, created = model.config.block_size, int(time.time())
     most_bytes = max(1, int(tokenizer.token_bytes().max()))  # of a token
