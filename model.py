@@ -639,6 +639,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", p
         return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
     if plain and torch.is_grad_enabled() and mask is None and not grouped:
         return plain_attention(q, k, v, p)
+    if q.size(2) == 1 and mask is not None and p == 0 and q.device.type == "cpu" and torch.compiler.is_compiling():
+        return one_token_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -653,6 +655,18 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     q, k = (x.to(v.dtype).reshape(B * H, T, D) for x in (q, k))
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D)).softmax(-1)  # (B * H, T, T)
     return (dropout(weights, p, True).to(v.dtype) @ v.reshape(B * H, T, D)).view(B, H, T, D)
+
+
+def one_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query per row, written for torch.compile, which fuses it with the operations around it.
+
+    q (B, H, 1, D), k and v (B, H_kv, S, D), mask (B, 1, 1, S) -> (B, H, 1, D). The fused kernel of torch is made for
+    many queries: with one, it takes several times as long.
+    """
+    grouped = q.view(len(q), k.size(1), -1, 1, q.size(3))  # (B, H_kv, H / H_kv, 1, D)
+    scores = (grouped * k[:, :, None]).sum(-1) / math.sqrt(q.size(3))  # (B, H_kv, H / H_kv, S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights[..., None] * v[:, :, None]).sum(-2).view(q.shape)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -12,20 +12,22 @@ import inspect
 import itertools
 import mmap
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acorn.timing import fastest, seconds_per_call
-from model import GPT, Block, KVCache
+from model import GPT, KVCache
 
 # The compiled product keeps one sum per batch row in a vector register. AVX2 has 16 registers, and the weights and
 # inputs need half of them. With more sums, registers would spill to memory for each weight.
 MAX_COMPILED_ROWS = 8
 PROMPT_ROWS = 64  # prompt tokens with which the kernels for prompts are timed
-COMPILE_RATIO = 350  # time of torch.compile for a block and a head, divided by Python's compile time of model.py
+COMPILE_RATIO = 375  # time of torch.compile for a block and a head, divided by Python's compile time of model.py
 
 
 class DecodingLinear(nn.Module):
@@ -136,25 +138,42 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 
 class OneTokenCompiled(nn.Module):
-    """Wrap a module: run `compiled` for one token in each row, and the module itself for longer inputs.
+    """Wrap a module: run a compiled form for one token in each row, and the module itself for longer inputs.
 
-    `compiled` is the compiled forward of the module's class, and `row_counts` are the numbers of rows for which it was
-    compiled. A prompt is compute-bound and gains nothing from it.
+    A prompt is compute-bound and gains nothing from compilation. `row_counts` are the numbers of rows for which forms
+    are compiled, each at its first call. Modules of the same structure share the dictionary `forms`.
     """
 
-    def __init__(self, module: nn.Module, compiled, row_counts: tuple[int, ...]):
+    def __init__(self, module: nn.Module, forms: dict, row_counts: tuple[int, ...]):
         super().__init__()
-        self.module, self.compiled, self.row_counts = module, compiled, row_counts
+        self.module, self.forms, self.row_counts = module, forms, row_counts
 
-    def forward(self, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Tensor:
-        rest = () if mask is None else (rotary, cache, positions, mask)  # a Linear layer takes x alone
-        if x.dim() != 3 or x.size(1) != 1 or x.size(0) not in self.row_counts:
-            return self.module(x, *rest)
-        for tensor in cache:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # only the size of the cache may change
-        if mask is not None:
-            torch._dynamo.maybe_mark_dynamic(mask, 3)
-        return self.compiled(self.module, x, *rest)
+    def forward(self, x: Tensor, rotary=None, *rest) -> Tensor:
+        inputs = (x, rotary, *rest) if rest else (x,)  # a Linear layer takes x alone
+        if x.size(1) != 1 or x.size(0) not in self.row_counts:
+            return self.module(*inputs)
+        key = x.size(0), rotary is None  # some blocks may have no rope
+        if key not in self.forms:
+            self.forms[key] = compile_one_token(self.module, *inputs)
+        return self.forms[key](self.module, *inputs)
+
+
+def compile_one_token(module: nn.Module, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Callable:
+    """Compile the forward of a block or a head for inputs like these, of which only the size of the cache may change.
+
+    The result is a function of a module of the same structure and its inputs. It omits the checks by which
+    torch.compile recognizes other inputs. They take a tenth of a millisecond per block, because reading the weights has
+    evicted their data from the CPU cache.
+    """
+    for tensor in cache:
+        torch._dynamo.mark_dynamic(tensor, 2)
+    if mask is not None:
+        torch._dynamo.mark_dynamic(mask, 3)
+    inputs = (module, x) if mask is None else (module, x, rotary, cache, positions, mask)
+    # size_asserts would check each tensor's shape in each call
+    options: dict = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
+    compiled: Any = torch.compile(type(module).forward, fullgraph=True, options=options, dynamic=False)
+    return compiled.aot_compile((inputs, {})).fn
 
 
 @torch.no_grad()
@@ -229,14 +248,10 @@ def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
     If compiling fails, print a warning, leave the model unchanged, and return False.
     """
     blocks, head = model.transformer.h, model.lm_head
-    # size_asserts would check each tensor's shape in each call, although torch.compile's guards already do
-    options: dict = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
+    forms: dict = {}
     try:
-        one_block, one_product = (
-            torch.compile(kind.forward, options=options, dynamic=False) for kind in (Block, DecodingLinear)
-        )
-        compiled = nn.ModuleList(OneTokenCompiled(block, one_block, row_counts) for block in blocks)
-        set_layers(model, compiled, OneTokenCompiled(head, one_product, row_counts))
+        compiled = nn.ModuleList(OneTokenCompiled(block, forms, row_counts) for block in blocks)
+        set_layers(model, compiled, OneTokenCompiled(head, {}, row_counts))
         for n_rows in row_counts:  # the call compiles
             model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
     except Exception as error:
