@@ -157,6 +157,17 @@ def test_attention_written_out_is_torchs():
     torch.testing.assert_close(model_file.plain_attention(q, k, v, 0.0), expected)
 
 
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_attention_of_one_token_is_torchs(n_kv_head):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, size, 8) for heads, size in ((4, 1), (n_kv_head, 20), (n_kv_head, 20)))
+    k *= 30  # weights near 0 and 1
+    mask = torch.arange(20) <= torch.tensor([0, 7, 19])[:, None, None, None]
+    args = (q.double(), k.double(), v.double(), mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(*args, enable_gqa=True).float()
+    torch.testing.assert_close(model_file.one_token_attention(q, k, v, mask), expected)
+
+
 def test_training_in_bfloat16_follows_float32():
     """The loss and its gradients, by the way that a CPU takes in training."""
     idx = tokens()
