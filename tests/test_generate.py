@@ -1,5 +1,6 @@
 """Filters against hand computations; the loop against a model without a cache; text that streams and stops."""
 
+import itertools
 import math
 
 import numpy as np
@@ -152,6 +153,21 @@ def test_rows_are_drawn_as_if_each_were_alone():
             random = torch.Generator().manual_seed(row + 1)
             alone.append([draw_one(logits[row], rows[row], how, random) for _ in range(20)])
         assert together == list(map(list, zip(*alone, strict=True)))
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])  # nearly uniform, or a few likely tokens
+@pytest.mark.parametrize("ties", [False, True])
+def test_filters_choose_from_a_large_vocabulary_as_if_they_had_sorted_it(spread, ties):
+    for seed in range(5):
+        logits = spread * torch.randn(1, 5000, generator=torch.Generator().manual_seed(seed)).double()
+        logits = logits.round() if ties else logits
+        for top_k, top_p, min_p in itertools.product((0, 1, 200), (1.0, 0.9, 0.05), (0.0, 0.02)):
+            how, scaled = Sampling(temperature=0.5, top_k=top_k, top_p=top_p, min_p=min_p), logits / 0.5
+            kept = keep_min_p(keep_top_p(keep_top_k(scaled, top_k or 5000), top_p), min_p)
+            cumulative = kept.softmax(-1).cumsum(-1)
+            uniform = torch.rand(1, generator=torch.Generator().manual_seed(seed)).double()
+            expected = int((cumulative > uniform * cumulative[:, -1:]).int().argmax())
+            assert draw_one(logits[0], [], how, torch.Generator().manual_seed(seed)) == expected
 
 
 def test_sums_that_decrease_by_rounding_draw_no_token_of_probability_zero(monkeypatch):

@@ -63,14 +63,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(~keep, -torch.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def keep_top_p(logits: Tensor, p: float, share: Tensor | float = 1.0) -> Tensor:
     """Keep the smallest set of most likely tokens of each row of (..., V) whose probabilities sum to at least `p`.
 
-    The rest is set to -inf. At least one token stays, and ties go to the lowest ids. Nucleus sampling,
-    https://arxiv.org/abs/1904.09751.
+    The rest is set to -inf. At least one token stays, and ties go to the lowest ids. If the row lists only some of the
+    tokens, `share` (..., 1) is the sum of their probabilities. Nucleus sampling, https://arxiv.org/abs/1904.09751.
     """
     descending, order = logits.sort(descending=True, stable=True)
-    probs = descending.softmax(-1)
+    probs = descending.softmax(-1) * share
     mass_before = probs.cumsum(-1) - probs  # total probability of the more likely tokens
     drop = mass_before >= p
     drop[..., 0] = False
@@ -84,6 +84,29 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """
     probs = logits.softmax(-1)
     return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -torch.inf)
+
+
+SHORTLIST = 1024  # tokens to which the filters usually reduce a vocabulary
+
+
+def shortlist(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | None:
+    """Find the tokens of logits (B, V) that the filters of `sampling` may keep, without sorting the vocabulary.
+
+    Returns ids (B, n), ascending, and the sum of their probabilities (B, 1). The latter is 1 with top_k, which comes
+    before the filters that depend on it. Returns None if there are no such n tokens in a row, or if a tie makes them
+    ambiguous. On a CPU, the filters take longer than a small model if they get the whole vocabulary.
+    """
+    n = sampling.top_k or SHORTLIST
+    filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if not filters or n >= logits.size(-1) or logits.device.type != "cpu":
+        return None
+    values, ids = logits.topk(n + 1)  # descending
+    certain, share = values[:, n - 1] > values[:, n], values.new_ones(len(values), 1)
+    if not sampling.top_k:
+        share = (values[:, :n].logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
+        ratio = (values[:, n] - values[:, 0]).exp()  # of the likeliest other token to the likeliest of all
+        certain &= ((sampling.top_p < 1) & (share[:, 0] > sampling.top_p)) | (ratio < sampling.min_p)
+    return (ids[:, :n].sort(-1).values, share) if certain.all() else None
 
 
 NON_FINITE = "the model's logits are non-finite. This checkpoint is broken, so choose an earlier one."
@@ -116,14 +139,17 @@ def draw(logits: Tensor, rows: list[list[int]], sampling: Sampling, random: list
     else:
         # subtracting the maximum first avoids +inf
         logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+        listed, share = shortlist(logits, sampling) or (None, 1.0)
+        logits = logits if listed is None else logits.gather(-1, listed)
         if sampling.top_k:
             logits = keep_top_k(logits, sampling.top_k)
         if sampling.top_p < 1:
-            logits = keep_top_p(logits, sampling.top_p)
+            logits = keep_top_p(logits, sampling.top_p, share)
         if sampling.min_p > 0:
             logits = keep_min_p(logits, sampling.min_p)
         uniform = torch.stack([torch.rand(1, generator=each) for each in random]).double()  # (B, 1)
         ids = inverse_transform(logits.softmax(-1), uniform.to(logits.device), in_order=logits.device.type == "cpu")
+        ids = ids if listed is None else listed.gather(-1, ids[:, None])[:, 0]
     return torch.where(finite, ids, -1)
 
 
