@@ -144,8 +144,8 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
 def test_compiled_decoding_is_the_same(quantize, n_rows):
     torch.manual_seed(0)
     switches = dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, ngram=3, ngram_rows=64, qk_norm=True)
-    switches |= dict(head_dim=12, qkv_bias=True, qk_norm_weight=True, nope_every=2, embedding_skip=True)
-    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **switches)).eval()
+    switches |= dict(head_dim=12, qkv_bias=True, qk_norm_weight=True, nope_every=2, embedding_skip=True, dropout=0.5)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **switches))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

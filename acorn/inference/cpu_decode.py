@@ -193,6 +193,7 @@ def prepare_for_decoding(
     compiled model is used only if it is faster. If compiling fails, a warning is printed and the model stays
     uncompiled. Measurements and choices go to stderr.
     """
+    model.eval()  # dropout would become part of the compiled step
     if quantize == "none":
         for p in model.parameters():  # tied parameters stay tied
             p.data = in_huge_pages(p.data)
