@@ -42,7 +42,7 @@ def whole_val_loss(out_dir: Path, dataset: str, block_size: int) -> float:
 def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
     """Return (second, val loss) of each evaluation that a run printed. Both projects use the same format."""
     return [
-        (second, float(line.split("val loss ")[1].split(",")[0]))
+        (second, float(line.split("val loss ")[1].split()[0].strip(",")))
         for second, line in lines
         if line.startswith("step ") and "val loss" in line
     ]
