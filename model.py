@@ -660,11 +660,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 def one_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of one query per row, written for torch.compile, which fuses it with the operations around it.
 
-    q (B, H, 1, D), k and v (B, H_kv, S, D), mask (B, 1, 1, S) -> (B, H, 1, D). torch's own kernel is made for many
-    queries, and its overhead is large for one.
+    q (B, H, 1, D), k and v (B, H_kv, S, D), mask (B, 1, 1, S) -> (B, H, 1, D). torch's own kernel is designed
+    for many queries; for a single one, its overhead dominates.
     """
     q = (q / math.sqrt(q.size(3))).view(len(q), k.size(1), -1, 1, q.size(3))  # (B, H_kv, H / H_kv, 1, D)
-    q = q.as_strided(q.shape, q.stride())  # into memory; otherwise it would be recomputed for each key
+    q = q.as_strided(q.shape, q.stride())  # keeps q in memory; otherwise it would be recomputed for each key
     scores = (q * k[:, :, None]).sum(-1).masked_fill(~mask, -math.inf)  # (B, H_kv, H / H_kv, S)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     y = (weights[..., None] * v[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)  # (B, H_kv, H / H_kv, D)

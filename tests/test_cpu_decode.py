@@ -26,7 +26,7 @@ from acorn.inference.cpu_decode import (
     ways,
 )
 from acorn.inference.generate import Sampling, generate
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -161,7 +161,13 @@ def test_compiled_decoding_is_the_same(quantize, n_rows):
         generate(model, prompts, 40, how, seeds, lambda *token: bool(seen.append(token[2])))
         return seen
 
-    plain = logprobs(prepare_for_decoding(copy.deepcopy(model), quantize, compile=False))
-    compiled = logprobs(prepare_for_decoding(model, quantize, n_rows=n_rows))
-    assert isinstance(model.lm_head, OneTokenCompiled)  # it did not go on without
-    assert compiled == pytest.approx(plain, abs=1e-4)
+    plain = prepare_for_decoding(copy.deepcopy(model), quantize, compile=False)
+    compiled = prepare_for_decoding(model, quantize, n_rows=n_rows)
+    assert isinstance(compiled.lm_head, OneTokenCompiled)  # it did not go on without
+    assert logprobs(compiled) == pytest.approx(logprobs(plain), abs=1e-4)
+    tokens = torch.tensor([[1, 2], [3, 4], [5, 6]][:n_rows])
+    with torch.no_grad():  # several tokens, of which the head gets the last; one token without a cache; a full cache
+        for idx, has_cache in ((tokens, False), (tokens[:, :1], False), (tokens[:, :1], True)):
+            caches = [KVCache(model.config, n_rows, 1) if has_cache else None for _ in range(2)]
+            expected, actual = (m(idx, cache=cache)[0] for m, cache in zip((plain, compiled), caches, strict=True))
+            assert (actual - expected).abs().max() < 1e-4

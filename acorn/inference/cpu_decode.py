@@ -27,6 +27,9 @@ from model import GPT, KVCache
 # inputs need half of them. With more sums, registers would spill to memory for each weight.
 MAX_COMPILED_ROWS = 8
 PROMPT_ROWS = 64  # prompt tokens with which the kernels for prompts are timed
+# With few slots, inductor would compile attention for one thread, because it expects as many slots in each call.
+COMPILED_SLOTS = 256  # in the cache with which a model is compiled
+TRIED_SLOTS = 320  # in the cache with which a compiled model is compared; another number, as in use
 COMPILE_RATIO = 375  # time of torch.compile for a block and a head, divided by Python's compile time of model.py
 
 
@@ -138,32 +141,33 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 
 class OneTokenCompiled(nn.Module):
-    """Wrap a module: run a compiled form for one token in each row, and the module itself for longer inputs.
+    """Wrap a module: run a compiled version for one token in each row, and the module itself for other inputs.
 
-    A prompt is compute-bound and gains nothing from compilation. `row_counts` are the numbers of rows for which forms
-    are compiled, each at its first call. Modules of the same structure share the dictionary `forms`.
+    A prompt is compute-bound and gains nothing from compilation. `row_counts` are the numbers of rows for which there
+    are versions; the first call with each compiles it. Modules of the same structure share the dictionary `versions`.
     """
 
-    def __init__(self, module: nn.Module, forms: dict, row_counts: tuple[int, ...]):
+    def __init__(self, module: nn.Module, versions: dict, row_counts: tuple[int, ...]):
         super().__init__()
-        self.module, self.forms, self.row_counts = module, forms, row_counts
+        self.module, self.versions, self.row_counts = module, versions, row_counts
 
     def forward(self, x: Tensor, rotary=None, *rest) -> Tensor:
-        inputs = (x, rotary, *rest) if rest else (x,)  # a Linear layer takes x alone
-        if x.size(1) != 1 or x.size(0) not in self.row_counts:
+        inputs = (x.contiguous(), rotary, *rest) if rest else (x.contiguous(),)  # a Linear layer takes x alone
+        without_cache = rest and rest[0] is None
+        if x.size(1) != 1 or x.size(0) not in self.row_counts or without_cache:
             return self.module(*inputs)
         key = x.size(0), rotary is None  # some blocks may have no rope
-        if key not in self.forms:
-            self.forms[key] = compile_one_token(self.module, *inputs)
-        return self.forms[key](self.module, *inputs)
+        if key not in self.versions:
+            self.versions[key] = compile_one_token(self.module, *inputs)
+        return self.versions[key](self.module, *inputs)
 
 
 def compile_one_token(module: nn.Module, x: Tensor, rotary=None, cache=(), positions=None, mask=None) -> Callable:
-    """Compile the forward of a block or a head for inputs like these, of which only the size of the cache may change.
+    """Compile the forward pass of a block or a head for inputs like these. Only the size of the cache may differ.
 
-    The result is a function of a module of the same structure and its inputs. It omits the checks by which
-    torch.compile recognizes other inputs. They take a tenth of a millisecond per block, because reading the weights has
-    evicted their data from the CPU cache.
+    The result is a function of a module of the same structure and its inputs. It omits torch.compile's checks, which
+    take 0.1 ms per block, because reading the weights evicts their data from the CPU cache. The caller is responsible:
+    other shapes, strides or dtypes, of weights or inputs, give wrong results without an error.
     """
     for tensor in cache:
         torch._dynamo.mark_dynamic(tensor, 2)
@@ -172,8 +176,9 @@ def compile_one_token(module: nn.Module, x: Tensor, rotary=None, cache=(), posit
     inputs = (module, x) if mask is None else (module, x, rotary, cache, positions, mask)
     # size_asserts would check each tensor's shape in each call
     options: dict = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
-    compiled: Any = torch.compile(type(module).forward, fullgraph=True, options=options, dynamic=False)
-    return compiled.aot_compile((inputs, {})).fn
+    with torch._dynamo.config.patch(enable_aot_compile=True):  # older versions of torch have it off
+        compiled: Any = torch.compile(type(module).forward, fullgraph=True, options=options, dynamic=False)
+        return compiled.aot_compile((inputs, {})).fn
 
 
 @torch.no_grad()
@@ -185,9 +190,10 @@ def prepare_for_decoding(
     n_tokens: int = 0,
     fewer_rows: tuple[int, ...] = (),
 ) -> GPT:
-    """Replace the Linear layers of `model`, including its head, with DecodingLinear, and return it.
+    """Replace the Linear layers of `model`, including its head, with DecodingLinear, and return it in evaluation mode.
 
-    The model can then generate but not train. `quantize` is "none" (weights stay in the model's dtype) or "int8".
+    The model can then generate but not train. Its weights, and the caches of a compiled model, must keep their dtypes;
+    a compiled model needs caches in float32. `quantize` is "none" (weights stay in the model's dtype) or "int8".
     `compile` also compiles the step of one token in each of `n_rows` rows, and in each number of rows in `fewer_rows`,
     which takes some seconds each. With "auto" this happens only if it saves time over `n_tokens` tokens, and the
     compiled model is used only if it is faster. If compiling fails, a warning is printed and the model stays
@@ -217,7 +223,11 @@ def prepare_for_decoding(
         set_layers(model, blocks, head)
         return model(torch.zeros(n_rows, 1, dtype=torch.long), cache=cache)[0]
 
-    cache = KVCache(model.config, n_rows, 16)
+    cache = KVCache(model.config, n_rows, min(TRIED_SLOTS, model.config.block_size))
+    cache.length += cache.size // 2
+    random = torch.Generator().manual_seed(0)
+    for tensor in itertools.chain(*cache.layers):
+        tensor.normal_(generator=random)
     expected, actual = one_token(*plain), one_token(*compiled)
     if not (actual - expected).abs().max() <= 0.05 * expected.abs().max() + 1e-6:  # "not ... <=" also catches NaN
         print(
@@ -249,12 +259,13 @@ def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
     If compiling fails, print a warning, leave the model unchanged, and return False.
     """
     blocks, head = model.transformer.h, model.lm_head
-    forms: dict = {}
+    versions: dict = {}
     try:
-        compiled = nn.ModuleList(OneTokenCompiled(block, forms, row_counts) for block in blocks)
+        compiled = nn.ModuleList(OneTokenCompiled(block, versions, row_counts) for block in blocks)
         set_layers(model, compiled, OneTokenCompiled(head, {}, row_counts))
         for n_rows in row_counts:  # the call compiles
-            model(torch.zeros(n_rows, 1, dtype=torch.long), cache=KVCache(model.config, n_rows, 16))
+            cache = KVCache(model.config, n_rows, COMPILED_SLOTS)
+            model(torch.zeros(n_rows, 1, dtype=torch.long), cache=cache)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); running uncompiled", file=sys.stderr)
