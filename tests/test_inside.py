@@ -84,11 +84,14 @@ def test_a_head_is_ablated_as_by_zeros_in_the_matrix_that_reads_it(model, monkey
     assert found.abs().max() > 1e-3
 
 
-def test_an_int8_model_for_decoding_can_be_looked_into():
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_int8_model_for_decoding_can_be_looked_into(compile):
     model = ours()
-    exact = inside.look(model, IDS).attention
-    quantized = prepare_for_decoding(model, "int8", False, 1, 10)
+    exact, losses = inside.look(model, IDS).attention, inside.head_ablation(model, IDS[:2])
+    quantized = prepare_for_decoding(model, "int8", compile)
+    assert hasattr(quantized.lm_head, "versions") == compile  # it did not go on without
     assert (inside.look(quantized, IDS).attention - exact).abs().max() < 0.05
+    assert (inside.head_ablation(quantized, IDS[:2]) - losses).abs().max() < 0.05
 
 
 def test_neighbours_are_those_of_numpy():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from acorn import UserError, visible
-from model import GPT
+from model import GPT, Block
 
 MOST_TOKENS = 256  # of a text; n tokens have n * n attention weights in each head
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
@@ -37,7 +37,8 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: GPT, change: Callable[[int, Tensor], Tensor] | None = None, keep: bool = True):
         super().__init__()
-        norms: list = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
+        blocks = [module for module in model.modules() if isinstance(module, Block)]  # compiled ones are wrapped
+        norms: list = [*(block.ln_1 for block in blocks), model.transformer.ln_f]
         self.norms = {id(norm.weight) for norm in norms}
         self.change, self.keep, self.layer = change, keep, 0
         self.residual: list[Tensor] = []
