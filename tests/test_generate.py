@@ -135,6 +135,12 @@ def test_a_token_of_probability_zero_is_never_drawn(logits, row, n, penalty, tem
     assert token in (possible - banned or possible)
 
 
+@pytest.mark.parametrize("largest", [8905622741319680.0, 3e38])
+def test_top_k_tells_logits_apart_that_rounding_makes_equal(largest):
+    logits, how = torch.tensor([0.0, largest, 1.0]), Sampling(temperature=1e308, top_k=2)
+    assert {draw_one(logits, [], how, torch.Generator().manual_seed(seed)) for seed in range(20)} == {1, 2}
+
+
 def test_rows_are_drawn_as_if_each_were_alone():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     logits[1, ::2] = -math.inf

@@ -93,20 +93,30 @@ def shortlist(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | Non
     """Find the tokens of logits (B, V) that the filters of `sampling` may keep, without sorting the vocabulary.
 
     Returns ids (B, n), ascending, and the sum of their probabilities (B, 1). The latter is 1 with top_k, which comes
-    before the filters that depend on it. Returns None if there are no such n tokens in a row, or if a tie makes them
-    ambiguous. On a CPU, the filters take longer than a small model if they get the whole vocabulary.
+    before the filters that depend on it. Returns None if that does not pay, or if n tokens may not be enough in some
+    row. On a CPU, filters of the whole vocabulary take longer than a step of a small model.
     """
     n = sampling.top_k or SHORTLIST
     filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     if not filters or n >= logits.size(-1) or logits.device.type != "cpu":
         return None
     values, ids = logits.topk(n + 1)  # descending
-    certain, share = values[:, n - 1] > values[:, n], values.new_ones(len(values), 1)
-    if not sampling.top_k:
-        share = (values[:, :n].logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()
-        ratio = (values[:, n] - values[:, 0]).exp()  # of the likeliest other token to the likeliest of all
-        certain &= ((sampling.top_p < 1) & (share[:, 0] > sampling.top_p)) | (ratio < sampling.min_p)
+    if sampling.top_k:
+        certain, share = values[:, n - 1] > values[:, n], values.new_ones(len(values), 1)
+    else:
+        total = scale(logits, sampling.temperature).logsumexp(-1, keepdim=True)
+        values = scale(values, sampling.temperature)
+        probs = (values - total).exp()
+        share = probs[:, :n].sum(-1, keepdim=True)
+        above = values[:, :n] > values[:, n:]  # not tied with an unlisted token
+        enough = (probs[:, :n] * above).sum(-1) > sampling.top_p
+        certain = ((sampling.top_p < 1) & enough) | (probs[:, n] < sampling.min_p * probs[:, 0])
     return (ids[:, :n].sort(-1).values, share) if certain.all() else None
+
+
+def scale(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits (..., V) by `temperature`, relative to their maximum, so that none becomes +inf."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 NON_FINITE = "the model's logits are non-finite. This checkpoint is broken, so choose an earlier one."
@@ -137,12 +147,11 @@ def draw(logits: Tensor, rows: list[list[int]], sampling: Sampling, random: list
     if sampling.temperature == 0:
         ids = logits.argmax(-1)
     else:
-        # subtracting the maximum first avoids +inf
-        logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
         listed, share = shortlist(logits, sampling) or (None, 1.0)
         logits = logits if listed is None else logits.gather(-1, listed)
         if sampling.top_k:
             logits = keep_top_k(logits, sampling.top_k)
+        logits = scale(logits, sampling.temperature)  # after top_k, because it may make different logits equal
         if sampling.top_p < 1:
             logits = keep_top_p(logits, sampling.top_p, share)
         if sampling.min_p > 0:
