@@ -10,6 +10,7 @@ from helpers import REPO
 
 from acorn import UserError
 from acorn.settings import BOUNDS, build, check_bounds, parse
+from train import TrainSettings
 
 
 @dataclass
@@ -130,10 +131,19 @@ def test_a_wrong_config_file_is_refused_with_its_name(tmp_path, text, said):
 
 
 def test_the_repos_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
-    import train
-
     monkeypatch.chdir(tmp_path)
-    assert parse(train.TrainSettings, ["config/train_gpt2.py"])["gradient_accumulation_steps"] == 40
+    assert parse(TrainSettings, ["config/train_gpt2.py"])["gradient_accumulation_steps"] == 40
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_each_config_file_of_the_repo_has_valid_settings(path):
+    check_bounds(parse(TrainSettings, [str(path)]))
+
+
+def test_a_config_file_can_import_the_settings_of_another_one():
+    first, second = (parse(TrainSettings, [f"config/shakespeare_{name}.py"]) for name in ("best", "student"))
+    assert {**first, **second} == second
+    assert (first["out_dir"], second["out_dir"]) == ("out/shakespeare_best", "out/shakespeare_student")
 
 
 def test_help_lists_every_field_with_its_comment(capsys):
