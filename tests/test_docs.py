@@ -45,6 +45,16 @@ def test_the_tour_gives_the_loss_of_a_model_that_knows_nothing(n_vocab, loss):
     assert loss in (REPO / "docs" / "how-the-model-works.md").read_text(encoding="utf-8")
 
 
+def test_the_measured_tables_of_both_readmes_have_the_same_figures():
+    tables = []
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (REPO / name).read_text(encoding="utf-8")
+        rows = [line.split("|")[2:] for line in text.splitlines() if line.startswith("|") and "AVX" not in line]
+        tables.append([re.findall(r"\d[\d.]*", "|".join(row)) for row in rows])
+    english, chinese = ([row for row in table if len(row) > 1] for table in tables)
+    assert len(english) > 4 and english == chinese
+
+
 PAGES = sorted([*REPO.glob("README*.md"), *(REPO / "docs").glob("*.md")])
 
 
