@@ -166,7 +166,8 @@ def test_compiled_decoding_is_the_same(quantize, n_rows):
     assert isinstance(compiled.lm_head, OneTokenCompiled)  # it did not go on without
     assert logprobs(compiled) == pytest.approx(logprobs(plain), abs=1e-4)
     tokens = torch.tensor([[1, 2], [3, 4], [5, 6]][:n_rows])
-    with torch.no_grad():  # several tokens, of which the head gets the last; one token without a cache; a full cache
+    # several tokens, of which the head gets the last; one token without a cache; one token in a cache of one slot
+    with torch.no_grad():
         for idx, has_cache in ((tokens, False), (tokens[:, :1], False), (tokens[:, :1], True)):
             caches = [KVCache(model.config, n_rows, 1) if has_cache else None for _ in range(2)]
             expected, actual = (m(idx, cache=cache)[0] for m, cache in zip((plain, compiled), caches, strict=True))

@@ -29,7 +29,7 @@ MAX_COMPILED_ROWS = 8
 PROMPT_ROWS = 64  # prompt tokens with which the kernels for prompts are timed
 # With few slots, inductor would compile attention for one thread, because it expects as many slots in each call.
 COMPILED_SLOTS = 256  # in the cache with which a model is compiled
-TRIED_SLOTS = 320  # in the cache with which a compiled model is compared; another number, as in use
+TRIED_SLOTS = 320  # in the cache for comparing it with the uncompiled model; another size, as in use
 COMPILE_RATIO = 375  # time of torch.compile for a block and a head, divided by Python's compile time of model.py
 
 
@@ -152,7 +152,8 @@ class OneTokenCompiled(nn.Module):
         self.module, self.versions, self.row_counts = module, versions, row_counts
 
     def forward(self, x: Tensor, rotary=None, *rest) -> Tensor:
-        inputs = (x.contiguous(), rotary, *rest) if rest else (x.contiguous(),)  # a Linear layer takes x alone
+        x = x.contiguous()  # the last token of each row has gaps
+        inputs = (x, rotary, *rest) if rest else (x,)  # a Linear layer takes x alone
         without_cache = rest and rest[0] is None
         if x.size(1) != 1 or x.size(0) not in self.row_counts or without_cache:
             return self.module(*inputs)
@@ -176,7 +177,7 @@ def compile_one_token(module: nn.Module, x: Tensor, rotary=None, cache=(), posit
     inputs = (module, x) if mask is None else (module, x, rotary, cache, positions, mask)
     # size_asserts would check each tensor's shape in each call
     options: dict = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}  # fused multiply-add
-    with torch._dynamo.config.patch(enable_aot_compile=True):  # older versions of torch have it off
+    with torch._dynamo.config.patch(enable_aot_compile=True):  # off by default in older versions of torch
         compiled: Any = torch.compile(type(module).forward, fullgraph=True, options=options, dynamic=False)
         return compiled.aot_compile((inputs, {})).fn
 
@@ -192,8 +193,8 @@ def prepare_for_decoding(
 ) -> GPT:
     """Replace the Linear layers of `model`, including its head, with DecodingLinear, and return it in evaluation mode.
 
-    The model can then generate but not train. Its weights, and the caches of a compiled model, must keep their dtypes;
-    a compiled model needs caches in float32. `quantize` is "none" (weights stay in the model's dtype) or "int8".
+    The model can then generate but not train. A compiled model needs caches in float32, and its weights must keep
+    their dtype. `quantize` is "none" (weights stay in the model's dtype) or "int8".
     `compile` also compiles the step of one token in each of `n_rows` rows, and in each number of rows in `fewer_rows`,
     which takes some seconds each. With "auto" this happens only if it saves time over `n_tokens` tokens, and the
     compiled model is used only if it is faster. If compiling fails, a warning is printed and the model stays
