@@ -194,6 +194,31 @@ def test_a_stream_has_the_same_text_and_figures(served, kind):
     assert all(set(each[:-1]) == {None} for each in reasons)
 
 
+def test_tokens_that_pile_up_are_sent_together_and_none_is_lost():
+    app = make_app()
+
+    @app.get("/busy")
+    async def busy() -> None:
+        while app.state.scheduler.running:  # nothing is sent until the scheduler's thread has finished
+            time.sleep(0.01)
+
+    settings = {"prompt": "a", "max_tokens": 300, "seed": 3, "logprobs": 2, "n": 2}
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        whole = client.post("/v1/completions", json=settings).json()["choices"]
+        with client.stream("POST", "/v1/completions", json=settings | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            client.get("/busy")
+            events = [json.loads(line[6:]) for line in [first, *lines] if line.startswith("data: {")]
+    assert len(events) < 0.7 * sum(len(choice["logprobs"]["tokens"]) for choice in whole)
+    for i, choice in enumerate(whole):
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == i]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert [part["finish_reason"] for part in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+        for name, values in choice["logprobs"].items():
+            assert [value for part in own for value in part["logprobs"][name]] == values
+
+
 def test_what_a_template_writes_around_a_reply_is_removed_from_streams_too():
     for text in (" Hello \n", " Hi", "  x\n\n", "", " ", "no space"):
         reply, pieces = api.ReplyText(" ", "\n"), []
@@ -414,7 +439,7 @@ def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
             next(lines)
             process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) == 401
+        assert rest[-1] == "data: [DONE]" and '"length"' in rest[-2]
         assert process.wait(20) == 0
 
 
@@ -528,17 +553,21 @@ def test_two_minutes_of_hostile_clients(trained):
                 except (http.client.HTTPException, OSError) as error:
                     broken.append(error)
 
-        with ThreadPoolExecutor(200) as pool:
-            attacks = [pool.submit(misuse, seed) for seed in range(200)]
+        def be_polite() -> None:
             while time.monotonic() < end:
                 status, answer = send(url, polite)
                 assert status == 429 or json.loads(answer)["choices"][0]["text"] == text
-                memory.append((resident_mb(process.pid), status))
-        for attack in attacks:
-            attack.result()
-        print(f"memory {memory[0]} .. {memory[-1]} MB in {len(memory)} requests, {statuses}, broken: {len(broken)}")
+
+        with ThreadPoolExecutor(201) as pool:
+            clients = [pool.submit(misuse, seed) for seed in range(200)] + [pool.submit(be_polite)]
+            while time.monotonic() < end:
+                time.sleep(1)
+                memory.append(resident_mb(process.pid))
+        for client in clients:
+            client.result()
+        print(f"memory {memory[::10]} MB, {statuses}, broken: {len(broken)}")
         assert process.poll() is None and json.loads(send(url, polite)[1])["choices"][0]["text"] == text
         assert set(statuses) <= {None, 200, 400, 408, 413, 415, 429}, statuses
         assert "acorn_sequences_failed_total 0" in httpx.get(f"{url}/metrics").text
         half = len(memory) // 2
-        assert max(memory[half:])[0] < max(memory[:half])[0] * 1.1 + 20
+        assert max(memory[half:]) < max(memory[:half]) * 1.1 + 20

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,11 +45,20 @@ class QueueFull(Exception):
 
 
 class Scored(NamedTuple):
-    """A token with log-probabilities in nats under the unfiltered model."""
+    """A token with log-probabilities in nats under the unfiltered model.
+
+    The most likely tokens at its place are in arrays, an eighth of the size of a list of pairs: a client that reads
+    slowly can have thousands of tokens waiting for it.
+    """
 
     id: int
-    logprob: float | None  # None if it was not asked for, and for the first token of a prompt
-    top: list[tuple[int, float]]  # the most likely tokens at this place
+    logprob: float | None = None  # None if it was not asked for, and for the first token of a prompt
+    top_ids: Iterable[int] = ()
+    top_logprobs: Iterable[float] = ()
+
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        return list(zip(self.top_ids, self.top_logprobs, strict=True))
 
 
 @dataclass(eq=False)
@@ -258,7 +268,7 @@ class Scheduler:
             logits = self._usable(prefill(self.model, cache, [window]))[0]
         finally:
             hook.remove()
-        scores = [Scored(window[0], None, [])]
+        scores = [Scored(window[0])]
         for first in range(0, len(window) - 1, SCORED_AT_ONCE):
             last = min(first + SCORED_AT_ONCE, len(window) - 1)
             logprobs = self._usable(self.model.logits(hidden[0][:, first:last])[0]).log_softmax(-1)
@@ -310,7 +320,7 @@ class Scheduler:
             self.first_token_seconds[next((b for b in TTFT_BUCKETS if seconds <= b), math.inf)] += 1
         sequence.ids.append(token)
         self.n_tokens += 1
-        scored = Scored(token, None, [])
+        scored = Scored(token)
         if sequence.n_top is not None:
             scored = score(logits.log_softmax(-1), token, sequence.n_top)
         if sequence.on_token(scored) or len(sequence.ids) == len(sequence.prompt) + sequence.max_new_tokens:
@@ -358,7 +368,7 @@ class Scheduler:
 def score(logprobs: Tensor, token: int, n_top: int) -> Scored:
     """Return a token with its log-probability and the `n_top` most likely tokens. logprobs: (V,)"""
     top = logprobs.topk(min(n_top, len(logprobs)))
-    return Scored(token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    return Scored(token, float(logprobs[token]), array("i", top.indices.tolist()), array("f", top.values.tolist()))
 
 
 def copy_row(source: KVCache, i: int, target: KVCache, j: int) -> None:

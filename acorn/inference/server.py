@@ -12,7 +12,7 @@ import gc
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from model import GPT
 MOST_BODY = 4 << 20  # bytes of a request
 MOST_CHOICES = 128  # samples of a request, over all its prompts
 MOST_OPEN = 256  # requests that are answered at the same time
+MOST_MERGED = 100  # events of a request that are sent together if its client or the server is behind
 PATIENCE = 30.0  # seconds for a client to send its request, or to read what was sent
 MOST_DRAINED = 1 << 30  # bytes of a too large request that are read and dropped, so that the client reads the answer
 
@@ -230,7 +231,7 @@ class Choice:
     """One sample of a request, and its state while tokens arrive.
 
     The scheduler's thread calls `on_prompt`, `on_token` and `on_end`; each passes an event (choice, text, tokens,
-    finish_reason) to `put`, or an exception. A token in an event is (id, logprob, top, offset of its text).
+    finish_reason) to `put`, or an exception. A token in an event is (scored, offset of its text).
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, text: TextStream, put: Callable, echo: str | None = None):
@@ -241,13 +242,13 @@ class Choice:
     def on_prompt(self, scores: list[Scored]) -> None:
         decoder, tokens, offset = StreamDecoder(self.tokenizer), [], 0
         for scored in scores:
-            tokens.append((*scored, min(offset, len(self.echo or ""))))
+            tokens.append((scored, min(offset, len(self.echo or ""))))
             offset += len(decoder.push(scored.id))
         self.put((self, "", tokens, None))
 
     def on_token(self, scored: Scored) -> bool:
         piece = self.text.push(scored.id)
-        self.put((self, piece, [(*scored, self.length)], None))
+        self.put((self, piece, [(scored, self.length)], None))
         self.n_tokens += 1
         self.length += len(piece)
         return self.text.stopped_by is not None
@@ -301,28 +302,26 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: list[tuple], as_ids: bool)
         return token_text(tokenizer, id, as_ids)
 
     return {
-        "tokens": [name(id) for id, *_ in tokens],
-        "token_logprobs": [logprob for _, logprob, _, _ in tokens],
+        "tokens": [name(scored.id) for scored, _ in tokens],
+        "token_logprobs": [scored.logprob for scored, _ in tokens],
         "top_logprobs": [
-            None if logprob is None else {name(i): p for i, p in {**dict(top), id: logprob}.items()}
-            for id, logprob, top, _ in tokens
+            None if s.logprob is None else {name(i): p for i, p in {**dict(s.top), s.id: s.logprob}.items()}
+            for s, _ in tokens
         ],
-        "text_offset": [offset for *_, offset in tokens],
+        "text_offset": [offset for _, offset in tokens],
     }
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[tuple], as_ids: bool) -> dict:
     """Return tokens in the format of chat completions."""
 
-    def entry(id: int, logprob: float) -> dict:
+    def entry(id: int, logprob: float | None) -> dict:
         data = tokenizer.decode_bytes([id])
         token = f"token_id:{id}" if as_ids else data.decode(errors="replace")
         return {"token": token, "logprob": logprob, "bytes": list(data)}
 
     return {
-        "content": [
-            entry(id, logprob) | {"top_logprobs": [entry(*other) for other in top]} for id, logprob, top, _ in tokens
-        ]
+        "content": [entry(s.id, s.logprob) | {"top_logprobs": [entry(*other) for other in s.top]} for s, _ in tokens]
     }
 
 
@@ -567,14 +566,21 @@ class Answer:
         return Json({**self.head, "object": kind, "choices": choices, "usage": self.usage()})
 
     async def events(self) -> AsyncIterator[tuple]:
-        """Yield (choice, text, tokens, finish_reason) until all choices have ended."""
+        """Yield (choice, text, tokens, finish_reason) until all choices have ended.
+
+        Events that have piled up become one per choice: under load, this saves most of the work per token.
+        """
         n_open = len(self.choices)
         while n_open:
-            event = await self.queue.get()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            n_open -= event[3] is not None
+            events = [await self.queue.get()]
+            while len(events) < MOST_MERGED and not self.queue.empty():
+                events.append(self.queue.get_nowait())
+            errors = [event for event in events if isinstance(event, Exception)]
+            for event in merged(event for event in events if not isinstance(event, Exception)):
+                yield event
+                n_open -= event[3] is not None
+            if errors:
+                raise errors[0]
 
     async def chunks(self, kind: str, chunk: Callable) -> AsyncIterator[bytes]:
         """Yield the server-sent events of a stream."""
@@ -603,6 +609,17 @@ class Answer:
         while (await self.http.receive())["type"] != "http.disconnect":
             pass
         self.put(ApiError(499, "the client has disconnected."))
+
+
+def merged(events: Iterable[tuple]) -> list[tuple]:
+    """Return one event (choice, text, tokens, finish_reason) per choice, with its texts and tokens joined."""
+    parts: dict[Choice, tuple[list[str], list[tuple], list[str | None]]] = {}
+    for choice, text, tokens, reason in events:
+        texts, all_tokens, reasons = parts.setdefault(choice, ([], [], []))
+        texts.append(text)
+        all_tokens.extend(tokens)
+        reasons.append(reason)
+    return [(choice, "".join(texts), tokens, reasons[-1]) for choice, (texts, tokens, reasons) in parts.items()]
 
 
 def sse(value: Any) -> bytes:
@@ -687,8 +704,9 @@ async def read_body(scope, receive) -> bytes:
             message = await receive()
             piece = message.get("body", b"")
             n_bytes += len(piece)
-            if n_bytes <= MOST_BODY:
-                pieces.append(piece)
+            pieces.append(piece)
+            if n_bytes > MOST_BODY:
+                pieces.clear()
             if not message.get("more_body"):  # the end, or a client that hung up
                 return
 
