@@ -487,6 +487,48 @@ def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Limits on memory
+
+
+def half_sent(url: str, body: bytes) -> socket.socket:
+    """Send all but the last byte of a request, and return the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])
+    return connection
+
+
+def test_large_requests_wait_while_many_arrive_and_small_ones_do_not(monkeypatch):
+    monkeypatch.setattr(api, "MOST_HELD", 4 << 20)
+    small = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    large = small + b" " * (3 << 20)
+    with serving(make_app()) as url:
+        with contextlib.closing(half_sent(url, large)) as connection:
+            while send(url, large)[0] != 429:  # until the first one has arrived
+                time.sleep(0.05)
+            assert send(url, small)[0] == 200
+            connection.sendall(b" ")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert send(url, large)[0] == 200
+
+
+def test_a_large_answer_is_sent_in_pieces_and_whole(served, monkeypatch):
+    settings = {"model": "tiny", "prompt": "a", "max_tokens": 50, "seed": 1, "logprobs": 20}
+    whole = served.client.completions.create(**settings)
+    monkeypatch.setattr(api, "PIECE", 1000)
+    assert served.client.completions.create(**settings).choices == whole.choices
+    sizes = [len(m["body"]) for m in api.in_pieces({"type": "http.response.body", "body": b"x" * 2500})]
+    assert sizes == [1000, 1000, 500]
+
+
+def test_a_field_without_meaning_is_accepted_and_not_kept(post):
+    body = {"prompt": "a", "max_tokens": 1, "metadata": {"a": [[]] * 1000}, "user": "me"}
+    assert post(body)[0] == 200
+    assert api.parse(api.CompletionRequest, json.dumps(body).encode()).metadata is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Two minutes with hostile clients
 
 

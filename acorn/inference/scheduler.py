@@ -47,8 +47,8 @@ class QueueFull(Exception):
 class Scored(NamedTuple):
     """A token with log-probabilities in nats under the unfiltered model.
 
-    The most likely tokens at its place are in arrays, an eighth of the size of a list of pairs: a client that reads
-    slowly can have thousands of tokens waiting for it.
+    The most likely tokens at its place are in arrays, which with 20 tokens take an eighth of the memory of a list of
+    pairs: a client that reads slowly can have thousands of tokens waiting for it.
     """
 
     id: int
@@ -367,6 +367,8 @@ class Scheduler:
 
 def score(logprobs: Tensor, token: int, n_top: int) -> Scored:
     """Return a token with its log-probability and the `n_top` most likely tokens. logprobs: (V,)"""
+    if n_top == 0:
+        return Scored(token, float(logprobs[token]))
     top = logprobs.topk(min(n_top, len(logprobs)))
     return Scored(token, float(logprobs[token]), array("i", top.indices.tolist()), array("f", top.values.tolist()))
 

@@ -31,8 +31,11 @@ from model import GPT
 MOST_BODY = 4 << 20  # bytes of a request
 MOST_CHOICES = 128  # samples of a request, over all its prompts
 MOST_OPEN = 256  # requests that are answered at the same time
-MOST_MERGED = 100  # events of a request that are sent together if its client or the server is behind
+MOST_MERGED = 10  # events of a request that are sent together if its client or the server is behind
 PATIENCE = 30.0  # seconds for a client to send its request, or to read what was sent
+MOST_HELD = 256 << 20  # bytes of all requests that have not arrived completely
+SMALL_BODY = 64 << 10  # bytes of a request that is received even then
+PIECE = 64 << 10  # bytes of an answer that are sent at once; the client must read most of them before the next piece
 MOST_DRAINED = 1 << 30  # bytes of a too large request that are read and dropped, so that the client reads the answer
 
 
@@ -94,7 +97,7 @@ class GenerationRequest(BaseModel):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict | None = None
-    # without meaning here
+    # in MEANINGLESS
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -103,8 +106,10 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, fields: Any) -> Any:
-        """A field that is null has its default."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+        """A field that is null has its default. A field without meaning is not kept: it may be large."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None and name not in MEANINGLESS}
 
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -150,6 +155,8 @@ NEUTRAL = {  # unsupported fields with the values that mean nothing
     "modalities": (None, ["text"]),
 }
 
+
+MEANINGLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity"}
 
 R = TypeVar("R", bound=GenerationRequest)
 
@@ -508,7 +515,7 @@ async def body_of(http: Request) -> bytes:
     kind = http.headers.get("content-type", "")
     if not kind.lower().startswith("application/json"):
         raise ApiError(415, f"the content type {kind!r:.60} should be application/json. Add this header.")
-    return await http.body()
+    return b"".join([piece async for piece in http.stream()])  # http.body() would keep it until the answer ends
 
 
 class Answer:
@@ -653,13 +660,13 @@ class Guard:
     """ASGI middleware: checks the API key, and limits the size, the duration and the number of requests."""
 
     def __init__(self, app, api_key: str):
-        self.app, self.api_key, self.n_open = app, api_key, 0
+        self.app, self.api_key, self.n_open, self.n_held = app, api_key, 0, 0
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
-            body = await read_body(scope, receive)
+            body = await self.read_body(receive)
             self.check_key(scope)
             if scope["method"] == "POST" and self.n_open >= MOST_OPEN:
                 message = f"{MOST_OPEN} requests are open. Try again later."
@@ -667,15 +674,17 @@ class Guard:
         except ApiError as error:
             return await error.response()(scope, receive, send)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
+        del body
 
         async def replay():
             return messages.pop() if messages else await receive()
 
         async def send_in_time(message) -> None:
-            try:
-                await asyncio.wait_for(send(message), PATIENCE)
-            except asyncio.TimeoutError:
-                raise SlowReader from None
+            for piece in in_pieces(message):
+                try:
+                    await asyncio.wait_for(send(piece), PATIENCE)
+                except asyncio.TimeoutError:
+                    raise SlowReader from None
 
         self.n_open += 1
         try:
@@ -690,30 +699,55 @@ class Guard:
         if not is_open and not secrets.compare_digest(header, b"Bearer " + self.api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong. Send it as a bearer token.", code="invalid_api_key")
 
+    async def read_body(self, receive) -> bytes:
+        """Return a request's body. Raises ApiError if it takes too long, is too large, or if too much arrives at once.
 
-async def read_body(scope, receive) -> bytes:
-    """Return a request's body. Raises ApiError if it is too large or takes too long.
+        A body that is refused is read and dropped: many clients read no answer before they have sent everything.
+        """
+        pieces: list[bytes] = []
+        n_bytes, refusal = 0, None
 
-    A body that is too large is read and dropped: many clients read no answer before they have sent everything.
+        def drop() -> None:
+            self.n_held -= sum(map(len, pieces))
+            pieces.clear()
+
+        async def read() -> None:
+            nonlocal n_bytes, refusal
+            while n_bytes <= MOST_DRAINED:
+                message = await receive()
+                piece = message.get("body", b"")
+                n_bytes += len(piece)
+                if n_bytes > MOST_BODY:
+                    refusal = ApiError(413, f"the request has more than {MOST_BODY >> 20} MB. Send a shorter one.")
+                elif self.n_held > MOST_HELD and n_bytes > SMALL_BODY and not refusal:
+                    refusal = ApiError(429, "too many large requests are arriving. Try again later.")
+                if refusal:
+                    drop()
+                else:
+                    pieces.append(piece)
+                    self.n_held += len(piece)
+                if not message.get("more_body"):  # the end, or a client that hung up
+                    return
+
+        try:
+            await asyncio.wait_for(read(), PATIENCE)
+            if refusal:
+                raise refusal
+            return b"".join(pieces)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the request did not arrive within {PATIENCE:g} s. Send it again.") from None
+        finally:
+            drop()
+
+
+def in_pieces(message: dict) -> list[dict]:
+    """Return an ASGI message as messages with at most PIECE bytes.
+
+    The last piece of an answer stays in memory until the client reads it, however long it takes.
     """
-    pieces, n_bytes = [], 0
-
-    async def read() -> None:
-        nonlocal n_bytes
-        while n_bytes <= MOST_DRAINED:
-            message = await receive()
-            piece = message.get("body", b"")
-            n_bytes += len(piece)
-            pieces.append(piece)
-            if n_bytes > MOST_BODY:
-                pieces.clear()
-            if not message.get("more_body"):  # the end, or a client that hung up
-                return
-
-    try:
-        await asyncio.wait_for(read(), PATIENCE)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the request did not arrive within {PATIENCE:g} s. Send it again.") from None
-    if n_bytes > MOST_BODY:
-        raise ApiError(413, f"the request has more than {MOST_BODY >> 20} MB. Send a shorter one.")
-    return b"".join(pieces)
+    body = message.get("body", b"")
+    if len(body) <= PIECE:
+        return [message]
+    pieces = [body[first : first + PIECE] for first in range(0, len(body), PIECE)]
+    rest = [message | {"body": piece, "more_body": True} for piece in pieces[:-1]]
+    return [*rest, message | {"body": pieces[-1]}]
