@@ -59,9 +59,11 @@ def serving(app):
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +196,23 @@ def test_a_stream_has_the_same_text_and_figures(served, kind):
     assert all(set(each[:-1]) == {None} for each in reasons)
 
 
-def test_tokens_that_pile_up_are_sent_together_and_none_is_lost():
-    app = make_app()
+def test_tokens_that_pile_up_are_sent_together_and_none_is_lost(monkeypatch):
+    app, is_busy, on_token = make_app(), threading.Event(), api.Choice.on_token
+
+    def on_token_later(choice, scored):
+        assert not choice.n_tokens or is_busy.wait(60)
+        return on_token(choice, scored)
 
     @app.get("/busy")
     async def busy() -> None:
+        is_busy.set()
         while app.state.scheduler.running:  # nothing is sent until the scheduler's thread has finished
             time.sleep(0.01)
 
     settings = {"prompt": "a", "max_tokens": 300, "seed": 3, "logprobs": 2, "n": 2}
     with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         whole = client.post("/v1/completions", json=settings).json()["choices"]
+        monkeypatch.setattr(api.Choice, "on_token", on_token_later)
         with client.stream("POST", "/v1/completions", json=settings | {"stream": True}) as answer:
             lines = answer.iter_lines()
             first = next(lines)
@@ -490,27 +498,37 @@ def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
 # Limits on memory
 
 
-def half_sent(url: str, body: bytes) -> socket.socket:
-    """Send all but the last byte of a request, and return the connection."""
-    host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60)
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])
-    return connection
+async def receiving(guard, *messages: tuple[bytes, bool]):
+    """Return the body of a request that arrives in messages (bytes, whether more follow)."""
+    waiting = iter(messages)
+
+    async def receive() -> dict:
+        body, more = next(waiting, (b"", True))
+        if not body:
+            await asyncio.sleep(3600)  # the rest does not come
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    return await guard.read_body(receive)
 
 
-def test_large_requests_wait_while_many_arrive_and_small_ones_do_not(monkeypatch):
+def test_large_requests_are_refused_while_many_arrive_and_small_ones_are_not(monkeypatch):
     monkeypatch.setattr(api, "MOST_HELD", 4 << 20)
-    small = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
-    large = small + b" " * (3 << 20)
-    with serving(make_app()) as url:
-        with contextlib.closing(half_sent(url, large)) as connection:
-            while send(url, large)[0] != 429:  # until the first one has arrived
-                time.sleep(0.05)
-            assert send(url, small)[0] == 200
-            connection.sendall(b" ")
-            assert connection.recv(100).startswith(b"HTTP/1.1 200")
-        assert send(url, large)[0] == 200
+    small, large = b"x" * 1000, b"x" * (3 << 20)
+
+    async def scenario() -> None:
+        guard = api.Guard(None, "")
+        slow = [asyncio.create_task(receiving(guard, (large, True))) for _ in range(2)]
+        await asyncio.sleep(0)  # both have sent most of their requests
+        with pytest.raises(api.ApiError, match="too many large requests") as refused:
+            await receiving(guard, (large, False))
+        assert refused.value.status == 429
+        assert await receiving(guard, (small, False)) == small
+        slow[0].cancel()  # hangs up
+        await asyncio.wait(slow[:1])
+        assert await receiving(guard, (large, False)) == large
+        slow[1].cancel()
+
+    asyncio.run(scenario())
 
 
 def test_a_large_answer_is_sent_in_pieces_and_whole(served, monkeypatch):
