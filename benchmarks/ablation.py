@@ -5,9 +5,9 @@ $ python benchmarks/ablation.py --minutes 1 --only "without QK-norm" --also "two
 
 A variant is BASE with other settings. Variants first take turns at a few updates each, and the best rate of each says
 how many updates fit into the budget: a slower variant gets fewer, and no other program can disturb a result. Variants
-that differ only in numbers such as rates get as many as the recipe. Then each is trained on Shakespeare's plays
-(characters) and on Python's standard library (BPE), once per seed. Variants with the same seed see the same data, so
-their losses are compared in pairs; p is that of a two-sided paired t-test.
+that cost the same per update, such as those with other rates, get as many as the recipe. Then each is trained on
+Shakespeare's plays (characters) and on Python's standard library (BPE), once per seed. Variants with the same seed see
+the same data, so their losses are compared in pairs; p is that of a two-sided paired t-test.
 
 Losses are nats per token over 1,024 windows. Validation is for choosing. The test part, whole documents that are in no
 other part, is for reporting. Results are appended to --results, and a second call continues there: with more --seeds it
@@ -67,7 +67,9 @@ VARIANTS = {
     ),
 }
 RECIPE = next(iter(VARIANTS))
-NUMBERS = {"muon_lr", "muon_momentum", "learning_rate", "beta1", "beta2", "embedding_std", "weight_decay"}  # same cost
+SAME_COST = set(  # settings that do not change the time of an update
+    "muon_lr muon_momentum learning_rate beta1 beta2 embedding_std zero_init weight_decay lr_schedule".split()
+)
 
 
 def split_corpus(dataset: str, data: Path) -> None:
@@ -114,7 +116,7 @@ def tokens_per_second(words: str, dataset: Path, out: Path, env: dict) -> float:
 
 def is_as_fast(words: str) -> bool:
     """Return whether a variant with these settings takes as long per update as the recipe."""
-    return all(word.split("=")[0] in NUMBERS for word in words.split())
+    return all(word.split("=")[0] in SAME_COST for word in words.split())
 
 
 def updates_in(seconds: float, tokens_per_second: float, words: str) -> int:
@@ -237,14 +239,18 @@ def main() -> None:
         out = Path(scratch) / "out"
         for dataset in CORPORA:
             split_corpus(dataset, data)
-            known = {row["variant"] for row in rows if row["dataset"] == dataset and "updates" in row}
-            timed_names = [name for name, words in variants.items() if name == RECIPE or not is_as_fast(words)]
-            rates = dict.fromkeys([name for name in timed_names if name not in known], 0.0)
+            known = {row["variant"]: row["updates"] for row in rows if row["dataset"] == dataset and "updates" in row}
+            rates = {name: 0.0 for name, words in variants.items() if name not in known and not is_as_fast(words)}
+            if rates or RECIPE not in known:
+                rates[RECIPE] = 0.0
             for _ in range(5):  # in turn, so that a change in the machine's speed affects all variants
                 for name in rates:
                     rates[name] = max(rates[name], tokens_per_second(variants[name], data / dataset, out, env))
+            seconds = 60 * args.minutes
+            if rates and RECIPE in known:  # the machine may be faster or slower than in the call that timed the recipe
+                seconds *= known[RECIPE] / updates_in(seconds, rates.pop(RECIPE), variants[RECIPE])
             for name, rate in rates.items():
-                n = updates_in(60 * args.minutes, rate, variants[name])
+                n = updates_in(seconds, rate, variants[name])
                 record({"variant": name, "settings": variants[name], "dataset": dataset, "updates": n})
         updates = {(row["variant"], row["dataset"]): row["updates"] for row in rows if "updates" in row}
         for name, dataset in [(name, dataset) for name in variants for dataset in CORPORA]:
