@@ -1,4 +1,4 @@
-"""How well a model's poems scan: couplets of equal verses, complete poems and rhymes, next to real poems.
+"""How well a model's poems scan: couplets of equal lines, complete poems and rhymes, next to real poems.
 
 $ python prepare poems
 $ python train.py config/poems.py
@@ -74,7 +74,7 @@ def is_even(couplet: list[str]) -> bool:
 
 
 def is_regular(poem: list[list[str]]) -> bool:
-    """Whether a poem has two or four couplets, whose verses all have five or all have seven characters."""
+    """Whether a poem has two or four couplets, whose lines all have five or all have seven characters."""
     lengths = {len(verse) for couplet in poem for verse in couplet}
     return len(poem) in (2, 4) and all(map(is_even, poem)) and lengths in ({5}, {7})
 

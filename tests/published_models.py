@@ -128,8 +128,9 @@ HEAD = """\
 <!-- Written by `python tests/published_models.py` from the table that the tests run. -->
 
 `--init_from=NAME` loads a checkpoint of the Hugging Face hub, or a folder with its files. The weights must be
-safetensors; a checkpoint that has only `pytorch_model.bin` is refused, with a command that converts it. A feature that
-the model does not have is refused with its name, so nothing loads with other logits than transformers computes.
+safetensors; a checkpoint that has only `pytorch_model.bin` is refused, with a command that converts it. If a checkpoint
+needs a feature that model.py lacks, loading fails with an error that names the feature. A model that loads computes the
+same logits as transformers.
 
 The tests build a tiny random model of each row in transformers, with odd sizes, and compare the logits in float32: all
 are within 1e-4. `python -m acorn.hub export` writes a model back as the type in the last column.
