@@ -62,6 +62,7 @@ def main() -> int:
         import uvicorn
 
         from acorn.inference import page
+        from acorn.inference.connection import Connection
         from acorn.inference.server import create_app
     except ImportError as error:
         raise UserError(f"the server needs {error.name}. Install it: pip install fastapi uvicorn") from error
@@ -95,7 +96,7 @@ def main() -> int:
     gc.freeze()  # else each full garbage collection visits all objects of the libraries, a tenth of a second
     # after finishing what runs, uvicorn raises the signal again, which then must not change the exit code
     signal.signal(signal.SIGTERM, lambda *_: None)
-    server = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="info", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, s.host, s.port, http=Connection, log_level="info", access_log=False))
     server.run()
     return 0 if server.started else 2
 

@@ -142,6 +142,17 @@ def test_a_cancelled_sequence_gives_its_row_to_the_next_at_once():
     scheduler.close()
 
 
+def test_short_sequences_that_arrive_do_not_hold_up_one_that_runs():
+    scheduler, order = Scheduler(make_model(), max_batch=8), []
+    note = lambda name: {i: lambda: order.append(name) for i in range(1, 50)}  # noqa: E731
+    short = [Job([2, i], 1, at_token=note("short")) for i in range(20)]
+    long = Job([1], 40, at_token=note("long") | {2: lambda: scheduler.submit([job.sequence for job in short])})
+    scheduler.submit([long.sequence])
+    assert len(long.result()) == 40 and all(len(job.result()) == 1 for job in short)
+    assert order == ["long", *["short", "long"] * 20, *["long"] * 18]
+    scheduler.close()
+
+
 def test_a_full_queue_refuses_and_what_was_accepted_ends():
     scheduler = Scheduler(make_model(), max_batch=2, max_queue=3)
     go = threading.Event()
@@ -208,4 +219,14 @@ def test_a_call_has_the_model_for_itself_and_a_bug_in_it_reaches_the_caller():
     assert scheduler.call(lambda: scheduler.model.num_params()).result(10) == scheduler.model.num_params()
     with pytest.raises(ZeroDivisionError):
         scheduler.call(lambda: 1 / 0).result(10)
+    started, go = threading.Event(), threading.Event()
+    scheduler.call(lambda: (started.set(), go.wait(30)))
+    assert started.wait(30)
+    job, call = Job([1], 3), scheduler.call(lambda: 1)
+    assert call.cancel()
+    scheduler.submit([job.sequence])
+    go.set()
+    assert len(job.result()) == 3 and job.error is None
     scheduler.close()
+    with pytest.raises(QueueFull):
+        scheduler.call(lambda: 1)

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from model import GPT, GPTConfig
 openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 from acorn.inference import server as api  # noqa: E402  # needs FastAPI
+from acorn.inference.connection import Connection  # noqa: E402
 
 MESSAGES = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi<|endoftext|>!"}]
 
@@ -54,10 +56,11 @@ def make_app(template=chat.PLAIN, **settings):
 def serving(app):
     """Serve an app in a thread and return its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -227,6 +230,29 @@ def test_tokens_that_pile_up_are_sent_together_and_none_is_lost(monkeypatch):
             assert [value for part in own for value in part["logprobs"][name]] == values
 
 
+def test_offsets_are_places_in_the_text():
+    tokenizer = get_tokenizer("byte")
+
+    def offsets(call, **settings) -> list[int]:
+        events = []
+        call(api.Choice(0, tokenizer, TextStream(tokenizer, ["cd?"]), events.append, **settings))
+        return [offset for event in events for _, offset in event[2]]
+
+    def continued(choice) -> None:  # "cd" is held back, because the stop string may follow
+        assert not any(choice.on_token(api.Scored(id)) for id in tokenizer.encode("abcde"))
+
+    ids = [tokenizer.eot, *tokenizer.encode("abc")]  # a token before the text, as Llama's BOS
+    assert offsets(continued) == [0, 1, 2, 3, 4]
+    assert offsets(continued, echo="abc") == [3, 4, 5, 6, 7]
+    assert offsets(lambda choice: choice.on_prompt([api.Scored(id) for id in ids]), echo="abc") == [0, 0, 1, 2]
+
+
+def test_an_event_is_one_line_for_every_client():
+    text = "a\x85b\u2028c\u2029d\ne"
+    event = api.sse({"text": text}).decode()
+    assert event.splitlines() == event.split("\n")[:-1] and json.loads(event[6:]) == {"text": text}
+
+
 def test_what_a_template_writes_around_a_reply_is_removed_from_streams_too():
     for text in (" Hello \n", " Hi", "  x\n\n", "", " ", "no space"):
         reply, pieces = api.ReplyText(" ", "\n"), []
@@ -304,6 +330,9 @@ BAD = [
     {"prompt": "a", "stop": ["x"] * 10_000},
     {"prompt": "a", "stop": ["x" * 10_000]},
     {"prompt": "a", "stop": [1]},
+    {"prompt": "a", "stop": 0},
+    {"prompt": "a", "n": 128, "max_tokens": 4000},
+    {"prompt": ["a" * 100] * 128, "max_tokens": 0, "logprobs": 20, "echo": True},
     {"prompt": "a", "suffix": "b"},
     {"prompt": "a", "best_of": 4},
     {"prompt": "a", "frequency_penalty": 1},
@@ -355,8 +384,8 @@ def test_a_client_that_hangs_up_frees_its_rows_at_once(served):
             for _ in answer.iter_raw():
                 if scheduler.running and stream:
                     raise httpx.ReadTimeout("hang up")
-        end = time.monotonic() + 5
-        while scheduler.running and time.monotonic() < end:
+        end = time.monotonic() + 30
+        while scheduler.n_cancelled < before + 8 and time.monotonic() < end:
             time.sleep(0.01)
         assert not scheduler.running and scheduler.n_cancelled == before + 8
 
@@ -364,12 +393,13 @@ def test_a_client_that_hangs_up_frees_its_rows_at_once(served):
 def test_a_full_queue_answers_429_with_a_time():
     app = make_app(max_batch=1, max_queue=1)
     release = threading.Event()
-    app.state.scheduler.call(lambda: release.wait(20))
+    app.state.scheduler.call(release.wait)
     with serving(app) as url:
         ask = lambda: httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)  # noqa: E731
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(ask)
             while not app.state.scheduler.waiting:
+                assert not first.done()
                 time.sleep(0.01)
             full = ask()
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
@@ -495,10 +525,10 @@ def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Limits on memory
+# Limits on memory and time
 
 
-async def receiving(guard, *messages: tuple[bytes, bool]):
+async def receiving(guard, *messages: tuple[bytes, bool], **options):
     """Return the body of a request that arrives in messages (bytes, whether more follow)."""
     waiting = iter(messages)
 
@@ -508,7 +538,7 @@ async def receiving(guard, *messages: tuple[bytes, bool]):
             await asyncio.sleep(3600)  # the rest does not come
         return {"type": "http.request", "body": body, "more_body": more}
 
-    return await guard.read_body(receive)
+    return await guard.read_body(receive, **options)
 
 
 def test_large_requests_are_refused_while_many_arrive_and_small_ones_are_not(monkeypatch):
@@ -529,6 +559,71 @@ def test_large_requests_are_refused_while_many_arrive_and_small_ones_are_not(mon
         slow[1].cancel()
 
     asyncio.run(scenario())
+
+
+def test_a_refused_request_gets_its_reason_and_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(api, "PATIENCE", 0.2)
+    guard, large = api.Guard(None, "secret"), b"x" * (3 << 20)
+    headers = {"type": "http", "path": "/v1/completions", "headers": []}
+
+    async def scenario() -> None:
+        slow = asyncio.create_task(receiving(guard, (large, True), refusal=guard.key_error(headers)))
+        await asyncio.sleep(0)
+        assert guard.n_held == 0
+        with pytest.raises(api.ApiError) as refused:
+            await slow
+        assert refused.value.status == 401
+        with pytest.raises(api.ApiError) as refused:
+            await receiving(guard, (large, True), (large, True))
+        assert refused.value.status == 413
+        with pytest.raises(api.ApiError) as refused:
+            await receiving(guard, (large, True))
+        assert refused.value.status == 408
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("field", ["stop", "messages", "unknown"])
+def test_a_field_with_a_hundred_thousand_mistakes_is_refused_without_a_list_of_them(field):
+    values = {"stop": [1] * 100_000, "messages": [1] * 100_000, "unknown": {f"{i}": 1 for i in range(100_000)}}[field]
+    body = {"messages": [{"role": "user", "content": "a"}], **(values if field == "unknown" else {field: values})}
+    data = json.dumps(body).encode()
+    tracemalloc.start()
+    with pytest.raises(api.ApiError):
+        api.parse(api.ChatRequest, data).stops()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 25 * len(data)
+
+
+def test_what_a_request_keeps_of_its_messages_is_their_text(post, monkeypatch):
+    kept, add = [], api.Answer.add
+    monkeypatch.setattr(api.Answer, "add", lambda self, *more: kept.append(self.request) or add(self, *more))
+    content = [{"type": "text", "text": "a", "junk": [[]] * 1000}]
+    body = {"messages": [{"role": "user", "content": content, "junk": [{}] * 1000}], "max_tokens": 1}
+    assert post(body, "chat/completions")[0] == 200
+    assert kept[0].messages == [{"role": "user", "content": "a"}]
+
+
+def test_a_connection_does_not_stay_open_because_a_client_does_nothing(monkeypatch):
+    monkeypatch.setattr(api, "PATIENCE", 0.5)
+    body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "n": 8, "logprobs": 3, "temperature": 0})
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with contextlib.ExitStack() as stack:
+        with serving(make_app()) as url:
+            host, port = url.removeprefix("http://").split(":")
+
+            def connect(data: str) -> socket.socket:
+                connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+                connection.sendall(data.encode())
+                return connection
+
+            assert connect("").recv(100) == b""  # closed by the server
+            assert connect(head).recv(100) == b""
+            connect(f"{head}Content-Length: {len(body)}\r\n\r\n{body}")  # reads nothing
+            time.sleep(2)
+            stopping = time.monotonic()
+        assert time.monotonic() - stopping < 20  # the reader that reads nothing does not keep the server from ending
 
 
 def test_a_large_answer_is_sent_in_pieces_and_whole(served, monkeypatch):
@@ -585,7 +680,7 @@ def hostile(url: str, chance: random.Random) -> int | None:
     if kind == "large":
         return send(url, LARGE)[0]
     host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "n": 4, "logprobs": 20}).encode()
+    body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "n": 3, "logprobs": 20}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:

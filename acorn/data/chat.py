@@ -68,10 +68,13 @@ def choose_template(tokenizer: Tokenizer) -> str:
     return PLAIN
 
 
-def render(tokenizer: Tokenizer, messages: list[dict]) -> np.ndarray:
+def render(tokenizer: Tokenizer, messages: list[dict], most: int | None = None) -> np.ndarray:
     """Return the ids of a conversation up to the start of the next reply: int32, one dimension. They equal the ids that
-    precede this reply in `render_to_learn` and in `forms_to_learn`."""
+    precede this reply in `render_to_learn` and in `forms_to_learn`, except where there are more than `most` of them:
+    finding the parts of many turns takes long."""
     whole = _fill_in(tokenizer, messages, True)
+    if most is not None and len(ids := _encode(tokenizer, whole, False)) > most:
+        return ids
     try:
         parts = _parts(tokenizer, messages, True)
     except UserError:  # the template rewrites history or cannot be learned: training has no parts to match

@@ -133,7 +133,7 @@ class Scheduler:
     # ---- for any thread
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Queue all sequences, or raise QueueFull."""
+        """Queue all sequences. Raises QueueFull if too many wait, or after `close`."""
         now = time.monotonic()
         with self.changed:
             if self.closing or len(self.waiting) >= self.max_queue:
@@ -145,9 +145,14 @@ class Scheduler:
             self._wake()
 
     def call(self, function: Callable[[], object]) -> Future:
-        """Call `function` between two steps, when it may use the model alone. Returns a future of its result."""
+        """Call `function` between two steps, when it may use the model alone. Returns a future of its result.
+
+        Raises QueueFull after `close`.
+        """
         future: Future = Future()
         with self.changed:
+            if self.closing:
+                raise QueueFull(1)
             self.calls.append((future, function))
             self._wake()
         return future
@@ -189,6 +194,8 @@ class Scheduler:
         """Admit sequences, and compute the next token of each running one."""
         while self.calls:
             future, function = self.calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except Exception as error:
@@ -210,31 +217,34 @@ class Scheduler:
     def _leave(self) -> None:
         """Drop cancelled sequences, waiting ones too, which would take places in the queue and memory."""
         with self.changed:
-            n_before = len(self.running) + len(self.waiting)
-            self.running = [s for s in self.running if not s.cancelled]
-            if any(s.cancelled for s in self.waiting):
-                self.waiting = collections.deque(s for s in self.waiting if not s.cancelled)
-            self.n_cancelled += n_before - len(self.running) - len(self.waiting)
+            running = [s for s in self.running if not s.cancelled]
+            waiting = collections.deque(s for s in self.waiting if not s.cancelled)
+            self.n_cancelled += len(self.running) - len(running) + len(self.waiting) - len(waiting)
+            self.running, self.waiting = running, waiting
 
     def _admit(self) -> None:
         """Drop cancelled sequences, and start waiting ones in their order while they fit.
 
-        Each prefill gives the first new token.
+        Each prefill gives the first new token. While sequences run, they wait for at most one prefill per step: else
+        those that arrive could hold them up for as long as they like.
         """
-        prefilled = {}
+        most, n_prefills, last_key = (1 if self.running else self.max_batch), 0, None
         while True:
             self._leave()  # each time, because a prefill takes a while
             with self.changed:
                 if not self.waiting or not self._has_room(self.waiting[0]):
                     return
-                sequence = self.waiting.popleft()
+                sequence = self.waiting[0]
+                # sequences with the same prompt, such as the n choices of a request, share its prefill
+                key = (tuple(sequence.prompt), sequence.on_prompt and sequence.n_top)
+                if key != last_key and n_prefills == most:
+                    return
+                self.waiting.popleft()
             self.running.append(sequence)
             self.n_prompt_tokens += len(sequence.prompt)
-            # sequences with the same prompt, such as the n choices of a request, share its prefill
-            key = (tuple(sequence.prompt), sequence.on_prompt and sequence.n_top)
-            if key not in prefilled:
-                prefilled = {key: self._prefill(sequence)}
-            sequence.cache, logits, scores = prefilled[key]
+            if key != last_key:
+                prefilled, last_key, n_prefills = self._prefill(sequence), key, n_prefills + 1
+            sequence.cache, logits, scores = prefilled
             if sequence.on_prompt:
                 sequence.on_prompt(scores)
             if sequence.max_new_tokens == 0:

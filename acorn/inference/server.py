@@ -30,6 +30,7 @@ from model import GPT
 
 MOST_BODY = 4 << 20  # bytes of a request
 MOST_CHOICES = 128  # samples of a request, over all its prompts
+MOST_TOKENS = 256 << 10  # tokens, with their alternatives, that a request may ask for
 MOST_OPEN = 256  # requests that are answered at the same time
 MOST_MERGED = 10  # events of a request that are sent together if its client or the server is behind
 PATIENCE = 30.0  # seconds for a client to send its request, or to read what was sent
@@ -77,7 +78,7 @@ class StreamOptions(BaseModel):
 class GenerationRequest(BaseModel):
     """The fields that completions and chat completions share. An unknown field is an error, so that none is lost."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(allow_inf_nan=False, hide_input_in_errors=True)
 
     model: str = ""  # any name: there is one model
     max_tokens: int | None = Field(None, ge=0, le=2**31)
@@ -88,7 +89,7 @@ class GenerationRequest(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     no_repeat_ngram_size: int = Field(0, ge=0, le=1000)
-    stop: str | list[str] | None = None
+    stop: Any = None  # see `stops`
     seed: int | None = Field(None, ge=0, lt=2**62)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -109,12 +110,18 @@ class GenerationRequest(BaseModel):
         """A field that is null has its default. A field without meaning is not kept: it may be large."""
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None and name not in MEANINGLESS}
+        kept = {name: value for name, value in fields.items() if value is not None and name not in MEANINGLESS}
+        unknown = next((name for name in kept if name not in cls.model_fields), None)
+        if unknown is not None:  # pydantic would make an error of each
+            raise ApiError(400, f"there is no parameter {unknown!r:.100}. Leave it out.", unknown[:100])
+        return kept
 
     def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > 16 or any(len(stop) > 256 for stop in stops):
-            raise ApiError(400, f"stop has {len(stops)} strings. Use at most 16, of at most 256 characters.", "stop")
+        stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
+        is_list = isinstance(stops, list) and len(stops) <= 16
+        if not is_list or not all(isinstance(stop, str) and len(stop) <= 256 for stop in stops):
+            message = "stop should be a string or a list of at most 16 strings, each of at most 256 characters."
+            raise ApiError(400, message, "stop")
         return stops
 
     def sampling(self) -> Sampling:
@@ -168,8 +175,6 @@ def parse(kind: type[R], body: bytes) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=True)[0]
         name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"there is no parameter {name!r:.100}. Leave it out.", name[:100]) from None
         if not first["loc"]:  # not JSON, or not an object
             raise ApiError(400, f"the request is not a valid JSON object: {first['msg']:.300}.") from None
         raise ApiError(
@@ -247,15 +252,16 @@ class Choice:
         self.n_tokens = 0
 
     def on_prompt(self, scores: list[Scored]) -> None:
-        decoder, tokens, offset = StreamDecoder(self.tokenizer), [], 0
+        decoder, offsets = StreamDecoder(self.tokenizer), [0]
         for scored in scores:
-            tokens.append((scored, min(offset, len(self.echo or ""))))
-            offset += len(decoder.push(scored.id))
-        self.put((self, "", tokens, None))
+            offsets.append(offsets[-1] + len(decoder.push(scored.id)))
+        bos = max(0, offsets[-1] - len(self.echo or ""))  # characters of a BOS token's name, which is not in the text
+        self.put((self, "", [(s, max(0, offset - bos)) for s, offset in zip(scores, offsets, strict=False)], None))
 
     def on_token(self, scored: Scored) -> bool:
+        offset = self.length + len(self.text.pending)  # pending: not shown yet, because a stop string may begin there
         piece = self.text.push(scored.id)
-        self.put((self, piece, [(scored, self.length)], None))
+        self.put((self, piece, [(scored, offset)], None))
         self.n_tokens += 1
         self.length += len(piece)
         return self.text.stopped_by is not None
@@ -435,7 +441,7 @@ def create_app(
 
     def render(messages: list[dict[str, str]]) -> list[int]:
         check_size(sum(len(message["content"]) for message in messages), "messages")
-        return check_length(chat.render(tokenizer, messages).tolist(), "messages")
+        return check_length(chat.render(tokenizer, messages, block_size).tolist(), "messages")
 
     async def in_encoder(function: Callable, *arguments):
         try:
@@ -483,7 +489,8 @@ def create_app(
         if not tokenizer.chat_template:
             message = "this model has no chat template: it was not trained to chat. Use /v1/completions."
             raise ApiError(400, message, "messages")
-        ids = await in_encoder(render, messages_of(request.messages))
+        request.messages = messages_of(request.messages)  # other fields of messages may be large
+        ids = await in_encoder(render, request.messages)
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         n_new = n_new_tokens(asked, max(1, block_size - len(ids)), "max_completion_tokens")
         n_top = (request.top_logprobs or 0) if request.logprobs else None
@@ -528,7 +535,7 @@ class Answer:
         self.loop = asyncio.get_running_loop()
         self.choices: list[Choice] = []
         self.sequences: list[Sequence] = []
-        self.n_prompt_tokens = 0
+        self.n_prompt_tokens = self.n_asked = 0
 
     def put(self, event: tuple | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
@@ -537,6 +544,11 @@ class Answer:
     def add(self, prompt: list[int], n_new: int, stops, ends, n_top: int | None, echo: str | None = None) -> None:
         """Add n samples of a prompt. Sample k has the seed `seed` + k, as in sample.py."""
         self.n_prompt_tokens += len(prompt)
+        n_scored = len(prompt) if echo is not None and n_top is not None else 0
+        self.n_asked += self.request.n * (n_scored + n_new) * (1 + (n_top or 0))
+        if self.n_asked > MOST_TOKENS:
+            message = f"the request asks for more than {MOST_TOKENS} tokens, with their alternatives. "
+            raise ApiError(400, message + "Use less of n, max_tokens and logprobs, or send several requests.")
         seed = secrets.randbelow(2**61) if self.request.seed is None else self.request.seed
         for k in range(self.request.n):
             text = TextStream(self.tokenizer, stops, ends)
@@ -569,8 +581,12 @@ class Answer:
         finally:
             watch.cancel()
             self.cancel()
-        choices = [whole(choice, texts[choice], tokens[choice], reasons[choice], True) for choice in self.choices]
-        return Json({**self.head, "object": kind, "choices": choices, "usage": self.usage()})
+
+        def make() -> Response:
+            choices = [whole(choice, texts[choice], tokens[choice], reasons[choice], True) for choice in self.choices]
+            return Json({**self.head, "object": kind, "choices": choices, "usage": self.usage()})
+
+        return await asyncio.to_thread(make)  # it may take seconds, in which others are served
 
     async def events(self) -> AsyncIterator[tuple]:
         """Yield (choice, text, tokens, finish_reason) until all choices have ended.
@@ -630,8 +646,11 @@ def merged(events: Iterable[tuple]) -> list[tuple]:
 
 
 def sse(value: Any) -> bytes:
-    """Return a server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
+    """Return a server-sent event, without the line ends of Unicode: some clients split lines there."""
+    data = to_json(value)
+    for end in ("\x85", "\u2028", "\u2029"):
+        data = data.replace(end.encode(), b"\\u%04x" % ord(end))
+    return b"data: " + data + b"\n\n"
 
 
 class Stream(StreamingResponse):
@@ -666,8 +685,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
-            body = await self.read_body(receive)
-            self.check_key(scope)
+            body = await self.read_body(receive, self.key_error(scope))
             if scope["method"] == "POST" and self.n_open >= MOST_OPEN:
                 message = f"{MOST_OPEN} requests are open. Try again later."
                 raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
@@ -693,19 +711,21 @@ class Guard:
         finally:
             self.n_open -= 1
 
-    def check_key(self, scope) -> None:
+    def key_error(self, scope) -> ApiError | None:
         header = dict(scope["headers"]).get(b"authorization", b"")
         is_open = not self.api_key or not scope["path"].startswith(("/v1", "/inside"))
-        if not is_open and not secrets.compare_digest(header, b"Bearer " + self.api_key.encode()):
-            raise ApiError(401, "the API key is missing or wrong. Send it as a bearer token.", code="invalid_api_key")
+        if is_open or secrets.compare_digest(header, b"Bearer " + self.api_key.encode()):
+            return None
+        return ApiError(401, "the API key is missing or wrong. Send it as a bearer token.", code="invalid_api_key")
 
-    async def read_body(self, receive) -> bytes:
+    async def read_body(self, receive, refusal: ApiError | None = None) -> bytes:
         """Return a request's body. Raises ApiError if it takes too long, is too large, or if too much arrives at once.
 
         A body that is refused is read and dropped: many clients read no answer before they have sent everything.
+        `refusal`: refuse it in any case.
         """
         pieces: list[bytes] = []
-        n_bytes, refusal = 0, None
+        n_bytes = 0
 
         def drop() -> None:
             self.n_held -= sum(map(len, pieces))
@@ -717,7 +737,7 @@ class Guard:
                 message = await receive()
                 piece = message.get("body", b"")
                 n_bytes += len(piece)
-                if n_bytes > MOST_BODY:
+                if n_bytes > MOST_BODY and not refusal:
                     refusal = ApiError(413, f"the request has more than {MOST_BODY >> 20} MB. Send a shorter one.")
                 elif self.n_held > MOST_HELD and n_bytes > SMALL_BODY and not refusal:
                     refusal = ApiError(429, "too many large requests are arriving. Try again later.")
@@ -735,7 +755,8 @@ class Guard:
                 raise refusal
             return b"".join(pieces)
         except asyncio.TimeoutError:
-            raise ApiError(408, f"the request did not arrive within {PATIENCE:g} s. Send it again.") from None
+            message = f"the request did not arrive within {PATIENCE:g} s. Send it again."
+            raise refusal or ApiError(408, message) from None
         finally:
             drop()
 
