@@ -242,10 +242,10 @@ def write_conversations(
     for note in faults.notes("--encoding NAME"):
         print(printable(note), file=sys.stderr)
     if skipped.count:
-        print(f"warning: skipped {skipped.count:,} bad records; the first: {skipped.first}", file=sys.stderr)
+        print(printable(f"warning: skipped {skipped.count:,} bad records; the first: {skipped.first}"), file=sys.stderr)
     if unused:
         fields = ", ".join(f"{name} ({count:,} conversations)" for name, count in unused.most_common(8))
-        print(f"note: the chat template ignores these fields of messages: {fields}", file=sys.stderr)
+        print(printable(f"note: the chat template ignores these fields of messages: {fields}"), file=sys.stderr)
     for split, count in counts.items():
         if not count["learned"]:
             raise UserError(
@@ -338,5 +338,5 @@ def _equal(a: np.ndarray, b: np.ndarray) -> int:
 
 def split_of(messages: list[dict], val_fraction: float) -> str:
     """Return the split of a conversation, train or val, by its hash."""
-    digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(messages, sort_keys=True, default=str).encode()).hexdigest()
     return "val" if int(digest[:16], 16) < val_fraction * 2**64 else "train"

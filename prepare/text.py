@@ -70,6 +70,7 @@ def documents(args: argparse.Namespace) -> "TextFiles":
     files = TextFiles(args.errors, args.key, getattr(args, "encoding", None))  # absent in older meta.json
     for name in args.files:
         files.add(name)
+    files.drop_repeated()
     if args.key and not any(source.is_records for source in files.sources):
         raise UserError(
             f"--key {args.key} needs records, but none of the files is .jsonl, .csv or .parquet. Remove --key."
@@ -123,7 +124,6 @@ class TextFiles:
             paths_found = sorted(glob.glob(name, recursive=True))
             if not paths_found:
                 raise UserError(f"no file matches {name}. Paths are relative to the working directory {os.getcwd()}.")
-            n_before = len(self.sources)
             for path in paths_found:
                 if os.path.isdir(path):
                     self._add_files(self._in_folder(path), in_folder=True)
@@ -131,13 +131,15 @@ class TextFiles:
                     self._add_files([path])
                 else:
                     raise UserError(f"{path} is neither a file nor a folder. Leave it out, or name it without a glob.")
-            # ** matches a folder and its files; keep the first occurrence of each file
-            unique = {os.path.normpath(source.path): source for source in reversed(self.sources[n_before:])}
-            self.sources[n_before:] = reversed(unique.values())
         else:
             raise UserError(
                 f"there is no file or folder {name}. Paths are relative to the working directory {os.getcwd()}."
             )
+
+    def drop_repeated(self) -> None:
+        """Keep the first occurrence of each file: ** matches a folder and its files."""
+        unique = {os.path.abspath(source.path): source for source in reversed(self.sources)}
+        self.sources = list(reversed(unique.values()))
 
     def _add_files(self, paths: list[str], in_folder: bool = False) -> None:
         for path in paths:
@@ -176,6 +178,8 @@ class TextFiles:
 
         for parent, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if "meta.json" in files and "train_000000.bin" in files:  # the dataset that this command wrote here
+                files.remove("meta.json")
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
                 is_file = os.path.isfile(path)  # not a FIFO, which would block
                 if is_file and (suffix(path) in SUFFIXES.split() or suffix(path) == ".parquet"):

@@ -32,6 +32,12 @@ def test_the_forms_of_published_pairs(record):
     assert read_pair(record) == ([ASK, reply("good")], [ASK, reply("bad")])
 
 
+@pytest.mark.parametrize("text", ["[1, 2, 3]", '{"a": 1}', '[{"a": 1}]', "[]"])
+def test_json_can_be_a_prompt_and_an_answer(text):
+    pair = read_pair({"prompt": text, "chosen": text, "rejected": "bad"})
+    assert [[message["content"] for message in messages] for messages in pair] == [[text, text], [text, "bad"]]
+
+
 def test_only_the_last_answers_of_a_longer_conversation_are_learned():
     turns = [ASK, reply("so"), {"role": "user", "content": "And?"}]
     for messages in read_pair({"messages": turns, "chosen": "good", "rejected": "bad"}):

@@ -1,10 +1,12 @@
 """prepare/chat.py: what `python prepare chat` writes is learned token by token, and bad input leaves nothing."""
 
+import datetime
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from chat_templates import TEMPLATES
 from helpers import CALLING, TALK, TEXT, TOOL, TWO, conversation, spans, with_control
@@ -244,3 +246,14 @@ def test_masks_that_do_not_belong_are_refused(pairs):
     Path("a.txt").write_text(TEXT)  # a dataset without masks leaves none behind
     prepare_corpus("text a.txt --name pairs --tokenizer byte --overwrite".split())
     assert load_dataset("pairs").train.mask is None and not list(Path("data/pairs").glob("*.mask"))
+
+
+def test_a_date_in_a_message_and_escapes_in_names_of_fields(tmp_path, monkeypatch, capsys):
+    """As in WildChat's parquet files, and as a stranger's file may have."""
+    monkeypatch.chdir(tmp_path)
+    day = datetime.datetime(2024, 1, 2)
+    turns = [{"role": role, "content": f"{role} says so", "\x1b[2J": day} for role in ("user", "assistant")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"conversation": turns}] * 50), "c.parquet")
+    Path("bad.jsonl").write_text('{"\\u001b]0;evil": 1}\n')
+    prepare_corpus("chat c.parquet bad.jsonl --tokenizer byte --skip_bad --name d".split())
+    assert load_dataset("d").train is not None and "\x1b" not in capsys.readouterr().err

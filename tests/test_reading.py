@@ -117,6 +117,16 @@ def test_a_glob_takes_each_file_once():
     for name in ("d/a.txt", "d/sub/b.txt"):
         Path(name).write_text(name * 100)
     assert prepare("text", "d/**", "--tokenizer", "byte", "--name", "t")["documents"] == 2
+    words = "text", "d", "d/a.txt", "d/sub", "d/sub/b.txt"  # as some shells expand d/**
+    assert prepare(*words, "--tokenizer", "byte", "--name", "t", "--overwrite")["documents"] == 2
+
+
+def test_a_dataset_in_the_folder_of_its_text_is_not_read_as_text():
+    os.makedirs("data/mine")
+    for name in "ab":
+        Path(f"data/mine/{name}.txt").write_text(name * 500)
+    meta = prepare("text", "data/mine", "--tokenizer", "char")
+    assert prepare("text", "data/mine", "--tokenizer", "char", "--overwrite")["documents"] == meta["documents"] == 2
 
 
 def test_records_come_through_a_pipe_too(monkeypatch):

@@ -108,14 +108,14 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
     prompt = record.get("messages", record.get("prompt"))
     if prompt is None:
         prompt = []
-    elif isinstance(prompt, str) and not isinstance(_parsed(prompt), list):
+    elif isinstance(prompt := _messages_in(prompt), str):
         prompt = [_message("user", prompt)]
     else:
         prompt = _read_list(prompt, '"messages"' if "messages" in record else '"prompt"')
     rest = {k: v for k, v in record.items() if k not in ("prompt", "messages", "chosen", "rejected")}
     pair = []
     for name in ("chosen", "rejected"):
-        answer = _parsed(record[name])
+        answer = _messages_in(record[name])
         messages = _read_list(answer, f'"{name}"') if isinstance(answer, list) else [_message("assistant", answer)]
         begins = bool(messages) and messages[0]["role"] != "assistant"  # it repeats the prompt
         pair.append(read_messages(rest | {"messages": messages if begins else prompt + messages}))
@@ -270,6 +270,14 @@ def _parsed(value):
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _messages_in(value):
+    """Parse a value that is the JSON text of a list of messages. Other text is returned unchanged, even other JSON."""
+    parsed = _parsed(value)
+    if not isinstance(parsed, list) or not parsed:
+        return value
+    return parsed if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in parsed) else value
 
 
 def _text(value, name: str) -> str:

@@ -101,7 +101,7 @@ def _call(subject: str, task: str, arguments: dict) -> str:
     with _lock:
         if _worker is None or _worker.owner != os.getpid():  # a forked process must not share its parent's worker
             _worker = _Worker()
-        answer = _worker.ask(json.dumps([task, arguments, CPU_SECONDS]).encode() + b"\n")
+        answer = _worker.ask(json.dumps([task, arguments, CPU_SECONDS], default=str).encode() + b"\n")
         if answer is None:
             _worker.stop()
             _worker = None
