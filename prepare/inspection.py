@@ -189,7 +189,7 @@ def verify(dataset: Dataset) -> None:
     source = _source(dataset)
     arguments = source.get("arguments")
     paths = arguments.get("files", []) if isinstance(arguments, dict) else None
-    is_readable = isinstance(paths, list) and "-" not in paths and source.get("corpus") != "chat"
+    is_readable = isinstance(paths, list) and "-" not in paths and source.get("corpus") not in ("chat", "preferences")
     if arguments is None or paths is None or not is_readable or "streaming" in arguments:
         print("the source text was not checked: this is possible only for files that are read as documents")
         return

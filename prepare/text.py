@@ -72,6 +72,8 @@ def documents(args: argparse.Namespace) -> "TextFiles":
         files.add(name)
     files.drop_repeated()
     if args.key and not any(source.is_records for source in files.sources):
+        if any(suffix(source.path) in RECORDS for source in files.sources):
+            raise UserError(f"no .jsonl or .csv file has the field {args.key!r} in its first record. Check --key.")
         raise UserError(
             f"--key {args.key} needs records, but none of the files is .jsonl, .csv or .parquet. Remove --key."
         )
@@ -99,6 +101,7 @@ class TextFiles:
         self.encoding = check_name(encoding) if encoding else None  # of all files; None: detected per file
         self._detected: dict[str, Detected] = {}  # by the file's name
         self._html: list[str] = []
+        self._linked: list[str] = []
         self._printed: set[str] = set()
         self.sources: list[Source] = []
         self.skipped = 0
@@ -178,6 +181,7 @@ class TextFiles:
 
         for parent, folders, files in os.walk(folder, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            self._linked += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
             if "meta.json" in files and "train_000000.bin" in files:  # the dataset that this command wrote here
                 files.remove("meta.json")
             for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
@@ -203,8 +207,11 @@ class TextFiles:
         self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # with --key, it is jsonl
 
     def notes(self) -> list[str]:
-        """Return notes on the files for the user: detected encodings and HTML."""
+        """Return notes on the files for the user: detected encodings, HTML, and folders that were left out."""
         notes = detection_notes(self._detected)
+        if self._linked:
+            kind = "a link to a folder" if len(self._linked) == 1 else "links to folders"
+            notes.append(f"note: {subject(self._linked)} left out as {kind}; to read the files there, name the folder")
         if self._html:
             notes.append(
                 f"note: {subject(self._html)} HTML; the model will learn its markup, so extract the text first"

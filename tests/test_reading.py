@@ -121,6 +121,23 @@ def test_a_glob_takes_each_file_once():
     assert prepare(*words, "--tokenizer", "byte", "--name", "t", "--overwrite")["documents"] == 2
 
 
+def test_a_linked_folder_is_left_out_with_a_note_and_read_if_named(capsys):
+    os.makedirs("d")
+    os.makedirs("other")
+    for name in ("d/a.txt", "other/b.txt"):
+        Path(name).write_text(name * 100)
+    os.symlink(os.path.abspath("other"), "d/linked")
+    assert prepare("text", "d", "--tokenizer", "byte", "--val_by", "end", "--name", "t")["documents"] == 1
+    assert "d/linked is left out" in capsys.readouterr().err
+    assert prepare("text", "d", "d/linked", "--tokenizer", "byte", "--name", "t", "--overwrite")["documents"] == 2
+
+
+def test_a_field_that_no_file_of_a_folder_has():
+    os.makedirs("d")
+    Path("d/a.jsonl").write_text('{"content": "a"}\n')
+    prepare_fails("no .jsonl or .csv file has the field 'contnt'", "text", "d", "--key=contnt", "--name=t")
+
+
 def test_a_dataset_in_the_folder_of_its_text_is_not_read_as_text():
     os.makedirs("data/mine")
     for name in "ab":
