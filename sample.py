@@ -18,7 +18,7 @@ from acorn import UserError, checkpoint, files, printable, replace_invalid, run,
 from acorn.data.tokenizer import END_OF_TEXT
 from acorn.distributed import runtime
 from acorn.inference import beam
-from acorn.inference.console import continue_prompts, converse, for_stdout, read_prompts
+from acorn.inference.console import continue_prompts, converse, for_stdout, read_line, read_prompts
 from acorn.inference.cpu_decode import prepare_for_decoding
 from acorn.inference.generate import encode_prompt
 
@@ -98,7 +98,7 @@ def main() -> int:
     start = files.read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
     if "start" not in given and tokenizer.kind == "char" and "\n" not in tokenizer.to_dict()["vocab"]:
         start = tokenizer.decode([0])  # the vocabulary has no line break, the default prompt
-    prompts = read_prompts(s.prompts) if s.prompts else [start]
+    prompts = read_prompts(s.prompts, tokenizer) if s.prompts else [start]
     control = s.control_tokens or (prompts == [END_OF_TEXT] and not s.prompts)
     num_samples = 1 if (s.prompts or s.num_beams > 1) and "num_samples" not in given else s.num_samples
     longest = max(len(encode_prompt(tokenizer, prompt, control)) for prompt in prompts) + s.max_new_tokens
@@ -150,11 +150,11 @@ def main() -> int:
         return 0
     while True:
         try:
-            answer([input("> ")], num_samples if "num_samples" in given else 1, False)
+            answer([read_line()], num_samples if "num_samples" in given else 1, False)
         except EOFError:
             return 0
         except UserError as error:  # bad input must not end the session
-            print(printable(str(error)))
+            print(printable(str(error)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def test_interactive_asks_until_the_end(trained):
     result = script("sample.py", *words, cwd="/", input="ANNA\nBORIS\n")
     assert result.returncode == 0
     assert result.stdout.count("---------------") == 2 and "ANNA" in result.stdout and "BORIS" in result.stdout
+    piped = script_here("sample.py", *words, "--json=True", cwd="/", input="ANNA\n€\nBORIS\n")
+    assert [json.loads(line)["prompt"] for line in piped.stdout.splitlines()] == ["ANNA", "BORIS"]
 
 
 def test_chinese_goes_in_and_out_whole(bytes_model):
@@ -108,6 +110,7 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
 def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    (tmp_path / "euro.txt").write_text("ANNA\n\n€\n")
     words = [f"--out_dir={trained}", "--device=cpu", "--start=€"]
     refused(script_here("sample.py", *words, cwd=tmp_path), "U+20AC")
     for words, said in (
@@ -115,6 +118,7 @@ def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         ([f"--start=FILE:{tmp_path}/bad.txt"], "byte 3"),
         ([f"--prompts={tmp_path}/empty.txt"], "is empty"),
+        ([f"--prompts={tmp_path}/euro.txt"], "line 3 of"),
         (["--temperature=-1"], "must not be negative"),
         (["--top_p=0"], "above 0"),
         (["--checkpoint=step_000001"], "no step_000001"),

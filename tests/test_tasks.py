@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from helpers import REPO, refused, run_here, script_here
+from helpers import REPO, bpe_tokenizer, refused, run_here, script_here
 from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, checkpoint
 from acorn.data import chat
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer import from_dict, get_tokenizer
 from acorn.distributed import runtime
-from acorn.evaluation.tasks import RougeWords, choice_logprobs, encode_choice, main, measure_answers, ratio_and_error
+from acorn.evaluation.tasks import RougeWords, choice_logprobs, encode_record, main, measure_answers, ratio_and_error
 from model import GPT, GPTConfig
 
 COLORS = {"grass": "green", "snow": "white", "coal": "black", "sky": "blue"}
@@ -208,7 +208,7 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
     model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)).eval()
     tokenizer = get_tokenizer("gpt2")
     prompt, choices = "The sky is ", ["blue", "green as grass"]
-    rows = [encode_choice(tokenizer, prompt, choice) for choice in choices]
+    rows = encode_record(tokenizer, prompt, choices)
     assert [tokenizer.decode(row[1]) for row in rows] == [" blue", " green as grass"]  # tokens as in text
     found = choice_logprobs(model, rows, runtime.setup("cpu", "float32", False), 2)
     for (start, continuation), value in zip(rows, found, strict=True):
@@ -218,6 +218,46 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
                 expected += model(torch.tensor([ids]))[0][0, -1].log_softmax(-1)[token].item()
             ids.append(token)
         assert value == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prompt, choices", [("I am wal", ["king", "nut"]), ("go", ["ing", "ne away"]), ("", ["a", "b"])]
+)
+def test_choices_that_merge_with_the_prompt_are_compared_by_the_whole_text(prompt, choices):
+    tokenizer = get_tokenizer("gpt2")
+    rows = encode_record(tokenizer, prompt, choices)
+    assert len({tuple(before) for before, _ in rows}) == 1  # the same context
+    assert all(before and own for before, own in rows)
+    texts = [tokenizer.decode([i for i in before + own if i != tokenizer.eot]) for before, own in rows]
+    assert texts == [prompt + choice for choice in choices]
+    for (before, own), text in zip(rows, texts, strict=True):
+        assert [i for i in before + own if i != tokenizer.eot] == tokenizer.encode(text).tolist()  # as in text
+
+
+def test_choices_follow_what_the_template_writes_before_a_reply():
+    tokenizer = from_dict(bpe_tokenizer().to_dict())
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]"
+        "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    for choice, (before, own) in zip(["or", "not"], encode_record(tokenizer, "to be", ["or", "not"]), strict=True):
+        messages = [{"role": "user", "content": "to be"}, {"role": "assistant", "content": choice}]
+        ids, learned = chat.render_to_learn(tokenizer, messages)
+        assert before + own == ids[:-1].tolist()  # without the end token
+        assert tokenizer.decode(own).strip() == choice and len(before) >= (~learned).sum()
+
+
+def test_an_answer_ends_with_the_block_and_one_file_may_serve_twice(chatting):
+    pairs = [{"prompt": "a" * n, "response": "b"} for n in (30, 40)]
+    records = [pair | {"choices": ["b", "c"], "answer": 0} for pair in pairs]
+    (chatting / "both.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["--pairs=both.jsonl", "--choices=both.jsonl", "--answers=both_a.jsonl", "--json"]
+    found = figures(measure("o", *words, cwd=chatting))
+    assert {("both.jsonl", "exact match"), ("both.jsonl", "accuracy")} <= found.keys()
+    _, tokenizer, _ = checkpoint.load_model(str(chatting / "o"))
+    for record in [json.loads(line) for line in (chatting / "both_a.jsonl").read_text().splitlines()][:2]:
+        prompt = chat.render(tokenizer, [{"role": "user", "content": record["prompt"]}])
+        assert len(record["answered"].encode()) <= 64 - len(prompt)
 
 
 def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
@@ -282,8 +322,7 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
     questions = [f"{thing}?" for thing in COLORS] * 2
     result = script_here(*words, cwd=chatting, input="\n".join(questions) + "\n")
     assert result.returncode == 0, result.stderr
-    replies = result.stdout.split("> ")[1:-1]
-    assert len(replies) == len(questions)
+    assert len(result.stdout.splitlines()) == len(questions)
     _, tokenizer, _ = checkpoint.load_model(str(chatting / "o"))
     assert "Assistant" not in result.stdout and "endoftext" not in result.stdout
 
@@ -299,7 +338,11 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
         messages.append({"role": "assistant", "content": "green"})
     assert len(messages) < 12
     long = script_here(*words, cwd=chatting, input="a" * 99 + "\n")
-    assert long.returncode == 0 and "Shorten it" in long.stdout
+    assert long.returncode == 0 and "Shorten it" in long.stderr
+    messages = [*messages[:2], {"role": "user", "content": "a" * 99}]
+    with pytest.raises(UserError):
+        fit_conversation(tokenizer, messages, 64, 20)
+    assert len(messages) == 3  # a refused message does not cost the history
 
 
 def test_a_conversation_needs_a_template(trained):

@@ -255,12 +255,22 @@ def _stop_names(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
 
 
 def reply_frame(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the text that the template writes before and after the content of a reply, without control tokens, such
-    as the space in "[/INST] Hello"."""
+    """Return the text that the template writes before and after the content of a reply, such as the space in
+    "[/INST] Hello". The text after it ends where a control token begins."""
+    return _reply_frame(tokenizer, tokenizer.chat_template)
+
+
+@functools.lru_cache(1)  # evaluation needs it for each choice
+def _reply_frame(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
     before, after = _around_content(tokenizer)
     prompt = _fill_in(tokenizer, [_message("user", "?")], True)
     before = before.removeprefix(prompt) if before.startswith(prompt) else ""
     return before, _any_of(tokenizer.control).split(after, maxsplit=1)[0]
+
+
+def encode_reply(tokenizer: Tokenizer, content: str) -> list[int]:
+    """Return the ids of a reply that follows `render`: what the template writes before the content, and the content."""
+    return _encode(tokenizer, reply_frame(tokenizer)[0] + _broken(content, _names_in_reply(tokenizer)), True).tolist()
 
 
 def as_content(tokenizer: Tokenizer, reply: str) -> str:
@@ -370,7 +380,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
     import jinja2
 
     names = _any_of(tokenizer.control)
-    in_reply = _any_of(name for name in tokenizer.control if "think" not in name.lower())  # a reply may contain <think>
+    in_reply = _names_in_reply(tokenizer)
     conversation = [_broken(message, in_reply if message["role"] == "assistant" else names) for message in messages]
     if _takes_parts(tokenizer.chat_template):
         conversation = [_in_parts(message) for message in conversation]
@@ -385,6 +395,11 @@ def _rendered(tokenizer: Tokenizer, messages: list[dict], extras: dict, add_gene
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(f"the chat template rejects this conversation ({error!s:.200})") from error
     return text.replace(json.dumps(BREAK)[1:-1], BREAK) if "ensure_ascii" in _template(tokenizer) else text
+
+
+def _names_in_reply(tokenizer: Tokenizer) -> re.Pattern:
+    """Match the control tokens that a reply must not write. It may write those around thinking, such as <think>."""
+    return _any_of(name for name in tokenizer.control if "think" not in name.lower())
 
 
 def _render_template(**arguments) -> str:

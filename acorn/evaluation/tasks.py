@@ -133,13 +133,14 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
 def greedy_answers(
     model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], stop: list[str], max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Decode an answer to each prompt greedily, up to the end of the turn or text, or a stop string."""
+    """Decode an answer to each prompt greedily, up to the end of the turn or text, a stop string, or the end of the
+    block: a sliding window would lose the question."""
     ends = chat.stop_ids(tokenizer) if tokenizer.chat_template else set()
     answers = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         greedy, seeds = Sampling(temperature=0), [0] * len(batch)
-        answers += continue_texts(model, tokenizer, batch, max_new_tokens, greedy, seeds, stop, ends)
+        answers += continue_texts(model, tokenizer, batch, max_new_tokens, greedy, seeds, stop, ends, slide=False)
     return [answer.text.strip() for answer in answers]
 
 
@@ -264,24 +265,40 @@ def choice_logprobs(
     return np.array(result)
 
 
-def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
-    """Return the ids of a prompt and of a choice that follows it.
+def encode_record(tokenizer: Tokenizer, prompt: str, choices: list[str]) -> list[tuple[list[int], list[int]]]:
+    """Return for each choice the ids before it and its own ids.
 
-    Without a chat template, prompt and choice are encoded together, so that the choice has the same tokens as in text.
+    The choice is encoded together with what precedes it, so that it has the same tokens as in text, or as in a reply of
+    the chat template. Where a choice merges with the end of the prompt, the choices of this record begin earlier by the
+    merged tokens, all at the same token, so that they stay comparable. Raises UserError for a choice without tokens.
     """
     if tokenizer.chat_template:
-        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
-        return ids, tokenizer.encode_part(choice, continues=True, control=False).tolist()
-    text = prompt.rstrip()  # the space before a word belongs to its token
-    ids = encode_prompt(tokenizer, text, control=False)
-    return ids, encode_prompt(tokenizer, prompt + choice, control=False)[len(ids if text else tokenizer.before_text) :]
+        before = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
+        start = before + chat.encode_reply(tokenizer, "")
+        wholes = [before + chat.encode_reply(tokenizer, choice) for choice in choices]
+    else:
+        start = encode_prompt(tokenizer, prompt.rstrip())  # the space before a word belongs to its token
+        wholes = [encode_prompt(tokenizer, prompt + choice) for choice in choices]
+    n = next(n for n in range(len(start), -1, -1) if all(whole[:n] == start[:n] for whole in wholes))
+    for whole, choice in zip(wholes, choices, strict=True):
+        if len(whole) == n:
+            raise UserError(f"has the choice {choice!r:.50}, which this tokenizer encodes without tokens. Remove it.")
+    if n == 0:  # no prompt, or the first token contains all of it
+        return [(encode_prompt(tokenizer, ""), whole) for whole in wholes]
+    return [(whole[:n], whole[n:]) for whole in wholes]
 
 
 def encode_choices(
     tokenizer: Tokenizer, records: list[tuple[str, dict]]
 ) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
-    """Return the rows of each record's choices, from `encode_choice`, and the length of its longest input."""
-    encoded = [[encode_choice(tokenizer, each["prompt"], choice) for choice in each["choices"]] for _, each in records]
+    """Return the rows of each record's choices, from `encode_record`, and the length of its longest input. Raises
+    UserError, which names the record's location, if one cannot be encoded."""
+    encoded = []
+    for where, record in records:
+        try:
+            encoded.append(encode_record(tokenizer, record["prompt"], record["choices"]))
+        except UserError as error:
+            raise UserError(f"{where} {error}") from error
     return encoded, [max(len(prompt) + len(continuation) for prompt, continuation in rows) - 1 for rows in encoded]
 
 
@@ -534,28 +551,27 @@ def main() -> int:
 
     # ---- measurements
     model, tokenizer, source, r, block_size = load_evaluated(args)
-    figures, answered = {}, []  # figures: by input
+    figures: list[tuple[str, dict[str, Figure]]] = []  # of each input
+    answered = []
     if dataset:
         for name, tokens in load_splits(dataset, args.split, document_mask, tokenizer, source).items():
-            figures[name] = measure_tokens(model, tokenizer, tokens, r, args.batch_size, block_size)
+            figures.append((name, measure_tokens(model, tokenizer, tokens, r, args.batch_size, block_size)))
     if args.text:
-        figures[args.text] = measure_text(model, tokenizer, args.text, r, args.batch_size, block_size)
+        figures.append((args.text, measure_text(model, tokenizer, args.text, r, args.batch_size, block_size)))
     if pairs:
-        figures[args.pairs], answers = measure_pairs(
-            model, tokenizer, pairs, r, args.batch_size, args.max_new_tokens, args.stop
-        )
+        measured, answers = measure_pairs(model, tokenizer, pairs, r, args.batch_size, args.max_new_tokens, args.stop)
+        figures.append((args.pairs, measured))
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
-        figures[args.choices], chosen = measure_choices(
-            model, choices, *encode_choices(tokenizer, choices), r, args.batch_size
-        )
+        measured, chosen = measure_choices(model, choices, *encode_choices(tokenizer, choices), r, args.batch_size)
+        figures.append((args.choices, measured))
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 
     # ---- output
     rows = [
         {"on": name, "measure": measure, "value": each.value, "standard_error": each.error, "n": each.n}
         | {"method": each.method or None, "note": each.note or None}
-        for name, measured in figures.items()
+        for name, measured in figures
         for measure, each in measured.items()
     ]
     if args.json:

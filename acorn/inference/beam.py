@@ -205,7 +205,7 @@ def continue_prompts(
             sample["stopped_by"] = stopped_by or "max_new_tokens"
             if s.logprobs:
                 sample["ids"] = beam.ids
-                sample["tokens"] = [tokenizer.decode([token]) for token in beam.ids]
+                sample["tokens"] = [tokenizer.decode_bytes([token]).decode(errors="replace") for token in beam.ids]
                 sample["logprobs"] = [round(logprob, 5) for logprob in beam.logprobs]
             samples.append(sample)
     return samples

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from acorn import UserError, files, printable
 from acorn.data import chat
+from acorn.data.tokenizer import Tokenizer
 from acorn.inference.generate import Sampling, continue_texts, encode_prompt
 from model import GPT
 
@@ -23,20 +24,36 @@ def for_stdout(text: str) -> str:
     return printable(text) if sys.stdout.isatty() else text
 
 
-def read_prompts(path: str) -> list[str]:
-    """Read the prompts from a file: one per line, or from a .jsonl file the "prompt" of each object."""
-    if not path.endswith(".jsonl"):
-        prompts = [line.rstrip("\r") for line in files.read_text(path).split("\n") if line.strip()]
+def read_prompts(path: str, tokenizer: Tokenizer) -> list[str]:
+    """Read the prompts from a file: one per line, or from a .jsonl file the "prompt" of each object. Raises UserError,
+    which names the line, for a prompt that the tokenizer cannot encode."""
+    prompts = []
+    if path.endswith(".jsonl"):
+        for where, value in files.read_json_lines(path):
+            prompt = value.get("prompt") if isinstance(value, dict) else value
+            if not isinstance(prompt, str):
+                raise UserError(f'{where} is not a prompt. Write a JSON string, or an object: {{"prompt": "..."}}.')
+            prompts.append((where, prompt))
+    else:
+        lines = enumerate(files.read_text(path).split("\n"), 1)
+        prompts = [(f"line {n} of {path}", line.rstrip("\r")) for n, line in lines if line.strip()]
         if not prompts:
             raise UserError(f"the prompt file {path} is empty. Write one prompt per line.")
-        return prompts
-    prompts = []
-    for location, value in files.read_json_lines(path):
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
-            raise UserError(f'{location} is not a prompt. Write a JSON string, or an object: {{"prompt": "..."}}.')
-        prompts.append(prompt)
-    return prompts
+    for where, prompt in prompts:
+        try:
+            encode_prompt(tokenizer, prompt)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    return [prompt for _, prompt in prompts]
+
+
+def read_line() -> str:
+    """Return a line that the user types. Raises EOFError at the end of the input. If stdout is a file or a pipe, it
+    gets only samples, and the prompt sign goes to stderr."""
+    if sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def continue_prompts(
@@ -72,7 +89,7 @@ def continue_prompts(
         sample["stopped_by"] = result.stopped_by or "max_new_tokens"
         if s.logprobs:
             sample["ids"] = result.ids
-            sample["tokens"] = [tokenizer.decode([token]) for token in result.ids]
+            sample["tokens"] = [tokenizer.decode_bytes([token]).decode(errors="replace") for token in result.ids]
             sample["logprobs"] = [round(logprob, 5) for logprob in result.logprobs]
         samples.append(sample)
     return samples
@@ -82,18 +99,20 @@ def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int
     """Return the ids of a conversation up to the next reply.
 
     The oldest turns (a message and its reply) are removed from `messages` until `room` tokens of the block are free.
-    The system message stays. Raises UserError if the last message alone does not fit into the block.
+    The system message stays. Raises UserError if the last message alone does not fit into the block; `messages` then
+    stays as it is.
     """
     first = int(messages[0]["role"] == "system")
+    start = first  # of the turns that remain
     while True:
-        ids = chat.render(tokenizer, messages).tolist()
-        if len(ids) + room <= block_size:
-            return ids
-        if len(messages) == first + 1:
-            if len(ids) < block_size:
-                return ids
-            raise UserError(f"this message has {len(ids)} tokens, but the block size is {block_size}. Shorten it.")
-        del messages[first : first + 2]
+        ids = chat.render(tokenizer, messages[:first] + messages[start:]).tolist()
+        if len(ids) + room <= block_size or len(messages) == start + 1:
+            break
+        start += 2
+    if len(ids) >= block_size:
+        raise UserError(f"this message has {len(ids)} tokens, but the block size is {block_size}. Shorten it.")
+    del messages[first:start]
+    return ids
 
 
 def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, compile: bool) -> None:
@@ -113,7 +132,7 @@ def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, co
 
     while True:
         try:
-            said = opening if opening is not None else input("> ")
+            said = opening if opening is not None else read_line()
         except EOFError:
             return
         opening = None
@@ -123,7 +142,7 @@ def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, co
         try:
             ids = fit_conversation(tokenizer, messages, block_size, min(s.max_new_tokens, block_size // 2))
         except UserError as error:  # bad input must not end the conversation
-            print(printable(str(error)))
+            print(printable(str(error)), file=sys.stderr)
             messages.pop()
             continue
         n_tokens, seeds = min(s.max_new_tokens, block_size - len(ids)), [s.seed + n_replies]

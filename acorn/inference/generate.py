@@ -433,10 +433,12 @@ def continue_texts(
     on_text: Callable[[int, str], None] = lambda row, piece: None,
     compile: bool = False,
     finished: Callable[[bool], bool] = bool,
+    slide: bool = True,
 ) -> list[Continuation]:
     """Continue each prompt (token ids) with text, as one batch; see `generate` and `TextStream`.
 
-    `on_text(row, piece)` is called with each piece of text when it is complete.
+    `on_text(row, piece)` is called with each piece of text when it is complete. Without `slide`, a row ends where the
+    model would no longer see its first token.
     """
     streams = [TextStream(tokenizer, stop, ends) for _ in prompts]
     results = [Continuation() for _ in prompts]
@@ -449,7 +451,8 @@ def continue_texts(
         results[row].ids.append(token)
         results[row].logprobs.append(logprob)
         add(row, streams[row].push(token))
-        return streams[row].stopped_by is not None
+        is_full = not slide and len(prompts[row]) + len(results[row].ids) >= model.config.block_size
+        return is_full or streams[row].stopped_by is not None
 
     generate(model, prompts, max_new_tokens, sampling, seeds, on_token, tokenizer.n_vocab, compile, finished)
     for row, stream in enumerate(streams):
@@ -476,5 +479,5 @@ def encode_prompt(tokenizer, text: str, control: bool = False) -> list[int]:
     if control and ids[: len(prefix)] == prefix:
         prefix = []  # the prompt already contains it
     if not ids and not prefix and tokenizer.eot is None:
-        raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from. Give --start.")
+        raise UserError("the prompt is empty, and this tokenizer has no end-of-text token to start from. Write text.")
     return prefix + ids or [tokenizer.eot]
