@@ -104,6 +104,20 @@ def test_a_shard_that_is_cut_short_ends_the_run_where_its_batch_would_be(tmp_pat
     assert threading.active_count() == before  # the thread has ended
 
 
+def test_a_shard_that_is_cut_short_while_it_is_read_gives_no_zeros(tmp_path, monkeypatch):
+    tokens = OneStream(tmp_path).train
+    map_shard = tokens._map
+
+    def then_truncate(shard):
+        mapped = map_shard(shard)
+        os.truncate(tmp_path / "train_000000.bin", 1500)
+        return mapped
+
+    monkeypatch.setattr(tokens, "_map", then_truncate)
+    with pytest.raises(UserError, match="truncated"):
+        tokens.read([800], 8)
+
+
 def test_a_stream_that_is_left_in_the_middle_leaves_no_thread(tmp_path):
     """The accumulator abandons a stream when it retries an update with smaller micro-batches."""
     before = threading.active_count()

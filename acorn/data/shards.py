@@ -245,6 +245,7 @@ class Tokens:
             raise IndexError(f"a window of {length} tokens is outside the {self.name} split of {len(self)} tokens")
         windows = np.empty((len(starts), length), dtype=np.int64)
         first_shards = np.searchsorted(self._ends, starts, side="right")
+        read = set()
         for window, start, shard in zip(windows, starts.tolist(), first_shards.tolist(), strict=True):
             filled = 0
             while filled < length:
@@ -252,7 +253,10 @@ class Tokens:
                 part = self._map(shard)[begin : begin + length - filled]
                 window[filled : filled + len(part)] = part
                 filled += len(part)
+                read.add(shard)
                 shard += 1
+        for shard in read:  # truncated while it was read, the file has zeros in the place of tokens
+            self._map(shard)
         self._drop_maps(windows)
         if windows.size and windows.max() >= self.vocab_size:
             raise UserError(
