@@ -163,7 +163,7 @@ def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_
     import matplotlib
     from matplotlib import font_manager
 
-    fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    fonts = {name: font_manager.findfont(name) for name in ("DejaVu Sans", "STIXGeneral")}
     rare = chr(min(report.characters(fonts["STIXGeneral"]) - report.characters(fonts["DejaVu Sans"])))
     with matplotlib.rc_context({"font.family": ["DejaVu Sans"]}):
         assert report.drawable(["a", "b"]) == (["a", "b"], ["DejaVu Sans"], None)
