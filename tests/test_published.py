@@ -121,7 +121,7 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
 
     monkeypatch.setattr("acorn.inference.generate.generate", think)
     said = iter(["Hi", "And <|im_end|>?"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or raise_eof())
+    monkeypatch.setattr("builtins.input", lambda *_: next(said, None) or raise_eof())
     console.converse(model, tokenizer, sample.SampleSettings(max_new_tokens=16), None, False)
     assert capsys.readouterr().out == "Hm.</think>Yes\n" * 2
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm.</think>Yes"}]
