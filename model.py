@@ -48,6 +48,7 @@ class GPTConfig:
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens to the token embedding
     ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
+    ngram_vocab: int = 0  # vocabulary size by which n-grams are numbered, kept when tokens are added; 0: vocab_size
     embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -58,6 +59,7 @@ class GPTConfig:
     def __post_init__(self):
         """Replace the default 0 of some settings. Raises ValueError if a setting is invalid."""
         self.n_kv_head = self.n_kv_head or self.n_head
+        self.ngram_vocab = self.ngram_vocab or self.vocab_size
         if not self.head_dim and self.n_head > 0 and self.n_embd % self.n_head == 0:
             self.head_dim = self.n_embd // self.n_head
         if self.mlp in GATED:
@@ -538,7 +540,7 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        V = config.vocab_size
+        V = config.ngram_vocab
         self.possible = [V * (V + 1) ** back for back in range(1, config.ngram)]  # number of (back + 1)-grams
         self.tables = nn.ModuleList(Embedding(min(config.ngram_rows, n), config.n_embd) for n in self.possible)
 
@@ -554,10 +556,11 @@ class NgramEmbedding(nn.Module):
         key, embedded = idx.gather(1, index), torch.zeros((), device=idx.device)
         for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
             before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
-            key = key * (self.config.vocab_size + 1) + before  # int64; overflow wraps around
+            key = key * (self.config.ngram_vocab + 1) + before  # int64; overflow wraps around
             # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
             n_rows = min(self.config.ngram_rows, possible)
-            row = key if n_rows == possible else (key * -7046029254386353131 >> 32) % n_rows
+            row = key if n_rows == possible else key * -7046029254386353131 >> 32
+            row = row % n_rows  # tokens added later share rows with other n-grams
             # dropout1d drops all C channels of an n-gram or none
             embedded = embedded + F.dropout1d(table(row), self.config.ngram_dropout, self.training)  # (B, T, C)
         return embedded
@@ -761,7 +764,7 @@ def check_config(config: GPTConfig) -> None:
             raise ValueError(
                 f"{name} = {getattr(config, name)!r} is not one of {', '.join(allowed)} (GPTConfig in model.py)"
             )
-    for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows".split():
+    for name in "block_size vocab_size n_layer n_head n_embd n_kv_head n_hidden ngram ngram_rows ngram_vocab".split():
         if getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)} must be at least 1")
         if getattr(config, name) > {"n_layer": 10_000, "ngram": 100}.get(name, 1_000_000_000):

@@ -1,5 +1,6 @@
 """model.py against hand computations, and itself without a cache. (Hugging Face models: test_huggingface.py.)"""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -387,14 +388,19 @@ def test_cropping_the_block_keeps_the_logits_of_short_sequences():
 
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize("size", [35, 39])  # within the padding of 37 rows, of which 33 are tokens, and beyond
-def test_new_tokens_start_at_the_mean_and_change_no_other(tie_weights, size):
-    model = random_model(tie_weights=tie_weights)
+@pytest.mark.parametrize("ngram_rows", [50, 4096])  # hashed, and a row for each bigram
+def test_new_tokens_start_at_the_mean_and_change_no_other(tie_weights, size, ngram_rows):
+    model = random_model(tie_weights=tie_weights, ngram=3, ngram_rows=ngram_rows)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     idx = tokens(V=33)
     with torch.no_grad():
         logits = model(idx, idx)[0][..., :33]
         model.grow_vocab(33, size)
         grown = model(idx, idx)[0]
+        model(torch.full((1, 3), size - 1))  # n-grams of the new tokens have rows, too
+    loaded = GPT(GPTConfig(**dataclasses.asdict(model.config)))
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(idx, idx)[0], grown)
     rows = max(size, 37)
     assert grown.size(-1) == rows == model.config.vocab_size
     torch.testing.assert_close(grown[..., :33], logits, rtol=0, atol=0)
