@@ -15,13 +15,13 @@ from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 
-from acorn import UserError, checkpoint, replace_invalid, run, settings
+from acorn import UserError, checkpoint, replace_invalid, run
 from acorn.distributed import heartbeat, runtime
 from acorn.evaluation.monitor import measure_tasks, read_tasks
 from acorn.training import autotune
 from acorn.training.accumulate import Accumulator
 from acorn.training.objective import start_objective
-from acorn.training.optim import make_optimizers, rate_change, set_learning_rates
+from acorn.training.optim import make_optimizers, set_learning_rates
 from acorn.training.progress import Console, Progress, evaluation_line
 from acorn.training.run import (
     SIGNALED,
@@ -29,6 +29,7 @@ from acorn.training.run import (
     SkippedUpdates,
     dry_run,
     finish,
+    resume,
     sample,
     saved_state,
     start_writing,
@@ -179,10 +180,6 @@ def main() -> int:
     del values  # otherwise the file of the weights would stay open
     objective = start_objective(s, data, model, saved, dist)
     log(describe(s, data, model, source))
-    if resumed:
-        before = settings.build(TrainSettings, settings.checked(TrainSettings, saved["settings"]))
-        if change := rate_change(before, s, saved["step"]):
-            log(f"note: {change}")
 
     # ---- optimizer
     rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
@@ -192,7 +189,9 @@ def main() -> int:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 
     # ---- the state of the run, and the gradient accumulator
-    state = RunState.from_saved(saved)
+    state, notes = resume(s, saved, dist) if resumed else (RunState(), [])
+    for note in notes:
+        log(f"note: {note}")
     if (reason := state.ended(s)) and not s.eval_only:
         log(f"{out_dir} {reason}")
         return 0
@@ -238,7 +237,7 @@ def main() -> int:
             if s.eval_only:
                 return 0
             if step > 0 and (best or failed or s.always_save_checkpoint):
-                checkpoints.save(best)
+                checkpoints.save()
             if metrics is not None:
                 metrics.write_evaluation(step, train, val, measured, state.tick())
         samples = s.sample_interval and step % s.sample_interval == 0 and step > first_step and stop != SIGNALED

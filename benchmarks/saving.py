@@ -52,7 +52,7 @@ def main() -> None:
         writer = Writer(Path(folder), keep=1)
         for step in range(args.rounds):
             start = time.perf_counter()
-            writer.save(model, optimizers, {**state, "step": step}, best=False)
+            writer.save(model, optimizers, {**state, "step": step})
             pauses.append(time.perf_counter() - start)
             while not writer.writing.done():
                 during_save.append(update())

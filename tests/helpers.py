@@ -217,10 +217,10 @@ def small_optimizers(m: GPT, kind="adamw", updates=1) -> list[torch.optim.Optimi
     return optimizers
 
 
-def save_small(folder: Path, step: int, m: GPT | None = None, keep=2, best=False, optimizers=None) -> Path:
-    """Save a checkpoint of a small model and return its folder."""
+def save_small(folder: Path, step: int, m: GPT | None = None, keep=2, best=None, optimizers=None) -> Path:
+    """Save a checkpoint of a small model and return its folder. `best` is the step of the best one."""
     m, writer = m or small_model(step), checkpoint.Writer(folder, keep)
-    writer.save(m, optimizers or small_optimizers(m), {**STATE, "step": step}, best)
+    writer.save(m, optimizers or small_optimizers(m), {**STATE, "step": step, "best_step": best})
     assert writer.wait()
     return folder / f"step_{step:06d}"
 

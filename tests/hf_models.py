@@ -85,7 +85,7 @@ def saved(folder: Path, model: GPT, kind="byte", texts=()) -> Path:
     """Save a checkpoint of the model and return the out_dir."""
     state = {"settings": {}, "tokenizer": get_tokenizer(kind, texts).to_dict(), "step": 1}
     writer = checkpoint.Writer(folder, keep=1)
-    writer.save(model, [], state, best=True)
+    writer.save(model, [], state)
     assert writer.wait()
     return folder
 

@@ -75,7 +75,7 @@ def test_inspection_and_comparison_show_no_control_characters(tmp_path, monkeypa
 
 @pytest.mark.parametrize("words", [[], ["--stream=True"], ["--json=True"], ["--logprobs=True"]])
 def test_a_terminal_gets_samples_escaped_and_a_pipe_gets_them_as_they_are(tmp_path, monkeypatch, words):
-    save_small(tmp_path, 1, best=True)
+    save_small(tmp_path, 1, best=1)
     drawn = list(ESCAPES.encode())
 
     def generate(model, prompts, n, how, seeds, on_token, *_):

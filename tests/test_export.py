@@ -81,7 +81,7 @@ def test_adapters_go_out_with_the_context_of_their_base(tmp_path, monkeypatch):
             torch.nn.init.zeros_(parameter)
         state = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict(), "step": 1, "lora": adapters}
         writer = checkpoint.Writer(tmp_path / f"{name}-lora", keep=1)
-        writer.save(model, [], state, best=True)
+        writer.save(model, [], state)
         assert writer.wait() and checkpoint.load_model(f"{name}-lora")[0].config.block_size == 16
         hub.export(f"{name}-lora", tmp_path / f"{name}-hf")
         exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf").eval()

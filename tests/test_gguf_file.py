@@ -113,7 +113,7 @@ def test_merged_adapters_and_smaller_types(tmp_path, monkeypatch, capsys):
         torch.nn.init.normal_(parameter, std=0.3)
     state = {"settings": {}, "tokenizer": get_tokenizer("byte").to_dict(), "step": 1, "lora": adapters}
     writer = checkpoint.Writer(tmp_path / "lora", keep=1)
-    writer.save(model, [], state, best=True)
+    writer.save(model, [], state)
     assert writer.wait()
     for dtype, kind in (("float32", "F32"), ("float16", "F16"), ("q8_0", "Q8_0")):
         monkeypatch.setattr(sys, "argv", ["hub", "export", "lora", "--gguf", f"new/{dtype}.gguf", "--dtype", dtype])

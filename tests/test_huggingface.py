@@ -151,7 +151,7 @@ def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
     model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
     assert tokenizer.ends == {200, 201, 259, 261}
     writer = checkpoint.Writer(tmp_path / "out", keep=1)
-    writer.save(model, [], {"settings": {}, "tokenizer": tokenizer.to_dict(), "step": 1}, best=True)
+    writer.save(model, [], {"settings": {}, "tokenizer": tokenizer.to_dict(), "step": 1})
     assert writer.wait()
     hub.export(str(tmp_path / "out"), tmp_path / "hf")
     written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]

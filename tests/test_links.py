@@ -109,7 +109,7 @@ def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corp
 
 
 def test_exports_examples_and_pictures_write_through_no_link(tmp_path, precious, monkeypatch):
-    save_small(tmp_path / "o", 1, best=True)
+    save_small(tmp_path / "o", 1, best=1)
     before = contents(precious)
     (tmp_path / ".writing-hf").symlink_to(precious)
     hub.export(str(tmp_path / "o"), tmp_path / "hf")
@@ -163,7 +163,7 @@ def test_a_folder_or_a_shard_on_another_disk_may_be_a_link(dataset, tmp_path, mo
 
 def test_pipes_are_not_waited_for(tmp_path, capsys):
     out = tmp_path / "o"
-    step = save_small(out, 1, best=True)
+    step = save_small(out, 1, best=1)
     for name in ("best", "latest"):
         (out / name).unlink()
         os.mkfifo(out / name)

@@ -157,7 +157,7 @@ def moments_of(folder: Path, state: dict) -> str:
 def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, capsys, rounds):
     """What loads is one of the two that were saved, and what is loaded of the damaged one is what was written."""
     for step in (1, 2):
-        save_small(tmp_path, step, best=step == 2)
+        save_small(tmp_path, step, best=2)
     originals = {}
     for folder in checkpoint.step_folders(tmp_path):
         state = checkpoint.read_state(folder)

@@ -65,7 +65,7 @@ def test_a_forked_process_has_a_sandbox_of_its_own():
 
 def test_a_conversation_with_a_checkpoint_whose_template_never_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
-    step = save_small(tmp_path, 1, best=True)
+    step = save_small(tmp_path, 1, best=1)
     state = json.loads((step / "state.json").read_text())
     state["tokenizer"]["chat_template"] = (
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

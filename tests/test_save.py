@@ -112,13 +112,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     m = small_model()
     before = {name: p.clone() for name, p in m.state_dict().items()}
     writer = checkpoint.Writer(tmp_path, keep=2)
-    writer.save(m, optimizers := small_optimizers(m, updates=0), {**STATE, "step": 1}, best=False)
+    writer.save(m, optimizers := small_optimizers(m, updates=0), {**STATE, "step": 1})
     with torch.no_grad():
         for p in m.parameters():
             p.add_(1)
     assert not checkpoint.step_folders(tmp_path)
     may_write.set()
-    writer.save(m, optimizers, {**STATE, "step": 2}, best=False)  # once the first is done
+    writer.save(m, optimizers, {**STATE, "step": 2})  # once the first is done
     assert writer.wait()
     first = load_file(tmp_path / "step_000001" / "model.safetensors")
     second = load_file(tmp_path / "step_000002" / "model.safetensors")
@@ -135,13 +135,13 @@ def test_a_write_that_fails_is_said_and_the_next_one_is_tried(tmp_path, monkeypa
     for module, name in ((saving, "save_file"), (files, "sync"), (os, "rename"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            writer.save(m, [], {**STATE, "step": 2}, best=True)
+            writer.save(m, [], {**STATE, "step": 2})
             assert not writer.wait() and writer.failure == os.strerror(errno.ENOSPC)
         said = capsys.readouterr().err
         assert said.startswith("warning: the checkpoint of step 2 could not be written") and said.count("\n") == 1
         assert checkpoint.find(tmp_path)[1]["step"] == 1
         shutil.rmtree(tmp_path / "step_000002", ignore_errors=True)
-    writer.save(m, [], {**STATE, "step": 3}, best=True)
+    writer.save(m, [], {**STATE, "step": 3})
     assert writer.wait() and checkpoint.find(tmp_path)[1]["step"] == 3
     assert not list(tmp_path.glob(".*"))
 
@@ -155,7 +155,7 @@ def test_tied_weights_are_stored_once_and_are_tied_again(tmp_path):
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
-    for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
         save_small(tmp_path, step, keep=2, best=best)
     assert {f.name for f in checkpoint.step_folders(tmp_path)} == {"step_000002", "step_000004", "step_000005"}
     assert checkpoint.find(tmp_path, "latest")[0].name == "step_000005"
@@ -217,7 +217,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
 
 
 def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
-    save_small(tmp_path, 3, keep=1, best=True)
+    save_small(tmp_path, 3, keep=1, best=3)
     rename = os.rename
 
     def dies_at_the_second(source, target):
@@ -227,20 +227,20 @@ def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        save_small(tmp_path, 3, keep=1)
+        save_small(tmp_path, 3, keep=1, best=3)
     monkeypatch.undo()
     left = {path.name for path in tmp_path.iterdir()}
     for which in ("latest", "best", "step_000003"):
         assert checkpoint.find(tmp_path, which)[1]["step"] == 3
     assert {path.name for path in tmp_path.iterdir()} == left  # who reads changes nothing
-    save_small(tmp_path, 4, keep=2)
+    save_small(tmp_path, 4, keep=2, best=3)
     assert checkpoint.find(tmp_path, "best")[0].name == "step_000003"
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path):
     save_small(tmp_path, 10)
-    (save_small(tmp_path, 20, best=True) / "optimizer.safetensors").write_bytes(b"x")
+    (save_small(tmp_path, 20, best=20) / "optimizer.safetensors").write_bytes(b"x")
     assert checkpoint.find(tmp_path)[1]["step"] == 10
     save_small(tmp_path, 15, keep=1)
     assert [f.name for f in checkpoint.step_folders(tmp_path)] == ["step_000015"]
@@ -256,5 +256,5 @@ def test_a_filesystem_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
         really_sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync)
-    save_small(tmp_path, 1, best=True)
+    save_small(tmp_path, 1, best=1)
     assert checkpoint.find(tmp_path)[1]["step"] == 1

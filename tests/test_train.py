@@ -48,7 +48,9 @@ def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tm
     assert (tmp_path / "o" / "latest").read_text() == "step_000007\n"
     evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]
     state = json.loads((tmp_path / "o" / "step_000007" / "state.json").read_text())
-    assert state["best_loss"] == min(m["val_loss"] for m in evaluations)
+    best = min(evaluations[1:], key=lambda m: m["val_loss"])  # not the weights before the first update
+    assert (state["best_step"], state["best_loss"]) == (best["step"], best["val_loss"])
+    assert (tmp_path / "o" / "best").read_text() == f"step_{best['step']:06d}\n"
 
 
 class HostReads(TorchDispatchMode):

@@ -23,10 +23,12 @@ from acorn.checkpoint.layout import (
     last_settings,
     launched_by,
     pin,
+    read_pointer,
     read_state,
     remove_run,
     state_hash,
     step_folders,
+    step_of,
 )
 from acorn.checkpoint.load import LazyCheckpoint, build_model, is_on_hub, load_model, load_with_tokenizer, open_model
 from acorn.checkpoint.manager import CheckpointManager
@@ -60,8 +62,10 @@ __all__ = [
     "open_model",
     "open_tensors",
     "pin",
+    "read_pointer",
     "read_state",
     "remove_run",
     "state_hash",
     "step_folders",
+    "step_of",
 ]

@@ -138,7 +138,8 @@ def read_state(folder: Path) -> dict:
     kinds: dict[str, type | tuple[type, ...]]
     kinds = dict.fromkeys(("config", "settings", "tokenizer", "scaler"), dict)
     kinds |= dict.fromkeys(("step", "position", "skipped", "bad_steps", "stale_evaluations", "shards"), count)
-    kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number, evaluated_at=(int, type(None)))
+    kinds |= dict(seconds=(int, float), best_loss=number, val_loss=number)
+    kinds |= dict(best_step=(int, type(None)), evaluated_at=(int, type(None)))
     for name, kind in kinds.items():
         value = state.get(name)
         too_large = isinstance(value, int) and abs(value) >= 2**62

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class CheckpointManager:
-    """Saves the checkpoints of a run through a `Writer`, and keeps `state.best_loss` up to date.
+    """Saves the checkpoints of a run through a `Writer`, and records the best one in `state`.
 
-    Saving is asynchronous. If it fails, `state.best_loss` returns to that of the best checkpoint on the disk.
+    Saving is asynchronous. If it fails, the best checkpoint is again the one on the disk.
     `contents` returns the content of state.json, except for the model's configuration and the hashes of the files.
     """
 
@@ -32,34 +32,42 @@ class CheckpointManager:
         self.writer, self.model, self.optimizers = writer, model, optimizers
         self.state, self.contents = state, contents
         self.saved_at = state.step if resumed else None
-        self.best_before = state.best_loss  # without the checkpoint that is being written
+        self.best_before = state.best_step, state.best_loss  # without the checkpoint that is being written
 
     def evaluated(self, val_loss: float) -> tuple[bool, bool]:
         """Record the validation loss of this step.
 
-        Returns whether it is the best one, and whether the previous checkpoint failed, so that this one is needed.
+        Returns whether it is the best one, and whether the previous checkpoint failed, so that this one is needed. The
+        weights before the first update are not saved, so their loss does not count.
         """
-        failed = not self.writer.wait()
-        if failed:
-            self.state.best_loss = self.best_before
-        self.best_before = best_loss = self.state.best_loss
-        best = math.isfinite(val_loss) and (best_loss is None or val_loss < best_loss)
-        self.state.evaluated_at, self.state.val_loss = self.state.step, val_loss
-        self.state.stale_evaluations = 0 if best else self.state.stale_evaluations + 1
+        state = self.state
+        failed = not self.wait()
+        state.evaluated_at, state.val_loss = state.step, val_loss
+        if state.step == 0:
+            return False, failed
+        self.best_before = state.best_step, state.best_loss
+        best = math.isfinite(val_loss) and (state.best_loss is None or val_loss < state.best_loss)
+        state.stale_evaluations = 0 if best else state.stale_evaluations + 1
         if best:
-            self.state.best_loss = val_loss
+            state.best_step, state.best_loss = state.step, val_loss
         return best, failed
 
-    def save(self, best: bool = False) -> None:
+    def wait(self) -> bool:
+        """Wait for the disk. Returns whether the previous checkpoint was written."""
+        written = self.writer.wait()
+        if not written:
+            self.state.best_step, self.state.best_loss = self.best_before
+        return written
+
+    def save(self) -> None:
         """Start saving a checkpoint of this step."""
-        self.writer.save(self.model, self.optimizers, self.contents(), best)
+        self.writer.save(self.model, self.optimizers, self.contents())
         self.saved_at = self.state.step
 
     def finish(self) -> str | None:
         """Save this step if it is not saved yet, and wait for the disk. Returns the reason of a failure, or None."""
         if self.saved_at != self.state.step:
-            if not self.writer.wait():
-                self.state.best_loss = self.best_before
+            self.wait()
             self.save()
-        self.writer.wait()
+        self.wait()
         return self.writer.failure

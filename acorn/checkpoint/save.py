@@ -54,11 +54,11 @@ class Writer:
         if world_size > 1:
             self.store = torch.distributed.PrefixStore(f"checkpoint/{out_dir}", heartbeat.connect_store())
 
-    def save(self, model: GPT, optimizers: list[torch.optim.Optimizer], state: dict, best: bool) -> None:
+    def save(self, model: GPT, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
         """Wait for the previous checkpoint, then start writing `out_dir/step_NNNNNN` for state["step"].
 
-        When it is complete, `latest` (and `best` if `best`) point to it, and all but the newest `keep` and the best
-        checkpoints are removed. Every rank must call this."""
+        When it is complete, `latest` points to it, and `best` to the checkpoint of state["best_step"]. The best and the
+        newest `keep` checkpoints stay, the others are removed. Every rank must call this."""
         self.wait()
         sharded = any(sharding.is_sharded(p) for p in model.parameters())
         shards = self.world_size if sharded else 1
@@ -71,7 +71,7 @@ class Writer:
             ):
                 parts[file_names(kind, shards)[self.rank]] = copy_to_host(tensors, self.copies[kind])
         self.writing = concurrent.futures.Future()
-        threading.Thread(target=self.run, args=(self.writing, parts, state, best)).start()
+        threading.Thread(target=self.run, args=(self.writing, parts, state)).start()
 
     def wait(self) -> bool:
         """Wait for the checkpoint that is being written. Returns whether the last one succeeded, the same on every
@@ -90,7 +90,7 @@ class Writer:
         except BaseException as error:  # `wait` raises it
             writing.set_exception(error)
 
-    def write(self, parts: dict[str, dict[str, torch.Tensor]], state: dict, best: bool) -> str | None:
+    def write(self, parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str | None:
         """Write this rank's files. Rank 0 then waits for the others and completes the folder. Returns the reason of a
         failure, None on success."""
         step = state["step"]
@@ -107,7 +107,7 @@ class Writer:
                 failure = failure or (report["failure"] and f"rank {rank}: {report['failure']}")
             if failure is None:
                 try:
-                    commit(tmp_dir, state, hashes, self.keep, best)
+                    commit(tmp_dir, state, hashes, self.keep)
                 except OSError as error:
                     failure = error_reason(error)
             if failure is not None:
@@ -161,7 +161,7 @@ def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict
     return {name: files.sha256(folder / name) for name in parts}
 
 
-def commit(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int, best: bool) -> None:
+def commit(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int) -> None:
     """Turn the folder `tmp_dir`, which has all tensor files, into the checkpoint of state["step"]."""
     out_dir, final = tmp_dir.parent, tmp_dir.with_name(f"step_{state['step']:06d}")
     replaced = out_dir / f"{REPLACED_PREFIX}{final.name}"
@@ -187,8 +187,13 @@ def commit(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int, best: 
         os.rename(final, replaced)
     os.rename(tmp_dir, final)
     files.sync(out_dir)
-    if best:  # before `latest`, which marks the end of the update
-        files.replace(out_dir / "best", final.name + "\n")
+    # `best` before `latest`, which marks the end of the update; it may name a step that was trained again, with a worse
+    # loss, after a damaged checkpoint
+    best = [folder.name for folder in step_folders(out_dir) if step_of(folder) == state.get("best_step")]
+    if best:
+        files.replace(out_dir / "best", best[0] + "\n")
+    else:
+        files.remove(out_dir / "best", ignore_errors=True)
     files.replace(out_dir / "latest", final.name + "\n")
     for leftover in out_dir.glob(".*-step_*"):  # of killed processes
         files.remove(leftover, ignore_errors=True)

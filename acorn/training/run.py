@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 import torch
 
-from acorn import UserError, checkpoint, files, report
+from acorn import UserError, checkpoint, files, report, settings
 from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
+from acorn.distributed.runtime import Runtime
 from acorn.inference.generate import sample_text
 from acorn.training import ladder
 from acorn.training.accumulate import Accumulator
 from acorn.training.autotune import Arithmetic
-from acorn.training.optim import set_learning_rates
+from acorn.training.optim import rate_change, set_learning_rates
 from acorn.training.progress import Console
 from model import GPT
 
@@ -44,17 +45,13 @@ class RunState:
     seconds: float = 0.0  # training time, including earlier parts of the run
     bad_steps: int = 0  # consecutive updates, up to now, that were skipped because of a non-finite gradient
     skipped: int = 0  # total number of skipped updates
-    best_loss: float | None = None  # the lowest validation loss that was saved
+    best_step: int | None = None  # the step of the best checkpoint
+    best_loss: float | None = None  # its validation loss
     val_loss: float | None = None  # the validation loss at step `evaluated_at`
     evaluated_at: int | None = None
     stale_evaluations: int = 0  # consecutive evaluations, up to the last one, that were not the best so far
     wandb_id: str | None = None
     data: str | None = None  # identity of the data that `position` refers to
-
-    @classmethod
-    def from_saved(cls, saved: dict) -> "RunState":
-        """Build the state from the content of a state.json; an empty dict gives the initial state."""
-        return cls(**{f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved})
 
     def start_clock(self) -> None:
         """Start counting `seconds`."""
@@ -93,6 +90,36 @@ class RunState:
         if evaluated and s.max_minutes and self.seconds >= 60 * s.max_minutes:
             return f"has already trained for max_minutes={s.max_minutes:g}. Use a larger one, or 0, to continue."
         return None
+
+
+# settings on which the validation loss depends; evaluations with more or fewer batches estimate the same loss
+LOSS_SETTINGS = """block_size document_mask objective preference_loss dpo_beta label_smoothing simpo_gamma
+    distill_temperature distill_weight rollout_temperature max_new_tokens kl_beta"""
+
+
+def resume(s: "TrainSettings", saved: dict, dist: Runtime) -> tuple[RunState, list[str]]:
+    """Return the state of a run that resumes from a state.json, and notes on changed settings.
+
+    The best checkpoint is forgotten if it no longer exists, or if its loss cannot be compared with those to come.
+    """
+    before = settings.build(type(s), settings.checked(type(s), saved["settings"]))
+    state = RunState(**{f.name: saved[f.name] for f in dataclasses.fields(RunState) if f.name in saved})
+    notes = [change] if (change := rate_change(before, s, state.step)) else []
+    out_dir = Path(s.out_dir)
+    if "best_step" not in saved and (best := checkpoint.read_pointer(out_dir / "best")):  # saved by an older version
+        state.best_step = checkpoint.step_of(best)
+    exists = state.best_step in [checkpoint.step_of(folder) for folder in checkpoint.step_folders(out_dir)]
+    changed = [name for name in LOSS_SETTINGS.split() if getattr(before, name) != getattr(s, name)]
+    if changed and state.best_loss is not None:
+        notes.append(
+            f"the val loss with {', '.join(f'{name}={getattr(s, name)}' for name in changed)} cannot be compared with "
+            "the earlier ones, so the best checkpoint is chosen among those to come"
+            + (f"; copy step_{state.best_step:06d} to keep it" if exists else "")
+        )
+        state.stale_evaluations = 0
+    if changed or not dist.broadcast(exists):  # the ranks must agree
+        state.best_step = state.best_loss = None
+    return state, notes
 
 
 class SkippedUpdates:
