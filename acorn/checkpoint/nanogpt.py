@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from acorn import UserError
+from acorn.checkpoint.huggingface import BUFFERS
 from acorn.checkpoint.tensors import check_tensors, fitting_model
 from model import GPT
 
@@ -25,7 +26,8 @@ def open_nanogpt(path: Path) -> tuple[GPT, dict, dict]:
         ) from error
     try:
         shape = {**checkpoint["model_args"], "mlp": "gelu"}  # nanoGPT trains with the exact GELU
-        tensors = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
+        named = ((name.removeprefix("_orig_mod."), t) for name, t in checkpoint["model"].items())
+        tensors = {name: t for name, t in named if not name.endswith(BUFFERS)}  # trained without flash attention
         only_tensors = all(isinstance(t, torch.Tensor) for t in tensors.values())
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks model_args or model") from error
