@@ -124,7 +124,7 @@ class TrainSettings:
     muon_split: bool = False  # orthogonalize queries, keys, values, and gates apart, although stored as one matrix
     learning_rate: float = 6e-4  # peak learning rate
     max_iters: int = 600000  # total number of updates
-    weight_decay: float = 1e-1  # on matrices and embeddings
+    weight_decay: float = 1e-1  # on matrices and embeddings; with optimizer=muon, on the matrices in the blocks only
     beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
     beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
     grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping

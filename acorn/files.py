@@ -70,10 +70,14 @@ def sync(path: str | Path) -> None:
 def replace(path: Path, text: str) -> None:
     """Write a text file atomically."""
     tmp_path = path.with_name(f".{path.name}.writing")
-    with create(tmp_path) as file:
-        file.write(text.encode())
-    sync(tmp_path)
-    os.replace(tmp_path, path)
+    try:
+        with create(tmp_path) as file:
+            file.write(text.encode())
+        sync(tmp_path)
+        os.replace(tmp_path, path)
+    except OSError as error:
+        remove(tmp_path, ignore_errors=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
     sync(path.parent)
 
 

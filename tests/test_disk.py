@@ -42,6 +42,7 @@ def test_a_disk_that_fills_up_while_training_loses_nothing(dataset, whole_run, s
             run_ = start("train.py", *words, cwd=tmp_path)
             said = said_in_a_sentence(run_, 0, 2)
             full += "No space left" in said
+            assert "No space left" not in said or "disk/o" in said  # which disk
             set_size("50m")
             how = "--init_from=resume" if checkpoint.holds_run(tmp_path / "disk/o") else "--overwrite=True"
             assert start("train.py", *words, how, cwd=tmp_path).end() == 0

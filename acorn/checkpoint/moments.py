@@ -12,11 +12,6 @@ from acorn.distributed.sharding import local, own_rows
 from acorn.training.optim import moment_kinds
 from model import GPT
 
-FOREIGN_STATE = (
-    "the saved optimizer state belongs to another model or optimizer. Start from the weights alone: "
-    "--init_from=OUT_DIR with a new --out_dir."
-)
-
 
 def load_optimizers(folder: Path, state: dict, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
     """Load a checkpoint's optimizer state into the optimizers of `model`. Raises UserError if it belongs to another
@@ -53,19 +48,31 @@ def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dic
     shapes, a wrong name or shape raises UserError.
     """
     names = {p: name for name, p in model.named_parameters()}
+    saved = dict(saved)
     for optimizer in optimizers if saved else ():
         kinds = moment_kinds(optimizer)
         for p, kind in [(p, kind) for group in optimizer.param_groups for p in group["params"] for kind in kinds]:
-            value, shape = saved.pop(f"{names[p]}.{kind}", None), () if kind == "step" else p.shape
-            if value is None or value.shape != shape:
-                raise UserError(FOREIGN_STATE)
+            name, shape = f"{names[p]}.{kind}", () if kind == "step" else tuple(p.shape)
+            value = saved.pop(name, None)
+            if value is None:
+                raise foreign(f"it lacks {name}")
+            if tuple(value.shape) != shape:
+                raise foreign(f"{name} has the shape {tuple(value.shape)} instead of {shape}")
             if kind == "step":  # fused kernels need it on the parameter's device
                 optimizer.state[p][kind] = value[...].to(p.device, torch.float32)
             else:
                 optimizer.state[p][kind] = torch.zeros_like(p)
                 local(optimizer.state[p][kind]).copy_(value[own_rows(p)])
     if saved:
-        raise UserError(FOREIGN_STATE)
+        raise foreign(f"it has {min(saved)}, which is not trained")
+
+
+def foreign(reason: str) -> UserError:
+    """Return the error for an optimizer state that belongs to another model or to other optimizers."""
+    return UserError(
+        f"the saved optimizer state does not fit: {reason}. Resume with the run's optimizer, freeze and block_size, or "
+        "start from its weights alone: --init_from=OUT_DIR with a new --out_dir."
+    )
 
 
 def convert_format_1(model: GPT, optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> dict[str, Tensor]:
@@ -87,5 +94,5 @@ def convert_format_1(model: GPT, optimizers: list[torch.optim.Optimizer], saved:
                         raise TypeError("not a dense tensor")
                     named[f"{names[params[order.index(i)]]}.{kind}"] = value
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(FOREIGN_STATE) from error
+        raise foreign("it numbers other parameters") from error
     return named
