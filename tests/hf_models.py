@@ -83,7 +83,7 @@ def assert_same_logits(model: GPT, other, vocab_size=37) -> None:
 
 def saved(folder: Path, model: GPT, kind="byte", texts=()) -> Path:
     """Save a checkpoint of the model and return the out_dir."""
-    state = {"settings": {}, "tokenizer": get_tokenizer(kind, texts).to_dict(), "step": 1}
+    state = {"settings": {}, "tokenizer": get_tokenizer(kind, texts).to_dict(), "step": 1, "best_step": 1}
     writer = checkpoint.Writer(folder, keep=1)
     writer.save(model, [], state)
     assert writer.wait()
