@@ -255,8 +255,8 @@ class GPT(nn.Module):
         """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
         With `targets` (B, T), in which -1 is masked: logits (B, T, V) and the loss in nats over the unmasked targets.
-        `reduction` is "mean" (0 if all targets are masked), "none" for (B, T) with 0 at masked targets, or "sum". With
-        "sum", used in training, logits are None: as an output of the compiled model they would cost memory and time.
+        `reduction` is "mean" (0 if all targets are masked), "sum", used in training, or "none", used in evaluations, for
+        (B, T) with 0 at masked targets. With the latter two, logits are None: all of them would cost memory and time.
 
         Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None. With
         a function `per_token` instead: None, and its values (B, T, K) (see `in_chunks`).
@@ -287,14 +287,14 @@ class GPT(nn.Module):
         if reduction == "sum" and self.chunks_logits(x):
             softcap = self.config.logit_softcap
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), softcap)
+        if reduction == "none" and not torch.compiler.is_compiling():  # which would unroll the loop over the chunks
+            return None, self.in_chunks(token_loss, x, (targets,))[..., 0]
         logits = self.logits(x)  # (B, T, V)
         flat, kind = logits.view(B * T, -1).float(), "none" if reduction == "none" else "sum"
         loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction=kind)
-        if reduction == "sum":
-            return None, loss
         if reduction == "mean":
-            loss = loss / (targets != -1).sum().clamp(min=1)
-        return logits, loss.view(B, T) if reduction == "none" else loss
+            return logits, loss / (targets != -1).sum().clamp(min=1)
+        return None, loss.view(B, T) if reduction == "none" else loss
 
     def embed(
         self, idx: Tensor, positions: Tensor, cache: "KVCache | None"
@@ -681,6 +681,11 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
     return x * (keep.to(x.dtype) / (1 - p))
+
+
+def token_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Return the losses (n, 1) in nats of the targets y (n,) after x (n, C), as `in_chunks` needs it; 0 if masked."""
+    return F.cross_entropy(model.logits(x).float(), y, ignore_index=-1, reduction="none")[:, None]
 
 
 class HeadLoss(torch.autograd.Function):

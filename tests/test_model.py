@@ -203,7 +203,9 @@ def test_rotary_scores_depend_on_distance_only():
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
 
 
-def test_masked_targets_do_not_count():
+@pytest.mark.parametrize("at_once", [2**25, 5 * 37])  # of the 24 rows, five at a time
+def test_masked_targets_do_not_count(at_once, monkeypatch):
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", at_once)
     model = random_model()
     idx, targets = tokens(), tokens().roll(-1, dims=1)
     targets[0, 4:] = -1

@@ -89,7 +89,7 @@ def evaluate(model: GPT, tokens: Tokens, *options) -> dict[str, float]:
 
     Every target has the same weight. `options` are the arguments of `window_sums` from `runtime` on.
     """
-    return _figures(_means(model, tokens, *options))
+    return _figures(_mean_sums(model, tokens, *options))
 
 
 def evaluate_mixture(
@@ -102,29 +102,29 @@ def evaluate_mixture(
     max_windows: int = 0,
     token_bytes: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Evaluate a split of all datasets, weighted by their shares, and return the same keys as `evaluate`.
+    """Evaluate a split of all datasets, and return the same keys as `evaluate`.
 
-    With several datasets, the result also has "loss/NAME" for each. Each dataset contributes `max_windows` windows, or,
-    if that is 0, as many as its val split has.
+    With several datasets, the shares weight their windows, as in training, and the result also has "loss/NAME" for
+    each. Each dataset contributes `max_windows` windows, or, if that is 0, as many as its val split has.
     """
-    means = []
+    sums = []
     for dataset in data.datasets:
         assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
         n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
-        means.append(_means(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
-    weighted = [float(share) * mean for share, mean in zip(data.shares, means, strict=True)]
-    result = _figures(np.sum(weighted, axis=0))
-    if len(means) > 1:
+        sums.append(_mean_sums(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
+    result = _figures(sum(float(share) * each for share, each in zip(data.shares, sums, strict=True)))
+    if len(sums) > 1:
         names = [f"loss/{dataset.name}" for dataset in data.datasets]
-        result |= {name: float(mean[0]) for name, mean in zip(names, means, strict=True)}
+        result |= {name: _figures(each)["loss"] for name, each in zip(names, sums, strict=True)}
     return result
 
 
-def _means(model: GPT, tokens: Tokens, runtime: Runtime, *options) -> np.ndarray:
-    """Return means over the targets of all ranks: loss in nats, loss of the targets that have bytes, and bytes."""
-    n_tokens, *sums = runtime.sum(window_sums(model, tokens, runtime, *options).sum(0)).tolist()
-    check_targets(n_tokens, tokens)
-    return np.array(sums) / n_tokens
+def _mean_sums(model: GPT, tokens: Tokens, runtime: Runtime, *options) -> np.ndarray:
+    """Return the means of `window_sums` over the windows of all ranks: (4,)."""
+    sums = window_sums(model, tokens, runtime, *options)
+    n_windows, *sums = runtime.sum(torch.cat((torch.tensor([float(len(sums))]), sums.sum(0)))).tolist()
+    check_targets(sums[0], tokens)
+    return np.array(sums) / n_windows
 
 
 def check_targets(n_tokens: float, tokens: Tokens) -> None:
@@ -136,8 +136,10 @@ def check_targets(n_tokens: float, tokens: Tokens) -> None:
         )
 
 
-def _figures(means: np.ndarray) -> dict[str, float]:
-    loss, nats_of_bytes, n_bytes = means.tolist()
+def _figures(sums: np.ndarray) -> dict[str, float]:
+    """Return loss, perplexity and bits per byte from the columns of `window_sums`."""
+    n_tokens, nats, nats_of_bytes, n_bytes = sums.tolist()
+    loss = nats / n_tokens
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if n_bytes:
         result["bits_per_byte"] = nats_of_bytes / n_bytes / math.log(2)

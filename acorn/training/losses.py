@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT
+from model import GPT, token_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions for `GPT.in_chunks`: they get some n tokens at a time
@@ -16,7 +16,7 @@ from model import GPT
 
 def log_probability(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     """Return the log-probabilities (n, 1) in nats of the targets y (n,) after x (n, C); 0 if a target is masked."""
-    return -F.cross_entropy(model.logits(x).float(), y, ignore_index=-1, reduction="none")[:, None]
+    return -token_loss(model, x, y)
 
 
 def log_probability_and_entropy(n_vocab: int, temperature: float, model: GPT, x: Tensor, y: Tensor) -> Tensor:

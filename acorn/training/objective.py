@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acorn import UserError, checkpoint
+from acorn.data.batches import samples_per_epoch
 from acorn.data.loader import Batch
 from acorn.data.mixture import Mixture
 from acorn.data.tokenizer import tokenizer_hash
@@ -159,19 +160,23 @@ class Objective:
             values = self.rollouts.evaluate(split, batch_size, max_windows)
             means = self.means(self.figures(values))
             return {name: means[name] for name in values}
-        was_training, result = self.policy.training, dict.fromkeys(self.names, 0.0)
+        was_training, weighted = self.policy.training, self.no_figures().double().cpu()
         self.policy.eval()
         for dataset, share in zip(data.datasets, data.shares, strict=True):
-            figures = self.no_figures()
-            for batch, n_rows in read_batches(getattr(dataset, split), self.dist, batch_size, block_size, max_windows):
+            assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
+            n = max_windows or samples_per_epoch(dataset.val, block_size)
+            figures, total = self.no_figures(), 0
+            for batch, n_rows in read_batches(getattr(dataset, split), self.dist, batch_size, block_size, n):
                 if not n_rows:  # a dummy row
                     batch.y.fill_(-1)
+                total += n_rows
                 with self.dist.autocast():
                     figures += self.loss(self.policy, batch.to(self.dist.device))[1]
-            for name, mean in self.means(figures).items():
-                result[name] += float(share) * mean
+            total = self.dist.sum(torch.tensor(total, dtype=torch.float64)).item()
+            weighted += float(share) / total * self.dist.sum(figures).double().cpu()  # rows have shares, as in training
         self.policy.train(was_training)
-        return result
+        sums, counts = weighted.unbind(1)
+        return dict(zip(self.names, torch.where(counts > 0, sums / counts, 0).tolist(), strict=True))
 
     def trial_batch(self, batch_size: int, block_size: int, has_documents: bool) -> Batch:
         """Return a batch of zeros, for which the loss takes as much memory as for any other."""
