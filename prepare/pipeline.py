@@ -104,7 +104,8 @@ def prepare(
                 the cut continues in val without another end-of-text token. The default for few documents.
       document  whole documents, about val_fraction of them. A hash of the text (of the first block, if it comes in
                 blocks) decides, so a document's split does not depend on the rest of the corpus.
-    When val has `val_tokens` tokens, further tokens for val go to train. `max_tokens` limits the whole dataset.
+    `val_tokens` limits val. With `end`, val is then the last tokens of the corpus. With `document`, a document that
+    does not fit into val as a whole goes to train, at its place in the corpus. `max_tokens` limits the whole dataset.
 
     After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
     result is byte-identical. An existing dataset is replaced only with `overwrite`, once the new one is complete.
@@ -145,7 +146,7 @@ def prepare(
         progress = _read_partial(partial, command)
         if not (partial / "meta.json").exists():  # otherwise the interruption was after the last shard
             if not progress:
-                progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction)
+                progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction, val_tokens)
             write_meta(partial, {"format": 1, "name": name} | _write_shards(documents, partial, progress))
         meta = move_in(partial, out)
         shutil.rmtree(partial)
@@ -169,7 +170,9 @@ def prepare(
 # Reading
 
 
-def _survey(documents: Iterable, requested: str | Tokenizer, val_by: str, val_fraction: float) -> dict:
+def _survey(
+    documents: Iterable, requested: str | Tokenizer, val_by: str, val_fraction: float, val_tokens: int | None
+) -> dict:
     """Return what must be known before the first token is written, JSON-serializable: the tokenizer, and, if the whole
     corpus had to be read, its size in characters and bytes and the character at which val begins with --val_by end."""
     count = chars = size = 0
@@ -199,6 +202,8 @@ def _survey(documents: Iterable, requested: str | Tokenizer, val_by: str, val_fr
     cut = int(chars * (1 - val_fraction)) if val_by == "end" else None
     if isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer, _train_part(Reader(documents, cut, val_fraction)))
+    if cut is not None and val_tokens:  # `ValLimit` holds text after the cut back, and prevents saving meanwhile
+        cut = max(cut, chars - val_tokens * int(tokenizer.token_bytes().max()))
     return {"tokenizer": tokenizer.to_dict(), "chars": chars, "size": size, "cut": cut}
 
 
@@ -365,15 +370,17 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             tqdm(total=progress["size"] or None, desc="encoding", unit="B", unit_scale=True, disable=None)
         )
         bar.update(counts["train"] + counts["val"])
-        for batch, ids, lengths, unknown in _encode_ahead(_batches(reader), tokenizer):
-            finished = sum(len(writer.shards) for writer in writers.values())
+        limit = ValLimit(command["val_tokens"], writers["val"].tokens, progress["cut"] is not None, tokenizer)
+        saved = sum(len(writer.shards) for writer in writers.values())
+        for batch, ids, unknown in _encode_ahead(_batches(reader), tokenizer):
             if room := command["max_tokens"]:
-                room -= sum(writer.tokens for writer in writers.values())
-            is_full = bool(room) and lengths.sum() >= room
+                room -= limit.n_held + sum(writer.tokens for writer in writers.values())
+            is_full = bool(room) and sum(map(len, ids)) >= room
             if is_full:
-                batch, ids = _beginning(batch, ids, lengths, room, tokenizer)
-            _write(batch, ids, tokenizer, writers, counts, command["val_tokens"])
-            if n_unknown := sum(int((array == tokenizer.unk_id).sum()) for array in ids.values() if unknown):
+                batch, ids = _beginning(batch, ids, room, tokenizer)
+            counts["documents"] += sum(piece.starts_document for piece in batch.pieces)
+            _write(limit.assign(batch.pieces, ids), writers, counts)
+            if n_unknown := sum(int((array == tokenizer.unk_id).sum()) for array in ids if unknown):
                 found = counts.setdefault("unknown", {"tokens": 0, "words": {}})
                 found["tokens"] += n_unknown
                 found["words"] = dict((Counter(found["words"]) + unknown).most_common(MAX_UNKNOWN))
@@ -381,10 +388,13 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
             place = batch.end
             if is_full:
                 break
-            if sum(len(writer.shards) for writer in writers.values()) > finished:
+            finished = sum(len(writer.shards) for writer in writers.values())
+            if finished > saved and not limit.held:
+                saved = finished
                 progress |= {"place": asdict(place), "counts": counts}
                 progress["splits"] = {split: writer.save() for split, writer in writers.items()}
                 files.replace(folder / PROGRESS_FILE, json.dumps(progress))
+        _write(limit.rest(), writers, counts)
     changed = progress["cut"] is not None and place.chars != progress["chars"]
     if changed or min(writer.tokens for writer in writers.values()) < 2:
         (folder / PROGRESS_FILE).unlink(missing_ok=True)  # resuming would fail again
@@ -404,7 +414,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
     }
 
 
-def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, dict, np.ndarray, Counter]]:
+def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tuple[Batch, list, Counter]]:
     """Read and encode on all cores, in order, a few batches ahead. Threads suffice, because tokenizers, hashes and file
     access release the interpreter lock. Reading runs further ahead than encoding, because the vocabulary is loaded at
     the start."""
@@ -432,50 +442,95 @@ def _encode_ahead(batches: Iterator[Batch], tokenizer: Tokenizer) -> Iterator[tu
             yield batch, *ids.result()
 
 
-def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], np.ndarray, Counter]:
-    """Return a batch's ids by split (int32, with the marks before and after each document), each piece's length, and
-    the words that the tokenizer does not know with their counts."""
+def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[list[np.ndarray], Counter]:
+    """Return the ids of each piece (int32, with the marks before and after each document), and the words that the
+    tokenizer does not know with their counts."""
     prefix, ending = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
-    parts, lengths = {"train": [prefix[:0]], "val": [prefix[:0]]}, []
-    unknown: Counter[str] = Counter()
-    for piece, ids in zip(batch.pieces, tokenizer.encode_batch([piece.text for piece in batch.pieces]), strict=True):
-        whole = [prefix] * piece.starts_document + [ids] + [ending] * piece.ends_document
-        parts[piece.split] += whole
-        lengths.append(sum(map(len, whole)))
-        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+    encoded, unknown = tokenizer.encode_batch([piece.text for piece in batch.pieces]), Counter[str]()
+    for i, piece in enumerate(batch.pieces):
+        if tokenizer.unk_id is not None and tokenizer.unk_id in encoded[i]:
             unknown.update(tokenizer.unknown(piece.text))
-    flat = {split: np.concatenate(arrays) for split, arrays in parts.items()}
-    return flat, np.array(lengths, dtype=np.int64), unknown
+        if piece.starts_document or piece.ends_document:
+            marks = prefix[: len(prefix) * piece.starts_document], ending[: len(ending) * piece.ends_document]
+            encoded[i] = np.concatenate([marks[0], encoded[i], marks[1]])
+    return encoded, unknown
 
 
-def _beginning(batch: Batch, ids: dict, lengths: np.ndarray, room: int, tokenizer: Tokenizer) -> tuple[Batch, dict]:
-    """Return the first `room` tokens of a batch, in corpus order. The last piece may be truncated."""
-    pieces, taken = [], {"train": 0, "val": 0}
-    for piece, length in zip(batch.pieces, lengths.tolist(), strict=True):
-        if room <= 0:
-            break
-        start, taken[piece.split] = taken[piece.split], taken[piece.split] + min(length, room)
-        if length > room:
-            size = _size_of(ids[piece.split][start : start + room], tokenizer)
-            piece = piece._replace(size=size)
-        pieces.append(piece)
-        room -= length
-    return Batch(pieces, batch.end), {split: array[: taken[split]] for split, array in ids.items()}
+def _beginning(batch: Batch, ids: list[np.ndarray], room: int, tokenizer: Tokenizer) -> tuple[Batch, list[np.ndarray]]:
+    """Return the first `room` tokens of a batch. The last piece may be truncated."""
+    ends = np.cumsum([len(part) for part in ids])
+    n = int(np.searchsorted(ends, room)) + 1
+    pieces, ids = batch.pieces[:n], ids[:n]
+    if ends[n - 1] > room:
+        ids[-1] = ids[-1][: room - ends[n - 1]]
+        pieces[-1] = pieces[-1]._replace(size=_size_of(ids[-1], tokenizer))
+    return Batch(pieces, batch.end), ids
 
 
-def _write(batch: Batch, ids: dict, tokenizer: Tokenizer, writers: dict, counts: dict, val_tokens: int | None) -> None:
-    """Write a batch's ids and update the counts. Ids for val beyond `val_tokens` go to train."""
-    train, val = ids["train"], ids["val"]
-    for piece in batch.pieces:
-        counts["documents"] += piece.starts_document
-        counts[piece.split] += piece.size
-    if val_tokens and len(val) > (room := val_tokens - writers["val"].tokens):
-        size = _size_of(val[room:], tokenizer)
-        counts["val"] -= size
-        counts["train"] += size
-        train, val = np.concatenate([train, val[room:]]), val[:room]
-    writers["train"].write(train)
-    writers["val"].write(val)
+class Part(NamedTuple):
+    """A part of the corpus that goes into one split."""
+
+    split: str  # train | val
+    ids: np.ndarray
+    size: int  # bytes of UTF-8
+
+
+class ValLimit:
+    """Assigns pieces to splits so that val has at most `val_tokens` tokens, of which it has `n_val` already.
+
+    It holds tokens for val back until it is known whether they stay there: with `by_end`, the last tokens of the corpus
+    do; otherwise a document that fits as a whole does. All others go to train, in the order of the corpus."""
+
+    def __init__(self, val_tokens: int | None, n_val: int, by_end: bool, tokenizer: Tokenizer):
+        self.val_tokens, self.by_end, self.tokenizer = val_tokens, by_end, tokenizer
+        self.room = (val_tokens or 0) - n_val
+        self.held: deque[Part] = deque()
+        self.n_held = 0
+
+    def assign(self, pieces: list[Piece], ids: list[np.ndarray]) -> Iterator[Part]:
+        for piece, part in zip(pieces, ids, strict=True):
+            if not self.val_tokens:
+                yield Part(piece.split, part, piece.size)
+            elif piece.split == "train" or not (self.by_end or self.held or piece.starts_document):
+                yield Part("train", part, piece.size)  # or it continues a document that did not fit
+            else:
+                self.held.append(Part("val", part, piece.size))
+                self.n_held += len(part)
+                if self.by_end:
+                    while self.n_held - len(self.held[0].ids) >= self.val_tokens:
+                        yield self._release()._replace(split="train")
+                elif self.n_held > self.room:
+                    while self.held:
+                        yield self._release()._replace(split="train")
+                elif piece.ends_document:
+                    yield from self.rest()
+
+    def rest(self) -> Iterator[Part]:
+        """Yield the held tokens. Those that exceed the limit, if val is the end of the corpus, go to train."""
+        if self.held and (surplus := self.n_held - self.room) > 0:
+            split, ids, size = self._release()
+            n_bytes = _size_of(ids[:surplus], self.tokenizer)
+            yield Part("train", ids[:surplus], n_bytes)
+            yield Part(split, ids[surplus:], size - n_bytes)
+        while self.held:
+            part = self._release()
+            self.room -= len(part.ids)
+            yield part
+
+    def _release(self) -> Part:
+        part = self.held.popleft()
+        self.n_held -= len(part.ids)
+        return part
+
+
+def _write(parts: Iterable[Part], writers: dict[str, ShardWriter], counts: dict) -> None:
+    """Write ids and count their bytes."""
+    ids: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype=np.int32)] for split in writers}
+    for part in parts:
+        ids[part.split].append(part.ids)
+        counts[part.split] += part.size
+    for split, writer in writers.items():
+        writer.write(np.concatenate(ids[split]))
 
 
 def _size_of(ids: np.ndarray, tokenizer: Tokenizer) -> int:

@@ -41,6 +41,7 @@ class Interrupted:
         {"tokenizer": "char", "val_by": "document", "val_tokens": 700},
         {"tokenizer": "byte", "val_by": "end", "val_fraction": 0.6},
         {"tokenizer": "char", "val_by": "end"},
+        {"tokenizer": "byte", "val_by": "end", "val_fraction": 0.6, "val_tokens": 3000},
         {"tokenizer": "byte", "max_tokens": 17_000},
     ],
 )

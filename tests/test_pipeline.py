@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import FOX, ids_of, prepare, prepare_fails, write_records
+from helpers import FOX, RECORDS, documents_of, ids_of, prepare, prepare_fails, write_records
 
 from acorn import UserError
 from acorn.data.shards import load_dataset
@@ -86,19 +86,40 @@ def test_a_text_comes_in_the_same_pieces_however_it_comes_in_blocks(monkeypatch)
     assert len(whole) > 10 and max(map(len, whole)) <= pipeline.MAX_PIECE_CHARS
 
 
-@pytest.mark.parametrize("val_by", ["end", "document"])
-def test_val_tokens_caps_val_and_the_rest_is_trained_on(val_by):
+def test_val_tokens_keeps_documents_whole_and_in_order(small_steps):
     write_records("r.jsonl")
-    whole = prepare("text", "r.jsonl", "--tokenizer=byte", f"--val_by={val_by}")
-    capped = prepare("text", "r.jsonl", "--tokenizer=byte", f"--val_by={val_by}", "--val_tokens=500", "--overwrite")
-    assert capped["val"]["tokens"] == 500
-    for count in ("tokens", "bytes"):
-        assert sum(whole[split][count] for split in ("train", "val")) == sum(
-            capped[split][count] for split in ("train", "val")
-        )
+    options = "text", "r.jsonl", "--tokenizer=byte", "--name=r", "--overwrite"
+    whole = prepare(*options)
+    candidates = documents_of(load_dataset("r"), "val")
+    meta = prepare(*options, "--val_tokens=500")
+    val, room = [], 500
+    for text in candidates:
+        if len(text) < room:  # one more for the end-of-text token
+            val.append(text)
+            room -= len(text) + 1
     dataset = load_dataset("r")
-    ids = ids_of(dataset.val)
-    assert capped["val"]["bytes"] == len(ids) - ids.count(dataset.tokenizer.eot)
+    assert documents_of(dataset, "val") == val and len(dataset.val) == 500 - room
+    assert documents_of(dataset, "train") == [text for text in RECORDS if text not in val]
+    for count in ("tokens", "bytes"):
+        assert sum(meta[split][count] for split in ("train", "val")) == sum(
+            whole[split][count] for split in ("train", "val")
+        )
+    assert meta["val"]["bytes"] == sum(map(len, val))
+
+
+@pytest.mark.parametrize("val_tokens", [50, 500, 5000])
+def test_val_tokens_at_the_end_are_the_last_of_the_corpus(val_tokens, small_steps):
+    for i in range(3):
+        Path(f"{i}.txt").write_text(FOX + "é" * i)
+    options = "text", "0.txt", "1.txt", "2.txt", "--tokenizer=byte", "--name=r", "--val_fraction=0.5", "--overwrite"
+    prepare(*options)
+    whole = ids_of(load_dataset("r").train) + ids_of(load_dataset("r").val)
+    meta = prepare(*options, f"--val_tokens={val_tokens}")
+    dataset = load_dataset("r")
+    assert ids_of(dataset.train) + ids_of(dataset.val) == whole
+    assert len(dataset.val) == min(val_tokens, 2706)  # half of the corpus
+    for split in ("train", "val"):
+        assert meta[split]["bytes"] == sum(token != 256 for token in ids_of(getattr(dataset, split)))
 
 
 def test_a_split_that_gets_nothing_says_what_to_do():
