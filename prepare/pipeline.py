@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import operator
 import os
 import re
@@ -36,7 +37,8 @@ MAX_PIECE_CHARS = 1 << 20  # maximum characters of a piece; cutting a long run o
 BATCH_CHARS = 1 << 20  # characters
 MAX_QUEUED_BATCHES = 32  # batches
 MAX_UNKNOWN = 10_000  # different words unknown to the tokenizer that are counted
-MAX_TRAINING_CHARS = 1 << 30  # maximum characters of the train split that a tokenizer is trained on
+MAX_TRAINING_CHARS = 1 << 30  # maximum characters that are read to train a tokenizer
+TRAINING_CHARS_PER_TOKEN = 8  # maximum characters that are read for each token of --max_tokens
 PROGRESS_FILE = "progress.json"  # the file in PARTIAL that holds the progress
 
 
@@ -146,7 +148,7 @@ def prepare(
         progress = _read_partial(partial, command)
         if not (partial / "meta.json").exists():  # otherwise the interruption was after the last shard
             if not progress:
-                progress = {"command": command} | _survey(documents, tokenizer, val_by, val_fraction, val_tokens)
+                progress = {"command": command} | _survey(documents, tokenizer, options)
             write_meta(partial, {"format": 1, "name": name} | _write_shards(documents, partial, progress))
         meta = move_in(partial, out)
         shutil.rmtree(partial)
@@ -170,11 +172,14 @@ def prepare(
 # Reading
 
 
-def _survey(
-    documents: Iterable, requested: str | Tokenizer, val_by: str, val_fraction: float, val_tokens: int | None
-) -> dict:
+def _survey(documents: Iterable, requested: str | Tokenizer, options: dict) -> dict:
     """Return what must be known before the first token is written, JSON-serializable: the tokenizer, and, if the whole
-    corpus had to be read, its size in characters and bytes and the character at which val begins with --val_by end."""
+    corpus had to be read, its size in characters and bytes and the character at which val begins with --val_by end.
+    `options` are those of `prepare`. With `max_tokens`, only the beginning of the corpus is read."""
+    val_by, val_fraction, max_tokens = (options[name] for name in ("val_by", "val_fraction", "max_tokens"))
+    limit = math.inf
+    if max_tokens:  # the characters of a char tokenizer must include those of the batch that reaches `max_tokens`
+        limit = TRAINING_CHARS_PER_TOKEN * max_tokens + BATCH_CHARS + MAX_PIECE_CHARS
     count = chars = size = 0
 
     def texts() -> Iterator[str]:
@@ -187,7 +192,11 @@ def _survey(
                     size += (bytes_ := _size(block))
                     bar.update(bytes_)
                     yield block
+                    if chars > limit:
+                        break
                 count += chars > chars_before
+                if chars > limit:
+                    break
         if count > 1:
             yield SEPARATOR
 
@@ -201,20 +210,22 @@ def _survey(
         size += len(SEPARATOR) * (count - 1)
     cut = int(chars * (1 - val_fraction)) if val_by == "end" else None
     if isinstance(tokenizer, str):
-        tokenizer = get_tokenizer(tokenizer, _train_part(Reader(documents, cut, val_fraction)))
-    if cut is not None and val_tokens:  # `ValLimit` holds text after the cut back, and prevents saving meanwhile
-        cut = max(cut, chars - val_tokens * int(tokenizer.token_bytes().max()))
-    return {"tokenizer": tokenizer.to_dict(), "chars": chars, "size": size, "cut": cut}
+        text = _train_part(Reader(documents, cut, val_fraction), min(limit, MAX_TRAINING_CHARS))
+        tokenizer = get_tokenizer(tokenizer, text)
+    if cut is not None and options["val_tokens"]:  # `ValLimit` holds text after the cut back, and then nothing is saved
+        cut = max(cut, chars - options["val_tokens"] * int(tokenizer.token_bytes().max()))
+    return {"tokenizer": tokenizer.to_dict(), "chars": chars, "size": 0 if max_tokens else size, "cut": cut}
 
 
-def _train_part(reader: "Reader") -> Iterator[str]:
-    """Yield the text that a tokenizer is trained on. It is read only if the tokenizer needs training."""
+def _train_part(reader: "Reader", limit: float) -> Iterator[str]:
+    """Yield the text of the train split among about the first `limit` characters of the corpus. It is read only if the
+    tokenizer needs training."""
     chars = 0
     for piece in reader:
         if piece.split == "train":
             yield piece.text
-            chars += len(piece.text)
-        if chars > MAX_TRAINING_CHARS:
+        chars += len(piece.text)
+        if chars > limit:
             return
 
 
@@ -544,9 +555,15 @@ def _empty_split_error(changed: bool, writers: dict, counts: dict, command: dict
         return UserError("the corpus is empty: there is no text in it. Check the names of the files.")
     split, tokens = min(((split, writer.tokens) for split, writer in writers.items()), key=lambda pair: pair[1])
     if command["val_by"] == "document":
+        options = {name: command[name] for name in ("val_fraction", "val_tokens", "max_tokens") if command[name]}
+        if "max_tokens" in options:
+            advice = f"a larger --max_tokens, or a {'larger' if split == 'val' else 'smaller'} --val_fraction"
+        else:
+            larger = "a larger --val_tokens" if "val_tokens" in options and split == "val" else "more text"
+            advice = f"{larger}, or --val_by end"
         error = EmptySplit(
-            f"--val_by document with val_fraction={command['val_fraction']} puts too little text of "
-            f"{counts['documents']} documents into {split}. Use more text, or --val_by end."
+            f"--val_by document with {', '.join(f'{name}={value}' for name, value in options.items())} puts too little "
+            f"text of {counts['documents']} documents into {split}. Use {advice}."
         )
         error.n_documents = counts["documents"]
         return error

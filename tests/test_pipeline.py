@@ -1,13 +1,14 @@
 """prepare/pipeline.py: ids, pieces, splits and limits of a prepared dataset."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import FOX, RECORDS, documents_of, ids_of, prepare, prepare_fails, write_records
+from helpers import FOX, RECORDS, documents_of, hub_folder, ids_of, prepare, prepare_fails, write_records
 
 from acorn import UserError
 from acorn.data.shards import load_dataset
@@ -160,6 +161,29 @@ def test_max_tokens_are_the_first_of_the_corpus():
         assert meta[split]["bytes"] == sum(token != 256 for token in ids)
     kept = bytes(token for token in ids_of(cut.train) + ids_of(cut.val) if token != 256).decode()
     assert all(f"{i:03d}" * 10 in kept for i in range(32))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
+def test_max_tokens_limits_what_a_tokenizer_is_trained_on(tokenizer, small_steps, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 300)
+
+    class Endless:
+        def __iter__(self):
+            for i in itertools.count():
+                assert i < 2000, "this much is not needed"
+                yield f"record {i} " + chr(0x4E00 + i)
+
+    meta = pipeline.prepare(Endless(), Path("d"), name="d", tokenizer=tokenizer, source={}, max_tokens=500)
+    assert meta["train"]["tokens"] + meta["val"]["tokens"] == 500
+
+
+def test_a_split_that_max_tokens_leaves_empty_says_what_to_do():
+    hub_folder()
+    options = "hub", "hubset", "--tokenizer=byte", "--max_tokens=50"
+    prepare_fails("max_tokens=50 puts .* into val. Use a larger --max_tokens, or a larger --val_fraction", *options)
+    prepare_fails("into train. Use .*, or a smaller --val_fraction", *options, "--val_fraction=0.99")
+    options = "text", "hubset", "--tokenizer=byte", "--val_by=document", "--val_tokens=2"
+    prepare_fails("val_tokens=2 puts .* into val. Use a larger --val_tokens, or --val_by end", *options)
 
 
 def test_a_corpus_that_changes_under_way(tmp_path):
