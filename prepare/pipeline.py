@@ -457,7 +457,12 @@ def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[list[np.ndarray], Count
     """Return the ids of each piece (int32, with the marks before and after each document), and the words that the
     tokenizer does not know with their counts."""
     prefix, ending = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before_document, tokenizer.after_text))
-    encoded, unknown = tokenizer.encode_batch([piece.text for piece in batch.pieces]), Counter[str]()
+    texts, continues, unknown = [], [], Counter[str]()
+    for piece in batch.pieces:
+        is_joined = not tokenizer.marks_documents and piece.text.startswith(SEPARATOR)  # to the document before
+        texts.append(piece.text)
+        continues.append(not piece.starts_document or is_joined)
+    encoded = tokenizer.encode_batch(texts, continues)
     for i, piece in enumerate(batch.pieces):
         if tokenizer.unk_id is not None and tokenizer.unk_id in encoded[i]:
             unknown.update(tokenizer.unknown(piece.text))

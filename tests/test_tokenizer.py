@@ -151,6 +151,20 @@ def test_split_text_keeps_gpt2_ids(text, size):
     assert [i for part in parts for i in encode(part)] == encode(text)
 
 
+def test_split_text_keeps_the_ids_of_chinese_with_qwens_pattern():
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    text = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少？\n\n" * 40
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=byte_level.alphabet())
+    backend.train_from_iterator([text], trainer)
+    parts = list(split_text(text, 50))
+    assert len(parts) > 10 and "".join(parts) == text
+    assert [i for part in parts for i in backend.encode(part).ids] == backend.encode(text).ids
+
+
 @pytest.mark.parametrize("text", [" " * 1_100_000 + "x", "\n" * 1_100_000, "\u3000" * 1_100_000 + "z", "a" * 200_000])
 def test_gpt2_survives_long_runs(text):
     tokenizer = GPT2Tokenizer()

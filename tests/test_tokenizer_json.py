@@ -57,6 +57,29 @@ def test_a_tokenizer_in_the_manner_of_sentencepiece(prepend):
     assert "".join(out) == " " * (prepend != "never") + "horse 字"
 
 
+@pytest.mark.parametrize("prepend", ["normalizer", "first", "always", "ByteLevel", "unmarked"])
+def test_a_long_document_has_the_ids_of_the_whole(prepend, tmp_path, monkeypatch, small_steps):
+    """A tokenizer that puts a space before a text puts none where the text is cut."""
+    monkeypatch.chdir(tmp_path)
+    config = tokenizer_json() if prepend == "ByteLevel" else sentencepiece(prepend.replace("unmarked", "first"))
+    if prepend == "ByteLevel":
+        config["pre_tokenizer"]["add_prefix_space"] = True
+    eos = {} if prepend == "unmarked" else {"eos_token": "</s>"}
+    write_hf(Path("t"), config, tokenizer_config=eos)
+    text = "take the letter, bring the horse;\n\n    slowly\n" * 30 + "春眠不觉晓，处处闻啼鸟。\n" * 30 + "a1;b" * 300
+    texts = [text, "x" + text + "7\n" * 100]
+    for name, part in zip("ab", texts, strict=True):
+        Path(f"{name}.txt").write_text(part)
+    prepare_corpus("text a.txt b.txt --tokenizer t --val_fraction 0.01 --name d".split())
+    dataset = load_dataset("d")
+    ids = [i for split in (dataset.train, dataset.val) for i in split.read([0], len(split))[0].tolist()]
+    if prepend == "unmarked":  # documents are joined by a blank line
+        assert dataset.tokenizer.decode(ids) == "\n\n".join(texts)
+        return
+    mark = dataset.tokenizer.eot
+    assert ids == [i for text in texts for i in [mark, *dataset.tokenizer.encode(text).tolist()]]
+
+
 def test_a_folder_names_its_control_tokens_and_template(tmp_path):
     settings = {"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": "{{ messages }}"}
     for tokenizer in (

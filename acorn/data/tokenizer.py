@@ -67,8 +67,9 @@ class Tokenizer:
         """Return the words of a text that `unk_id` replaces."""
         return []
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each text; faster than single calls for many texts."""
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[np.ndarray]:
+        """Return `encode` of each text; faster than single calls for many texts. `continues` says of each text whether
+        it continues a longer one: the tokenizer then puts no space before it."""
         return [self.encode(text) for text in texts]
 
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
@@ -253,7 +254,7 @@ class GPT2Tokenizer(TiktokenTokenizer):
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[np.ndarray]:
         return self._encoder(texts)
 
     @functools.cached_property
@@ -348,18 +349,21 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[np.ndarray]:
+        if self._prepends and any(continues):
+            parts = zip(texts, continues, strict=True)
+            return [self.encode_part(text, continued, control=False) for text, continued in parts]
         return self._encoder(texts)
 
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
         backend = self._control_backend if control else self._backend
         text = _well_formed(text)
-        ids = _encode_with(backend, text)
-        if continues and self._prepends:  # encode after a line break, which absorbs the added space, and cut it off
-            break_ids, joined_ids = _encode_with(backend, "\n"), _encode_with(backend, "\n" + text)
-            if joined_ids[: len(break_ids)] == break_ids:
-                ids = joined_ids[len(break_ids) :]
-        return np.array(ids, dtype=np.int32)
+        before = ("\n", "\ufdd0") if continues and self._prepends else ()  # a line break, or a noncharacter
+        for char in before:  # it absorbs the added space; if it does not merge with the text, its ids are cut off
+            char_ids, joined_ids = _encode_with(backend, char), _encode_with(backend, char + text)
+            if joined_ids[: len(char_ids)] == char_ids:
+                return np.array(joined_ids[len(char_ids) :], dtype=np.int32)
+        return np.array(_encode_with(backend, text), dtype=np.int32)
 
     @property
     def control(self) -> dict[str, int]:
@@ -850,16 +854,17 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode White_Space, tiktoken's \s
 _BOUNDARY = re.compile(f"[{_SPACE}](?=[^{_SPACE}])")
-_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # one space between two letters
+_WORDS = re.compile(r"(?<=[^\W\d_])(?: (?=[^\W\d_])|(?=[，。、；：？！]))")
 
 
 def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
     """Cut `text` into pieces of about `size` characters or more whose concatenated ids are those of the whole text.
 
-    Cuts are before a single space between two words, where nearly every tokenizer has a boundary. A text without such a
-    space is cut before the last whitespace character of a run that is followed by more text. That is exact for GPT-2:
-    its pattern never extends from a word into whitespace (` ?word`). It matches a run of spaces before a word except
-    the last space, and it matches a run at the end of a text, as the cut makes it, completely.
+    Cuts are before a single space between two words, or between a letter and Chinese punctuation, where nearly every
+    tokenizer has a boundary. Other text is cut before the last whitespace character of a run that is followed by more
+    text. That is exact for GPT-2: its pattern never extends from a word into whitespace (` ?word`). It matches a run of
+    spaces before a word except the last space, and it matches a run at the end of a text, as the cut makes it,
+    completely.
     """
     start = 0
     while len(text) - start > size:
