@@ -218,23 +218,8 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
         command = "python train.py config/quickstart.py"
     elif dataset == "poems" and kind == "char":
         command = "python train.py config/poems.py"
-    elif "preferences" in meta:
-        init_from = "CHECKPOINT" if tokenizer in KINDS or tokenizer.startswith("bpe:") else shlex.quote(tokenizer)
-        words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
-        command = f"python train.py config/dpo_style.py --init_from={init_from} {words}"
     else:
-        words = f"--dataset={shlex.quote(dataset)} --out_dir={shlex.quote('out/' + meta['name'])}"
-        published = kind == "hf" and "/" in tokenizer and not Path(tokenizer).exists()  # a name on the hub
-        if published or (Path(tokenizer) / "config.json").exists():
-            config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
-            words = f"{config} --init_from={shlex.quote(tokenizer)} {words}"
-        elif _states(tokenizer) or Path(tokenizer).suffix == ".pt":  # a run to fine-tune
-            words = f"config/finetune_chat.py --init_from={shlex.quote(tokenizer)} {words}"
-            block_size = _block_size(tokenizer)
-            words += f" --block_size={block_size}" if block_size < 256 else ""  # 256 is the config's block_size
-        else:
-            words = f"config/quickstart.py {words}"
-        command = f"python train.py {words}"
+        command = _training_command(meta, dataset, tokenizer)
     chat = []
     if "chat" in meta:
         learned = train["learned"] + val["learned"]
@@ -256,6 +241,37 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
             f"train next       {command}",
         ]
     )
+
+
+def _training_command(meta: dict, dataset: str, tokenizer: str) -> str:
+    """Return a command that trains on the dataset, from the checkpoint that `tokenizer` names if it names one.
+
+    `tokenizer` is the value of --tokenizer. Preferences need a model to start from. If it names a dataset, that is the
+    model in this dataset's out_dir, and the command trains it first if it does not exist."""
+    is_hub_name = meta["tokenizer"]["kind"] == "hf" and "/" in tokenizer and not Path(tokenizer).exists()
+    is_published = is_hub_name or (Path(tokenizer) / "config.json").exists()
+    is_run = bool(_states(tokenizer)) or Path(tokenizer).suffix == ".pt"
+    init_from = tokenizer if is_published or is_run else ""
+    config, default_block_size, first = "config/quickstart.py", 0, ""
+    if "preferences" in meta:
+        config, default_block_size = "config/dpo_style.py", 128
+        is_dataset = any((folder / tokenizer / "meta.json").exists() for folder in (Path(), Path("data")))
+        if tokenizer not in KINDS and is_dataset:
+            init_from, is_run = f"out/{Path(tokenizer).name}", True
+            if not _states(init_from):
+                base = f"--dataset={shlex.quote(tokenizer)} --out_dir={shlex.quote(init_from)}"
+                first = f"python train.py config/quickstart.py {base} --block_size=128 && "
+        elif not init_from:
+            init_from = "gpt2" if tokenizer == "gpt2" else "CHECKPOINT"
+    elif is_published:
+        config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
+    elif is_run:
+        config, default_block_size = "config/finetune_chat.py", 256
+    words = [config, f"--init_from={shlex.quote(init_from)}"] if init_from else [config]
+    words += [f"--dataset={shlex.quote(dataset)}", f"--out_dir={shlex.quote('out/' + meta['name'])}"]
+    if is_run and not first and (block_size := _block_size(init_from)) < default_block_size:
+        words.append(f"--block_size={block_size}")
+    return f"{first}python train.py {' '.join(words)}"
 
 
 def losses(meta: dict) -> list[str]:

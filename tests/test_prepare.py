@@ -96,13 +96,36 @@ def test_a_nanogpt_checkpoint_is_a_tokenizer_too():
     assert load_dataset("again").tokenizer.to_dict() == load_dataset("mine").tokenizer.to_dict()
 
 
+def train_next(capsys) -> list[str]:
+    """Return the words of the command that `prepare` printed last."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train next")]
+    return shlex.split(lines[-1].removeprefix("train next"))
+
+
 def test_the_train_next_line_works_for_the_tokenizer_of_a_run(trained, capsys):
     """The command fine-tunes the run that the tokenizer is from, with settings that its model supports."""
     Path("more.txt").write_text(TEXT * 3)
     prepare("text", "more.txt", f"--tokenizer={trained}")
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train next"))
-    words = shlex.split(line.removeprefix("train next"))
+    words = train_next(capsys)
     assert words[:2] == ["python", "train.py"] and f"--init_from={trained}" in words
     done = command(REPO / "train.py", *words[2:], "--dry_run=True", "--device=cpu")
     assert done.returncode == 0, done.stderr
     assert "this was a dry run" in done.stdout
+
+
+def test_the_train_next_line_of_preferences_starts_from_a_model(trained, capsys):
+    """A dataset whose tokenizer is used is no model: the command names the model in its out_dir, or trains it first."""
+    Path("mine.txt").write_text(TEXT)
+    prepare("text", "mine.txt", "--tokenizer=byte")
+    Path("p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)
+    options = "preferences", "p.jsonl", "--out=pairs"
+    cli.prepare_corpus([*options, "--tokenizer=mine"])
+    first, second = " ".join(train_next(capsys)).split(" && ")
+    assert "--dataset=mine --out_dir=out/mine" in first and "--init_from=out/mine --dataset=pairs" in second
+    done = script_here(*first.split()[1:], "--dry_run=True", "--device=cpu", cwd=".")
+    assert done.returncode == 0, done.stderr
+    Path("out").mkdir()
+    Path("out/mine").symlink_to(trained)
+    cli.prepare_corpus([*options, "--tokenizer=data/mine", "--overwrite"])
+    words = train_next(capsys)
+    assert "--init_from=out/mine" in words and "&&" not in words and "--block_size=32" in words
