@@ -246,7 +246,7 @@ def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Ite
                 else:
                     value = row[column] if column < len(row) else None
                 if row:
-                    yield f"row {number} of {path}", value
+                    yield f"row {number} of {path}" + f" (line {line})" * (line != number), value
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
             raise UserError(

@@ -184,6 +184,25 @@ def test_every_kind_of_file_gives_the_same_dataset(tmp_path, monkeypatch):
     assert len(written) == 1
 
 
+def test_flags_in_csv_are_read_as_numbers_and_booleans(tmp_path, monkeypatch):
+    """They arrive as text there, where "0" and "false" would count as true."""
+    monkeypatch.chdir(tmp_path)
+    template = "{% if think is false %}!{% endif %}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    Path("t.jinja").write_text(template)
+    learned, left = ("1", "1.0", "true", "TRUE", " 1 ", ""), ("0", "0.0", "false", "False")
+    rows = [f'{i},"yes,\n{i}",{flag},False' for i, flag in enumerate([*learned, *left] * 5)]
+    Path("a.csv").write_text("\n".join(["prompt,response,weight,think", *rows]))
+    options = "chat a.csv --tokenizer byte --template t.jinja".split()
+    prepare_corpus([*options, "--skip_bad"])
+    dataset = load_dataset("a")
+    assert dataset.meta["chat"]["skipped"] == 20 and dataset.meta["documents"] == 30
+    assert dataset.tokenizer.decode(dataset.train.read([0], 1)[0]) == "!"
+    rows[3] = rows[3].replace("TRUE", "perhaps")
+    Path("a.csv").write_text("\n".join(["prompt,response,weight,think", *rows]))
+    with pytest.raises(UserError, match=r'row 5 of a.csv \(line 8\) has "weight": "perhaps", which is neither'):
+        prepare_corpus([*options, "--overwrite"])
+
+
 def test_conversations_that_are_all_equal_are_split_by_their_place(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("same.jsonl").write_text('{"instruction": "Add", "input": "2 and 3", "output": "5"}\n' * 40)

@@ -92,6 +92,7 @@ def test_records_in_the_forms_that_are_published(record, messages):
         ({"messages": PAIR[::-1]}, "before the first"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]}, '"weight": 0.5 in message 2'),
         ({"messages": [PAIR[0], PAIR[1] | {"train": "no"}]}, '"train": "no"'),
+        ({"messages": [PAIR[0], PAIR[1] | {"weight": "nan"}]}, '"weight": NaN in message 2'),
         ({"messages": [PAIR[0], PAIR[1] | {"train": True, "weight": 0}]}, "contradict"),
         ({"messages": [PAIR[0] | {"train": True}, PAIR[1]]}, "Only replies"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": 0}]}, "nothing to learn"),

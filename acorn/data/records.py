@@ -84,6 +84,9 @@ def read_messages(record: dict) -> Conversation:
         raise UserError("has nothing to learn: all its replies are marked as not learned. Remove it.")
 
     extras = {name: value for name, value in record.items() if name not in {*used, *FLAGS} and value is not None}
+    for name, value in extras.items():
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # a flag from csv
+            extras[name] = _typed(value)
     if isinstance(settings := _parsed(extras.pop("chat_template_kwargs", None)), dict):  # vLLM's name for extras
         extras |= settings
     for name in ("tools", "documents"):
@@ -235,7 +238,7 @@ def _part(part, number: int) -> str:
 
 def _flag(fields: dict, place: str) -> bool | None:
     """Return whether `fields` mark a reply as learned, None if no flag is set. `place` follows the value in errors."""
-    flags = {name: fields[name] for name in FLAGS if fields.get(name) is not None}
+    flags = {name: value for name in FLAGS if (value := _typed(fields.get(name))) is not None}
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UserError(
@@ -246,6 +249,20 @@ def _flag(fields: dict, place: str) -> bool | None:
     if len(answers) == 2:
         raise UserError(f"has {' and '.join(flags)} that contradict each other{place}. Remove one of them.")
     return answers.pop() if answers else None
+
+
+def _typed(value):
+    """Parse the text of a flag, which csv stores as text: a number, true, false, or nothing (None). Return any other
+    value unchanged."""
+    if not isinstance(value, str):
+        return value
+    words = {"true": True, "false": False, "": None}
+    if (word := value.strip().lower()) in words:
+        return words[word]
+    try:
+        return float(word)
+    except ValueError:
+        return value
 
 
 def _apply_flag(message: dict, number: int, by_default: bool | None) -> None:
