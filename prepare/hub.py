@@ -56,6 +56,8 @@ def documents(args: argparse.Namespace) -> "HubDocuments":
         raise UserError(
             f"'{args.dataset}' is not a dataset on the hub. For files, use `python prepare text FILES --key FIELD`."
         )
+    if not os.path.isdir(args.dataset) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", args.dataset):
+        raise UserError(f"there is no folder {args.dataset}, and on the hub a name is OWNER/NAME. Use one of them.")
     return HubDocuments(args.dataset, args)
 
 
@@ -197,15 +199,15 @@ class HubDocuments:
         except Exception as error:
             raise self._explained(error) from error
         if args.key not in fields:
-            raise UserError(
-                f"{self.name} has no field '{args.key}'. Choose one with --key (the fields are: {', '.join(fields)})."
-            )
+            found = ", ".join(fields) or "none"
+            raise UserError(f"{self.name} has no field '{args.key}'. Choose one with --key (the fields are: {found}).")
         if files and all(file.endswith(".parquet") for file in files):
             return files
         return rows.select_columns([args.key]).with_format("arrow")
 
-    def _explained(self, error: Exception) -> Exception:
-        """Return a UserError with advice for a known error; any other error unchanged."""
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return a UserError with advice for an error of datasets or of the libraries that it reads files with. They
+        raise nearly every type of exception for a file that is damaged."""
         import datasets.exceptions
         import httpx
 
@@ -229,7 +231,10 @@ class HubDocuments:
                 f"such as {page}."
             )
         if isinstance(error, datasets.exceptions.DataFilesNotFoundError | FileNotFoundError):
-            return UserError(f"{self.name} has no data files in a format that datasets supports ({text:.200})")
+            return UserError(
+                f"{self.name} has no data files in a format that datasets supports ({text:.200}). For "
+                "other files, use `python prepare text FILES`."
+            )
         if "BuilderConfig" in text or "Config name is missing" in text:
             return UserError(f"{self.name} needs another --config: {text:.600}")
         if "split" in text and isinstance(error, ValueError):
@@ -239,6 +244,14 @@ class HubDocuments:
                 f"the Hugging Face hub cannot be reached ({text:.200}). Run this again with a network, or use a corpus "
                 "that needs none: `python prepare text FILES` or `python prepare stdlib`."
             )
-        if isinstance(error, datasets.exceptions.DatasetsError | OSError):
-            return UserError(f"datasets cannot read {self.name}: {text:.300}")
-        return error
+        if isinstance(error, MemoryError):
+            return error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__
+        reason = f"{' '.join(str(error).split()).removesuffix('.')} ({type(error).__name__})"
+        if "StopIteration" in reason:  # from the library that reads zstd
+            reason = "a file is empty or cut short"
+        return UserError(
+            f"datasets cannot read {self.name}: {reason:.300}. Download its files again, or try them with `python "
+            "prepare text FILES`, which names the file and line of an error."
+        )

@@ -310,8 +310,11 @@ def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 
                     skip = max(0, skip - batch.num_rows)
                     batch = None  # free it before the next one is read
                 pyarrow.default_memory_pool().release_unused()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a valid parquet file ({error}). Copy it again, or leave it out.") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not pyarrow's own
+            raise
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise UserError(f"{path} is not a valid parquet file ({reason}). Copy it again, or leave it out.") from error
 
 
 def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:

@@ -1,6 +1,7 @@
 """prepare/hub.py: datasets of the Hugging Face hub, from a local folder, and the corpora that are there."""
 
 import contextlib
+import gzip
 from pathlib import Path
 
 import datasets
@@ -79,6 +80,31 @@ def test_the_hub_refuses(monkeypatch, error, match):
     monkeypatch.setattr(datasets, "load_dataset", ask)
     prepare_fails(match, "hub", "a/b")
     assert not list(Path("data").glob("*"))
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+@pytest.mark.parametrize(
+    ("file", "data", "match"),
+    [
+        ("train.parquet", b"PAR1PAR1", "Parquet file size is 8 bytes"),
+        ("train.arrow", b"hello", "File is too small"),
+        ("train.csv", b"text,n\na,1\nb\nc,3,4,5\n", "Expected 2 fields in line 4"),
+        ("train.csv", b"text\ncaf\xe9\n", "can't decode byte 0xe9"),
+        ("train.jsonl", b'{"text": "a"}\n{bad\n', "JSON parse error"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:30], "ended before"),
+        ("train.jsonl.zst", b"", "empty or cut short"),
+    ],
+)
+def test_files_that_datasets_cannot_read_end_in_a_sentence(file, data, match, tokenizer):
+    Path("broken").mkdir()
+    Path("broken", file).write_bytes(data)
+    prepare_fails(f"datasets cannot read broken: .*{match}", "hub", "broken", f"--tokenizer={tokenizer}")
+    assert not list(Path("data").glob("*"))
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub():
+    for name in ("./nofolder", "/no/folder", "a/b/c"):
+        prepare_fails(f"no folder {name}, and on the hub a name is OWNER/NAME", "hub", name)
 
 
 def test_named_corpora_ask_the_hub_for_the_right_thing(monkeypatch):

@@ -175,6 +175,13 @@ def test_bad_files():
     prepare_fails(r"latin\.txt is not UTF-8: byte 3 is 0xe9.*--errors replace", "text", "latin.txt")
     prepare_fails(r"bad\.gz is not a valid gzip file", "text", "bad.gz")
     prepare_fails(r"fake\.gz is not a valid gzip file", "text", "fake.gz")
+    Path("magic.parquet").write_bytes(b"PAR1PAR1")
+    write_records("whole.parquet")
+    data = Path("whole.parquet").read_bytes()
+    Path("middle.parquet").write_bytes(data[:100] + bytes(500) + data[600:])
+    Path("footer.parquet").write_bytes(data[:-60] + bytes(52) + data[-8:])
+    for name in ("magic", "middle", "footer"):
+        prepare_fails(rf"{name}\.parquet is not a valid parquet file", "text", f"{name}.parquet")
     prepare_fails("too short to split", "text", "short.txt", "--tokenizer", "char")
     assert not list(Path("data").iterdir())
     prepare("text", "latin.txt", "--errors", "replace", "--tokenizer", "char")
