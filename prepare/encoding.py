@@ -136,7 +136,14 @@ def encoding_of(data: bytes, name: str, encoding: str | None = None, errors: str
     file that is not text."""
     if found := binary_type(data):
         raise UserError(f"{name} is {found[0]}, not text. {found[1]}.")
-    return Detected(encoding) if encoding else detect(data, name, errors)
+    if not encoding:
+        return detect(data, name, errors)
+    try:
+        codecs.getincrementaldecoder(encoding)("replace").decode(data)
+    except UnicodeError as error:
+        hint = f"{encoding}-le or {encoding}-be" if encoding in ("utf-16", "utf-32") else "another encoding"
+        raise UserError(f"{name} cannot be read with --encoding {encoding} ({error}). Use {hint}.") from error
+    return Detected(encoding)
 
 
 def detection_notes(detected: dict[str, Detected]) -> list[str]:

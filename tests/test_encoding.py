@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from helpers import prepare_fails
 
 from acorn import UserError
 from acorn.data.shards import load_dataset
@@ -137,6 +138,14 @@ def test_a_named_encoding(capsys):
             prepare("a.txt", f"--encoding={name}")
     with pytest.raises(UserError, match=r"a\.txt is not gb18030: byte .* another --encoding"):
         prepare("a.txt", "--encoding=gb18030")
+
+
+def test_a_named_encoding_that_needs_a_byte_order_mark():
+    Path("a.txt").write_text("plain text")
+    Path("a.jsonl").write_text('{"prompt": "a", "response": "b"}')
+    prepare_fails("a.txt cannot be read with --encoding utf-16 .*BOM.*utf-16-le", "text", "a.txt", "--encoding=utf-16")
+    prepare_fails("a.jsonl cannot be read .*utf-32-le", "chat", "a.jsonl", "--encoding=utf-32")
+    prepare_fails("a.txt cannot be read with --encoding idna", "text", "a.txt", "--encoding=idna")
 
 
 def test_records_have_an_encoding_too():
