@@ -81,6 +81,9 @@ def check_arguments(args: argparse.Namespace) -> dict[str, str]:
     if args.val_by == "end":
         raise UserError("conversations are split by their hash. Remove --val_by end.")
     for path in args.files:
+        if os.path.isdir(path) or path == "-":
+            kind = "a folder" if path != "-" else "standard input"
+            raise UserError(f"conversations are read from files only, and {path} is {kind}. Name the files.")
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
     return encodings_of(args)

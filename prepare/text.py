@@ -10,6 +10,7 @@ another encoding. Line breaks become \\n, as in Python's text mode; strings in J
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import os
@@ -62,7 +63,7 @@ def default_name(args: argparse.Namespace) -> str:
     first = args.files[0]
     if first == "-":
         return "stdin"
-    parts = [part for part in Path(os.path.abspath(first)).parts if not glob.has_magic(part)]
+    parts = [part for part in Path(os.path.abspath(first)).parts if os.path.exists(first) or not glob.has_magic(part)]
     return parts[-1].lstrip(".").split(".")[0] or "text"
 
 
@@ -82,6 +83,15 @@ def documents(args: argparse.Namespace) -> "TextFiles":
     for note in files.notes():
         print(printable(note), file=sys.stderr)
     return files
+
+
+@contextlib.contextmanager
+def _naming(name: str, path: str) -> Iterator[None]:
+    """A context manager that names a file in UserErrors by its `name`, which differs from its path for a stream."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(path, name)) from error
 
 
 class Source(NamedTuple):
@@ -110,6 +120,8 @@ class TextFiles:
     def add(self, name: str) -> None:
         """Add a file, a folder, a glob, or - for standard input. Raises UserError if there is no text."""
         if name == "-":
+            if sys.stdin is None:
+                raise UserError("standard input is closed. Pipe a text into the command, or name files.")
             self._spool("standard input", sys.stdin.buffer)
         elif os.path.isdir(name):
             paths_found = self._in_folder(name)
@@ -204,7 +216,8 @@ class TextFiles:
             start = stream.read(1 << 20)
         file.flush()
         self._spooled.append(file)
-        self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # with --key, it is jsonl
+        with _naming(name, file.name):
+            self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # with --key, it is jsonl
 
     def notes(self) -> list[str]:
         """Return notes on the files for the user: detected encodings, HTML, and folders that were left out."""
@@ -236,8 +249,12 @@ class TextFiles:
                 texts = records(source.path, self.key, errors, source.encoding)
             else:
                 texts = [text_blocks(source.path, errors, name, source.encoding)]
-            for text in texts:
-                yield faults.look(text, name) if isinstance(text, str) else (faults.look(block, name) for block in text)
+            with _naming(name, source.path):
+                for text in texts:
+                    if isinstance(text, str):
+                        yield faults.look(text, name)
+                    else:
+                        yield (faults.look(block, name) for block in text)
         for note in faults.notes("--encoding NAME"):
             if note not in self._printed:  # a corpus may be read twice
                 print(printable(note), file=sys.stderr)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import sys
@@ -155,7 +156,21 @@ def test_records_come_through_a_pipe_too(monkeypatch):
     prepare_fails("--key body.*jsonl", "text", "a.txt", "--key", "body")
 
 
+def test_errors_of_standard_input_name_it(monkeypatch):
+    for data, match, *options in (
+        (b'{"text": "a"}\n{bad\n', "line 2 of standard input is not valid JSON", "--key=text"),
+        (gzip.compress(FOX.encode())[:50], "standard input is not a valid gzip file"),
+        (b"caf\xe9 and more text", "standard input is not UTF-8"),
+    ):
+        monkeypatch.setattr(sys, "stdin", argparse.Namespace(buffer=io.BytesIO(data)))
+        prepare_fails(f"^{match}", "text", "-", *options)
+    monkeypatch.setattr(sys, "stdin", None)
+    prepare_fails("standard input is closed", "text", "-")
+
+
 def test_the_name_is_the_stem_of_the_first_path():
+    Path("book[1].txt").write_text("")
+    assert text_corpus.default_name(argparse.Namespace(files=["book[1].txt"])) == "book[1]"
     for first, name in (("~/x/mine.txt.gz", "mine"), ("mine/", "mine"), ("mine/**/*.txt", "mine"), ("-", "stdin")):
         assert text_corpus.default_name(argparse.Namespace(files=[first])) == name
 
