@@ -283,6 +283,49 @@ def test_a_conversation_streams_stops_and_begins_again(visit):
 
 
 @pytest.mark.slow
+def test_a_message_without_an_answer_goes_back_to_the_text_field(visit):
+    tab = visit("chat")
+    roles = "() => conversation.map(message => message.role)"
+
+    def say(text: str) -> None:
+        tab.fill("#message", text)
+        tab.press("#message", "Enter")
+        wait_until_done(tab)
+
+    say("x" * 200)
+    assert "Shorten" in tab.text_content("#chat_error") and tab.input_value("#message") == "x" * 200
+    assert tab.locator(".message").count() == 0 and tab.evaluate(roles) == []
+    say("Hi")
+    assert tab.text_content("#chat_error") == "" and tab.evaluate(roles) == ["user", "assistant"]
+    before = tab.text_content("#messages")
+    tab.route("**/v1/**", lambda route: route.abort())
+    say("Again")
+    assert tab.input_value("#message") == "Again" and tab.text_content("#messages") == before
+    tab.click("#chat_again")
+    wait_until_done(tab)
+    assert "server" in tab.text_content("#chat_error") and tab.text_content("#messages") == before
+    tab.unroute("**/v1/**")
+    tab.route("**/v1/**", lambda route: None)  # the server is slow
+    tab.press("#message", "Enter")
+    tab.fill("#message", "More")
+    tab.click("#chat_panel .stop")
+    wait_until_done(tab)
+    assert tab.input_value("#message") == "Again\nMore" and tab.evaluate(roles) == ["user", "assistant"]
+
+
+@pytest.mark.slow
+def test_an_empty_reply_is_a_reply(visit):
+    tab = visit("chat")
+    chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": "stop"}]}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    tab.route("**/v1/**", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    tab.fill("#message", "Hi")
+    tab.press("#message", "Enter")
+    wait_until_done(tab)
+    assert tab.evaluate("() => conversation.map(message => message.role)") == ["user", "assistant"]
+
+
+@pytest.mark.slow
 def test_an_alternative_is_chosen_and_continued(visit):
     tab = visit("why")
     tab.fill("#prompt", "To be")

@@ -153,7 +153,8 @@ function messagesToSend() {
   return system ? [{ role: "system", content: system }, ...said] : said;
 }
 
-async function reply() {
+/** Ask for a reply to the conversation. `undo` is called if nothing arrives: after an error, or after Stop. */
+async function reply(undo) {
   const messages = messagesToSend();
   const message = { role: "assistant", content: "", asked: messages, tokens: [] };
   const body = { ...settings(), logprobs: true, top_logprobs: N_TOP, return_tokens_as_token_ids: true };
@@ -164,15 +165,14 @@ async function reply() {
         try {
           for await (const chunk of stream("v1/chat/completions", { ...body, messages }, signal)) {
             const choice = chunk.choices[0];
-            message.tokens.push(...tokensOfChat(choice?.logprobs?.content ?? []));
-            const piece = choice?.delta?.content;
-            if (!piece) continue;
+            if (!choice) continue;
             if (!box) {
               conversation.push(message);
               box = drawMessage(message);
               box[0].classList.add("writing");
             }
-            message.content += piece;
+            message.tokens.push(...tokensOfChat(choice.logprobs?.content ?? []));
+            message.content += choice.delta.content ?? "";
             box[1].textContent = message.content;
             if (atBottom()) window.scrollTo(0, document.body.scrollHeight);
           }
@@ -186,6 +186,10 @@ async function reply() {
       }
     } finally {
       box?.[0].classList.remove("writing");
+      if (!box) {
+        undo();
+        drawConversation();
+      }
     }
   });
 }
@@ -201,13 +205,18 @@ function send() {
   conversation.push({ role: "user", content });
   drawMessage(conversation.at(-1));
   window.scrollTo(0, document.body.scrollHeight);
-  reply();
+  reply(() => {
+    conversation.pop();
+    const typed = $("message").value; // while the page waited
+    $("message").value = typed ? `${content}\n${typed}` : content;
+  });
 }
 
 function replyAgain() {
-  while (conversation.at(-1)?.role === "assistant") conversation.pop();
+  const old = [];
+  while (conversation.at(-1)?.role === "assistant") old.unshift(conversation.pop());
   drawConversation();
-  reply();
+  reply(() => conversation.push(...old));
 }
 
 /** Show the tokens of a reply under "Why this token?". */
