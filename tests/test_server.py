@@ -19,12 +19,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPO, STATE, on_linux, small_optimizers, start_process
+from helpers import REPO, STATE, bpe_tokenizer, llama_tokenizer, on_linux, small_optimizers, start_process
 
 from acorn import UserError, checkpoint, serve
 from acorn.checkpoint.export import export
 from acorn.data import chat
 from acorn.data.tokenizer import get_tokenizer
+from acorn.inference import scheduler
 from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT, GPTConfig
 
@@ -138,6 +139,35 @@ def test_a_stop_string_and_the_end_of_text_end_a_completion(served):
     stop = text[10:13]
     stopped = served.client.completions.create(**greedy, max_tokens=40, stop=["never", stop]).choices[0]
     assert stopped.text == text[: text.index(stop)] and stopped.finish_reason == "stop"
+
+
+def generating(monkeypatch, ids: list[int]) -> None:
+    """Let every model continue the first n of these ids with the next ones."""
+    monkeypatch.setattr(scheduler, "draw", lambda logits, rows, *_: torch.tensor([ids[len(rows[0])]]))
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [get_tokenizer("byte"), bpe_tokenizer(), llama_tokenizer()], ids=["byte", "bpe", "sentencepiece"]
+)
+def test_a_prompt_may_end_inside_a_character(tokenizer, monkeypatch):
+    text, model = "a 字😀 horse", GPT(GPTConfig(block_size=64, vocab_size=400, n_layer=1, n_head=1, n_embd=8))
+    ids = tokenizer.encode(text).tolist()
+    names = [api.token_text(tokenizer, id, False) for id in ids]
+    with (
+        serving(api.create_app(model, tokenizer)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        generating(monkeypatch, ids)
+        for n in range(1, len(ids)):
+            settings = dict(model="any", prompt=ids[:n], max_tokens=len(ids) - n, logprobs=0)
+            whole = client.completions.create(**settings, echo=True).choices[0]
+            assert whole.text == text and whole.logprobs.tokens == names
+            chunks = [chunk.choices[0] for chunk in client.completions.create(**settings, stream=True)]
+            given = tokenizer.decode_bytes(ids[:n]).decode(errors="ignore")  # the whole characters of the prompt
+            assert given + "".join(chunk.text for chunk in chunks) == tokenizer.decode_bytes(ids).decode()
+        generating(monkeypatch, [tokenizer.eot, *ids])
+        settings |= dict(prompt="", max_tokens=len(ids))  # after the end-of-text token, a SentencePiece's space is none
+        assert client.completions.create(**settings).choices[0].text == text
 
 
 def test_logprobs_with_echo_are_those_of_the_text(served):

@@ -58,6 +58,7 @@ class Tokenizer:
     unk_id: int | None = None  # the id that replaces words with unknown characters; None if there are no such words
     before_text: tuple[int, ...] = ()  # ids that the tokenizer puts before a text, such as a BOS
     after_text: tuple[int, ...] = ()  # ids that it puts after a text, such as an EOS
+    _prepends = False  # whether it puts a space before a text
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32, one dimension."""
@@ -502,15 +503,27 @@ def _encode_with(backend, text: str, whole: bool = False) -> list[int]:
 
 
 class StreamDecoder:
-    """Decodes ids one by one. A character whose bytes span several tokens is returned once it is complete."""
+    """Decodes ids one by one. A character whose bytes span several tokens is returned once it is complete.
 
-    def __init__(self, tokenizer: Tokenizer):
+    The ids continue the ids `before`, which may end inside a character. Where a text begins, such as after a BOS, the
+    space that the tokenizer puts before a text is dropped. None: they continue an unknown text after a whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] | None = None):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drops_space = False
+        if before is not None:
+            begins = not len(before) or before[-1] in tokenizer.ends.union(tokenizer.before_document)
+            self._drops_space = tokenizer._prepends and begins
+            self._decoder.decode(tokenizer.decode_bytes(before[-3:]))  # a character has at most 4 bytes
 
     def push(self, token: int) -> str:
         """Return the text that this token completes: often a word, sometimes the empty string."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        data = self._tokenizer.decode_bytes([token])
+        if self._drops_space and data:
+            data, self._drops_space = data.removeprefix(b" "), False
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """End the stream: drop an incomplete character and return the empty string."""

@@ -184,9 +184,9 @@ def continue_prompts(
     number of tokens, why it stopped, and, if asked for, the tokens with their log-probabilities.
     """
 
-    def read(ids: list[int]) -> tuple[str, str | None]:
-        """Return the text of the ids, and what stopped it."""
-        stream = TextStream(tokenizer, s.stop)
+    def read(ids: list[int], before: list[int] | None = None) -> tuple[str, str | None]:
+        """Return the text of the ids after the prompt `before`, and what stopped it."""
+        stream = TextStream(tokenizer, s.stop, before=before)
         text = "".join(stream.push(token) for token in ids)
         return text + stream.finish(), stream.stopped_by
 
@@ -198,9 +198,9 @@ def continue_prompts(
     filters = s.repetition_penalty, s.no_repeat_ngram_size
     found = beam_search(model, encoded, rules, *filters, tokenizer.n_vocab, compile)
     samples = []
-    for prompt, beams in zip(prompts, found, strict=True):
+    for prompt, before, beams in zip(prompts, encoded, found, strict=True):
         for beam in beams[:num_samples]:
-            text, stopped_by = read(beam.ids)
+            text, stopped_by = read(beam.ids, before)
             sample = dict(prompt=prompt, text=text, score=round(beam.score, 5), n_tokens=len(beam.ids))
             sample["stopped_by"] = stopped_by or "max_new_tokens"
             if s.logprobs:

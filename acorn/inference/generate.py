@@ -377,11 +377,14 @@ def decode(model: Callable, cache: KVCache, tokens: list[int], active: list[bool
 class TextStream:
     """Decodes one row while its tokens arrive, in whole characters, and stops before a stop string.
 
-    End-of-text tokens end the text, and so do the control tokens `ends`, such as the end of a turn.
+    End-of-text tokens end the text, and so do the control tokens `ends`, such as the end of a turn. `before`: the ids
+    of the prompt, see StreamDecoder.
     """
 
-    def __init__(self, tokenizer, stop: Collection[str] = (), ends: Collection[int] = ()):
-        self.decoder = StreamDecoder(tokenizer)
+    def __init__(
+        self, tokenizer, stop: Collection[str] = (), ends: Collection[int] = (), before: list[int] | None = None
+    ):
+        self.decoder = StreamDecoder(tokenizer, before)
         self.ends, self.stop = ends, [s for s in stop if s]
         self.text_ends = tokenizer.ends | set(
             tokenizer.before_document[:1]
@@ -440,7 +443,7 @@ def continue_texts(
     `on_text(row, piece)` is called with each piece of text when it is complete. Without `slide`, a row ends where the
     model would no longer see its first token.
     """
-    streams = [TextStream(tokenizer, stop, ends) for _ in prompts]
+    streams = [TextStream(tokenizer, stop, ends, prompt) for prompt in prompts]
     results = [Continuation() for _ in prompts]
 
     def add(row: int, piece: str) -> None:

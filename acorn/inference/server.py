@@ -469,7 +469,9 @@ def create_app(
         ids = [await in_encoder(encode, prompt) for prompt in prompts]
         answer = Answer(http, scheduler, tokenizer, request, "cmpl", name)
         for prompt, prompt_ids in zip(prompts, ids, strict=True):
-            echo = (prompt if isinstance(prompt, str) else tokenizer.decode(prompt)) if request.echo else None
+            echo = prompt if request.echo else None
+            if isinstance(echo, list):  # without a last character that the new tokens complete
+                echo = "".join(map(StreamDecoder(tokenizer, []).push, echo))
             answer.add(prompt_ids, n_new, stops, set(), request.logprobs, echo)
 
         def choice_json(choice: Choice, text: str, tokens: list[tuple], reason: str | None, is_first: bool) -> dict:
@@ -551,7 +553,7 @@ class Answer:
             raise ApiError(400, message + "Use less of n, max_tokens and logprobs, or send several requests.")
         seed = secrets.randbelow(2**61) if self.request.seed is None else self.request.seed
         for k in range(self.request.n):
-            text = TextStream(self.tokenizer, stops, ends)
+            text = TextStream(self.tokenizer, stops, ends, prompt)
             choice = Choice(len(self.choices), self.tokenizer, text, self.put, echo)
             on_prompt = choice.on_prompt if echo is not None and n_top is not None else None
             sampling = self.request.sampling()
