@@ -16,7 +16,7 @@ fastapi = pytest.importorskip("fastapi", reason="the server needs `pip install f
 from fastapi.testclient import TestClient  # noqa: E402
 
 from acorn.data.chat import PLAIN  # noqa: E402
-from acorn.data.tokenizer import ByteTokenizer, train_char  # noqa: E402
+from acorn.data.tokenizer import ByteTokenizer, StreamDecoder, train_char  # noqa: E402
 from acorn.inference import inside, page, pictures, scheduler  # noqa: E402
 from acorn.inference.server import create_app  # noqa: E402
 
@@ -88,6 +88,10 @@ def test_texts_and_conversations_as_tokens(client):
     query = {"ids": [0xC3, 0xA9], "alternatives": [[0x61, 0xC3], [0xA8, 0x61]]}
     alternatives = client.post("/inside/tokens", json=query).json()["alternatives"]
     assert alternatives == [["a", "⟨C3⟩"], ["…è", "a"]]
+    query = {"before": [0x61, 0xC3], "ids": [0xA9, 0xC3], "alternatives": [[0xA8], [0x62]]}
+    answer = client.post("/inside/tokens", json=query).json()
+    expected = {"ids": [0xA9, 0xC3], "tokens": ["…é", "⟨C3⟩"], "text": "é", "alternatives": [["…è"], ["b"]]}
+    assert answer == expected
     messages = [{"role": "user", "content": "<|endoftext|>"}]
     answer = client.post("/inside/tokens", json={"messages": messages}).json()
     assert answer["text"].endswith("User:\n<|endoftext|>\n\nAssistant:\n")
@@ -349,6 +353,56 @@ def test_an_alternative_is_chosen_and_continued(visit):
     tab.click("#complete")
     text = tab.text_content("#complete_result")
     assert text.startswith("To be") and text == tab.evaluate("() => completion.text + completion.written")
+
+
+@pytest.mark.slow
+def test_an_alternative_beyond_the_block_is_continued_in_the_same_window(visit):
+    tab = visit("why")
+    tab.evaluate("() => { for (const [id, value] of [['max_tokens', 150], ['temperature', 0]]) $(id).value = value }")
+    tab.fill("#prompt", "To be or not to be, that is the question.")
+    tab.click("#go")
+    wait_until_done(tab)
+    before = token_ids(tab)
+    tab.hover("#why_tokens button >> nth=110")
+    tab.click("#why_detail button.mark")  # the same token, after which the same tokens follow
+    wait_until_done(tab)
+    after = token_ids(tab)
+    assert after[:150] == before and len(after) == 261 and tab.evaluate("() => completion.chosen") == 110
+    decoder = StreamDecoder(ByteTokenizer(), [])
+    assert tab.evaluate("() => completion.written") == "".join(map(decoder.push, after))
+
+
+@pytest.mark.slow
+def test_a_choice_that_fails_keeps_the_text(visit):
+    tab = visit("why")
+    tab.fill("#prompt", "To be")
+    tab.click("#go")
+    wait_until_done(tab)
+    before = tab.evaluate("() => [completion, document.getElementById('why_tokens').textContent]")
+    tab.route("**/v1/**", lambda route: route.abort())
+    tab.hover("#why_tokens button >> nth=4")
+    tab.click("#why_detail button:not(.mark)")
+    wait_until_done(tab)
+    assert "server" in tab.text_content("#complete_error")
+    after = tab.evaluate("() => [completion, document.getElementById('why_tokens').textContent]")
+    assert after[1] == before[1] and after[0] == before[0] | {"chosen": 4}
+
+
+@pytest.mark.slow
+def test_each_token_is_named_once(visit):
+    tab, named = visit("why"), []
+    tab.on("request", lambda request: named.append(request.post_data_json) if request.url.endswith("tokens") else None)
+    tab.fill("#prompt", "To be")
+    tab.click("#go")
+    wait_until_done(tab)
+    assert [id for query in named for id in query.get("ids", [])] == token_ids(tab) and len(token_ids(tab)) == 12
+    tab.hover("#why_tokens button >> nth=4")
+    named.clear()
+    tab.click("#why_detail button:not(.mark)")
+    wait_until_done(tab)
+    assert [id for query in named if "alternatives" in query for id in query["ids"]] == token_ids(tab)[5:]
+    labels = inside.labels(ByteTokenizer(), token_ids(tab))
+    assert tab.evaluate("() => completion.tokens.map(token => token.label)") == labels
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
     GET  /                the page: index.html, and /page/style.css and so on
     GET  /inside          the name and size of the model, and whether it can chat
     POST /inside/tokens   {"text"}, {"ids"} or {"messages"} -> their "ids", the labels of the "tokens", and the "text";
-                          "alternatives" to each token, as ids, become labels
+                          "alternatives" to each token, as ids, become labels; "before": ids that the "ids" continue
     POST /inside          {"text"} or {"ids"} -> the values of `look_inside`
     POST /inside/heads    the same -> {"heads"}: the values of `head_ablation`
 
@@ -21,6 +21,7 @@ from fastapi.responses import FileResponse, Response
 
 from acorn import UserError
 from acorn.data import chat
+from acorn.data.tokenizer import StreamDecoder
 from acorn.inference import inside
 from acorn.inference.generate import encode_prompt
 from acorn.inference.server import ApiError, Json, body_of
@@ -104,12 +105,19 @@ def inside_router(model: GPT, tokenizer, name: str) -> APIRouter:
         return {"heads": [[round(x, 6) for x in row] for row in inside.head_ablation(model, ids).tolist()]}
 
     def tokens(query: dict) -> dict:
-        ids = read_ids(tokenizer, query)
-        found = {"ids": ids, "tokens": inside.labels(tokenizer, ids), "text": tokenizer.decode(ids)}
+        ids, text, before = read_ids(tokenizer, query), "", []
+        if "before" in query:
+            before = read_ids(tokenizer, {"ids": query["before"]})
+            text = "".join(map(StreamDecoder(tokenizer, before).push, ids))
+        else:
+            text = tokenizer.decode(ids)
+        whole, n = [*before, *ids], len(before)
+        found = {"ids": ids, "tokens": inside.labels(tokenizer, whole)[n:], "text": text}
         if isinstance(others := query.get("alternatives"), list):
             rows = [read_ids(tokenizer, {"ids": row}) for row in others[: len(ids)]]
             found["alternatives"] = [
-                [inside.label_after(tokenizer, ids[:i], token) for token in row] for i, row in enumerate(rows)
+                [inside.label_after(tokenizer, whole[max(0, i - 4) : i], token) for token in row]
+                for i, row in enumerate(rows, n)
             ]
         return found
 

@@ -9,7 +9,8 @@ let view = "complete";
 let model = null; // the answer of GET inside
 let running = null; // the AbortController of the answer that is being written
 const conversation = []; // messages: {role, content}
-const completion = { ids: [], tokens: [], text: "", written: "", chosen: -1 }; // ids: of the prompt
+const completion = { ids: [], text: "", tokens: [], written: "", chosen: -1 }; // ids, text: of the prompt
+let drawn = { tokens: [], buttons: [] }; // the tokens of the completion that have buttons
 let insideIds = null; // ids to look at instead of the text, until the reader edits it
 let insideData = null;
 
@@ -223,8 +224,8 @@ function replyAgain() {
 async function explain(message) {
   await run($("chat_error"), async () => {
     const { ids, text } = await ask("inside/tokens", { messages: message.asked });
+    await nameTokens(ids, message.tokens);
     Object.assign(completion, { ids, text, tokens: message.tokens, written: message.content, chosen: -1 });
-    await nameTokens();
   });
   if ($("chat_error").textContent) return;
   $("prompt").value = completion.text;
@@ -236,7 +237,7 @@ async function lookAtReply(message) {
   await run($("chat_error"), async () => {
     ({ ids } = await ask("inside/tokens", { messages: message.asked }));
   });
-  if (ids) lookAt([...ids, ...message.tokens.map((token) => token.id)]);
+  if (ids) lookAt([...ids, ...idsOf(message.tokens)]);
 }
 
 // -------------------- complete, and why
@@ -259,42 +260,59 @@ function tokensOf(logprobs) {
   }));
 }
 
-/** Ask for the labels of all tokens of the completion, and of their alternatives. */
-async function nameTokens() {
-  const { tokens } = completion;
-  const alternatives = tokens.map((token) => token.top.map(([id]) => id));
-  const names = await ask("inside/tokens", { ids: tokens.map((token) => token.id), alternatives });
-  names.tokens.forEach((label, i) => Object.assign(tokens[i], { label, names: names.alternatives[i] }));
+const idsOf = (tokens) => tokens.map((token) => token.id);
+
+/** Ask for the labels of the tokens that have none yet, and of their alternatives. `ids`: of the prompt. */
+async function nameTokens(ids, tokens) {
+  let first = tokens.length;
+  while (first && tokens[first - 1].label === undefined) first -= 1;
+  const unnamed = tokens.slice(first);
+  if (!unnamed.length) return;
+  const before = [...ids.slice(-4), ...idsOf(tokens.slice(Math.max(0, first - 4), first))]; // may begin a character
+  const alternatives = unnamed.map((token) => token.top.map(([id]) => id));
+  const names = await ask("inside/tokens", { before, ids: idsOf(unnamed), alternatives });
+  unnamed.forEach((token, i) => Object.assign(token, { label: names.tokens[i], names: names.alternatives[i] }));
 }
 
-/** Continue the prompt, or with `kept` tokens, continue after these. */
+/** Return the last ids that fit into the model's block, as `context` in generate.py does. */
+function contextOf(ids) {
+  const stride = Math.max(1, Math.floor(model.block_size / 2));
+  return ids.slice(stride * Math.max(0, Math.ceil((ids.length - model.block_size) / stride)));
+}
+
+/** Continue the prompt, or with `kept` tokens, continue after these. If nothing arrives, the old text stays. */
 async function continueText(kept = []) {
   await run($("complete_error"), async (signal) => {
-    if (!kept.length) {
-      const text = $("prompt").value;
-      const known = text === completion.text && completion.ids.length; // such as the ids of a conversation
-      const { ids } = known ? completion : await ask("inside/tokens", { text });
-      Object.assign(completion, { ids, text });
-    }
-    Object.assign(completion, { tokens: [...kept], chosen: -1, written: "" });
-    if (kept.length) completion.written = (await ask("inside/tokens", { ids: kept.map((token) => token.id) })).text;
+    const text = kept.length ? completion.text : $("prompt").value;
+    const known = text === completion.text && completion.ids.length; // such as the ids of a conversation
+    const { ids } = known ? completion : await ask("inside/tokens", { text });
+    const query = { before: ids.slice(-4), ids: idsOf(kept) };
+    const written = kept.length ? (await ask("inside/tokens", query)).text : "";
+    const old = { ...completion };
+    const tokens = [...kept];
+    Object.assign(completion, { ids, text, tokens, written, chosen: -1 });
     drawCompletion(true);
-    const prompt = [...completion.ids, ...kept.map((token) => token.id)];
+    const prompt = kept.length ? contextOf([...ids, ...idsOf(kept)]) : ids;
     const body = { ...settings(), prompt, logprobs: N_TOP, return_tokens_as_token_ids: true };
+    const name = () => nameTokens(ids, tokens).then(() => drawCompletion(running !== null));
     let naming = null;
     try {
       for await (const chunk of stream("v1/completions", body, signal)) {
         const choice = chunk.choices[0];
         if (!choice) continue;
         completion.written += choice.text;
-        if (choice.logprobs) completion.tokens.push(...tokensOf(choice.logprobs));
+        if (choice.logprobs) tokens.push(...tokensOf(choice.logprobs));
         drawCompletion(true);
-        naming ??= nameTokens().then(() => drawCompletion(running !== null)).finally(() => (naming = null));
+        naming ??= name().catch(() => {}).finally(() => (naming = null)); // the last one reports an error
       }
+    } catch (error) {
+      if (tokens.length === kept.length) Object.assign(completion, old);
+      throw error;
     } finally {
+      drawCompletion(false);
       await naming;
-      await nameTokens();
-      if (kept.length) completion.chosen = kept.length - 1;
+      await nameTokens(ids, tokens);
+      if (kept.length && completion.tokens === tokens) completion.chosen = kept.length - 1;
       drawCompletion(false);
     }
   });
@@ -305,29 +323,34 @@ function drawCompletion(writing) {
   $("complete_result").replaceChildren(make("span", { className: "given" }, text), make("span", {}, written));
   $("plain_result").classList.toggle("writing", writing);
   const row = $("why_tokens");
-  const focused = row.contains(document.activeElement) ? Number(document.activeElement.dataset.i) : -1;
-  row.replaceChildren();
-  $("why_prompt").textContent = text;
-  $("why_prompt").scrollTop = $("why_prompt").scrollHeight;
-  tokens.forEach((token, i) => {
-    if (token.label === undefined) return; // soon
-    const p = Math.exp(token.logprob);
-    const button = make("button", { type: "button", className: "token", tabIndex: i === Math.max(0, completion.chosen) ? 0 : -1, data: { i } }, word(token.label));
-    button.setAttribute("aria-label", `${shown(token.label)} ${percent(p)}`);
-    colour(button, p);
+  if (drawn.tokens !== tokens) {
+    drawn = { tokens, buttons: [] };
+    row.replaceChildren();
+    $("why_prompt").textContent = text;
+    $("why_prompt").scrollTop = $("why_prompt").scrollHeight;
+  }
+  for (let i = drawn.buttons.length; tokens[i]?.label !== undefined; i++) {
+    const { label, logprob } = tokens[i];
+    const button = make("button", { type: "button", className: "token", tabIndex: i ? -1 : 0, data: { i } }, word(label));
+    button.setAttribute("aria-label", `${shown(label)} ${percent(Math.exp(logprob))}`);
+    colour(button, Math.exp(logprob));
     button.addEventListener("mouseenter", () => running || showChoices(i));
     button.addEventListener("focus", () => running || showChoices(i));
+    drawn.buttons.push(button);
     row.append(button);
-    if (token.label.includes("\\n")) row.append(make("span", { className: "break" }));
-  });
-  if (focused >= 0) row.querySelector(`[data-i="${focused}"]`)?.focus();
+    if (label.includes("\\n")) row.append(make("span", { className: "break" }));
+  }
   showChoices(completion.chosen);
 }
 
 /** Show the alternatives to token i. */
 function showChoices(i) {
   completion.chosen = i;
-  for (const button of $("why_tokens").querySelectorAll("button")) button.classList.toggle("chosen", Number(button.dataset.i) === i);
+  $("why_tokens").querySelector(".chosen")?.classList.remove("chosen");
+  if (drawn.buttons[i]) {
+    drawn.buttons[i].classList.add("chosen");
+    drawn.buttons.forEach((button, k) => (button.tabIndex = k === i ? 0 : -1));
+  }
   const token = completion.tokens[i];
   const detail = $("why_detail");
   if (!token?.names) {
@@ -346,7 +369,7 @@ function showChoices(i) {
     const button = make("button", { type: "button", className: chosen ? "mark" : "", data: { id } }, word(label, { className: "word" }), bar, make("span", {}, percent(p)));
     button.setAttribute("aria-label", t("continue_with", { token: shown(label), percent: percent(p) }));
     if (chosen) button.setAttribute("aria-current", "true");
-    button.addEventListener("click", () => continueText([...completion.tokens.slice(0, i), { ...token, id, logprob }]));
+    button.addEventListener("click", () => continueText([...completion.tokens.slice(0, i), { ...token, id, logprob, label }]));
     list.append(make("li", {}, button));
   }
   detail.replaceChildren(make("h3", {}, t("alternatives")), list);
@@ -445,7 +468,7 @@ function start() {
   $("again").addEventListener("click", () => continueText());
   $("copy").addEventListener("click", () => copy($("copy"), completion.text + completion.written));
   $("show_why").addEventListener("click", () => choose("why"));
-  $("look").addEventListener("click", () => lookAt([...completion.ids, ...completion.tokens.map((token) => token.id)]));
+  $("look").addEventListener("click", () => lookAt([...completion.ids, ...idsOf(completion.tokens)]));
   $("text").addEventListener("input", () => (insideIds = null));
   arrowKeys($("why_tokens"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawInside);
