@@ -84,18 +84,19 @@ def test_the_inside_of_the_model_as_json(client, model):
 
 def test_texts_and_conversations_as_tokens(client):
     answer = client.post("/inside/tokens", json={"text": "é"}).json()
-    assert answer == {"ids": [0xC3, 0xA9], "tokens": ["⟨C3⟩", "…é"], "text": "é"}
+    assert answer == {"ids": [0xC3, 0xA9], "tokens": ["⟨C3⟩", "…é"], "text": "é", "ends": []}
     query = {"ids": [0xC3, 0xA9], "alternatives": [[0x61, 0xC3], [0xA8, 0x61]]}
     alternatives = client.post("/inside/tokens", json=query).json()["alternatives"]
     assert alternatives == [["a", "⟨C3⟩"], ["…è", "a"]]
     query = {"before": [0x61, 0xC3], "ids": [0xA9, 0xC3], "alternatives": [[0xA8], [0x62]]}
     answer = client.post("/inside/tokens", json=query).json()
     expected = {"ids": [0xA9, 0xC3], "tokens": ["…é", "⟨C3⟩"], "text": "é", "alternatives": [["…è"], ["b"]]}
-    assert answer == expected
+    assert answer == expected | {"ends": []}
     messages = [{"role": "user", "content": "<|endoftext|>"}]
     answer = client.post("/inside/tokens", json={"messages": messages}).json()
     assert answer["text"].endswith("User:\n<|endoftext|>\n\nAssistant:\n")
     assert answer["ids"].count(256) == 1  # the template's; that of the message is text
+    assert answer["ends"] == [256]
 
 
 def test_invalid_alternatives_are_refused(client):
@@ -281,6 +282,11 @@ def test_a_conversation_streams_stops_and_begins_again(visit):
     tab.wait_for_selector("#why_tokens button")
     assert "User:" in tab.input_value("#prompt")
     assert bytes(i for i in token_ids(tab) if i < 256).decode(errors="replace").startswith(again)
+    tab.hover("#why_tokens button >> nth=1")
+    with tab.expect_request("**/v1/completions") as continued:
+        tab.click("#why_detail button:not(.mark)")
+    assert continued.value.post_data_json["stop_token_ids"] == [256]  # where the chat would end
+    wait_until_done(tab)
     tab.click("#chat")
     tab.click("#clear")
     assert tab.locator(".message").count() == 0

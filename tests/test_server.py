@@ -24,7 +24,7 @@ from helpers import REPO, STATE, bpe_tokenizer, llama_tokenizer, on_linux, small
 from acorn import UserError, checkpoint, serve
 from acorn.checkpoint.export import export
 from acorn.data import chat
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer import add_tokens, get_tokenizer
 from acorn.inference import scheduler
 from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT, GPTConfig
@@ -206,6 +206,28 @@ def test_a_chat_is_rendered_with_the_template_and_ends_with_its_token(served):
     assert served.client.chat.completions.create(model="x", messages=parts, max_tokens=1).usage.completion_tokens == 1
 
 
+def test_a_begun_reply_is_continued_and_ends_where_the_chat_would(monkeypatch):
+    """The token that ends a turn is not an end of text for this tokenizer, as with many chat models."""
+    tokenizer = add_tokens(bpe_tokenizer(), ["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = chat.CHATML
+    end = tokenizer.control["<|im_end|>"]
+    assert end not in tokenizer.ends and end in chat.stop_ids(tokenizer)
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 字"}]
+    prompt = [*chat.render(tokenizer, talk[:1]).tolist(), *chat.encode_reply(tokenizer, "Hello 字")]
+    generating(monkeypatch, [*prompt, *tokenizer.encode(" you.").tolist(), end, *tokenizer.encode("More").tolist()])
+    model = GPT(GPTConfig(block_size=128, vocab_size=400, n_layer=1, n_head=1, n_embd=8))
+    with (
+        serving(api.create_app(model, tokenizer)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        reply = client.chat.completions.create(model="any", messages=talk)
+        assert reply.choices[0].message.content == " you." and reply.choices[0].finish_reason == "stop"
+        assert reply.usage.prompt_tokens == len(prompt)
+        ends = {"stop_token_ids": sorted(chat.stop_ids(tokenizer))}
+        text = client.completions.create(model="any", prompt=prompt, max_tokens=20, extra_body=ends).choices[0]
+        assert text.text == " you." and text.finish_reason == "stop"
+
+
 @pytest.mark.parametrize("kind", ["completions", "chat"])
 def test_a_stream_has_the_same_text_and_figures(served, kind):
     settings = dict(model="tiny", seed=7, n=2, max_tokens=50, stop=["q"])
@@ -372,7 +394,8 @@ BAD = [
     {"messages": [{"role": "root", "content": "a"}]},
     {"messages": [{"role": "user", "content": None}]},
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "a", "stop_token_ids": 1},
+    {"prompt": "a", "stop_token_ids": ["x"] * 100_000},
     {"messages": [{"role": "user", "content": "a" * 200}]},
     {"messages": [{"role": "user", "content": "a"}] * 5000},
     {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},

@@ -3,7 +3,8 @@
     GET  /                the page: index.html, and /page/style.css and so on
     GET  /inside          the name and size of the model, and whether it can chat
     POST /inside/tokens   {"text"}, {"ids"} or {"messages"} -> their "ids", the labels of the "tokens", and the "text";
-                          "alternatives" to each token, as ids, become labels; "before": ids that the "ids" continue
+                          "alternatives" to each token, as ids, become labels; "before": ids that the "ids" continue;
+                          "ends": ids that end a reply to the messages
     POST /inside          {"text"} or {"ids"} -> the values of `look_inside`
     POST /inside/heads    the same -> {"heads"}: the values of `head_ablation`
 
@@ -112,7 +113,8 @@ def inside_router(model: GPT, tokenizer, name: str) -> APIRouter:
         else:
             text = tokenizer.decode(ids)
         whole, n = [*before, *ids], len(before)
-        found = {"ids": ids, "tokens": inside.labels(tokenizer, whole)[n:], "text": text}
+        ends = sorted(chat.stop_ids(tokenizer)) if "messages" in query else []
+        found = {"ids": ids, "tokens": inside.labels(tokenizer, whole)[n:], "text": text, "ends": ends}
         if isinstance(others := query.get("alternatives"), list):
             rows = [read_ids(tokenizer, {"ids": row}) for row in others[: len(ids)]]
             found["alternatives"] = [

@@ -90,6 +90,7 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     no_repeat_ngram_size: int = Field(0, ge=0, le=1000)
     stop: Any = None  # see `stops`
+    stop_token_ids: list[int] = Field([], max_length=64)  # tokens that end the text, as in vLLM
     seed: int | None = Field(None, ge=0, lt=2**62)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -230,8 +231,6 @@ def messages_of(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
         if not isinstance(content, str) or message.get("tool_calls"):
             raise ApiError(400, f"the content of message {i} should be text. Leave out images, audio and calls.", param)
         result.append({"role": "system" if role == "developer" else role, "content": content})
-    if result[-1]["role"] == "assistant":
-        raise ApiError(400, "the last message is the assistant's. End with a message of the user.", "messages")
     return result
 
 
@@ -441,7 +440,9 @@ def create_app(
 
     def render(messages: list[dict[str, str]]) -> list[int]:
         check_size(sum(len(message["content"]) for message in messages), "messages")
-        return check_length(chat.render(tokenizer, messages, block_size).tolist(), "messages")
+        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None  # a reply to continue
+        ids = chat.render(tokenizer, messages if begun is None else messages[:-1], block_size).tolist()
+        return check_length(ids if begun is None else ids + chat.encode_reply(tokenizer, begun), "messages")
 
     async def in_encoder(function: Callable, *arguments):
         try:
@@ -472,7 +473,7 @@ def create_app(
             echo = prompt if request.echo else None
             if isinstance(echo, list):  # without a last character that the new tokens complete
                 echo = "".join(map(StreamDecoder(tokenizer, []).push, echo))
-            answer.add(prompt_ids, n_new, stops, set(), request.logprobs, echo)
+            answer.add(prompt_ids, n_new, stops, set(request.stop_token_ids), request.logprobs, echo)
 
         def choice_json(choice: Choice, text: str, tokens: list[tuple], reason: str | None, is_first: bool) -> dict:
             as_ids = request.return_tokens_as_token_ids
@@ -497,8 +498,10 @@ def create_app(
         n_new = n_new_tokens(asked, max(1, block_size - len(ids)), "max_completion_tokens")
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         answer = Answer(http, scheduler, tokenizer, request, "chatcmpl", name)
-        answer.add(ids, n_new, request.stops(), reply_ends, n_top)
-        texts = {choice: ReplyText(*reply_frame) for choice in answer.choices}
+        answer.add(ids, n_new, request.stops(), reply_ends.union(request.stop_token_ids), n_top)
+        before, after = reply_frame
+        before = "" if request.messages[-1]["role"] == "assistant" else before
+        texts = {choice: ReplyText(before, after) for choice in answer.choices}
 
         def fields(choice: Choice, text: str, tokens: list[tuple], reason: str | None) -> tuple[str, dict]:
             text = texts[choice].push(text) + (texts[choice].finish() if reason else "")

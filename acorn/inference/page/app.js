@@ -9,7 +9,7 @@ let view = "complete";
 let model = null; // the answer of GET inside
 let running = null; // the AbortController of the answer that is being written
 const conversation = []; // messages: {role, content}
-const completion = { ids: [], text: "", tokens: [], written: "", chosen: -1 }; // ids, text: of the prompt
+const completion = { ids: [], text: "", ends: [], tokens: [], written: "", chosen: -1 }; // ids, text: of the prompt
 let drawn = { tokens: [], buttons: [] }; // the tokens of the completion that have buttons
 let insideIds = null; // ids to look at instead of the text, until the reader edits it
 let insideData = null;
@@ -223,9 +223,9 @@ function replyAgain() {
 /** Show the tokens of a reply under "Why this token?". */
 async function explain(message) {
   await run($("chat_error"), async () => {
-    const { ids, text } = await ask("inside/tokens", { messages: message.asked });
+    const { ids, text, ends } = await ask("inside/tokens", { messages: message.asked });
     await nameTokens(ids, message.tokens);
-    Object.assign(completion, { ids, text, tokens: message.tokens, written: message.content, chosen: -1 });
+    Object.assign(completion, { ids, text, ends, tokens: message.tokens, written: message.content, chosen: -1 });
   });
   if ($("chat_error").textContent) return;
   $("prompt").value = completion.text;
@@ -285,15 +285,15 @@ async function continueText(kept = []) {
   await run($("complete_error"), async (signal) => {
     const text = kept.length ? completion.text : $("prompt").value;
     const known = text === completion.text && completion.ids.length; // such as the ids of a conversation
-    const { ids } = known ? completion : await ask("inside/tokens", { text });
+    const { ids, ends } = known ? completion : await ask("inside/tokens", { text });
     const query = { before: ids.slice(-4), ids: idsOf(kept) };
     const written = kept.length ? (await ask("inside/tokens", query)).text : "";
     const old = { ...completion };
     const tokens = [...kept];
-    Object.assign(completion, { ids, text, tokens, written, chosen: -1 });
+    Object.assign(completion, { ids, text, ends, tokens, written, chosen: -1 });
     drawCompletion(true);
     const prompt = kept.length ? contextOf([...ids, ...idsOf(kept)]) : ids;
-    const body = { ...settings(), prompt, logprobs: N_TOP, return_tokens_as_token_ids: true };
+    const body = { ...settings(), prompt, stop_token_ids: ends, logprobs: N_TOP, return_tokens_as_token_ids: true };
     const name = () => nameTokens(ids, tokens).then(() => drawCompletion(running !== null));
     let naming = null;
     try {
