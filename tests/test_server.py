@@ -660,7 +660,9 @@ def test_what_a_request_keeps_of_its_messages_is_their_text(post, monkeypatch):
 
 def test_a_connection_does_not_stay_open_because_a_client_does_nothing(monkeypatch):
     monkeypatch.setattr(api, "PATIENCE", 0.5)
-    body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "n": 8, "logprobs": 3, "temperature": 0})
+    # 20 MB, more than the sockets hold, and soon computed: the scores of a prompt that 100 choices share
+    scores = {"prompt": "a" * 110, "n": 100, "echo": True, "logprobs": 20, "max_tokens": 2, "stream": True}
+    body = json.dumps(scores)
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with contextlib.ExitStack() as stack:
         with serving(make_app()) as url:
@@ -668,6 +670,7 @@ def test_a_connection_does_not_stay_open_because_a_client_does_nothing(monkeypat
 
             def connect(data: str) -> socket.socket:
                 connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
                 connection.sendall(data.encode())
                 return connection
 
