@@ -86,6 +86,40 @@ def test_a_template_that_cannot_be_learned_is_a_sentence(template, message):
         chat.check_learnable(tokenizer)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_many_turns_are_rendered_in_a_few_renderings(name, tmp_path, monkeypatch):
+    control, template = TEMPLATES[name]
+    tokenizer = load_hf(with_control(tmp_path / "t", control, template))
+    calls, fill_in = [], chat._fill_in
+    for reply in ("no. {}", " {}\n", "</s> {}<|im_end|>"):
+        talk = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": reply}] * 20
+        talk = [message | {"content": message["content"].format(i)} for i, message in enumerate(talk)]
+        try:
+            expected = chat.render_to_learn(tokenizer, talk)[0].tolist()
+        except chat.RewrittenHistory:
+            expected = None
+        with monkeypatch.context() as patch:
+            patch.setattr(chat, "_fill_in", lambda *args: calls.append(args) or fill_in(*args))
+            ids = chat.render(tokenizer, talk[:-1]).tolist()
+        assert 3 <= len(calls) <= 7
+        calls.clear()
+        whole = fill_in(tokenizer, talk[:-1], True).replace(chat.BREAK, "")
+        assert ids == expected[: len(ids)] if expected else tokenizer.decode(ids) == whole
+
+
+@pytest.mark.parametrize("reply", ["", "<think>a</think>b"])
+def test_one_reply_that_a_template_treats_differently(reply):
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
+        "{{ (m.content or 'nothing').split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    talk = [message | {"content": f"{i}"} for i, message in enumerate(PAIR * 6)]
+    talk[5]["content"] = reply
+    ids = chat.render(tokenizer, talk[:-1]).tolist()
+    assert ids == chat.render_to_learn(tokenizer, talk)[0].tolist()[: len(ids)]
+
+
 def test_templates_may_trim_and_mark_what_is_generated():
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = (

@@ -14,6 +14,7 @@ message stays text. (Exception: in a reply, the tokens that mark thinking, such 
 """
 
 import functools
+import itertools
 import json
 import re
 
@@ -71,15 +72,16 @@ def choose_template(tokenizer: Tokenizer) -> str:
 def render(tokenizer: Tokenizer, messages: list[dict], most: int | None = None) -> np.ndarray:
     """Return the ids of a conversation up to the start of the next reply: int32, one dimension. They equal the ids that
     precede this reply in `render_to_learn` and in `forms_to_learn`, except where there are more than `most` of them:
-    finding the parts of many turns takes long."""
+    finding the parts takes several renderings."""
     whole = _fill_in(tokenizer, messages, True)
     if most is not None and len(ids := _encode(tokenizer, whole, False)) > most:
         return ids
     try:
-        parts = _parts(tokenizer, messages, True)
+        parts = _regular_parts(tokenizer, messages, whole)
+        parts = parts or [text for text, _ in _parts(tokenizer, messages, True)]
     except UserError:  # the template rewrites history or cannot be learned: training has no parts to match
-        parts = [(whole, False)]
-    return np.concatenate([_encode(tokenizer, text, i > 0) for i, (text, _) in enumerate(parts)])
+        parts = [whole]
+    return np.concatenate([_encode(tokenizer, text, i > 0) for i, text in enumerate(parts)])
 
 
 def render_to_learn(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -348,6 +350,47 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
             done = len(prompt) + len(reply)
     parts.append((whole[done:], False))
     return [part for part in parts if part[0]]
+
+
+def _regular_parts(tokenizer: Tokenizer, messages: list[dict], whole: str) -> list[str] | None:
+    """Return the texts of `_parts` of a conversation up to the next reply, whose text is `whole`, in a few renderings
+    instead of two per reply. Return None if there are few replies, or if the template may treat some differently.
+
+    One rendering has a PROBE before and after the content of each reply. The first and the last reply are located as
+    in `_parts`; the text that surrounds their content must surround all others."""
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    contents: list = [messages[i].get("content") for i in replies]
+    if len(replies) < 4 or not all(isinstance(content, str) for content in contents):
+        return None
+    for stripped in (contents, [content.strip() for content in contents]):  # many templates strip replies
+        probed = Conversation(messages, getattr(messages, "extras", {}))
+        for i, content in zip(replies, stripped, strict=True):
+            probed[i] = messages[i] | {"content": PROBE + content + PROBE}
+        pieces = _fill_in(tokenizer, probed, True).split(PROBE)
+        if len(pieces) == 2 * len(replies) + 1 and "".join(pieces) == whole:
+            break
+    else:
+        return None
+    begins = np.cumsum([0, *map(len, pieces)])[1:-1:2].tolist()  # of each content
+    ends = [begin + len(content) for begin, content in zip(begins, pieces[1::2], strict=True)]
+
+    around = set()
+    for k in (0, -1):
+        prompt = _fill_in(tokenizer, messages[: replies[k]], True)
+        reply = _last_reply(tokenizer, messages[: replies[k] + 1], prompt)
+        reply = reply[: _reply_length(tokenizer, reply)]
+        if not whole.startswith(prompt + reply):
+            raise RewrittenHistory(REWRITTEN)
+        around.add((whole[len(prompt) : begins[k]], whole[ends[k] : len(prompt) + len(reply)]))
+    before, after = around.pop()
+    cuts = [0]
+    for begin, end in zip(begins, ends, strict=True):
+        if not (whole.startswith(before, begin - len(before)) and whole.startswith(after, end)):
+            return None
+        cuts += [begin - len(before), end + len(after)]
+    if around or not after or cuts != sorted(cuts):
+        return None
+    return [whole[i:j] for i, j in itertools.pairwise([*cuts, len(whole)]) if i < j]
 
 
 def _fill_in(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:

@@ -105,7 +105,7 @@ def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int
     first = int(messages[0]["role"] == "system")
     start = first  # of the turns that remain
     while True:
-        ids = chat.render(tokenizer, messages[:first] + messages[start:]).tolist()
+        ids = chat.render(tokenizer, messages[:first] + messages[start:], block_size - room).tolist()
         if len(ids) + room <= block_size or len(messages) == start + 1:
             break
         start += 2
