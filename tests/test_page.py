@@ -195,18 +195,13 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def address(model):
-    """The address of a running server, which pauses before each token."""
+@contextlib.contextmanager
+def serving(app):
+    """Serve an app in a thread and return its address."""
     import uvicorn
 
-    def slow_step(self, step=scheduler.Scheduler.step):
-        time.sleep(PAUSE)
-        step(self)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler.Scheduler, "step", slow_step)
-        server = uvicorn.Server(uvicorn.Config(page_app(model, chat_tokenizer()), log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
@@ -214,6 +209,19 @@ def address(model):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
         server.should_exit = True
         thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    """The address of a running server, which pauses before each token."""
+
+    def slow_step(self, step=scheduler.Scheduler.step):
+        time.sleep(PAUSE)
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch, serving(page_app(model, chat_tokenizer())) as url:
+        patch.setattr(scheduler.Scheduler, "step", slow_step)
+        yield url
 
 
 @pytest.fixture
@@ -541,3 +549,20 @@ def test_a_server_that_is_gone_is_reported(visit, address):
     tab.click("#go")
     wait_until_done(tab)
     assert tab.text_content("#complete_error") == "" and len(token_ids(tab)) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", ["chat", "complete", "why", "inside"])
+def test_a_missing_api_key_is_asked_for_in_every_view(browser, model, view):
+    app = page_app(model, chat_tokenizer(), api_key="秘密")
+    with serving(app) as url, browser.new_context(locale="en-US") as context:
+        tab = context.new_page()
+        tab.set_default_timeout(20_000)
+        tab.goto(f"{url}#/{view}")
+        tab.wait_for_selector("#page_error:has-text('Settings')")
+        for key, error in (("wrong", "API key"), ("秘密", "")):
+            tab.fill("#api_key", key)  # only what is visible can be filled
+            tab.press("#api_key", "Tab")
+            tab.wait_for_function("error => $('page_error').textContent.slice(4, 11) === error", arg=error)
+        tab.wait_for_selector("#model:has-text('test')")
+        assert tab.is_enabled("#send")

@@ -6,7 +6,7 @@ const VIEWS = ["chat", "complete", "why", "inside"];
 const N_TOP = 5; // alternatives per token
 
 let view = "complete";
-let model = null; // the answer of GET inside
+let model = null; // the answer of GET inside; without it, the page shows why and asks again
 let running = null; // the AbortController of the answer that is being written
 const conversation = []; // messages: {role, content}
 const completion = { ids: [], text: "", ends: [], tokens: [], written: "", chosen: -1 }; // ids, text: of the prompt
@@ -18,13 +18,14 @@ let insideData = null;
 
 class ServerError extends Error {}
 
-/** Send a POST request with a JSON body. Raises ServerError with the server's sentence. */
-async function post(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  if ($("api_key").value) headers.Authorization = `Bearer ${$("api_key").value}`;
+/** Send a request with the API key. Raises ServerError with the server's sentence, or with one about the key. */
+async function request(path, options = {}) {
+  const headers = { ...options.headers };
+  const key = new TextEncoder().encode($("api_key").value); // a header holds bytes
+  if (key.length) headers.Authorization = `Bearer ${String.fromCharCode(...key)}`;
   let answer;
   try {
-    answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+    answer = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError(t("error_network"));
@@ -33,7 +34,16 @@ async function post(path, body, signal) {
   const problem = await answer.json().catch(() => ({}));
   const error = new ServerError(problem.error?.message ?? `${answer.status} ${answer.statusText}`);
   error.code = problem.error?.code;
+  if (error.code === "invalid_api_key") {
+    error.message = t("error_key");
+    $("settings").open = true;
+  }
   throw error;
+}
+
+function post(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
 async function ask(path, body) {
@@ -83,7 +93,8 @@ async function run(place, work) {
   place.textContent = "";
   enable();
   try {
-    await work(running.signal);
+    if (!model) await connect();
+    if (model) await work(running.signal);
   } catch (error) {
     if (error.name !== "AbortError") place.textContent = error.message;
     if (!(error instanceof ServerError) && error.name !== "AbortError") throw error; // a fault of this page
@@ -416,7 +427,7 @@ function choose(name) {
   $("complete_panel").setAttribute("aria-labelledby", name === "why" ? "why" : "complete");
   $("plain_result").hidden = name !== "complete";
   $("why_result").hidden = name !== "why";
-  $("settings").hidden = name === "inside";
+  for (const label of document.querySelectorAll(".sampling")) label.hidden = name === "inside";
   $("system_label").hidden = name !== "chat";
   if (name === "complete" || name === "why") drawCompletion(running !== null);
   history.replaceState(null, "", `#/${name}`);
@@ -483,14 +494,10 @@ function start() {
 /** Ask the server about its model. */
 async function connect() {
   try {
-    const headers = $("api_key").value ? { Authorization: `Bearer ${$("api_key").value}` } : {};
-    const answer = await fetch("inside", { headers });
-    const about = await answer.json();
-    if (!answer.ok) throw new ServerError(about.error?.message);
-    model = about;
-    $("complete_error").textContent = "";
+    model = await (await request("inside")).json();
+    $("page_error").textContent = "";
   } catch (error) {
-    $("complete_error").textContent = error instanceof ServerError ? error.message : t("error_network");
+    $("page_error").textContent = error instanceof ServerError ? error.message : t("error_network");
     return;
   }
   $("model").textContent = $("model").title = model.name;

@@ -49,6 +49,7 @@ const WORDS = {
     text_hint: "The cat sat on the mat because it was tired.",
     busy: "Working…",
     error_network: "The server does not answer. Is it still running?",
+    error_key: "The API key is missing or wrong. Enter the server's key under “Settings”.",
     error_cut: "The server ended the answer early.",
     loss_title: "How well was each token predicted?",
     loss_help:
@@ -127,6 +128,7 @@ const WORDS = {
     text_hint: "小猫坐在垫子上，因为它累了。",
     busy: "正在计算……",
     error_network: "服务器没有回应。它还在运行吗？",
+    error_key: "缺少 API 密钥，或密钥不正确。请在“设置”中输入服务器的密钥。",
     error_cut: "服务器提前结束了回答。",
     loss_title: "每个 token 预测得有多准？",
     loss_help:
