@@ -498,25 +498,18 @@ def test_a_base_model_says_that_it_cannot_chat():
 # The command
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 @contextlib.contextmanager
 def command(*words):
     """Start `python -m acorn.serve` and return (process, address)."""
-    port = free_port()
-    words = ["-m", "acorn.serve", f"--port={port}", "--device=cpu", "--compile=False", *words]
-    process, url = start_process(*words, cwd=REPO), f"http://127.0.0.1:{port}"
+    words = ["-m", "acorn.serve", "--port=0", "--device=cpu", "--compile=False", *words]
+    process, output = start_process(*words, cwd=REPO), ""
     try:
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.1)
-        yield process, url
+        while not (address := re.search(r"running on (http://\S+)", output)):
+            line = process.stdout.readline()
+            assert line, output  # the process has ended
+            output += line
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block the server
+        yield process, address[1]
     finally:
         process.kill()
         process.wait()
@@ -709,9 +702,9 @@ def resident_mb(pid: int) -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def send(url: str, body: bytes) -> tuple[int, bytes]:
+def send(url: str, body: bytes, timeout: float = 120) -> tuple[int, bytes]:
     """Post a body and return (status, answer). httpx would take longer than the server."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -754,7 +747,8 @@ def test_two_minutes_of_hostile_clients(trained):
     with command(f"--out_dir={trained}", "--max_queue=100000") as (process, url):
         polite = json.dumps({"prompt": "ANNA", "max_tokens": 30, "seed": 5}).encode()
         text = json.loads(send(url, polite)[1])["choices"][0]["text"]
-        end, statuses, broken, memory = time.monotonic() + HOSTILE_SECONDS, collections.Counter(), [], []
+        end, statuses = time.monotonic() + HOSTILE_SECONDS, collections.Counter()
+        broken, memory, waited = [], [], []
 
         def misuse(seed: int) -> None:
             chance = random.Random(seed)
@@ -765,9 +759,10 @@ def test_two_minutes_of_hostile_clients(trained):
                     broken.append(error)
 
         def be_polite() -> None:
-            while time.monotonic() < end:
-                status, answer = send(url, polite)
+            while (begun := time.monotonic()) < end:
+                status, answer = send(url, polite, timeout=600)  # other programs may have the processor
                 assert status == 429 or json.loads(answer)["choices"][0]["text"] == text
+                waited.append(time.monotonic() - begun)
 
         with ThreadPoolExecutor(201) as pool:
             clients = [pool.submit(misuse, seed) for seed in range(200)] + [pool.submit(be_polite)]
@@ -776,7 +771,7 @@ def test_two_minutes_of_hostile_clients(trained):
                 memory.append(resident_mb(process.pid))
         for client in clients:
             client.result()
-        print(f"memory {memory[::10]} MB, {statuses}, broken: {len(broken)}")
+        print(f"memory {memory[::10]} MB, {statuses}, broken: {len(broken)}, polite: {waited} s")
         assert process.poll() is None and json.loads(send(url, polite)[1])["choices"][0]["text"] == text
         assert set(statuses) <= {None, 200, 400, 408, 413, 415, 429}, statuses
         assert "acorn_sequences_failed_total 0" in httpx.get(f"{url}/metrics").text
