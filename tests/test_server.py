@@ -394,6 +394,7 @@ BAD = [
     {"messages": [{"role": "root", "content": "a"}]},
     {"messages": [{"role": "user", "content": None}]},
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
     {"prompt": "a", "stop_token_ids": 1},
     {"prompt": "a", "stop_token_ids": ["x"] * 100_000},
     {"messages": [{"role": "user", "content": "a" * 200}]},

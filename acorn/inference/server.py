@@ -496,6 +496,8 @@ def create_app(
         ids = await in_encoder(render, request.messages)
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         n_new = n_new_tokens(asked, max(1, block_size - len(ids)), "max_completion_tokens")
+        if request.top_logprobs and not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs. Add logprobs = true.", "top_logprobs")
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         answer = Answer(http, scheduler, tokenizer, request, "chatcmpl", name)
         answer.add(ids, n_new, request.stops(), reply_ends.union(request.stop_token_ids), n_top)
