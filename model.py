@@ -255,8 +255,8 @@ class GPT(nn.Module):
         """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
         With `targets` (B, T), in which -1 is masked: logits (B, T, V) and the loss in nats over the unmasked targets.
-        `reduction` is "mean" (0 if all targets are masked), "sum", used in training, or "none", used in evaluations, for
-        (B, T) with 0 at masked targets. With the latter two, logits are None: all of them would cost memory and time.
+        `reduction` is "mean" (0 if all targets are masked), "sum", used in training, or "none", used in evaluation, for
+        (B, T) with 0 at masked targets. With "sum" and "none", logits are None: they would cost memory and time.
 
         Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None. With
         a function `per_token` instead: None, and its values (B, T, K) (see `in_chunks`).

@@ -203,7 +203,7 @@ def main() -> int:
         accumulator.scaler.load_state_dict(saved["scaler"])
     accumulator.prepare(dist.compile and not s.eval_only)
     if s.dry_run:
-        log(dry_run(s, accumulator, optimizers, state, token_bytes))
+        log(dry_run(s, accumulator, optimizers, state, token_bytes, tasks))
         return 0
 
     # ---- output; nothing was written up to here

@@ -1,6 +1,7 @@
 """Scaling laws against laws that are known, and the forecast of a dry run against the runs beside it."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -47,6 +48,11 @@ def test_a_dry_run_forecasts_the_loss_from_the_runs_beside_it(dataset, tmp_path,
     reached = [line["val_loss"] for line in metrics(tmp_path / "out/step-2") if "val_loss" in line][-1]
     assert predicted == pytest.approx(reached, abs=0.05)  # a law has no better floor than 0 for so short runs
     assert not (tmp_path / "out/step-9").exists()
+    shutil.copytree("out/step-2", "out/step-3")
+    (tmp_path / "out/step-3/step_000060/state.json").write_text("{")  # a damaged neighbour does not count
+    (tmp_path / "dial.py").write_text("n_layer = 2\nngram = n_layer - 1")  # there is no depth 1
+    assert train_here(monkeypatch, "dial.py", *words, "--max_iters=60", "--out_dir=out/step-9", "--dry_run=True") == 0
+    assert "from 3 runs" in capsys.readouterr().out
     assert train_here(monkeypatch, *words, "--out_dir=out/alone", "--dry_run=True") == 0
     assert "forecast" not in capsys.readouterr().out
 

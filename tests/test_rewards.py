@@ -1,5 +1,8 @@
 """acorn/training/rewards.py and rollouts.py: rewards by hand, and the batches made of completions."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,8 @@ from helpers import chat_dataset, small_model
 
 from acorn import UserError, settings
 from acorn.data import chat
-from acorn.data.mixture import load_mixture
-from acorn.distributed.runtime import ONE_RANK
+from acorn.data.mixture import Mixture, load_mixture
+from acorn.distributed.runtime import ONE_RANK, Runtime
 from acorn.training.rewards import SHIPPED, call_reward, load_reward
 from acorn.training.rollouts import Rollouts
 from train import TrainSettings
@@ -19,6 +22,13 @@ CASES = [
     ("arithmetic", "3 + 4 = 7, so the sum is 7.0", "7", 1),
     ("arithmetic", "1,234 + 1 is 1,235", "1235", 1),
     ("arithmetic", "-5", "5", 0),
+    ("arithmetic", "\u22125", "5", 0),
+    ("arithmetic", "\u22125", "-5", 1),
+    ("arithmetic", "8-3=5", "5", 1),
+    ("arithmetic", "8-3", "3", 1),
+    ("arithmetic", "it is .5", "5", 0),
+    ("arithmetic", "it is .5.", "0.5", 1),
+    ("arithmetic", "it is...5", "5", 1),
     ("arithmetic", "none", "5", 0),
     ("format", "<b>yes</b>", "<b>.*</b>", 1),
     ("format", "well, <b>yes</b>", "<b>.*</b>", 0),
@@ -113,6 +123,28 @@ def test_the_batch_holds_completions_of_groups_with_their_advantages(data):
             assert not batch.advantages[row, ~is_target].any()
     assert n_targets == int((one.y != -1).sum() + (other.y != -1).sum()) == figures["length"][0]
     assert figures["reward"][0] == sum(len(completion) for _, completion, _ in seen)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("most", [0, 3, 10**6])
+def test_an_evaluation_rewards_different_tasks_and_weights_datasets_by_their_shares(data, world_size, most):
+    """Over all ranks, however many are asked for. Only the second dataset, of two tasks, is rewarded."""
+    mixture = Mixture([data.datasets[0]] * 2, [Fraction(3, 4), Fraction(1, 4)])
+    seen, second, sums = [], set(), np.zeros(2)
+
+    def reward(prompt, completion, answer):
+        seen.append(prompt)
+        return 4.0 * (prompt in second)
+
+    for rank in range(world_size):
+        own = rollouts(mixture, reward)
+        own.dist = Runtime(torch.device("cpu"), torch.float32, False, [], rank, world_size)
+        own.usable["val"] = [own.usable["val"][0][2:], own.usable["val"][0][:2]]
+        second.update(own.task("val", 1, i).prompt for i in range(2))
+        sums += own.evaluate("val", 4, most)["reward"]
+    n = 2 + (3 if most == 3 else len(own.usable["val"][0]))
+    assert len(seen) == world_size * math.ceil(n / world_size) and len(set(seen)) == n
+    assert sums.tolist() == pytest.approx([n, n])  # a mean of 1
 
 
 def test_rollouts_depend_on_the_position_only(data):

@@ -112,7 +112,8 @@ def evaluate_mixture(
         assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
         n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
         sums.append(_mean_sums(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
-    result = _figures(sum(float(share) * each for share, each in zip(data.shares, sums, strict=True)))
+    weighted = [float(share) * each for share, each in zip(data.shares, sums, strict=True)]
+    result = _figures(np.sum(weighted, axis=0))
     if len(sums) > 1:
         names = [f"loss/{dataset.name}" for dataset in data.datasets]
         result |= {name: _figures(each)["loss"] for name, each in zip(names, sums, strict=True)}
@@ -121,8 +122,8 @@ def evaluate_mixture(
 
 def _mean_sums(model: GPT, tokens: Tokens, runtime: Runtime, *options) -> np.ndarray:
     """Return the means of `window_sums` over the windows of all ranks: (4,)."""
-    sums = window_sums(model, tokens, runtime, *options)
-    n_windows, *sums = runtime.sum(torch.cat((torch.tensor([float(len(sums))]), sums.sum(0)))).tolist()
+    own = window_sums(model, tokens, runtime, *options)
+    n_windows, *sums = runtime.sum(torch.cat((own.new_tensor([len(own)]), own.sum(0)))).tolist()
     check_targets(sums[0], tokens)
     return np.array(sums) / n_windows
 

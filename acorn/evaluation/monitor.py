@@ -1,6 +1,7 @@
 """Measure answers and multiple choice at the evaluations of a training run, as `python -m acorn.evaluate` does."""
 
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -94,6 +95,18 @@ def measure_tasks(
                 for name, figure in tasks.measure_answers(answers, references).items():
                     result[f"pairs/{key(name)}"] = figure.value
     return result
+
+
+def seconds_to_measure(given: Tasks, model: GPT, tokenizer: Tokenizer, dist: Runtime, batch_size: int) -> float:
+    """Return about how long `measure_tasks` takes, from a batch of each kind per rank. All ranks must call this."""
+    n, seconds = batch_size * dist.world_size, 0.0
+    choices = Tasks(choices=given.choices[:n], rows=given.rows[:n], lengths=given.lengths[:n])
+    prompts = Tasks(prompts=given.prompts[:n], references=given.references[:n])
+    for few, count in ((choices, len(given.choices)), (prompts, len(given.prompts))):
+        clock = time.perf_counter()
+        measure_tasks(few, model, tokenizer, dist, batch_size)
+        seconds += (time.perf_counter() - clock) * count / n if count > n else time.perf_counter() - clock
+    return seconds
 
 
 def key(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acorn import checkpoint, report, settings
+from acorn import UserError, checkpoint, report, settings
 from acorn.training.start import check, new_model
 
 if TYPE_CHECKING:
@@ -71,9 +71,12 @@ def finished_runs(s: "TrainSettings", identity: str) -> dict[Path, tuple["TrainS
         if folder.name == out_dir.name or not re.fullmatch(re.escape(stem) + r"\d+", folder.name):
             continue
         if folders := checkpoint.step_folders(folder):
-            state = checkpoint.read_state(folders[0])  # the newest
-            saved = settings.build(type(s), settings.checked(type(s), state["settings"]))
-            if state["evaluated_at"] == state["step"] == saved.max_iters and state["data"] == identity:
+            try:
+                state = checkpoint.read_state(folders[0])  # the newest
+                saved = settings.build(type(s), settings.checked(type(s), state["settings"]))
+            except (checkpoint.Damaged, UserError):  # perhaps a run that is saving
+                continue
+            if state.get("evaluated_at") == state["step"] == saved.max_iters and state.get("data") == identity:
                 runs[folder] = (saved, state["val_loss"])
     return runs
 
@@ -101,9 +104,12 @@ def forecast(s: "TrainSettings", argv: list[str], n_vocab: int, identity: str, f
     seconds = 60 * s.max_minutes or own / flops_per_second
     sizes = {}
     for depth in range(1, 2 * s.n_layer + 3):
-        other = settings.build(type(s), settings.parse(type(s), [*argv, f"--n_layer={depth}"]))
-        check(other)
-        sizes[depth] = training_flops(other, n_vocab)
+        try:
+            other = settings.build(type(s), settings.parse(type(s), [*argv, f"--n_layer={depth}"]))
+            check(other)
+            sizes[depth] = training_flops(other, n_vocab)
+        except UserError:  # the config has no such depth
+            continue
     fitting = [depth for depth, c in sizes.items() if c / flops_per_second <= 1.02 * seconds]
     if fitting and len(set(sizes.values())) > 1:
         depth = max(fitting)

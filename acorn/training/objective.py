@@ -165,15 +165,15 @@ class Objective:
         for dataset, share in zip(data.datasets, data.shares, strict=True):
             assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
             n = max_windows or samples_per_epoch(dataset.val, block_size)
-            figures, total = self.no_figures(), 0
+            figures, total = self.no_figures(), torch.zeros((), dtype=torch.float64)
             for batch, n_rows in read_batches(getattr(dataset, split), self.dist, batch_size, block_size, n):
                 if not n_rows:  # a dummy row
                     batch.y.fill_(-1)
                 total += n_rows
                 with self.dist.autocast():
                     figures += self.loss(self.policy, batch.to(self.dist.device))[1]
-            total = self.dist.sum(torch.tensor(total, dtype=torch.float64)).item()
-            weighted += float(share) / total * self.dist.sum(figures).double().cpu()  # rows have shares, as in training
+            # the shares are those of rows, as in training
+            weighted += float(share) / self.dist.sum(total) * self.dist.sum(figures).double().cpu()
         self.policy.train(was_training)
         sums, counts = weighted.unbind(1)
         return dict(zip(self.names, torch.where(counts > 0, sums / counts, 0).tolist(), strict=True))

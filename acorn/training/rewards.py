@@ -19,7 +19,7 @@ from acorn import REPO, UserError, settings
 Reward = Callable[[str, str, str], float]
 
 LARGEST = 3e38  # rewards are averaged in float32
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\d.])\.\d+)")  # a "-" after a digit subtracts
 
 
 def exact_match(prompt: str, completion: str, answer: str) -> float:
@@ -29,7 +29,8 @@ def exact_match(prompt: str, completion: str, answer: str) -> float:
 
 def arithmetic(prompt: str, completion: str, answer: str) -> float:
     """Return 1 if the last number in the completion equals the last number in the answer, else 0."""
-    values = [[float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in (completion, answer)]
+    texts = [text.replace("\u2212", "-") for text in (completion, answer)]  # a minus sign
+    values = [[float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in texts]
     return float(all(values) and values[0][-1] == values[1][-1])
 
 

@@ -143,18 +143,26 @@ class Rollouts:
         return Batch(x, y, None, weights)
 
     def evaluate(self, split: Literal["train", "val"], batch_size: int, max_tasks: int) -> dict[str, tuple]:
-        """Return sums and counts over this rank's part of `max_tasks` tasks of a split (0: as many as val has), which
-        the model completes greedily."""
-        n = max_tasks or sum(map(len, self.usable["val"]))
-        world_size = self.dist.world_size
-        indices = range(self.dist.rank, world_size * math.ceil(n / world_size), world_size)  # equally many on all ranks
-        tasks = [self.tasks(split, i, 1, WINDOW_SEED)[0] for i in indices]
+        """Return sums and counts over this rank's part of an evaluation, in which the model completes greedily.
+
+        Each dataset contributes `max_tasks` different tasks of a split, or, if that is 0, as many as its val split has.
+        The shares weight the datasets.
+        """
+        drawn: list[tuple[int, int, float]] = []  # dataset, task, weight
+        for k, share in enumerate(self.data.shares):
+            usable = len(self.usable[split][k])
+            n = min(max_tasks or len(self.usable["val"][k]), usable)
+            drawn += [(k, int(i), float(share) / n) for i in batches.shuffled(0, n, usable, WINDOW_SEED)]
+        total = len(drawn)
+        drawn += [(*drawn[0][:2], 0.0)] * (-total % self.dist.world_size)  # equally many tasks on all ranks
+        own = drawn[self.dist.rank :: self.dist.world_size]
+        tasks = [self.task(split, k, i) for k, i, _ in own]
         results = self.complete(tasks, Sampling(temperature=0.0), [0] * len(tasks), batch_size)
-        results = [result for i, result in zip(indices, results, strict=True) if i < n]
-        reward = sum(reward for _, reward in results)
-        return {
-            "loss": (0.0 - reward, len(results)),
-            "reward": (reward, len(results)),
-            "clipped": (sum(completion.stopped_by is None for completion, _ in results), len(results)),
-            "length": (sum(len(completion.ids) for completion, _ in results), len(results)),
+        values = {
+            "reward": [reward for _, reward in results],
+            "clipped": [completion.stopped_by is None for completion, _ in results],
+            "length": [len(completion.ids) for completion, _ in results],
         }
+        weights = np.array([total * weight for _, _, weight in own])
+        sums = {name: float(weights @ np.array(each, dtype=float)) for name, each in values.items()}
+        return {name: (value, float(weights.sum())) for name, value in ({"loss": 0.0 - sums["reward"]} | sums).items()}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
 from acorn.distributed.runtime import Runtime
+from acorn.evaluation.monitor import Tasks, seconds_to_measure
 from acorn.inference.generate import sample_text
 from acorn.training import ladder
 from acorn.training.accumulate import Accumulator
@@ -280,8 +281,9 @@ def dry_run(
     optimizers: list[torch.optim.Optimizer],
     state: RunState,
     token_bytes: np.ndarray,
+    tasks: Tasks,
 ) -> str:
-    """Time four updates after one for warm-up, and an evaluation of one micro-batch per rank.
+    """Time four updates after one for warm-up, and an evaluation of one micro-batch per rank and dataset.
 
     Returns a description of the memory and time that the whole run would take.
     """
@@ -299,27 +301,48 @@ def dry_run(
     per_update = (time.perf_counter() - clock) / 4
     clock, n = time.perf_counter(), accumulator.micro_batch * dist.world_size
     accumulator.objective.evaluate(data, "val", accumulator.micro_batch, s.block_size, n, token_bytes)
-    per_sequence = (time.perf_counter() - clock) / n
+    per_sequence = (time.perf_counter() - clock) / evaluated_rows(data, "val", s.block_size, n)
+    measuring = seconds_to_measure(tasks, accumulator.raw_model, data.tokenizer, dist, accumulator.micro_batch)
     frozen = accumulator.objective.frozen_bytes()
     tokens = accumulator.n_sequences * s.block_size
     rate = accumulator.raw_model.flops_per_token() * tokens / per_update
     predicted = ladder.forecast(s, sys.argv[1:], data.vocab_size, data.identity(), rate)
-    text = estimate(s, data, accumulator.raw_model, s.max_iters - state.step, per_update, per_sequence, frozen)
+    n_updates = s.max_iters - state.step
+    if s.max_minutes:
+        n_updates = min(n_updates, math.ceil(max(0, 60 * s.max_minutes - state.seconds) / per_update))
+    text = estimate(s, data, accumulator.raw_model, n_updates, per_update, per_sequence, measuring, frozen)
     return "\n".join(filter(None, [text, predicted, "this was a dry run: nothing was written"]))
 
 
+def evaluated_rows(data: Mixture, split: Literal["train", "val"], block_size: int, most: int) -> int:
+    """Return how many sequences an evaluation of a split reads: `most` of each dataset (0: as many as its val split
+    has), but no more than there are."""
+    total = 0
+    for dataset in data.datasets:
+        assert dataset.val is not None, "load_data checks this"
+        n = most or samples_per_epoch(dataset.val, block_size)
+        total += min(n, samples_per_epoch(getattr(dataset, split), block_size))
+    return total
+
+
 def estimate(
-    s: "TrainSettings", data: Mixture, model: GPT, n_updates: int, dt: float, per_sequence: float, frozen: int
+    s: "TrainSettings",
+    data: Mixture,
+    model: GPT,
+    n_updates: int,
+    dt: float,
+    per_sequence: float,
+    measuring: float,
+    frozen: int,
 ) -> str:
     """Describe the memory and time of `n_updates` updates and their evaluations.
 
-    An update takes `dt` seconds, and the evaluation of a sequence `per_sequence` seconds. The reference or the teacher
-    takes `frozen` bytes.
+    An update takes `dt` seconds, the evaluation of a sequence `per_sequence` seconds, and all records of eval_choices
+    and eval_pairs `measuring` seconds. The reference or the teacher takes `frozen` bytes.
     """
-    val_splits = [dataset.val for dataset in data.datasets if dataset.val is not None]
-    whole = max(samples_per_epoch(val, s.block_size) for val in val_splits)
-    n_sequences = 2 * (s.eval_iters * s.batch_size or whole)  # per evaluation: two splits
-    evaluating = per_sequence * n_sequences * (math.ceil(n_updates / s.eval_interval) + 1)
+    most = s.eval_iters * s.batch_size
+    n_sequences = sum(evaluated_rows(data, split, s.block_size, most) for split in ("train", "val"))
+    evaluating = (per_sequence * n_sequences + measuring) * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
     fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
     copied = sum(n_bytes * (3 if p.requires_grad else 0 if s.lora_rank else 1) for p, n_bytes in held)
