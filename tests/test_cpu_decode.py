@@ -99,6 +99,17 @@ def test_each_way_of_multiplying_has_the_same_result(quantize, B):
             assert (multiply_and_sum(stored, x).double() - exact).abs().max() <= 1e-6 * unit
 
 
+def test_int8_logits_with_a_large_common_value_are_as_accurate_as_without():
+    torch.manual_seed(0)
+    weight, x, direction = torch.randn(400, 64) / 8, torch.randn(3, 1, 64), torch.randn(64)
+    plain, shifted = weight @ x[:, 0].T, (weight + direction) @ x[:, 0].T
+    assert (shifted - plain).abs().max() > 5
+    ours = DecodingLinear(weight + direction, None, "int8", n_rows=3, centered=True)
+    for way in ways(ours.weight):
+        ours.way = way
+        assert (ours(x)[:, 0].T - shifted).abs().max() < 0.02 * plain.abs().max()
+
+
 def test_compiling_pays_only_where_it_saves_seconds():
     assert not pays_back(gain=1e-5, n_tokens=5000) and not pays_back(gain=0.02, n_tokens=45)
     assert pays_back(gain=0.02, n_tokens=1_000_000)

@@ -36,7 +36,9 @@ COMPILE_RATIO = 375  # time of torch.compile for a block and a head, divided by 
 class DecodingLinear(nn.Module):
     """A Linear layer for inference, with its weight in float32, bfloat16 or int8.
 
-    int8 is symmetric and weight-only: the scale of an output channel is its largest absolute weight / 127.
+    int8 is symmetric and weight-only: the scale of an output channel is its largest absolute weight / 127. A `centered`
+    weight, the head's, is stored without the mean of its rows, whose product is added in float32: a large value that
+    all logits share would make both int8 and bfloat16, in which one of the kernels returns its results, too coarse.
 
     `way` is the kernel (one of `ways`) for up to `n_rows` rows, and `prompt_way` the kernel for more rows.
     """
@@ -45,15 +47,22 @@ class DecodingLinear(nn.Module):
     scale: Tensor | None  # of each output channel, for int8
     bias: Tensor | None
     words: Tensor | None  # the int8 weight, four values in an int32
+    mean: Tensor | None  # of the rows of a centered int8 weight
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1):
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1, centered: bool = False):
         super().__init__()
         scale: Tensor | None = None
+        mean: Tensor | None = None
         if quantize == "int8":
-            scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # (rows,)
-            weight = in_huge_pages((weight.float() / scale[:, None]).round().to(torch.int8))
+            weight = weight.float()
+            if centered:
+                mean = weight.mean(dim=0)  # (columns,)
+                weight = weight - mean
+            scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (rows,)
+            weight = in_huge_pages((weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("scale", scale)
+        self.register_buffer("mean", mean)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         packs = quantize == "int8" and weight.size(1) % 4 == 0 and sys.byteorder == "little"
         self.register_buffer("words", self.weight.view(torch.int32) if packs else None, persistent=False)
@@ -67,8 +76,9 @@ class DecodingLinear(nn.Module):
             y = multiply_and_sum(self.weight if self.words is None else self.words, rows.float())
         else:
             y = product(self.weight, rows, self.way if len(rows) <= self.n_rows else self.prompt_way)
-        y = y.view(*x.shape[:-1], -1)
         y = y if self.scale is None else y * self.scale
+        y = y if self.mean is None else y + (rows.float() @ self.mean)[:, None]
+        y = y.view(*x.shape[:-1], -1)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
 
@@ -207,7 +217,8 @@ def prepare_for_decoding(
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, DecodingLinear(child.weight, child.bias, quantize, n_rows))
+                is_head = child is model.lm_head
+                setattr(module, name, DecodingLinear(child.weight, child.bias, quantize, n_rows, is_head))
     seconds, reading = choose_ways(model, n_rows)
     kind = quantize if quantize != "none" else str(model.lm_head.weight.dtype)[6:]
     auto = compile == "auto"
