@@ -150,4 +150,4 @@ def test_labels_recover_after_bytes_that_are_no_character():
 @pytest.mark.parametrize("ids, word", [([5], "1 tokens"), ([5] * 17, "17 tokens"), ([5, 300], "256"), ([-1, 5], "256")])
 def test_texts_that_cannot_be_looked_at_are_refused(ids, word):
     with pytest.raises(UserError, match=word):
-        inside.check_text(BYTE, ids, block_size=16)
+        inside.check_text(ids, BYTE.n_vocab, block_size=16)

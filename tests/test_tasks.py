@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from helpers import REPO, bpe_tokenizer, refused, run_here, script_here
+from helpers import REPO, bpe_tokenizer, refused, run_here, script_here, small_model
 from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, checkpoint
 from acorn.data import chat
 from acorn.data.tokenizer import from_dict, get_tokenizer
 from acorn.distributed import runtime
-from acorn.evaluation.tasks import RougeWords, choice_logprobs, encode_record, main, measure_answers, ratio_and_error
+from acorn.evaluation.tasks import (
+    RougeWords,
+    choice_logprobs,
+    encode_record,
+    main,
+    measure_answers,
+    measure_text,
+    ratio_and_error,
+)
 from model import GPT, GPTConfig
 
 COLORS = {"grass": "green", "snow": "white", "coal": "black", "sky": "blue"}
@@ -286,6 +294,16 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=chatting, env=env, timeout=120, capture_output=True, text=True)
     refused(done, "nowhere cannot be read")
+
+
+def test_tokens_that_the_model_lacks_are_named(tmp_path):
+    """Some published tokenizers have more tokens than their model."""
+    model, byte, r = small_model(vocab_size=200), get_tokenizer("byte"), runtime.setup("cpu", "float32", False)
+    (tmp_path / "text.txt").write_bytes("aé".encode())
+    with pytest.raises(UserError, match=r"token 256.* 200 tokens"):
+        measure_text(model, byte, str(tmp_path / "text.txt"), r, 2, 8)
+    with pytest.raises(UserError, match=r"token 201.* 200 tokens"):
+        choice_logprobs(model, [([1], [201]), ([1], [2])], r, 2)
 
 
 def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch, capsys):

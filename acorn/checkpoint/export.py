@@ -28,7 +28,7 @@ from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
 from acorn.data import chat
 from acorn.data import tokenizer as tokenizers
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, attention_dropout
 
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
@@ -201,7 +201,7 @@ def to_gpt2(cfg: GPTConfig, **ids: int | None):
     from transformers import GPT2Config
 
     fields = {hf_name: getattr(cfg, name) for name, hf_name in NAMES["gpt2"].items()}
-    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    fields |= dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attention_dropout(cfg))
     fields["activation_function"] = next(hf_name for hf_name, mlp in ACTIVATIONS.items() if mlp == cfg.mlp)
     fields["n_ctx"] = cfg.block_size  # an older name of n_positions, which llama.cpp's converter reads
     return GPT2Config(**fields | ids)

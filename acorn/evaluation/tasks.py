@@ -31,7 +31,7 @@ from acorn.data.shards import ShardWriter, Tokens, open_shard
 from acorn.data.tokenizer import Tokenizer, tokenizer_hash
 from acorn.distributed import runtime
 from acorn.evaluation.loss import check_targets, window_sums
-from acorn.inference.generate import Sampling, continue_texts, encode_prompt
+from acorn.inference.generate import Sampling, check_prompts, continue_texts, encode_prompt
 from model import GPT
 
 # Scripts without spaces between words, as character classes of the `regex` package; the keys are printed.
@@ -110,6 +110,7 @@ def measure_text(
     ids = np.array([*tokenizer.before_document, *text, *tokenizer.after_text], dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has no token to predict. Use a file with more text.")
+    check_prompts(model, [ids.tolist()])
     with tempfile.TemporaryDirectory() as folder:  # `window_sums` reads shards
         with ShardWriter(folder, "val", tokenizer.n_vocab) as writer:
             writer.write(ids)
@@ -249,6 +250,7 @@ def choice_logprobs(
 
     Each row is a pair of id lists, the prompt and the continuation.
     """
+    check_prompts(model, [prompt + continuation for prompt, continuation in rows])
     model.eval()
     result = []
     for first in range(0, len(rows), batch_size):

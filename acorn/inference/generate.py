@@ -244,7 +244,7 @@ def check_prompts(model: GPT, prompts: list[list[int]]) -> None:
     if (largest := max(map(max, prompts))) >= model.config.vocab_size:
         raise UserError(
             f"the prompt contains token {largest}, but the model's vocabulary has {model.config.vocab_size} tokens. "
-            "The tokenizer has control tokens that the model does not know; leave them out."
+            "The tokenizer has tokens that the model does not know; leave them out."
         )
 
 

@@ -179,14 +179,15 @@ def label_after(tokenizer, before: list[int], token: int) -> str:
     return labels(tokenizer, [*before[-3:], token])[-1]  # a character has at most 4 bytes
 
 
-def check_text(tokenizer, ids: list[int], block_size: int, most: int = MOST_TOKENS) -> None:
-    """Raise UserError if a text has too few or too many tokens to look at, or tokens that do not exist."""
+def check_text(ids: list[int], n_vocab: int, block_size: int, most: int = MOST_TOKENS) -> None:
+    """Raise UserError if a text has too few or too many tokens to look at, or ids that are not below `n_vocab`."""
     most = min(most, block_size)
     if not 2 <= len(ids) <= most:
         problem = "Write a longer text" if len(ids) < 2 else "Shorten the text"
         raise UserError(f"the text has {len(ids)} tokens, but needs 2 to {most}. {problem}.")
-    if min(ids) < 0 or max(ids) >= tokenizer.n_vocab:
-        raise UserError(f"the token ids must be from 0 to {tokenizer.n_vocab - 1}, the vocabulary of the model.")
+    for token in ids:
+        if not 0 <= token < n_vocab:
+            raise UserError(f"the text has token {token}, but the model knows only 0 to {n_vocab - 1}. Leave it out.")
 
 
 def look_inside(model: GPT, tokenizer, ids: list[int], n_top: int = 6) -> dict:

@@ -84,7 +84,7 @@ def inside_router(model: GPT, tokenizer, name: str) -> APIRouter:
     def of_text(query: dict, function: Callable[[list[int]], dict]) -> dict:
         """Return function(ids) of a short text, or refuse if it would have to wait: a crowd could fill all threads."""
         ids = read_ids(tokenizer, query)
-        inside.check_text(tokenizer, ids, most_tokens)
+        inside.check_text(ids, min(tokenizer.n_vocab, model.config.vocab_size), most_tokens)
         if not computing.acquire(blocking=False):
             message = "the model is busy with another text. Try again in a moment."
             raise ApiError(503, message, headers={"Retry-After": "1"})

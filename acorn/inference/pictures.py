@@ -222,7 +222,7 @@ def main() -> int:
     r = runtime.setup(args.device, "float32", False)
     model, tokenizer, source = checkpoint.load_with_tokenizer(args.source, args.checkpoint)
     ids = encode(tokenizer, text, args.control_tokens, source)
-    inside.check_text(tokenizer, ids, model.config.block_size)
+    inside.check_text(ids, min(tokenizer.n_vocab, model.config.vocab_size), model.config.block_size)
     model.to(r.device).eval().requires_grad_(False)
 
     data = inside.look_inside(model, tokenizer, ids)

@@ -229,8 +229,8 @@ def load_initial(
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"{data.path} has {data.vocab_size} token ids, but {source} has only {model.config.vocab_size}. "
-            "Prepare the data with the model's tokenizer."
+            f"{data.path} has {data.vocab_size} token ids, but {source} has only {model.config.vocab_size}. Prepare "
+            "the data with the model's tokenizer. If you did, this tokenizer has tokens that the model lacks: remove them."
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, value = getattr(model.config, name), given.get(name)
