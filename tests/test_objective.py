@@ -119,6 +119,18 @@ def test_a_pair_stays_together_and_its_loss_is_that_of_the_answers_alone(folder,
     assert set(answers) == {"A", "b"}
 
 
+def test_a_run_resumes_with_a_loss_that_needs_a_reference_and_with_one_that_does_not(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert train_here(monkeypatch, *RUN, *FORMS["simpo"], "--out_dir=changing", "--max_iters=2") == 0
+    resume = ["--init_from=resume", "--out_dir=changing", "--max_iters=3"]
+    with pytest.raises(UserError, match="--reference=CHECKPOINT"):
+        train_here(monkeypatch, *resume, "--preference_loss=ipo")
+    assert train_here(monkeypatch, *resume, "--preference_loss=ipo", "--reference=sft") == 0
+    assert "best checkpoint is chosen anew" in capsys.readouterr().out
+    assert train_here(monkeypatch, *resume, "--preference_loss=simpo", "--max_iters=4") == 0
+    assert [line["step"] for line in metrics(folder / "changing") if "loss" in line] == [0, 1, 2, 3]
+
+
 def test_the_memory_of_a_dry_run_includes_the_reference(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert train_here(monkeypatch, *RUN, *FORMS["dpo"], "--out_dir=none", "--dry_run=True") == 0

@@ -19,7 +19,7 @@ from acorn.evaluation.loss import evaluate_mixture, read_batches
 from acorn.training import lora, losses
 from acorn.training.rewards import call_reward, load_reward
 from acorn.training.rollouts import Rollouts
-from acorn.training.start import materialize
+from acorn.training.start import has_reference, materialize
 from model import GPT
 
 if TYPE_CHECKING:
@@ -216,17 +216,12 @@ def start_objective(s: "TrainSettings", data: Mixture, policy: GPT, saved: dict,
         task = rollouts.task("train", 0, 0)
         call_reward(reward, s.reward, task.prompt, task.answer, task.answer)  # fails before the run writes anything
     for setting, sha256 in hashes.items():
-        if (saved.get("objective") or hashes).get(setting) != sha256:
+        if (saved.get("objective") or {}).get(setting, sha256) != sha256:
             raise UserError(
                 f"{setting}={getattr(s, setting)} differs in content from the {setting} with which this run started. "
                 f"Give the original with --{setting}=..., or start a new run with --init_from={s.out_dir}."
             )
     return Objective(s, data, policy, dist, frozen, rollouts, hashes)
-
-
-def has_reference(s: "TrainSettings") -> bool:
-    """Return whether the loss compares with a reference."""
-    return (s.objective == "dpo" and s.preference_loss != "simpo") or (s.objective == "grpo" and s.kl_beta > 0)
 
 
 def check_data(s: "TrainSettings", data: Mixture) -> None:

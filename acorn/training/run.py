@@ -93,9 +93,13 @@ class RunState:
         return None
 
 
-# settings on which the validation loss depends; evaluations with more or fewer batches estimate the same loss
-LOSS_SETTINGS = """block_size document_mask objective preference_loss dpo_beta label_smoothing simpo_gamma
-    distill_temperature distill_weight rollout_temperature max_new_tokens kl_beta"""
+# by objective, the settings that change what the validation loss measures; eval_iters only changes its precision
+LOSS_SETTINGS = {
+    "tokens": [],
+    "dpo": ["preference_loss", "dpo_beta", "label_smoothing", "simpo_gamma"],
+    "distill": ["distill_temperature", "distill_weight"],
+    "grpo": ["max_new_tokens"],
+}
 
 
 def resume(s: "TrainSettings", saved: dict, dist: Runtime) -> tuple[RunState, list[str]]:
@@ -110,12 +114,13 @@ def resume(s: "TrainSettings", saved: dict, dist: Runtime) -> tuple[RunState, li
     if "best_step" not in saved and (best := checkpoint.read_pointer(out_dir / "best")):  # saved by an older version
         state.best_step = checkpoint.step_of(best)
     exists = state.best_step in [checkpoint.step_of(folder) for folder in checkpoint.step_folders(out_dir)]
-    changed = [name for name in LOSS_SETTINGS.split() if getattr(before, name) != getattr(s, name)]
+    names = ["objective", "block_size", "document_mask", *LOSS_SETTINGS[s.objective]]
+    changed = [name for name in names if getattr(before, name) != getattr(s, name)]
     if changed and state.best_loss is not None:
         notes.append(
-            f"the val loss with {', '.join(f'{name}={getattr(s, name)}' for name in changed)} cannot be compared with "
-            "the earlier ones, so the best checkpoint is chosen among those to come"
-            + (f"; copy step_{state.best_step:06d} to keep it" if exists else "")
+            f"{', '.join(f'{name}={getattr(s, name)}' for name in changed)} changes what the val loss measures, so the "
+            "best checkpoint is chosen anew"
+            + (f". To keep the old one, copy {out_dir / f'step_{state.best_step:06d}'}." if exists else "")
         )
         state.stale_evaluations = 0
     if changed or not dist.broadcast(exists):  # the ranks must agree

@@ -87,6 +87,11 @@ def check_objective(s: "TrainSettings") -> None:
         raise UserError(f"label_smoothing applies to preference_loss=dpo, not {s.preference_loss}. Leave it out.")
 
 
+def has_reference(s: "TrainSettings") -> bool:
+    """Return whether the loss compares with a reference."""
+    return (s.objective == "dpo" and s.preference_loss != "simpo") or (s.objective == "grpo" and s.kl_beta > 0)
+
+
 def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainSettings", dict]:
     """Return the settings, and those among them that the user gave.
 
@@ -110,6 +115,10 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
                 f"the reward of this run is a function in {s.reward}. To run its code, resume with "
                 f"--reward={shlex.quote(s.reward)} as well."
             )
+        if "reference" not in given and not has_reference(s):
+            s.reference = ""  # the run had another loss before
+        elif has_reference(s) and not s.reference and not s.lora_rank:
+            raise UserError("the loss now needs a reference, which this run did not have. Give --reference=CHECKPOINT.")
     check(s)
     if s.decay_lr and s.min_lr > s.learning_rate:
         if "min_lr" in given:
@@ -230,7 +239,7 @@ def load_initial(
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{data.path} has {data.vocab_size} token ids, but {source} has only {model.config.vocab_size}. Prepare "
-            "the data with the model's tokenizer. If you did, this tokenizer has tokens that the model lacks: remove them."
+            "the data with the model's tokenizer. If you did, it has tokens that the model lacks: remove these tokens."
         )
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, value = getattr(model.config, name), given.get(name)
