@@ -55,6 +55,7 @@ class Piece(NamedTuple):
     size: int  # bytes of UTF-8
     starts_document: bool
     ends_document: bool = False
+    only_val: bool = False  # of the corpus's own validation split, which must not be trained on
 
 
 @dataclass
@@ -107,7 +108,8 @@ def prepare(
       document  whole documents, about val_fraction of them. A hash of the text (of the first block, if it comes in
                 blocks) decides, so a document's split does not depend on the rest of the corpus.
     `val_tokens` limits val. With `end`, val is then the last tokens of the corpus. With `document`, a document that
-    does not fit into val as a whole goes to train, at its place in the corpus. `max_tokens` limits the whole dataset.
+    does not fit into val as a whole goes to train, at its place in the corpus. Of a corpus with its own validation
+    split, the first `val_tokens` tokens are val, and the rest is left out. `max_tokens` limits the whole dataset.
 
     After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
     result is byte-identical. An existing dataset is replaced only with `overwrite`, once the new one is complete.
@@ -264,7 +266,8 @@ class Reader:
             for text in cut_pieces(text for text, _ in parts):
                 if last:
                     yield last
-                last = Piece(text, split, _size(text), last is None)
+                only_val = isinstance(document, Document) and split == "val"
+                last = Piece(text, split, _size(text), last is None, only_val=only_val)
         if last:
             yield last._replace(ends_document=True)
 
@@ -384,6 +387,7 @@ def _write_shards(documents: Iterable, folder: Path, progress: dict) -> dict:
         limit = ValLimit(command["val_tokens"], writers["val"].tokens, progress["cut"] is not None, tokenizer)
         saved = sum(len(writer.shards) for writer in writers.values())
         for batch, ids, unknown in _encode_ahead(_batches(reader), tokenizer):
+            batch, ids = limit.drop_surplus(batch, ids)
             if room := command["max_tokens"]:
                 room -= limit.n_held + sum(writer.tokens for writer in writers.values())
             is_full = bool(room) and sum(map(len, ids)) >= room
@@ -503,9 +507,24 @@ class ValLimit:
         self.held: deque[Part] = deque()
         self.n_held = 0
 
+    def drop_surplus(self, batch: Batch, ids: list[np.ndarray]) -> tuple[Batch, list[np.ndarray]]:
+        """Leave out what exceeds the limit of the corpus's own validation split. The last piece may be truncated."""
+        if not self.val_tokens:
+            return batch, ids
+        pieces, kept = [], []
+        for piece, part in zip(batch.pieces, ids, strict=True):
+            if piece.only_val:
+                part, n = part[: self.room], len(part)
+                self.room -= len(part)
+                piece = piece if len(part) == n else piece._replace(size=_size_of(part, self.tokenizer))
+            if len(part):
+                pieces.append(piece)
+                kept.append(part)
+        return Batch(pieces, batch.end), kept
+
     def assign(self, pieces: list[Piece], ids: list[np.ndarray]) -> Iterator[Part]:
         for piece, part in zip(pieces, ids, strict=True):
-            if not self.val_tokens:
+            if not self.val_tokens or piece.only_val:
                 yield Part(piece.split, part, piece.size)
             elif piece.split == "train" or not (self.by_end or self.held or piece.starts_document):
                 yield Part("train", part, piece.size)  # or it continues a document that did not fit

@@ -61,6 +61,10 @@ def test_hub_datasets(streaming, monkeypatch):
     dataset = load_dataset("hubset")
     assert documents_of(dataset, "val") == ["val one", "val two"]
     assert documents_of(dataset, "train")[:-1] == RECORDS[: len(documents_of(dataset, "train")) - 1]
+    prepare("hub", "hubset", f"--streaming={streaming}", "--tokenizer=byte", *options, "--val_tokens=10")
+    dataset = load_dataset("hubset")
+    assert documents_of(dataset, "val") == ["val one", "v"]  # the rest of this split is not trained on
+    assert documents_of(dataset, "train")[0] == RECORDS[0] and len(dataset.train) == 990
 
 
 @pytest.mark.parametrize(
