@@ -29,6 +29,7 @@ from prepare import pipeline  # noqa: E402
 OPTIONS = (
     "corpus tokenizer digits reserve new_tokens val_fraction val_by val_tokens name out shard_tokens overwrite".split()
 )
+CONFIG_BLOCK_SIZE = {"config/dpo_style.py": 128, "config/finetune_chat.py": 256}  # as in these files
 
 
 def main() -> int:
@@ -176,6 +177,11 @@ def _states(source: str) -> list[Path]:
     return [state_file] if state_file.is_file() else states
 
 
+def _is_run(source: str) -> bool:
+    """Whether `source` is an out_dir or a step folder with a checkpoint, or a ckpt.pt."""
+    return bool(_states(source)) or Path(source).suffix == ".pt"
+
+
 def _block_size(source: str) -> int:
     """Return the block_size of a run from its out_dir, step folder or ckpt.pt."""
     from acorn import checkpoint
@@ -244,34 +250,46 @@ def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:
 
 
 def _training_command(meta: dict, dataset: str, tokenizer: str) -> str:
-    """Return a command that trains on the dataset, from the checkpoint that `tokenizer` names if it names one.
+    """Return the command that trains on the dataset.
 
-    `tokenizer` is the value of --tokenizer. Preferences need a model to start from. If it names a dataset, that is the
-    model in this dataset's out_dir, and the command trains it first if it does not exist."""
+    `tokenizer` is the value of --tokenizer; if it names a checkpoint, training starts from it. Preferences need a
+    model: if `tokenizer` names a dataset, that is the model in out/DATASET, which the command trains first if it does
+    not exist."""
     is_hub_name = meta["tokenizer"]["kind"] == "hf" and "/" in tokenizer and not Path(tokenizer).exists()
     is_published = is_hub_name or (Path(tokenizer) / "config.json").exists()
-    is_run = bool(_states(tokenizer)) or Path(tokenizer).suffix == ".pt"
-    init_from = tokenizer if is_published or is_run else ""
-    config, default_block_size, first = "config/quickstart.py", 0, ""
+    init_from, first_command = tokenizer if is_published or _is_run(tokenizer) else "", ""
     if "preferences" in meta:
-        config, default_block_size = "config/dpo_style.py", 128
-        is_dataset = any((folder / tokenizer / "meta.json").exists() for folder in (Path(), Path("data")))
-        if tokenizer not in KINDS and is_dataset:
-            init_from, is_run = f"out/{Path(tokenizer).name}", True
-            if not _states(init_from):
-                base = f"--dataset={shlex.quote(tokenizer)} --out_dir={shlex.quote(init_from)}"
-                first = f"python train.py config/quickstart.py {base} --block_size=128 && "
-        elif not init_from:
-            init_from = "gpt2" if tokenizer == "gpt2" else "CHECKPOINT"
-    elif is_published:
-        config = "config/finetune_chat.py" if "chat" in meta else "config/finetune_lora.py"
-    elif is_run:
-        config, default_block_size = "config/finetune_chat.py", 256
-    words = [config, f"--init_from={shlex.quote(init_from)}"] if init_from else [config]
-    words += [f"--dataset={shlex.quote(dataset)}", f"--out_dir={shlex.quote('out/' + meta['name'])}"]
-    if is_run and not first and (block_size := _block_size(init_from)) < default_block_size:
-        words.append(f"--block_size={block_size}")
-    return f"{first}python train.py {' '.join(words)}"
+        config = "config/dpo_style.py"
+        if not init_from:
+            init_from, first_command = _preference_start(tokenizer)
+    elif not init_from:
+        config = "config/quickstart.py"
+    elif is_published and "chat" not in meta:
+        config = "config/finetune_lora.py"
+    else:
+        config = "config/finetune_chat.py"
+    options = [f"--init_from={shlex.quote(init_from)}"] if init_from else []
+    options += [f"--dataset={shlex.quote(dataset)}", f"--out_dir={shlex.quote('out/' + meta['name'])}"]
+    if init_from and not first_command and _is_run(init_from):
+        block_size = _block_size(init_from)
+        if block_size < CONFIG_BLOCK_SIZE.get(config, 0):
+            options.append(f"--block_size={block_size}")
+    command = f"python train.py {config} {' '.join(options)}"
+    return f"{first_command} && {command}" if first_command else command
+
+
+def _preference_start(tokenizer: str) -> tuple[str, str]:
+    """Return the model from which training on preferences starts, for a `tokenizer` that names no checkpoint, and the
+    command that trains this model first, or ""."""
+    is_dataset = any((folder / tokenizer / "meta.json").exists() for folder in (Path(), Path("data")))
+    if tokenizer in KINDS or not is_dataset:
+        return "gpt2" if tokenizer == "gpt2" else "CHECKPOINT", ""
+    init_from = f"out/{Path(tokenizer).name}"
+    if _states(init_from):
+        return init_from, ""
+    options = f"--dataset={shlex.quote(tokenizer)} --out_dir={shlex.quote(init_from)}"
+    block_size = CONFIG_BLOCK_SIZE["config/dpo_style.py"]
+    return init_from, f"python train.py config/quickstart.py {options} --block_size={block_size}"
 
 
 def losses(meta: dict) -> list[str]:

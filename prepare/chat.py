@@ -83,7 +83,9 @@ def check_arguments(args: argparse.Namespace) -> dict[str, str]:
     for path in args.files:
         if os.path.isdir(path) or path == "-":
             kind = "a folder" if path != "-" else "standard input"
-            raise UserError(f"conversations are read from files only, and {path} is {kind}. Name the files.")
+            raise UserError(
+                f"{path} is {kind}, but prepare {args.corpus} reads only files. Name the files, such as chats/*.jsonl."
+            )
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. Paths are relative to the working directory {os.getcwd()}.")
     return encodings_of(args)

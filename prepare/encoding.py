@@ -132,8 +132,8 @@ def detect(data: bytes, name: str, errors: str = "strict") -> Detected:
 
 
 def encoding_of(data: bytes, name: str, encoding: str | None = None, errors: str = "strict") -> Detected:
-    """Return `encoding` if it is given, else what `detect` returns for these arguments. Raises UserError for a type of
-    file that is not text."""
+    """Return `encoding` if it is given, else what `detect` returns for these arguments. Raises UserError if the file is
+    not text, or cannot be decoded with `encoding`."""
     if found := binary_type(data):
         raise UserError(f"{name} is {found[0]}, not text. {found[1]}.")
     if not encoding:
@@ -141,7 +141,9 @@ def encoding_of(data: bytes, name: str, encoding: str | None = None, errors: str
     try:
         codecs.getincrementaldecoder(encoding)("replace").decode(data)
     except UnicodeError as error:
-        hint = f"{encoding}-le or {encoding}-be" if encoding in ("utf-16", "utf-32") else "another encoding"
+        hint = "another --encoding, or leave it out"
+        if encoding in ("utf-16", "utf-32"):  # without a byte order mark
+            hint = f"--encoding {encoding}-le or --encoding {encoding}-be"
         raise UserError(f"{name} cannot be read with --encoding {encoding} ({error}). Use {hint}.") from error
     return Detected(encoding)
 

@@ -57,7 +57,10 @@ def documents(args: argparse.Namespace) -> "HubDocuments":
             f"'{args.dataset}' is not a dataset on the hub. For files, use `python prepare text FILES --key FIELD`."
         )
     if not os.path.isdir(args.dataset) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", args.dataset):
-        raise UserError(f"there is no folder {args.dataset}, and on the hub a name is OWNER/NAME. Use one of them.")
+        raise UserError(
+            f"'{args.dataset}' is neither a local folder nor a dataset name. Use a folder, or a name from the hub such "
+            "as OWNER/NAME."
+        )
     return HubDocuments(args.dataset, args)
 
 
@@ -206,8 +209,8 @@ class HubDocuments:
         return rows.select_columns([args.key]).with_format("arrow")
 
     def _explained(self, error: BaseException) -> BaseException:
-        """Return a UserError with advice for an error of datasets or of the libraries that it reads files with. They
-        raise nearly every type of exception for a file that is damaged."""
+        """Return a UserError with advice for an error of datasets or of a library that it uses; MemoryError is returned
+        unchanged. Damaged files can raise almost any type of exception."""
         import datasets.exceptions
         import httpx
 
@@ -252,6 +255,6 @@ class HubDocuments:
         if "StopIteration" in reason:  # from the library that reads zstd
             reason = "a file is empty or cut short"
         return UserError(
-            f"datasets cannot read {self.name}: {reason:.300}. Download its files again, or try them with `python "
-            "prepare text FILES`, which names the file and line of an error."
+            f"datasets cannot read {self.name}: {reason:.300}. Download its files again. To find the damaged file, "
+            "read them with `python prepare text FILES`."
         )

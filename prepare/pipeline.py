@@ -111,8 +111,9 @@ def prepare(
     does not fit into val as a whole goes to train, at its place in the corpus. Of a corpus with its own validation
     split, the first `val_tokens` tokens are val, and the rest is left out. `max_tokens` limits the whole dataset.
 
-    After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. The
-    result is byte-identical. An existing dataset is replaced only with `overwrite`, once the new one is complete.
+    After an interruption, such as a kill or a full disk, the same call resumes after the last complete shard. (With
+    `end` and `val_tokens`, it encodes the last part of the text again.) The result is byte-identical. An existing
+    dataset is replaced only with `overwrite`, once the new one is complete.
     """
     counts = {"val_tokens": val_tokens, "max_tokens": max_tokens, "shard_tokens": shard_tokens}
     settings.check_bounds({"val_fraction": val_fraction, **counts})
@@ -180,7 +181,7 @@ def _survey(documents: Iterable, requested: str | Tokenizer, options: dict) -> d
     `options` are those of `prepare`. With `max_tokens`, only the beginning of the corpus is read."""
     val_by, val_fraction, max_tokens = (options[name] for name in ("val_by", "val_fraction", "max_tokens"))
     limit = math.inf
-    if max_tokens:  # the characters of a char tokenizer must include those of the batch that reaches `max_tokens`
+    if max_tokens:  # a char tokenizer must see every character up to the end of the batch that reaches max_tokens
         limit = TRAINING_CHARS_PER_TOKEN * max_tokens + BATCH_CHARS + MAX_PIECE_CHARS
     count = chars = size = 0
 
@@ -214,7 +215,8 @@ def _survey(documents: Iterable, requested: str | Tokenizer, options: dict) -> d
     if isinstance(tokenizer, str):
         text = _train_part(Reader(documents, cut, val_fraction), min(limit, MAX_TRAINING_CHARS))
         tokenizer = get_tokenizer(tokenizer, text)
-    if cut is not None and options["val_tokens"]:  # `ValLimit` holds text after the cut back, and then nothing is saved
+    # no progress is saved while ValLimit holds text back, so cut as late as val_tokens allows
+    if cut is not None and options["val_tokens"]:
         cut = max(cut, chars - options["val_tokens"] * int(tokenizer.token_bytes().max()))
     return {"tokenizer": tokenizer.to_dict(), "chars": chars, "size": 0 if max_tokens else size, "cut": cut}
 
@@ -470,9 +472,10 @@ def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[list[np.ndarray], Count
     for i, piece in enumerate(batch.pieces):
         if tokenizer.unk_id is not None and tokenizer.unk_id in encoded[i]:
             unknown.update(tokenizer.unknown(piece.text))
-        if piece.starts_document or piece.ends_document:
-            marks = prefix[: len(prefix) * piece.starts_document], ending[: len(ending) * piece.ends_document]
-            encoded[i] = np.concatenate([marks[0], encoded[i], marks[1]])
+        if piece.starts_document:
+            encoded[i] = np.concatenate([prefix, encoded[i]])
+        if piece.ends_document:
+            encoded[i] = np.concatenate([encoded[i], ending])
     return encoded, unknown
 
 
@@ -496,10 +499,11 @@ class Part(NamedTuple):
 
 
 class ValLimit:
-    """Assigns pieces to splits so that val has at most `val_tokens` tokens, of which it has `n_val` already.
+    """Assigns pieces to splits so that val has at most `val_tokens` tokens (None: no limit). `n_val` of them are
+    already written.
 
-    It holds tokens for val back until it is known whether they stay there: with `by_end`, the last tokens of the corpus
-    do; otherwise a document that fits as a whole does. All others go to train, in the order of the corpus."""
+    Parts for val are held until their split is known. With `by_end`, val gets the last tokens of the corpus; otherwise,
+    it gets each document that fits as a whole. Everything else goes to train, in corpus order."""
 
     def __init__(self, val_tokens: int | None, n_val: int, by_end: bool, tokenizer: Tokenizer):
         self.val_tokens, self.by_end, self.tokenizer = val_tokens, by_end, tokenizer
@@ -523,6 +527,7 @@ class ValLimit:
         return Batch(pieces, batch.end), kept
 
     def assign(self, pieces: list[Piece], ids: list[np.ndarray]) -> Iterator[Part]:
+        """Yield the parts whose split is known."""
         for piece, part in zip(pieces, ids, strict=True):
             if not self.val_tokens or piece.only_val:
                 yield Part(piece.split, part, piece.size)
@@ -541,7 +546,7 @@ class ValLimit:
                     yield from self.rest()
 
     def rest(self) -> Iterator[Part]:
-        """Yield the held tokens. Those that exceed the limit, if val is the end of the corpus, go to train."""
+        """Yield the held parts. With `by_end`, the tokens beyond the limit go to train."""
         if self.held and (surplus := self.n_held - self.room) > 0:
             split, ids, size = self._release()
             n_bytes = _size_of(ids[:surplus], self.tokenizer)
@@ -586,8 +591,8 @@ def _empty_split_error(changed: bool, writers: dict, counts: dict, command: dict
             larger = "a larger --val_tokens" if "val_tokens" in options and split == "val" else "more text"
             advice = f"{larger}, or --val_by end"
         error = EmptySplit(
-            f"--val_by document with {', '.join(f'{name}={value}' for name, value in options.items())} puts too little "
-            f"text of {counts['documents']} documents into {split}. Use {advice}."
+            f"--val_by document with {' '.join(f'--{name} {value}' for name, value in options.items())} leaves too "
+            f"little text for {split} (documents read: {counts['documents']}). Use {advice}."
         )
         error.n_documents = counts["documents"]
         return error

@@ -311,7 +311,7 @@ def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 
                     batch = None  # free it before the next one is read
                 pyarrow.default_memory_pool().release_unused()
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not pyarrow's own
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the system, such as a failed read
             raise
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"{path} is not a valid parquet file ({reason}). Copy it again, or leave it out.") from error

@@ -87,7 +87,7 @@ def documents(args: argparse.Namespace) -> "TextFiles":
 
 @contextlib.contextmanager
 def _naming(name: str, path: str) -> Iterator[None]:
-    """A context manager that names a file in UserErrors by its `name`, which differs from its path for a stream."""
+    """Replace `path` by `name` in a UserError. They differ for streams, which are read from a temporary file."""
     try:
         yield
     except UserError as error:

@@ -125,7 +125,7 @@ def test_val_tokens_at_the_end_are_the_last_of_the_corpus(val_tokens, small_step
 
 def test_a_split_that_gets_nothing_says_what_to_do():
     Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    prepare_fails("too little text of 2 documents into val.* or --val_by end", "text", "few.jsonl", "--val_by=document")
+    prepare_fails("for val .documents read: 2.* or --val_by end", "text", "few.jsonl", "--val_by=document")
     prepare_fails("val_tokens = 1", "text", "few.jsonl", "--val_tokens=1")
 
 
@@ -180,10 +180,10 @@ def test_max_tokens_limits_what_a_tokenizer_is_trained_on(tokenizer, small_steps
 def test_a_split_that_max_tokens_leaves_empty_says_what_to_do():
     hub_folder()
     options = "hub", "hubset", "--tokenizer=byte", "--max_tokens=50"
-    prepare_fails("max_tokens=50 puts .* into val. Use a larger --max_tokens, or a larger --val_fraction", *options)
-    prepare_fails("into train. Use .*, or a smaller --val_fraction", *options, "--val_fraction=0.99")
+    prepare_fails("--max_tokens 50 leaves .* for val .* a larger --max_tokens, or a larger --val_fraction", *options)
+    prepare_fails("for train .*. Use .*, or a smaller --val_fraction", *options, "--val_fraction=0.99")
     options = "text", "hubset", "--tokenizer=byte", "--val_by=document", "--val_tokens=2"
-    prepare_fails("val_tokens=2 puts .* into val. Use a larger --val_tokens, or --val_by end", *options)
+    prepare_fails("--val_tokens 2 leaves .* for val .*. Use a larger --val_tokens, or --val_by end", *options)
 
 
 def test_a_corpus_that_changes_under_way(tmp_path):

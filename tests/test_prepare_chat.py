@@ -235,7 +235,7 @@ def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypat
 def test_a_file_without_conversations_is_called_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, kind in ((".", "a folder"), ("-", "standard input")):
-        with pytest.raises(UserError, match=f"{path} is {kind}. Name the files."):
+        with pytest.raises(UserError, match=f"{path} is {kind}, but prepare chat reads only files. Name the files"):
             prepare_corpus(["chat", path, "--tokenizer", "byte"])
     Path("empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"no conversation in empty.jsonl"):

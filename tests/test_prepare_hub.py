@@ -108,7 +108,7 @@ def test_files_that_datasets_cannot_read_end_in_a_sentence(file, data, match, to
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub():
     for name in ("./nofolder", "/no/folder", "a/b/c"):
-        prepare_fails(f"no folder {name}, and on the hub a name is OWNER/NAME", "hub", name)
+        prepare_fails(f"'{name}' is neither a local folder nor a dataset name.*such as OWNER/NAME", "hub", name)
 
 
 def test_named_corpora_ask_the_hub_for_the_right_thing(monkeypatch):
