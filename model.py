@@ -254,9 +254,9 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
-        With `targets` (B, T), in which -1 is masked: logits (B, T, V) and the loss in nats over the unmasked targets.
-        `reduction` is "mean" (0 if all targets are masked), "sum", used in training, or "none", used in evaluation, for
-        (B, T) with 0 at masked targets. With "sum" and "none", logits are None: they would cost memory and time.
+        With `targets` (B, T), in which -1 is masked: logits (B, T, V), or None, and the loss in nats. `reduction`:
+        "mean" (0 if all targets are masked) returns the logits too. "sum" (training) and "none" (evaluation; losses
+        (B, T), 0 at masked targets) return None for the logits, which saves memory and time.
 
         Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None. With
         a function `per_token` instead: None, and its values (B, T, K) (see `in_chunks`).
@@ -287,7 +287,7 @@ class GPT(nn.Module):
         if reduction == "sum" and self.chunks_logits(x):
             softcap = self.config.logit_softcap
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), softcap)
-        if reduction == "none" and not torch.compiler.is_compiling():  # which would unroll the loop over the chunks
+        if reduction == "none" and not torch.compiler.is_compiling():  # the compiler would unroll the loop over chunks
             return None, self.in_chunks(token_loss, x, (targets,))[..., 0]
         logits = self.logits(x)  # (B, T, V)
         flat, kind = logits.view(B * T, -1).float(), "none" if reduction == "none" else "sum"
@@ -684,7 +684,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def token_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
-    """Return the losses (n, 1) in nats of the targets y (n,) after x (n, C), as `in_chunks` needs it; 0 if masked."""
+    """Return the loss (n, 1) in nats of each target y (n,) after x (n, C); 0 if masked. For `in_chunks`."""
     return F.cross_entropy(model.logits(x).float(), y, ignore_index=-1, reduction="none")[:, None]
 
 

@@ -77,7 +77,8 @@ def replace(path: Path, text: str) -> None:
         os.replace(tmp_path, path)
     except OSError as error:
         remove(tmp_path, ignore_errors=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
+        # the OSError of a failed write has no filename
+        raise OSError(error.errno, error.strerror, str(path)) from error
     sync(path.parent)
 
 

@@ -328,7 +328,7 @@ def fonts_for(text: str) -> tuple[list[str], set[int]]:
         likely = re.compile("CJK|Han|Hei|Ming|Song|Gothic|Unicode|Fallback|Noto Sans")
         faces = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
         faces.sort(key=lambda font: str(font.weight) in ("400", "normal") and font.style == "normal")
-        fonts = {font.name: font.fname for font in faces}  # of several faces, the regular one
+        fonts = {font.name: font.fname for font in faces}  # the regular face is last, so it wins
         for name in sorted(fonts, key=lambda name: (not likely.search(name), name)):
             if missing and missing & (own := characters(fonts[name])):
                 families.append(name)

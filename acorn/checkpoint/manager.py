@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CheckpointManager:
     """Saves the checkpoints of a run through a `Writer`, and records the best one in `state`.
 
-    Saving is asynchronous. If it fails, the best checkpoint is again the one on the disk.
+    Saving is asynchronous. If a save fails, the best checkpoint in `state` is reset to the one on disk.
     `contents` returns the content of state.json, except for the model's configuration and the hashes of the files.
     """
 
@@ -53,7 +53,8 @@ class CheckpointManager:
         return best, failed
 
     def wait(self) -> bool:
-        """Wait for the disk. Returns whether the previous checkpoint was written."""
+        """Wait for the disk. Return whether the previous checkpoint was written; if not, reset the best checkpoint in
+        `state`."""
         written = self.writer.wait()
         if not written:
             self.state.best_step, self.state.best_loss = self.best_before

@@ -70,8 +70,8 @@ def load_moments(model: GPT, optimizers: list[torch.optim.Optimizer], saved: dic
 def foreign(reason: str) -> UserError:
     """Return the error for an optimizer state that belongs to another model or to other optimizers."""
     return UserError(
-        f"the saved optimizer state does not fit: {reason}. Resume with the run's optimizer, freeze and block_size, or "
-        "start from its weights alone: --init_from=OUT_DIR with a new --out_dir."
+        f"the saved optimizer state does not fit: {reason}. To resume, leave out --optimizer, --freeze and "
+        "--block_size. To start from the weights alone, use --init_from=OUT_DIR with a new --out_dir."
     )
 
 
@@ -94,5 +94,5 @@ def convert_format_1(model: GPT, optimizers: list[torch.optim.Optimizer], saved:
                         raise TypeError("not a dense tensor")
                     named[f"{names[params[order.index(i)]]}.{kind}"] = value
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise foreign("it numbers other parameters") from error
+        raise foreign("its parameter numbers do not match this model") from error
     return named

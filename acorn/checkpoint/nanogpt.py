@@ -27,7 +27,8 @@ def open_nanogpt(path: Path) -> tuple[GPT, dict, dict]:
     try:
         shape = {**checkpoint["model_args"], "mlp": "gelu"}  # nanoGPT trains with the exact GELU
         named = ((name.removeprefix("_orig_mod."), t) for name, t in checkpoint["model"].items())
-        tensors = {name: t for name, t in named if not name.endswith(BUFFERS)}  # trained without flash attention
+        # the causal mask, stored when nanoGPT runs without flash attention
+        tensors = {name: t for name, t in named if not name.endswith(BUFFERS)}
         only_tensors = all(isinstance(t, torch.Tensor) for t in tensors.values())
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks model_args or model") from error

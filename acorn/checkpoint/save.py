@@ -187,8 +187,8 @@ def commit(tmp_dir: Path, state: dict, hashes: dict[str, str], keep: int) -> Non
         os.rename(final, replaced)
     os.rename(tmp_dir, final)
     files.sync(out_dir)
-    # `best` before `latest`, which marks the end of the update; it may name a step that was trained again, with a worse
-    # loss, after a damaged checkpoint
+    # Write best before latest, which completes the update. Rewrite it at each save: after a damaged checkpoint, it may
+    # name a step that was trained again and is no longer the best.
     best = [folder.name for folder in step_folders(out_dir) if step_of(folder) == state.get("best_step")]
     if best:
         files.replace(out_dir / "best", best[0] + "\n")

@@ -70,9 +70,9 @@ def choose_template(tokenizer: Tokenizer) -> str:
 
 
 def render(tokenizer: Tokenizer, messages: list[dict], most: int | None = None) -> np.ndarray:
-    """Return the ids of a conversation up to the start of the next reply: int32, one dimension. They equal the ids that
-    precede this reply in `render_to_learn` and in `forms_to_learn`, except where there are more than `most` of them:
-    finding the parts takes several renderings."""
+    """Return the ids of a conversation up to the start of the next reply: int32, one dimension. They equal the ids
+    before this reply in `render_to_learn` and `forms_to_learn`. Exception: a text of more than `most` ids is encoded as
+    a whole, which needs only one rendering."""
     whole = _fill_in(tokenizer, messages, True)
     if most is not None and len(ids := _encode(tokenizer, whole, False)) > most:
         return ids
@@ -353,18 +353,19 @@ def _parts(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bo
 
 
 def _regular_parts(tokenizer: Tokenizer, messages: list[dict], whole: str) -> list[str] | None:
-    """Return the texts of `_parts` of a conversation up to the next reply, whose text is `whole`, in a few renderings
-    instead of two per reply. Return None if there are few replies, or if the template may treat some differently.
+    """Return the texts of `_parts` up to the next reply, in a few renderings instead of two per reply. `whole` is the
+    text of the conversation. Return None if there are fewer than 4 replies, if the content of one is not a string, or
+    if the template may render replies differently. Raises UserError, such as RewrittenHistory.
 
-    One rendering has a PROBE before and after the content of each reply. The first and the last reply are located as
-    in `_parts`; the text that surrounds their content must surround all others."""
+    One rendering puts a PROBE before and after the content of each reply. The text around the first and the last
+    content, found as in `_parts`, must also surround all others."""
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     contents: list = [messages[i].get("content") for i in replies]
     if len(replies) < 4 or not all(isinstance(content, str) for content in contents):
         return None
-    for stripped in (contents, [content.strip() for content in contents]):  # many templates strip replies
+    for candidate in (contents, [content.strip() for content in contents]):  # many templates strip replies
         probed = Conversation(messages, getattr(messages, "extras", {}))
-        for i, content in zip(replies, stripped, strict=True):
+        for i, content in zip(replies, candidate, strict=True):
             probed[i] = messages[i] | {"content": PROBE + content + PROBE}
         pieces = _fill_in(tokenizer, probed, True).split(PROBE)
         if len(pieces) == 2 * len(replies) + 1 and "".join(pieces) == whole:
@@ -382,13 +383,15 @@ def _regular_parts(tokenizer: Tokenizer, messages: list[dict], whole: str) -> li
         if not whole.startswith(prompt + reply):
             raise RewrittenHistory(REWRITTEN)
         around.add((whole[len(prompt) : begins[k]], whole[ends[k] : len(prompt) + len(reply)]))
-    before, after = around.pop()
+    if len(around) != 1:
+        return None
+    [(before, after)] = around
     cuts = [0]
     for begin, end in zip(begins, ends, strict=True):
         if not (whole.startswith(before, begin - len(before)) and whole.startswith(after, end)):
             return None
         cuts += [begin - len(before), end + len(after)]
-    if around or not after or cuts != sorted(cuts):
+    if not after or cuts != sorted(cuts):
         return None
     return [whole[i:j] for i, j in itertools.pairwise([*cuts, len(whole)]) if i < j]
 

@@ -85,8 +85,8 @@ def read_messages(record: dict) -> Conversation:
 
     extras = {name: value for name, value in record.items() if name not in {*used, *FLAGS} and value is not None}
     for name, value in extras.items():
-        if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # a flag from csv
-            extras[name] = _typed(value)
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # csv stores true and false as text
+            extras[name] = _parse_flag(value)
     if isinstance(settings := _parsed(extras.pop("chat_template_kwargs", None)), dict):  # vLLM's name for extras
         extras |= settings
     for name in ("tools", "documents"):
@@ -238,7 +238,7 @@ def _part(part, number: int) -> str:
 
 def _flag(fields: dict, place: str) -> bool | None:
     """Return whether `fields` mark a reply as learned, None if no flag is set. `place` follows the value in errors."""
-    flags = {name: value for name in FLAGS if (value := _typed(fields.get(name))) is not None}
+    flags = {name: value for name in FLAGS if (value := _parse_flag(fields.get(name))) is not None}
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UserError(
@@ -251,8 +251,8 @@ def _flag(fields: dict, place: str) -> bool | None:
     return answers.pop() if answers else None
 
 
-def _typed(value):
-    """Parse the text of a flag, which csv stores as text: a number, true, false, or nothing (None). Return any other
+def _parse_flag(value):
+    """Return the value of a flag that csv stores as text: a bool, a float, or None for an empty text. Return any other
     value unchanged."""
     if not isinstance(value, str):
         return value

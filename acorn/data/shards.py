@@ -245,7 +245,7 @@ class Tokens:
             raise IndexError(f"a window of {length} tokens is outside the {self.name} split of {len(self)} tokens")
         windows = np.empty((len(starts), length), dtype=np.int64)
         first_shards = np.searchsorted(self._ends, starts, side="right")
-        read = set()
+        read_shards = set()
         for window, start, shard in zip(windows, starts.tolist(), first_shards.tolist(), strict=True):
             filled = 0
             while filled < length:
@@ -253,9 +253,9 @@ class Tokens:
                 part = self._map(shard)[begin : begin + length - filled]
                 window[filled : filled + len(part)] = part
                 filled += len(part)
-                read.add(shard)
+                read_shards.add(shard)
                 shard += 1
-        for shard in read:  # truncated while it was read, the file has zeros in the place of tokens
+        for shard in read_shards:  # check again: the tokens of a truncated file read as 0
             self._map(shard)
         self._drop_maps(windows)
         if windows.size and windows.max() >= self.vocab_size:

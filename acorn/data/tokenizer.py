@@ -58,7 +58,12 @@ class Tokenizer:
     unk_id: int | None = None  # the id that replaces words with unknown characters; None if there are no such words
     before_text: tuple[int, ...] = ()  # ids that the tokenizer puts before a text, such as a BOS
     after_text: tuple[int, ...] = ()  # ids that it puts after a text, such as an EOS
-    _prepends = False  # whether it puts a space before a text
+    _prepends = False
+
+    @property
+    def prepends_space(self) -> bool:
+        """Whether encoding adds a space before a text."""
+        return self._prepends
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32, one dimension."""
@@ -69,8 +74,8 @@ class Tokenizer:
         return []
 
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[np.ndarray]:
-        """Return `encode` of each text; faster than single calls for many texts. `continues` says of each text whether
-        it continues a longer one: the tokenizer then puts no space before it."""
+        """Return `encode` of each text; faster than single calls for many texts. `continues[i]` is True if text i
+        continues an earlier one; the tokenizer then adds no space before it. Empty: no text does."""
         return [self.encode(text) for text in texts]
 
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
@@ -351,7 +356,7 @@ class HFTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[np.ndarray]:
-        if self._prepends and any(continues):
+        if self.prepends_space and any(continues):
             parts = zip(texts, continues, strict=True)
             return [self.encode_part(text, continued, control=False) for text, continued in parts]
         return self._encoder(texts)
@@ -359,8 +364,10 @@ class HFTokenizer(Tokenizer):
     def encode_part(self, text: str, continues: bool, control: bool) -> np.ndarray:
         backend = self._control_backend if control else self._backend
         text = _well_formed(text)
-        before = ("\n", "\ufdd0") if continues and self._prepends else ()  # a line break, or a noncharacter
-        for char in before:  # it absorbs the added space; if it does not merge with the text, its ids are cut off
+        absorbers = ("\n", "\ufdd0") if continues and self.prepends_space else ()  # a line break, a noncharacter
+        # Encode the text after a character that absorbs the added space, and drop that character's ids. Try the second
+        # character if the first merges with the text.
+        for char in absorbers:
             char_ids, joined_ids = _encode_with(backend, char), _encode_with(backend, char + text)
             if joined_ids[: len(char_ids)] == char_ids:
                 return np.array(joined_ids[len(char_ids) :], dtype=np.int32)
@@ -380,7 +387,7 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         text = super().decode(ids)
-        return text.removeprefix(" ") if self._prepends else text
+        return text.removeprefix(" ") if self.prepends_space else text
 
     @functools.cached_property
     def _table(self) -> list[bytes]:
@@ -505,8 +512,9 @@ def _encode_with(backend, text: str, whole: bool = False) -> list[int]:
 class StreamDecoder:
     """Decodes ids one by one. A character whose bytes span several tokens is returned once it is complete.
 
-    The ids continue the ids `before`, which may end inside a character. Where a text begins, such as after a BOS, the
-    space that the tokenizer puts before a text is dropped. None: they continue an unknown text after a whole character.
+    `before` holds the ids that precede the stream, and may end inside a character. If it is empty or ends where a text
+    begins, such as at a BOS, the space that the tokenizer adds there is dropped. None: the preceding ids are unknown;
+    nothing is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] | None = None):
@@ -515,7 +523,7 @@ class StreamDecoder:
         self._drops_space = False
         if before is not None:
             begins = not len(before) or before[-1] in tokenizer.ends.union(tokenizer.before_document)
-            self._drops_space = tokenizer._prepends and begins
+            self._drops_space = tokenizer.prepends_space and begins
             self._decoder.decode(tokenizer.decode_bytes(before[-3:]))  # a character has at most 4 bytes
 
     def push(self, token: int) -> str:
@@ -867,7 +875,8 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode White_Space, tiktoken's \s
 _BOUNDARY = re.compile(f"[{_SPACE}](?=[^{_SPACE}])")
-_WORDS = re.compile(r"(?<=[^\W\d_])(?: (?=[^\W\d_])|(?=[，。、；：？！]))")
+# a space between two letters, or the position between a letter and Chinese punctuation
+_CUTS = re.compile(r"(?<=[^\W\d_])(?: (?=[^\W\d_])|(?=[，。、；：？！]))")
 
 
 def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
@@ -882,7 +891,7 @@ def split_text(text: str, size: int = 1 << 17) -> Iterator[str]:
     start = 0
     while len(text) - start > size:
         earliest = start + size
-        boundary = _WORDS.search(text, earliest, earliest + size) or _BOUNDARY.search(text, earliest)
+        boundary = _CUTS.search(text, earliest, earliest + size) or _BOUNDARY.search(text, earliest)
         if boundary is None:
             break
         yield text[start : boundary.start()]

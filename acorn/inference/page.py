@@ -2,9 +2,9 @@
 
     GET  /                the page: index.html, and /page/style.css and so on
     GET  /inside          the name and size of the model, and whether it can chat
-    POST /inside/tokens   {"text"}, {"ids"} or {"messages"} -> their "ids", the labels of the "tokens", and the "text";
-                          "alternatives" to each token, as ids, become labels; "before": ids that the "ids" continue;
-                          "ends": ids that end a reply to the messages
+    POST /inside/tokens   {"text"}, {"ids"} or {"messages"} -> "ids", "tokens" (their labels), "text", and "ends" (ids
+                          that end a reply; [] without messages). Optional: "before", ids that precede "ids";
+                          "alternatives", a list of ids for each token, answered with their labels
     POST /inside          {"text"} or {"ids"} -> the values of `look_inside`
     POST /inside/heads    the same -> {"heads"}: the values of `head_ablation`
 
@@ -37,6 +37,7 @@ HEADERS = {
 }
 MOST_CHARACTERS = 200_000  # of a text that is only split into tokens
 MOST_TOKENS = 128  # of a text to look into; about the most that fits on a screen
+CHAR_TOKENS = 4  # the most tokens that a character spans: it has at most 4 bytes
 MOST_ABLATIONS = 40_000  # tokens that head ablation may run through the model: heads * tokens
 
 
@@ -118,7 +119,7 @@ def inside_router(model: GPT, tokenizer, name: str) -> APIRouter:
         if isinstance(others := query.get("alternatives"), list):
             rows = [read_ids(tokenizer, {"ids": row}) for row in others[: len(ids)]]
             found["alternatives"] = [
-                [inside.label_after(tokenizer, whole[max(0, i - 4) : i], token) for token in row]
+                [inside.label_after(tokenizer, whole[max(0, i - CHAR_TOKENS) : i], token) for token in row]
                 for i, row in enumerate(rows, n)
             ]
         return found

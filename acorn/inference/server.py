@@ -440,9 +440,10 @@ def create_app(
 
     def render(messages: list[dict[str, str]]) -> list[int]:
         check_size(sum(len(message["content"]) for message in messages), "messages")
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None  # a reply to continue
-        ids = chat.render(tokenizer, messages if begun is None else messages[:-1], block_size).tolist()
-        return check_length(ids if begun is None else ids + chat.encode_reply(tokenizer, begun), "messages")
+        if messages[-1]["role"] != "assistant":
+            return check_length(chat.render(tokenizer, messages, block_size).tolist(), "messages")
+        prompt = chat.render(tokenizer, messages[:-1], block_size).tolist()  # the last message is a reply to continue
+        return check_length(prompt + chat.encode_reply(tokenizer, messages[-1]["content"]), "messages")
 
     async def in_encoder(function: Callable, *arguments):
         try:
@@ -497,7 +498,8 @@ def create_app(
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         n_new = n_new_tokens(asked, max(1, block_size - len(ids)), "max_completion_tokens")
         if request.top_logprobs and not request.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs. Add logprobs = true.", "top_logprobs")
+            message = f'top_logprobs = {request.top_logprobs} needs logprobs. Add "logprobs": true.'
+            raise ApiError(400, message, "top_logprobs")
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         answer = Answer(http, scheduler, tokenizer, request, "chatcmpl", name)
         answer.add(ids, n_new, request.stops(), reply_ends.union(request.stop_token_ids), n_top)

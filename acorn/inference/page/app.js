@@ -4,9 +4,10 @@
 const $ = (id) => document.getElementById(id);
 const VIEWS = ["chat", "complete", "why", "inside"];
 const N_TOP = 5; // alternatives per token
+const CHAR_TOKENS = 4; // the most tokens that a character spans: it has at most 4 bytes
 
 let view = "complete";
-let model = null; // the answer of GET inside; without it, the page shows why and asks again
+let model = null; // the response of GET inside; null after a failure: the next action asks again
 let running = null; // the AbortController of the answer that is being written
 const conversation = []; // messages: {role, content}
 const completion = { ids: [], text: "", ends: [], tokens: [], written: "", chosen: -1 }; // ids, text: of the prompt
@@ -18,10 +19,12 @@ let insideData = null;
 
 class ServerError extends Error {}
 
-/** Send a request with the API key. Raises ServerError with the server's sentence, or with one about the key. */
+/** Send a request with the API key. Return the response. Throw ServerError with the server's message, or with a hint
+ * if the API key is missing or wrong. */
 async function request(path, options = {}) {
   const headers = { ...options.headers };
-  const key = new TextEncoder().encode($("api_key").value); // a header holds bytes
+  // fetch accepts only Latin-1 in headers: one character per UTF-8 byte
+  const key = new TextEncoder().encode($("api_key").value);
   if (key.length) headers.Authorization = `Bearer ${String.fromCharCode(...key)}`;
   let answer;
   try {
@@ -279,7 +282,8 @@ async function nameTokens(ids, tokens) {
   while (first && tokens[first - 1].label === undefined) first -= 1;
   const unnamed = tokens.slice(first);
   if (!unnamed.length) return;
-  const before = [...ids.slice(-4), ...idsOf(tokens.slice(Math.max(0, first - 4), first))]; // may begin a character
+  // the last of them may begin a character
+  const before = [...ids.slice(-CHAR_TOKENS), ...idsOf(tokens.slice(Math.max(0, first - CHAR_TOKENS), first))];
   const alternatives = unnamed.map((token) => token.top.map(([id]) => id));
   const names = await ask("inside/tokens", { before, ids: idsOf(unnamed), alternatives });
   unnamed.forEach((token, i) => Object.assign(token, { label: names.tokens[i], names: names.alternatives[i] }));
@@ -297,7 +301,7 @@ async function continueText(kept = []) {
     const text = kept.length ? completion.text : $("prompt").value;
     const known = text === completion.text && completion.ids.length; // such as the ids of a conversation
     const { ids, ends } = known ? completion : await ask("inside/tokens", { text });
-    const query = { before: ids.slice(-4), ids: idsOf(kept) };
+    const query = { before: ids.slice(-CHAR_TOKENS), ids: idsOf(kept) };
     const written = kept.length ? (await ask("inside/tokens", query)).text : "";
     const old = { ...completion };
     const tokens = [...kept];
@@ -305,7 +309,7 @@ async function continueText(kept = []) {
     drawCompletion(true);
     const prompt = kept.length ? contextOf([...ids, ...idsOf(kept)]) : ids;
     const body = { ...settings(), prompt, stop_token_ids: ends, logprobs: N_TOP, return_tokens_as_token_ids: true };
-    const name = () => nameTokens(ids, tokens).then(() => drawCompletion(running !== null));
+    const nameAndDraw = () => nameTokens(ids, tokens).then(() => drawCompletion(running !== null));
     let naming = null;
     try {
       for await (const chunk of stream("v1/completions", body, signal)) {
@@ -314,7 +318,8 @@ async function continueText(kept = []) {
         completion.written += choice.text;
         if (choice.logprobs) tokens.push(...tokensOf(choice.logprobs));
         drawCompletion(true);
-        naming ??= name().catch(() => {}).finally(() => (naming = null)); // the last one reports an error
+        // the call after the stream reports errors
+        naming ??= nameAndDraw().catch(() => {}).finally(() => (naming = null));
       }
     } catch (error) {
       if (tokens.length === kept.length) Object.assign(completion, old);
