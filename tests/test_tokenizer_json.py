@@ -21,6 +21,7 @@ from acorn.data.tokenizer import (
     extends,
     from_dict,
     get_tokenizer,
+    gpt2_config,
     is_hf,
     load_hf,
     tokenizer_hash,
@@ -191,6 +192,64 @@ def test_texts_prompts_and_documents_have_transformers_ids(tmp_path, before, aft
     assert written == expected or len(written) - len(expected) in (0, 1)  # the start of val may split a token
     assert written[:9] == expected[:9] and written[-9:] == expected[-9:]
     assert meta["document_mark"] == (340 if before else 339 if not after else ours.eot)
+
+
+GPT2_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2_LEVEL]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"post_processor": processor([(END_OF_TEXT, 50256)], [])},
+        {"post_processor": processor([], [(END_OF_TEXT, 50256)])},
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": DIGITS},
+        {"pre_tokenizer": GPT2_LEVEL | {"add_prefix_space": True}},
+        {"pre_tokenizer": GPT2_LEVEL | {"use_regex": False}},
+        {"added_tokens": [gpt2_config()["added_tokens"][0] | {"special": False}]},
+        {"first_merge": "t h"},
+    ],
+)
+def test_a_tokenizer_with_gpt2s_vocabulary_but_another_pipeline_is_kept(tmp_path, changes):
+    config = gpt2_config()
+    if first := changes.get("first_merge"):
+        config["model"]["merges"].sort(key=lambda pair: pair != first)
+    else:
+        config |= changes
+    ours = load_hf(write_hf(tmp_path, config))
+    assert ours.kind == "hf"
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(config))
+    theirs.encode_special_tokens = True
+    texts = ("It's 1234 the cafe\u0301  x", "the\n\n'vest", END_OF_TEXT)
+    for text in texts:
+        ids = theirs.encode(text).ids
+        assert [*ours.before_text, *ours.encode(text), *ours.after_text] == ids
+        if not ours.after_text:
+            assert encode_prompt(ours, text) == ids
+    assert any(theirs.encode(text).ids != get_tokenizer("gpt2").encode(text).tolist() for text in texts)
+
+
+def test_gpt2_is_recognized_in_each_form_that_libraries_write(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    published = gpt2_config() | {
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    }
+    del published["model"]["type"], published["pre_tokenizer"]["use_regex"]  # an older version of the library wrote it
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    write_hf(tmp_path / "published", published, tokenizer_config=names)
+    without_end = gpt2_config() | {"added_tokens": []}
+    write_hf(tmp_path / "without_end", without_end, tokenizer_config=names)
+    (tmp_path / "old").mkdir()
+    tokenizers.Tokenizer.from_str(json.dumps(published)).model.save(str(tmp_path / "old"))  # vocab.json and merges.txt
+    transformers.GPT2Tokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "gpt2")
+    generic = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "published")
+    generic.save_pretrained(tmp_path / "generic")
+    for name in ("published", "without_end", "gpt2", "generic"):
+        assert load_hf(tmp_path / name).kind == "gpt2", name
+    added = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "old", add_bos_token=True)
+    added.save_pretrained(tmp_path / "bos")
+    assert encode_prompt(load_hf(tmp_path / "bos"), "It's") == added("It's")["input_ids"] == [50256, 1026, 338]
 
 
 def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):

@@ -415,8 +415,25 @@ class HFTokenizer(Tokenizer):
         return [text[slice(*span)] for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == self.unk_id]
 
     def equals_gpt2(self) -> bool:
-        """Whether this is GPT-2's own tokenizer in Hugging Face's format."""
-        return not self._prepends and self.n_vocab == GPT2Tokenizer.n_vocab and self._table == GPT2Tokenizer()._table
+        """Whether this is GPT-2's own tokenizer in Hugging Face's format: its vocabulary and merges, and nothing else
+        that changes the ids of a text, such as a normalizer or a BOS."""
+        if self.n_vocab != GPT2Tokenizer.n_vocab or self.before_text or self.after_text:
+            return False
+        config = json.loads(self._backend.to_str())  # in the library's canonical format
+        model, pre_tokenizer = config["model"], config["pre_tokenizer"] or {}
+        if model["type"] != "BPE":
+            return False
+        merges = "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""])  # as in the file vocab.bpe
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        end = {"content": END_OF_TEXT, "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+        return (
+            hashlib.sha256(merges.encode()).hexdigest() == GPT2_FILES["vocab.bpe"]
+            and not any(model[name] for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+            and config["normalizer"] is None
+            and byte_level.items() <= pre_tokenizer.items()
+            and all(end.items() <= token.items() for token in config["added_tokens"])
+            and self._table == GPT2Tokenizer()._table
+        )
 
     def _saved(self) -> dict:
         names = {"eot": self._eot_name, "bos": self._bos, "eos": self._eos}
