@@ -252,6 +252,53 @@ def test_gpt2_is_recognized_in_each_form_that_libraries_write(tmp_path):
     assert encode_prompt(load_hf(tmp_path / "bos"), "It's") == added("It's")["input_ids"] == [50256, 1026, 338]
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token", "unk_token", "additional_special_tokens"])
+def test_a_named_token_is_special_as_in_transformers(tmp_path, role, where):
+    transformers = pytest.importorskip("transformers")
+    ordinary = {"special": False, "normalized": True}
+    names = [END_OF_TEXT, "</s>", "<plain>"]
+    added = [BPE.config["added_tokens"][0] | ordinary | {"id": i, "content": name} for i, name in enumerate(names, 339)]
+    named = {role: ["</s>"] if role.startswith("additional") else "</s>"}
+    files = {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    files.setdefault(where, {}).update(named)
+    folder = write_hf(tmp_path / "t", BPE.config | {"added_tokens": added}, **files)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
+    assert theirs.all_special_ids == [340] and ours.control == {"</s>": 340}
+    theirs.add_tokens(theirs.all_special_tokens, special_tokens=True)  # it only lists the additional ones as special
+    assert ours.eot == (340 if role == "eos_token" else None)
+    for tokenizer in (ours, from_dict(json.loads(json.dumps(ours.to_dict())))):
+        for text in ("a</s>b", "take</s> <plain> the", f"{END_OF_TEXT}</s>"):
+            assert tokenizer.encode(text).tolist() == theirs(text, split_special_tokens=True)["input_ids"]
+            assert tokenizer.encode_part(text, False, control=True).tolist() == theirs(text)["input_ids"]
+
+
+def test_a_dataset_has_separators_if_only_tokenizer_config_makes_the_eos_special(tmp_path):
+    config = json.loads(json.dumps(BPE.config))
+    end = config["added_tokens"][0]
+    config["added_tokens"] = [end | {"special": False}, end | {"id": 340, "content": "</s>", "special": False}]
+    tokenizer = load_hf(write_hf(tmp_path / "t", config, tokenizer_config={"eos_token": "</s>"}))
+    documents = ["take</s> the letter", "bring it"] * 9
+    prepare(documents, tmp_path / "d", name="d", tokenizer=tokenizer, source={}, val_by="end", val_fraction=0.2)
+    dataset = load_dataset(str(tmp_path / "d"))
+    ids = [i for split in (dataset.train, dataset.val) for i in split.read([0], len(split))[0].tolist()]
+    assert ids == [i for text in documents for i in (340, *tokenizer.encode(text).tolist())]
+    assert ids.count(340) == len(documents)
+
+
+def test_a_named_token_of_the_vocabulary_becomes_special(tmp_path):
+    """As transformers does it with a vocabulary that lists its control tokens as ordinary ones."""
+    transformers = pytest.importorskip("transformers")
+    config = sentencepiece() | {"added_tokens": []}
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}, "pad_token": "<missing>"}
+    folder = write_hf(tmp_path, config, tokenizer_config=names | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
+    assert ours.control == {"<s>": 1, "</s>": 2} and ours.eot == 2
+    for text in ("a</s>b", "<s>take the</s>"):
+        assert ours.encode(text).tolist() == theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode_part(text, False, control=True).tolist() == theirs(text)["input_ids"]
+
+
 def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
     ends = {"generation_config": {"eos_token_id": [341, 300]}, "config": {"eos_token_id": 301}}
     tokenizer = get_tokenizer(str(with_processor(tmp_path / "t", ["<s>"], [], **ends)))

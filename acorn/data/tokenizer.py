@@ -695,6 +695,7 @@ def load_hf(path: str | Path) -> Tokenizer:
     if not isinstance(config.get("model"), dict):
         raise UserError(f"{path} is not the tokenizer.json of a Hugging Face tokenizer. Choose another file.")
     try:
+        config = _mark_special(config, {*_special_names(names), *_special_names(settings)})
         added = {token["id"]: token["content"] for token in config.get("added_tokens") or ()}
         ends = read_ends(path.parent, added)
         named = [_token_name((names | settings).get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
@@ -717,7 +718,8 @@ def load_hf(path: str | Path) -> Tokenizer:
             f"{path} or a JSON file in the same folder is broken ({error!r:.80}). Download the folder again."
         ) from error
     try:
-        loaded = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in added.values() else eos, bos, eos)
+        special = {token["content"] for token in config.get("added_tokens") or () if token.get("special")}
+        loaded = HFTokenizer(config, END_OF_TEXT if END_OF_TEXT in special else eos, bos, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     tokenizer = GPT2Tokenizer() if loaded.equals_gpt2() else loaded
@@ -792,6 +794,29 @@ def _read_json(path: Path, missing: dict | None = None) -> dict:
 
 def _token_name(entry) -> str | None:
     return entry["content"] if isinstance(entry, dict) else entry
+
+
+def _special_names(settings: dict) -> list[str]:
+    """Return the names of the special tokens in a tokenizer_config.json or special_tokens_map.json."""
+    entries = [value for key, value in settings.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key)
+        entries += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+    return [name for name in map(_token_name, entries) if isinstance(name, str)]
+
+
+def _mark_special(config: dict, names: Iterable[str]) -> dict:
+    """Return a parsed tokenizer.json in which the tokens of these names are special, as in transformers. Names that are
+    not in its vocabulary are ignored."""
+    added, vocab = config.get("added_tokens") or [], config["model"].get("vocab") or {}
+    ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    new = (set(names) & ids.keys()) - {token["content"] for token in added}
+    marked = [token | {"special": True} if token["content"] in names else token for token in added]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    marked += [
+        {"id": ids[name], "content": name, **plain, "special": True} for name in sorted(new, key=ids.__getitem__)
+    ]
+    return config if marked == added else config | {"added_tokens": marked}
 
 
 def from_dict(saved: dict) -> Tokenizer:
