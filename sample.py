@@ -98,6 +98,8 @@ def main() -> int:
     start = files.read_text(s.start[5:]) if s.start.startswith("FILE:") else s.start
     if "start" not in given and tokenizer.kind == "char" and "\n" not in tokenizer.to_dict()["vocab"]:
         start = tokenizer.decode([0])  # the vocabulary has no line break, the default prompt
+    if start == END_OF_TEXT and END_OF_TEXT not in tokenizer.control and not s.chat:
+        start = ""  # begins a document with the BOS or the end-of-text token, which has another name here
     prompts = read_prompts(s.prompts, tokenizer) if s.prompts else [start]
     control = s.control_tokens or (prompts == [END_OF_TEXT] and not s.prompts)
     num_samples = 1 if (s.prompts or s.num_beams > 1) and "num_samples" not in given else s.num_samples

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, script_here
+from helpers import refused, script_here, sentencepiece, write_hf
 from hf_models import (
     ALONE,
     assert_same_logits,
@@ -20,6 +20,7 @@ from hf_models import (
     transformers,
     write_tokenizer,
 )
+from tokenizers import Tokenizer, processors
 
 from acorn import UserError, checkpoint, hub
 from acorn.data.chat import render_to_learn
@@ -89,6 +90,32 @@ def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(publish
     for words in (["--chat"], ["--interactive=True"], [f"--prompts={tmp_path}/p.txt"]):
         with pytest.raises(UserError, match="control_tokens"):
             prompt("--control_tokens=True", *words)
+
+
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_start_begins_a_document_in_a_tokenizer_with_other_names(tmp_path, monkeypatch, with_bos):
+    """As in Llama, whose end-of-text token is </s>."""
+    import sample
+
+    folder = tmp_path / "t"
+    theirs("llama", vocab_size=400, max_position_embeddings=128).save_pretrained(folder)
+    config = sentencepiece()
+    if with_bos:
+        post = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+        backend = Tokenizer.from_str(json.dumps(config))
+        backend.post_processor = post
+        config = json.loads(backend.to_str())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_hf(folder, config, tokenizer_config=names)
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    seen = []
+    monkeypatch.setattr("acorn.inference.generate.generate", lambda model, rows, *_: seen.extend(rows))
+    monkeypatch.setattr(sample.runtime, "setup", lambda *_: ALONE)
+    for words in ([], ["--control_tokens=True"]):
+        options = "--device=cpu --num_samples=1 --compile=False --start=<|endoftext|>".split()
+        monkeypatch.setattr(sys, "argv", ["sample.py", *options, f"--init_from={folder}", *words])
+        assert sample.main() == 0
+        assert seen.pop() == (fast("")["input_ids"] or [fast.eos_token_id]) == ([1] if with_bos else [2])
 
 
 def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):

@@ -115,6 +115,7 @@ def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
     refused(script_here("sample.py", *words, cwd=tmp_path), "U+20AC")
     for words, said in (
         (["--start="], "empty"),
+        (["--start=<|endoftext|>"], "no end-of-text token"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         ([f"--start=FILE:{tmp_path}/bad.txt"], "byte 3"),
         ([f"--prompts={tmp_path}/empty.txt"], "is empty"),
