@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import TEXT
 from hf_models import (
     as_minimind,
     assert_same_logits,
@@ -20,7 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from acorn import UserError, checkpoint, hub
 from acorn.checkpoint import huggingface
-from acorn.data.tokenizer import get_tokenizer
+from acorn.checkpoint.huggingface import load_tokenizer
+from acorn.data import chat
+from acorn.data.records import Conversation
+from acorn.data.tokenizer import get_tokenizer, tokenizer_hash
 from acorn.inference.generate import encode_prompt
 from prepare.__main__ import tokenizer_of as prepare_tokenizer_of
 
@@ -190,6 +194,67 @@ def test_a_bos_goes_out_with_an_export(tmp_path):
         assert (
             fast("the one")["input_ids"] == encode_prompt(tokenizer, "the one") != tokenizer.encode("the one").tolist()
         )
+
+
+@pytest.mark.parametrize("kind", ["byte", "gpt2", "bpe:340"])
+def test_an_export_that_transformers_saves_again_keeps_its_kind_and_hash(tmp_path, capsys, kind):
+    vocab_size = get_tokenizer(kind, [TEXT]).n_vocab
+    hub.export(str(saved(tmp_path / "out", ours(vocab_size=vocab_size), kind, [TEXT])), tmp_path / "hf")
+    before = load_tokenizer(str(tmp_path / "hf"))
+    assert "note" not in capsys.readouterr().err
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    fast.chat_template = "{{ messages[0].content }}"
+    fast.save_pretrained(tmp_path / "hf")
+    after = load_tokenizer(str(tmp_path / "hf"))
+    assert "changed since the export" in capsys.readouterr().err
+    assert (after.kind, tokenizer_hash(after)) == (before.kind, tokenizer_hash(before))
+    assert after.chat_template == fast.chat_template and before.chat_template is None
+
+
+@pytest.mark.parametrize("change", ["tokens", "template", "eos", "jinja", "everything"])
+def test_changes_by_transformers_to_an_export_are_loaded(tmp_path, capsys, change):
+    theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    hub.export(str(tmp_path / "base"), tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    if change in ("tokens", "everything"):
+        fast.add_tokens(["<tool>"], special_tokens=True)
+        model.resize_token_embeddings(len(fast))
+    if change in ("template", "everything"):
+        fast.chat_template = "NEW {{ messages[0].content }}"
+    if change in ("eos", "everything"):
+        fast.eos_token = "<|endoftext|>"
+    if change == "jinja":
+        (tmp_path / "hf" / "chat_template.jinja").write_text("NEW {{ messages[0].content }}")
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    else:
+        model.save_pretrained(tmp_path / "hf")
+        fast.save_pretrained(tmp_path / "hf")
+    tokenizer = checkpoint.load_model(str(tmp_path / "hf"))[1]
+    assert "changed since the export; using tokenizer.json" in capsys.readouterr().err
+    text = "the <tool><|im_end|> one"
+    assert tokenizer.n_vocab == len(fast) and tokenizer.eos == fast.eos_token
+    assert tokenizer.encode(text).tolist() == fast(text, split_special_tokens=True)["input_ids"]
+    assert tokenizer.encode_part(text, False, control=True).tolist() == fast(text)["input_ids"]
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = fast.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(chat.render(tokenizer, Conversation(messages, {}))) == expected
+
+
+def test_an_export_without_hashes_keeps_its_own_tokenizer(tmp_path, capsys):
+    """Older versions wrote none. A char tokenizer keeps its own copy too, because it has no other form."""
+    for kind in ("bpe:340", "char"):
+        folder, tokenizer = tmp_path / f"hf-{kind[:3]}", get_tokenizer(kind, [TEXT])
+        hub.export(str(saved(tmp_path / kind[:3], ours(vocab_size=tokenizer.n_vocab), kind, [TEXT])), folder)
+        if kind != "char":
+            own = json.loads((folder / "acorn_tokenizer.json").read_text())
+            assert own.pop("files").keys() == {"tokenizer.json", "tokenizer_config.json"}
+            (folder / "acorn_tokenizer.json").write_text(json.dumps(own))
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        capsys.readouterr()
+        assert tokenizer_hash(load_tokenizer(str(folder))) == tokenizer_hash(tokenizer)
+        assert ("using acorn_tokenizer.json" in capsys.readouterr().err) == (kind == "char")
 
 
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path):

@@ -23,6 +23,8 @@ from acorn.checkpoint.huggingface import (
     flatten,
     hf_views,
     is_norm,
+    sha256,
+    tokenizer_json,
 )
 from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
@@ -33,14 +35,13 @@ from model import GPT, GPTConfig, attention_dropout
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
     """Return the content of a tokenizer's files by file name, for transformers and for `load_tokenizer`."""
-    contents = {ACORN_TOKENIZER: json.dumps(tokenizer.to_dict())}
     text = tokenizer_json(tokenizer)
     if text is None:
         print(
             f"note: transformers has no equivalent of the {tokenizer.kind} tokenizer; no tokenizer.json is written",
             file=sys.stderr,
         )
-        return contents
+        return {ACORN_TOKENIZER: json.dumps(tokenizer.to_dict())}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads any tokenizer.json as it is
         "model_max_length": block_size,
@@ -51,32 +52,9 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[st
     # padding a batch needs pad_token, and CTranslate2 needs unk_token to read GPT-2
     extras |= {"pad_token": tokenizer.pad or eot, "unk_token": tokenizer.unk or eot}
     config |= {name: value for name, value in extras.items() if value}
-    return contents | {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
-
-
-def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
-    """Return the tokenizer in the format of Hugging Face's library `tokenizers`; None if that is not possible."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    if isinstance(tokenizer, tokenizers.HFTokenizer):
-        return json.dumps(tokenizer.config, ensure_ascii=False)
-    if tokenizer.kind == "gpt2":
-        config = tokenizers.gpt2_config()
-        return json.dumps(config, ensure_ascii=False) if config else None
-    if tokenizer.kind == "char":  # each character is a word
-        ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
-        backend = Tokenizer(models.WordLevel(ids, unk_token=""))  # no unknown token: an unknown character is an error
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        backend.decoder = decoders.Fuse()
-        return backend.to_str()
-    if tokenizer.kind == "byte":  # BPE without merges
-        ids = {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}
-        backend = Tokenizer(models.BPE(ids, []))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([tokenizers.END_OF_TEXT])
-        return backend.to_str()
-    return None
+    contents = {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
+    saved = tokenizer.to_dict() | {"files": {name: sha256(text.encode()) for name, text in contents.items()}}
+    return contents | {ACORN_TOKENIZER: json.dumps(saved)}
 
 
 def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype = torch.float32) -> str:
@@ -123,7 +101,7 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
         save_file(tensors, tmp_dir / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(tmp_dir / "config.json", tmp_dir / "model.safetensors")  # safetensors makes it private
         for file_name, text in (tokenizer_files(tokenizer, cfg.block_size) if tokenizer else {}).items():
-            (tmp_dir / file_name).write_text(text, encoding="utf-8")
+            (tmp_dir / file_name).write_bytes(text.encode())  # its hash is recorded, so no line ends are converted
         for file in [*tmp_dir.iterdir(), tmp_dir]:
             files.sync(file)
         os.rename(tmp_dir, target)

@@ -7,6 +7,8 @@ Weights are read and written as safetensors only, because a pickle can run code.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Iterable
@@ -30,6 +32,10 @@ TOKENIZER_FILES = """
 ACORN_TOKENIZER = (
     "acorn_tokenizer.json"  # acorn's own copy of the tokenizer in an exported folder, for an exact round trip
 )
+HASHED_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja
+    additional_chat_templates/tool_use.jinja
+""".split()  # an export records their hashes in acorn_tokenizer.json
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers in older files, not parameters
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"relu2": "relu2"}
@@ -386,8 +392,83 @@ def flatten(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
     """Load the tokenizer of a checkpoint by its name on the hub or its folder; None if it has none."""
     folder = Path(source) if Path(source).is_dir() else download(source, TOKENIZER_FILES)
-    if (folder / ACORN_TOKENIZER).exists():
-        tokenizer = tokenizers.from_dict(read_json(folder / ACORN_TOKENIZER))
-        tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # the user may have edited them
-        return tokenizer
-    return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None
+    if not (folder / ACORN_TOKENIZER).exists():
+        return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None
+    saved = read_json(folder / ACORN_TOKENIZER)
+    tokenizer = tokenizers.from_dict(saved)
+    # older exports have no hashes
+    if "files" in saved and (folder / "tokenizer.json").is_file() and saved["files"] != hash_files(folder):
+        tokenizer = reload_tokenizer(folder, tokenizer)
+    tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # the user may have edited them
+    return tokenizer
+
+
+def reload_tokenizer(folder: Path, exported: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return the tokenizer of an exported folder whose tokenizer files were changed later, for example by transformers'
+    save_pretrained. If the ids of a text are still those of the `exported` tokenizer, the result has its kind and its
+    hash, so that its datasets stay usable."""
+    if exported.kind == "char":
+        print(
+            f"note: the tokenizer files in {folder} changed since the export, but a char tokenizer cannot be read from "
+            f"them; using {ACORN_TOKENIZER}",
+            file=sys.stderr,
+        )
+        return exported
+    print(
+        f"note: the tokenizer files in {folder} changed since the export; using tokenizer.json instead of "
+        f"{ACORN_TOKENIZER}",
+        file=sys.stderr,
+    )
+    loaded = tokenizers.load_hf(folder)
+    config = tokenizer_json(exported)
+    if config is None or pipeline(config) != pipeline(json.dumps(read_json(folder / "tokenizer.json"))):
+        return loaded
+    encoding = {name: value for name, value in exported.to_dict().items() if name in ("kind", "config", "sha256")}
+    return tokenizers.from_dict(loaded.to_dict() | encoding)
+
+
+def pipeline(config: str) -> dict:
+    """Return a tokenizer.json (its text) in the library's canonical format, without parts that have no effect."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(config)
+    backend.no_padding()
+    backend.no_truncation()
+    steps = json.loads(backend.to_str())
+    if not backend.num_special_tokens_to_add(False):  # the post-processor puts nothing before or after a text
+        del steps["post_processor"]
+    return steps
+
+
+def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """Return the tokenizer in the format of Hugging Face's library `tokenizers`; None if that is not possible."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    if isinstance(tokenizer, tokenizers.HFTokenizer):
+        return json.dumps(tokenizer.config, ensure_ascii=False)
+    if tokenizer.kind == "gpt2":
+        config = tokenizers.gpt2_config()
+        return json.dumps(config, ensure_ascii=False) if config else None
+    if tokenizer.kind == "char":  # each character is a word
+        ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
+        backend = Tokenizer(models.WordLevel(ids, unk_token=""))  # no unknown token: an unknown character is an error
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+        return backend.to_str()
+    if tokenizer.kind == "byte":  # BPE without merges
+        ids = {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}
+        backend = Tokenizer(models.BPE(ids, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([tokenizers.END_OF_TEXT])
+        return backend.to_str()
+    return None
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each of HASHED_FILES in a folder, by file name."""
+    return {name: sha256(files.read_bytes(folder / name)) for name in HASHED_FILES if (folder / name).is_file()}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
