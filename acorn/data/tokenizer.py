@@ -58,12 +58,7 @@ class Tokenizer:
     unk_id: int | None = None  # the id that replaces words with unknown characters; None if there are no such words
     before_text: tuple[int, ...] = ()  # ids that the tokenizer puts before a text, such as a BOS
     after_text: tuple[int, ...] = ()  # ids that it puts after a text, such as an EOS
-    _prepends = False
-
-    @property
-    def prepends_space(self) -> bool:
-        """Whether encoding adds a space before a text."""
-        return self._prepends
+    prepends_space = False  # whether encoding adds a space before a text
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32, one dimension."""
@@ -305,12 +300,12 @@ class HFTokenizer(Tokenizer):
         self.before_text, self.after_text = self._around_text()
 
         if self._word_piece:
-            self._prepends, self.unk_id = True, self._vocab.get(config["model"].get("unk_token"))
+            self.prepends_space, self.unk_id = True, self._vocab.get(config["model"].get("unk_token"))
             return
         probe = "A probe,  two spaces\n\tand a tab; é字😀"
-        self._prepends = False
+        self.prepends_space = False
         text = self.decode(self._reference(probe))
-        self._prepends = text.startswith(" ")
+        self.prepends_space = text.startswith(" ")
         if text.removeprefix(" ") != probe:
             raise UserError(f"the tokenizer.json changes text when it is encoded and decoded. {OTHER_TOKENIZERS}")
 
