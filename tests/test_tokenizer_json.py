@@ -114,12 +114,18 @@ def test_a_broken_folder_is_a_sentence(tmp_path, files, message):
     assert str(tmp_path) in str(error.value)
 
 
-def test_new_tokens_added_by_transformers_are_known_for_what_they_are():
+def test_new_tokens_added_by_transformers_are_known_for_what_they_are(tmp_path):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(BPE.config))
     theirs.add_special_tokens(["<|x|>"])
     config = json.loads(theirs.to_str())
     tokenizer = HFTokenizer(config, END_OF_TEXT, None, None)
     assert extends(tokenizer, BPE) and extends(add_tokens(tokenizer, ["<|y|>"]), BPE)
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token=END_OF_TEXT)
+    fast.save_pretrained(tmp_path)
+    assert extends(load_hf(tmp_path), BPE)
+    post = processor([(END_OF_TEXT, 339)], [])
+    assert not extends(HFTokenizer(config | {"post_processor": post}, END_OF_TEXT, None, None), BPE)
     config["model"]["merges"][-2:] = config["model"]["merges"][:-3:-1]  # the last two the other way around
     assert not extends(HFTokenizer(config, END_OF_TEXT, None, None), BPE)
 

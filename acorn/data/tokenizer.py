@@ -883,7 +883,11 @@ def extends(tokenizer: Tokenizer, base: Tokenizer) -> bool:
     """Whether `tokenizer` is `base` with control tokens added after its last id, as by `add_tokens`."""
     if not isinstance(tokenizer, HFTokenizer) or not (old := _as_hf(base)) or tokenizer.eot != old.eot:
         return False
+    if (tokenizer.before_text, tokenizer.after_text) != (old.before_text, old.after_text):
+        return False
     configs = [json.loads(each._backend.to_str()) for each in (tokenizer, old)]  # in the library's canonical format
+    for config in configs:
+        del config["post_processor"]  # transformers writes one that adds nothing
     tokens = [each.pop("added_tokens") for each in configs]
     n = len(tokens[1])
     new = tokens[0][n:]
