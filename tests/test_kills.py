@@ -42,7 +42,7 @@ def test_twenty_kills_at_random_instants_change_nothing(trained, dataset, tmp_pa
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@rounds(3, 35)
+@rounds(2, 35)
 def test_kills_at_random_instants_of_training_change_nothing(dataset, whole_run, start, tmp_path, processes, rounds):
     """kill -9; then the run resumes, and it ends as the run never killed. With two processes, both are killed."""
 
@@ -88,7 +88,7 @@ def test_kills_at_random_instants_of_training_change_nothing(dataset, whole_run,
 
 
 @pytest.mark.parametrize("corpus", ["text", "chat"])
-@rounds(3, 15)
+@rounds(2, 15)
 def test_kills_at_random_instants_of_preparation_change_nothing(start, tmp_path, corpus, rounds):
     """kill -9; then the same command once more, and in the end the dataset has the same bytes."""
     chance = random.Random(0)

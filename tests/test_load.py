@@ -153,7 +153,7 @@ def moments_of(folder: Path, state: dict) -> str:
     return str({name: stored[...] for name, stored in checkpoint.open_tensors(folder, state, "optimizer").items()})
 
 
-@rounds(60, 600)
+@rounds(40, 600)
 def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, capsys, rounds):
     """What loads is one of the two that were saved, and what is loaded of the damaged one is what was written."""
     for step in (1, 2):

@@ -41,7 +41,7 @@ def tokens(B=2, T=12, V=37) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-@rounds(300, math.prod(map(len, SWITCHES.values())))
+@rounds(150, math.prod(map(len, SWITCHES.values())))
 def test_the_cache_changes_nothing_for_any_combination_of_switches(rounds):
     """A prompt of 6 tokens, then one at a time, against all 10 at once."""
     idx = tokens(T=10)

@@ -128,7 +128,7 @@ def places(dataset, tmp_path_factory) -> dict[str, str]:
     return {"CHAR": str(dataset), "BYTE": str(folder / "byte"), "OTHER": str(folder / "other"), "RUN": str(run)}
 
 
-@rounds(40, 2000)
+@rounds(20, 2000)
 def test_any_settings_train_two_steps_or_are_refused_with_a_sentence(places, tmp_path, monkeypatch, capsys, rounds):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "draw_curve", lambda *args: None)  # slow, and the same for all
