@@ -50,11 +50,12 @@ lint: $(STAMPS)/.acorn-requirements-dev
 gpu:
 	$(or $(and $(ACTIVE),python),$(wildcard .venv/bin/python),$(SYSTEM_PYTHON)) benchmarks/gpu.py
 
+# --no-compile halves the installation: Python compiles a module when it is first imported, and most never are
 $(STAMPS)/.acorn-requirements: requirements.txt
 	@test -n "$(ACTIVE)" || test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv .venv
-	$(PYTHON) -m pip install --disable-pip-version-check -q --progress-bar on -r requirements.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --no-compile -q --progress-bar on -r requirements.txt
 	@touch $@
 
 $(STAMPS)/.acorn-requirements-dev: requirements-dev.txt $(STAMPS)/.acorn-requirements
-	$(PYTHON) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --no-compile -q -r requirements-dev.txt
 	@touch $@
