@@ -255,6 +255,13 @@ def wait_until_done(tab) -> None:
     tab.wait_for_selector("#go:not(:disabled)", state="attached")
 
 
+def write(tab, prompt: str) -> None:
+    """Let the model continue the prompt, and wait until it is done."""
+    tab.fill("#prompt", prompt)
+    tab.click("#go")
+    wait_until_done(tab)
+
+
 def choices(tab) -> list[dict]:
     """Return the alternatives that are shown: id, and whether it is the chosen one."""
     script = "buttons => buttons.map(b => ({id: Number(b.dataset.id), chosen: b.classList.contains('mark')}))"
@@ -346,9 +353,7 @@ def test_an_empty_reply_is_a_reply(visit):
 @pytest.mark.slow
 def test_an_alternative_is_chosen_and_continued(visit):
     tab = visit("why")
-    tab.fill("#prompt", "To be")
-    tab.click("#go")
-    wait_until_done(tab)
+    write(tab, "To be")
     before = token_ids(tab)
     assert len(before) == 12 and tab.locator("#why_tokens button").count() == 12
     tab.hover("#why_tokens button >> nth=4")
@@ -373,9 +378,7 @@ def test_an_alternative_is_chosen_and_continued(visit):
 def test_an_alternative_beyond_the_block_is_continued_in_the_same_window(visit):
     tab = visit("why")
     tab.evaluate("() => { for (const [id, value] of [['max_tokens', 150], ['temperature', 0]]) $(id).value = value }")
-    tab.fill("#prompt", "To be or not to be, that is the question.")
-    tab.click("#go")
-    wait_until_done(tab)
+    write(tab, "To be or not to be, that is the question.")
     before = token_ids(tab)
     tab.hover("#why_tokens button >> nth=110")
     tab.click("#why_detail button.mark")  # the same token, after which the same tokens follow
@@ -389,9 +392,7 @@ def test_an_alternative_beyond_the_block_is_continued_in_the_same_window(visit):
 @pytest.mark.slow
 def test_a_choice_that_fails_keeps_the_text(visit):
     tab = visit("why")
-    tab.fill("#prompt", "To be")
-    tab.click("#go")
-    wait_until_done(tab)
+    write(tab, "To be")
     before = tab.evaluate("() => [completion, document.getElementById('why_tokens').textContent]")
     tab.route("**/v1/**", lambda route: route.abort())
     tab.hover("#why_tokens button >> nth=4")
@@ -406,9 +407,7 @@ def test_a_choice_that_fails_keeps_the_text(visit):
 def test_each_token_is_named_once(visit):
     tab, named = visit("why"), []
     tab.on("request", lambda request: named.append(request.post_data_json) if request.url.endswith("tokens") else None)
-    tab.fill("#prompt", "To be")
-    tab.click("#go")
-    wait_until_done(tab)
+    write(tab, "To be")
     assert [id for query in named for id in query.get("ids", [])] == token_ids(tab) and len(token_ids(tab)) == 12
     tab.hover("#why_tokens button >> nth=4")
     named.clear()
@@ -512,9 +511,7 @@ def test_the_inside_view_shows_all_pictures_and_refusals(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_every_view_without_scrolling_sideways(visit, scheme):
     tab = visit("complete", width=390, height=800, color_scheme=scheme, has_touch=True)
-    tab.fill("#prompt", "To be or not to be, that is the question. " * 2)
-    tab.click("#go")
-    wait_until_done(tab)
+    write(tab, "To be or not to be, that is the question. " * 2)
     tab.click("#look")
     tab.wait_for_selector(".lens")
     for view in ("chat", "complete", "why", "inside"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from acorn.checkpoint.huggingface import (
     flatten,
     hf_views,
     is_norm,
-    sha256,
     tokenizer_json,
 )
 from acorn.checkpoint.load import load_model
@@ -53,8 +53,8 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[st
     extras |= {"pad_token": tokenizer.pad or eot, "unk_token": tokenizer.unk or eot}
     config |= {name: value for name, value in extras.items() if value}
     contents = {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2)}
-    saved = tokenizer.to_dict() | {"files": {name: sha256(text.encode()) for name, text in contents.items()}}
-    return contents | {ACORN_TOKENIZER: json.dumps(saved)}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    return contents | {ACORN_TOKENIZER: json.dumps(tokenizer.to_dict() | {"files": hashes})}
 
 
 def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype = torch.float32) -> str:

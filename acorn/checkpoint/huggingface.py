@@ -7,7 +7,6 @@ Weights are read and written as safetensors only, because a pickle can run code.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -467,8 +466,4 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each of HASHED_FILES in a folder, by file name."""
-    return {name: sha256(files.read_bytes(folder / name)) for name in HASHED_FILES if (folder / name).is_file()}
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return {name: files.sha256(folder / name) for name in HASHED_FILES if (folder / name).is_file()}

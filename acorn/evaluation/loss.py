@@ -13,7 +13,7 @@ from acorn import UserError
 from acorn.data import batches
 from acorn.data.loader import Batch, make_batch, prefetch
 from acorn.data.mixture import Mixture
-from acorn.data.shards import Tokens
+from acorn.data.shards import Dataset, Tokens
 from acorn.distributed.runtime import Runtime
 from model import GPT
 
@@ -92,6 +92,14 @@ def evaluate(model: GPT, tokens: Tokens, *options) -> dict[str, float]:
     return _figures(_mean_sums(model, tokens, *options))
 
 
+def windows_to_read(dataset: Dataset, split: Literal["train", "val"], block_size: int, max_windows: int) -> int:
+    """Return how many windows of a split an evaluation reads: `max_windows`, or, if that is 0, as many as the val split
+    has, but no more than there are."""
+    assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
+    n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
+    return min(n, batches.samples_per_epoch(getattr(dataset, split), block_size))
+
+
 def evaluate_mixture(
     model: GPT,
     data: Mixture,
@@ -109,8 +117,7 @@ def evaluate_mixture(
     """
     sums = []
     for dataset in data.datasets:
-        assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
-        n = max_windows or batches.samples_per_epoch(dataset.val, block_size)
+        n = windows_to_read(dataset, split, block_size, max_windows)
         sums.append(_mean_sums(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
     weighted = [float(share) * each for share, each in zip(data.shares, sums, strict=True)]
     result = _figures(np.sum(weighted, axis=0))

@@ -105,7 +105,7 @@ def seconds_to_measure(given: Tasks, model: GPT, tokenizer: Tokenizer, dist: Run
     for few, count in ((choices, len(given.choices)), (prompts, len(given.prompts))):
         clock = time.perf_counter()
         measure_tasks(few, model, tokenizer, dist, batch_size)
-        seconds += (time.perf_counter() - clock) * count / n if count > n else time.perf_counter() - clock
+        seconds += (time.perf_counter() - clock) * max(1, count / n)
     return seconds
 
 

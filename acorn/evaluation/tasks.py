@@ -475,8 +475,8 @@ def load_splits(dataset: str, split: str, document_mask: bool, tokenizer: Tokeni
     for part in mixture.datasets:
         if part.train.conversations is not None and part.train.conversations.pairs:
             raise UserError(
-                f"{part.path} holds pairs of a chosen and a rejected answer, of which a common loss says nothing. Give "
-                "other data with --dataset, --text, --pairs or --choices."
+                f"{part.path} holds pairs of a chosen and a rejected answer; one loss over both means nothing. "
+                "Give other data with --dataset, --text, --pairs or --choices."
             )
         splits[f"{part.path} {split}"] = getattr(part, split)
         if getattr(part, split) is None:

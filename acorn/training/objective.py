@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from acorn import UserError, checkpoint
-from acorn.data.batches import samples_per_epoch
 from acorn.data.loader import Batch
 from acorn.data.mixture import Mixture
 from acorn.data.tokenizer import tokenizer_hash
 from acorn.distributed import sharding
 from acorn.distributed.runtime import Runtime
-from acorn.evaluation.loss import evaluate_mixture, read_batches
+from acorn.evaluation.loss import evaluate_mixture, read_batches, windows_to_read
 from acorn.training import lora, losses
 from acorn.training.rewards import call_reward, load_reward
 from acorn.training.rollouts import Rollouts
@@ -163,8 +162,7 @@ class Objective:
         was_training, weighted = self.policy.training, self.no_figures().double().cpu()
         self.policy.eval()
         for dataset, share in zip(data.datasets, data.shares, strict=True):
-            assert dataset.val is not None, "load_data (acorn/training/start.py) checks this"
-            n = max_windows or samples_per_epoch(dataset.val, block_size)
+            n = windows_to_read(dataset, split, block_size, max_windows)
             figures, total = self.no_figures(), torch.zeros((), dtype=torch.float64)
             for batch, n_rows in read_batches(getattr(dataset, split), self.dist, batch_size, block_size, n):
                 if not n_rows:  # a dummy row

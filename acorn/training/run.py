@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from acorn import UserError, checkpoint, files, report, settings
-from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
 from acorn.distributed.runtime import Runtime
+from acorn.evaluation.loss import windows_to_read
 from acorn.evaluation.monitor import Tasks, seconds_to_measure
 from acorn.inference.generate import sample_text
 from acorn.training import ladder
@@ -118,8 +118,8 @@ def resume(s: "TrainSettings", saved: dict, dist: Runtime) -> tuple[RunState, li
     changed = [name for name in names if getattr(before, name) != getattr(s, name)]
     if changed and state.best_loss is not None:
         notes.append(
-            f"{', '.join(f'{name}={getattr(s, name)}' for name in changed)} changes what the val loss measures, so the "
-            "best checkpoint is chosen anew"
+            f"the val loss measures something else with {', '.join(f'{name}={getattr(s, name)}' for name in changed)}, "
+            "so the best checkpoint is chosen anew"
             + (f". To keep the old one, copy {out_dir / f'step_{state.best_step:06d}'}." if exists else "")
         )
         state.stale_evaluations = 0
@@ -306,7 +306,7 @@ def dry_run(
     per_update = (time.perf_counter() - clock) / 4
     clock, n = time.perf_counter(), accumulator.micro_batch * dist.world_size
     accumulator.objective.evaluate(data, "val", accumulator.micro_batch, s.block_size, n, token_bytes)
-    per_sequence = (time.perf_counter() - clock) / evaluated_rows(data, "val", s.block_size, n)
+    per_sequence = (time.perf_counter() - clock) / rows_to_read(data, "val", s.block_size, n)
     measuring = seconds_to_measure(tasks, accumulator.raw_model, data.tokenizer, dist, accumulator.micro_batch)
     frozen = accumulator.objective.frozen_bytes()
     tokens = accumulator.n_sequences * s.block_size
@@ -319,15 +319,9 @@ def dry_run(
     return "\n".join(filter(None, [text, predicted, "this was a dry run: nothing was written"]))
 
 
-def evaluated_rows(data: Mixture, split: Literal["train", "val"], block_size: int, most: int) -> int:
-    """Return how many sequences an evaluation of a split reads: `most` of each dataset (0: as many as its val split
-    has), but no more than there are."""
-    total = 0
-    for dataset in data.datasets:
-        assert dataset.val is not None, "load_data checks this"
-        n = most or samples_per_epoch(dataset.val, block_size)
-        total += min(n, samples_per_epoch(getattr(dataset, split), block_size))
-    return total
+def rows_to_read(data: Mixture, split: Literal["train", "val"], block_size: int, most: int) -> int:
+    """Return how many rows of all datasets an evaluation of a split reads, see `windows_to_read`."""
+    return sum(windows_to_read(dataset, split, block_size, most) for dataset in data.datasets)
 
 
 def estimate(
@@ -346,7 +340,7 @@ def estimate(
     and eval_pairs `measuring` seconds. The reference or the teacher takes `frozen` bytes.
     """
     most = s.eval_iters * s.batch_size
-    n_sequences = sum(evaluated_rows(data, split, s.block_size, most) for split in ("train", "val"))
+    n_sequences = rows_to_read(data, "train", s.block_size, most) + rows_to_read(data, "val", s.block_size, most)
     evaluating = (per_sequence * n_sequences + measuring) * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
     fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
