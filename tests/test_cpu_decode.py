@@ -19,6 +19,7 @@ from acorn.evaluation.loss import evaluate
 from acorn.inference.cpu_decode import (
     DecodingLinear,
     OneTokenCompiled,
+    in_words,
     multiply_and_sum,
     pays_back,
     prepare_for_decoding,
@@ -94,9 +95,25 @@ def test_each_way_of_multiplying_has_the_same_result(quantize, B):
     for way in ways(linear.weight):
         error = (product(linear.weight, x, way).double() - exact).abs().max()
         assert error <= (1e-6 if linear.weight.dtype == torch.float32 or way == "columns" else 0.02) * unit
-    for stored in (linear.weight, linear.words):
-        if stored is not None and B <= 3:  # the form that is compiled
-            assert (multiply_and_sum(stored, x).double() - exact).abs().max() <= 1e-6 * unit
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_compiled_product_is_exact_in_each_form_of_the_weight(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    forms = set()
+    for rows, columns, B in ((48, 64, 1), (7, 64, 3), (48, 63, 2)):
+        weight, x = (40 * torch.randn(rows, columns)).clamp(-128, 127).to(dtype), torch.randn(B, columns)
+        words = in_words(weight)
+        exact = x.double() @ weight.double().T
+        for stored in (weight, words):
+            if stored is not None:
+                assert (multiply_and_sum(stored, x).double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+        forms.add(None if words is None else words.shape)
+    assert None in forms  # an odd number of columns does not fit into words
+    assert (torch.Size((48, 16)) in forms) == (dtype == torch.int8)
+    assert (torch.Size((48, 32)) in forms) == (dtype == torch.bfloat16 and capability == "AVX2")
 
 
 def test_int8_logits_with_a_large_common_value_are_as_accurate_as_without():

@@ -8,6 +8,7 @@ The fastest kernel depends on the CPU, the libraries and the shapes, so `prepare
 """
 
 import builtins
+import functools
 import inspect
 import itertools
 import mmap
@@ -46,7 +47,7 @@ class DecodingLinear(nn.Module):
     weight: Tensor
     scale: Tensor | None  # of each output channel, for int8
     bias: Tensor | None
-    words: Tensor | None  # the int8 weight, four values in an int32
+    words: Tensor | None  # the same memory as weight, see in_words
     mean: Tensor | None  # of the rows of a centered int8 weight
 
     def __init__(self, weight: Tensor, bias: Tensor | None, quantize: str, n_rows: int = 1, centered: bool = False):
@@ -64,8 +65,7 @@ class DecodingLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("mean", mean)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-        packs = quantize == "int8" and weight.size(1) % 4 == 0 and sys.byteorder == "little"
-        self.register_buffer("words", self.weight.view(torch.int32) if packs else None, persistent=False)
+        self.register_buffer("words", in_words(self.weight), persistent=False)
         self.n_rows = n_rows
         self.way = self.prompt_way = ways(self.weight)[0]
 
@@ -109,18 +109,33 @@ def product(weight: Tensor, x: Tensor, way: str) -> Tensor:
     return torch.cat([part.float() @ x.float().T for part in parts]).T.contiguous()
 
 
+def in_words(weight: Tensor) -> Tensor | None:
+    """View an int8 or bfloat16 weight (rows, columns) as 32-bit words (rows, columns / 4 or 2) for compiled code.
+
+    Returns None if compiled code should load the weight itself. The words are float32 unless torch uses AVX-512. For
+    shorter vectors, its headers copy other types into a buffer, and then load the buffer. Where the compiler copies it
+    in two halves, as GCC does for Zen 3, the load waits for both, and the product takes 1.5 to 3 times as long.
+    """
+    n_values = 4 // weight.element_size()
+    if weight.dtype not in (torch.int8, torch.bfloat16) or sys.byteorder != "little":
+        return None
+    if weight.size(1) % n_values or weight.storage_offset() % n_values:
+        return None
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return weight.view(torch.float32)
+    return weight.view(torch.int32) if weight.dtype == torch.int8 else None
+
+
 def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """Multiply x (B, columns) by weight (rows, columns) -> (B, rows) in float32, written for torch.compile.
+    """Multiply x (B, columns) by weight (rows, columns or words) -> (B, rows) in float32, written for torch.compile.
 
     Inductor fuses all sums over the columns into one loop, which reads each weight once. In this loop, two rows of the
     weight share each load of x and add to different registers, so that neither waits for the other's addition.
-
-    int8 weights are packed into int32 words of four, (rows, columns / 4). Shifts unpack whole vectors on every CPU. For
-    AVX2, inductor would load plain int8 through a buffer, which is 14 times slower.
     """
-    B, shared = len(x), 2 if len(x) > 1 or weight.dtype == torch.int32 else 1
-    if weight.dtype == torch.int32:  # byte k of word j multiplies column 4 * j + k
-        x = x.view(B, -1, 4).transpose(1, 2)
+    n_values = x.size(1) // weight.size(1)  # in a word
+    B, shared = len(x), 2 if len(x) > 1 or n_values > 1 else 1
+    if n_values > 1:  # value k of word j multiplies column n_values * j + k
+        x = x.view(B, -1, n_values).transpose(1, 2)
     # as_strided forces x into memory; otherwise inductor recomputes x for each row of the weight
     x = x.contiguous().view(B, -1, weight.size(1))
     x = x.as_strided(x.shape, x.stride())
@@ -128,11 +143,20 @@ def multiply_and_sum(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def weighted_sum(weight: Tensor, x: Tensor) -> Tensor:
-    """Return the dot product of each weight row with x: weight (rows, columns or words), x (1 or 4, same) -> (rows,)"""
-    if weight.dtype != torch.int32:
+    """Return the dot product of each weight row with x: weight (rows, columns or words), x (1, 2 or 4, same) -> (rows,)
+
+    With two inputs for each weight, the weights are words of two bfloat16 values, and with four, of four int8 values.
+    Shifts unpack whole vectors on every CPU. For AVX2, inductor would load plain int8 through a buffer, which is 14
+    times slower.
+    """
+    if len(x) == 1:
         return (weight.float() * x[0]).sum(-1)
-    a, b, c, d = (((weight << shift) >> 24).float() for shift in (24, 16, 8, 0))  # the right shift keeps the sign
-    return (a * x[0] + b * x[1] + c * x[2] + d * x[3]).sum(-1)
+    words = weight.view(torch.int32)
+    if len(x) == 2:  # a bfloat16 is the upper half of a float32
+        values = [(words << 16).view(torch.float32), (words & -65536).view(torch.float32)]
+    else:  # the right shift keeps the sign
+        values = [((words << shift) >> 24).float() for shift in (24, 16, 8, 0)]
+    return functools.reduce(torch.add, [value * row for value, row in zip(values, x, strict=True)]).sum(-1)
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
