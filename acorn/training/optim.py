@@ -257,10 +257,35 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     if tall:  # makes x @ x.mT the smaller product
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    wide = x.size(2) >= 2 * x.size(1)
+    if wide and x.dtype == torch.float32 and x.device.type == "cpu":
+        for n in [3] * (steps // 3) + [steps % 3]:
+            x = gram_polynomial(x, (a, b, c), n) @ x if n else x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def gram_polynomial(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Return the matrices (N, rows, rows) by which `steps` iterations multiply x (N, rows, columns).
+
+    An iteration multiplies x by P = aI + bG + cG², and therefore G = xxᵀ by P from both sides. Only the first G needs
+    x. For four times as many columns as rows, three and two iterations take 0.67 of the usual operations.
+
+    Rounding errors of G grow by up to a² in each iteration, so more than three would be less precise than the usual
+    form, and bfloat16 or TF32 is not enough.
+    """
+    a, b, c = coefficients
+    gram = x @ x.mT
+    for step in range(steps):
+        if step > 0:
+            gram = factor @ gram @ factor
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if step == 0 else product @ factor
+    return product
 
 
 def learning_rate_at(
