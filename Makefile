@@ -14,7 +14,7 @@ STAMPS := $(or $(ACTIVE),.venv)
 
 demo: $(STAMPS)/.acorn-requirements
 	@test -f data/plays/meta.json || $(PYTHON) prepare shakespeare
-	$(PYTHON) train.py config/quickstart.py --max_iters=2000 --eval_interval=250 --sample_interval=500 --overwrite=True
+	$(PYTHON) train.py config/quickstart.py --max_iters=800 --eval_interval=100 --sample_interval=200 --overwrite=True
 	$(PYTHON) sample.py --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=300
 	@echo
 	@echo "The loss curve is in out/quickstart/loss.png. What to try next:"

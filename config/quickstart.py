@@ -1,6 +1,6 @@
 # The demo: a character-level GPT on Shakespeare's plays, in a few seconds of training on two CPU cores.
 # $ python prepare shakespeare
-# $ python train.py config/quickstart.py                     # or --max_iters=2000, for a minute and better text
+# $ python train.py config/quickstart.py                     # or --max_iters=800, for better text
 
 out_dir = "out/quickstart"
 dataset = "plays"
