@@ -278,13 +278,18 @@ def gram_polynomial(x: Tensor, coefficients: tuple[float, float, float], steps: 
     form, and bfloat16 or TF32 is not enough.
     """
     a, b, c = coefficients
-    gram = x @ x.mT
-    for step in range(steps):
-        if step > 0:
-            gram = factor @ gram @ factor
+
+    def factor_of(gram: Tensor) -> Tensor:  # P
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if step == 0 else product @ factor
+        return factor
+
+    gram = x @ x.mT
+    factor = product = factor_of(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        product = product @ factor
     return product
 
 
