@@ -416,6 +416,23 @@ def test_lone_surrogates_are_no_server_error(post):
     assert post(b'{"prompt": "\\ud800", "max_tokens": 1, "echo": true}')[0] in (200, 400)
 
 
+def test_a_token_that_the_model_does_not_know_is_refused_and_ends_no_other_request():
+    tokenizer = add_tokens(bpe_tokenizer(), ["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = chat.CHATML
+    model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab - 2, n_layer=1, n_head=1, n_embd=8))
+    with (
+        serving(api.create_app(model, tokenizer)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        chunks = client.completions.create(model="any", prompt="a", max_tokens=300, stream=True, temperature=0)
+        next(chunks)
+        with pytest.raises(openai.BadRequestError, match=f"token {tokenizer.n_vocab - 1}"):
+            client.completions.create(model="any", prompt=[1, tokenizer.n_vocab - 1])
+        with pytest.raises(openai.BadRequestError, match="does not know"):
+            client.chat.completions.create(model="any", messages=MESSAGES)
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+
+
 def test_only_json_is_accepted_and_a_large_body_is_not(served, post):
     assert post({"prompt": "a"}, **{"content-type": "text/plain"})[0] == 415
     status, answer = post(b" " * (100 << 20))

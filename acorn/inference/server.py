@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from acorn import UserError
 from acorn.data import chat
 from acorn.data.tokenizer import StreamDecoder, Tokenizer
-from acorn.inference.generate import Sampling, TextStream, encode_prompt
+from acorn.inference.generate import Sampling, TextStream, check_prompts, encode_prompt
 from acorn.inference.scheduler import QueueFull, Scheduler, Scored, Sequence
 from model import GPT
 
@@ -415,10 +415,11 @@ def create_app(
             raise ApiError(404, f"there is no model {id!r:.100}. Use {name!r}.", "model", "model_not_found")
         return Json(model_card)
 
-    def check_length(ids: list[int], param: str) -> list[int]:
+    def checked(ids: list[int], param: str) -> list[int]:
         if len(ids) > block_size:
             message = f"the prompt has {len(ids)} tokens, but the model's context is {block_size}. Shorten it."
             raise ApiError(400, message, param, "context_length_exceeded")
+        check_prompts(model, [ids])  # else an unknown token would end the sequences that run beside it, too
         return ids
 
     def check_size(n_characters: int, param: str) -> None:  # before a long text is encoded
@@ -431,19 +432,18 @@ def create_app(
     def encode(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             check_size(len(prompt), "prompt")
-            return check_length(encode_prompt(tokenizer, prompt), "prompt")
-        check_length(prompt, "prompt")
+            return checked(encode_prompt(tokenizer, prompt), "prompt")
         if not all(0 <= id < tokenizer.n_vocab for id in prompt):
             wrong = next(id for id in prompt if not 0 <= id < tokenizer.n_vocab)
             raise ApiError(400, f"the token id {brief(wrong)} is not from 0 to {tokenizer.n_vocab - 1}.", "prompt")
-        return prompt
+        return checked(prompt, "prompt")
 
     def render(messages: list[dict[str, str]]) -> list[int]:
         check_size(sum(len(message["content"]) for message in messages), "messages")
         if messages[-1]["role"] != "assistant":
-            return check_length(chat.render(tokenizer, messages, block_size).tolist(), "messages")
+            return checked(chat.render(tokenizer, messages, block_size).tolist(), "messages")
         prompt = chat.render(tokenizer, messages[:-1], block_size).tolist()  # the last message is a reply to continue
-        return check_length(prompt + chat.encode_reply(tokenizer, messages[-1]["content"]), "messages")
+        return checked(prompt + chat.encode_reply(tokenizer, messages[-1]["content"]), "messages")
 
     async def in_encoder(function: Callable, *arguments):
         try:
