@@ -107,6 +107,14 @@ def test_many_turns_are_rendered_in_a_few_renderings(name, tmp_path, monkeypatch
         assert ids == expected[: len(ids)] if expected else tokenizer.decode(ids) == whole
 
 
+@pytest.mark.parametrize(("name", "messages"), [("llama-2", [{"role": "system", "content": "x"}]), ("tinyllama", [])])
+def test_messages_that_render_to_nothing_are_refused(name, messages, tmp_path):
+    tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES[name]))
+    with pytest.raises(UserError, match="no text"):
+        chat.render(tokenizer, messages)
+    assert len(chat.render(tokenizer, [*messages, {"role": "user", "content": "Hi"}]))
+
+
 @pytest.mark.parametrize("reply", ["", "<think>a</think>b"])
 def test_one_reply_that_a_template_treats_differently(reply):
     tokenizer = ByteTokenizer()

@@ -72,8 +72,11 @@ def choose_template(tokenizer: Tokenizer) -> str:
 def render(tokenizer: Tokenizer, messages: list[dict], most: int | None = None) -> np.ndarray:
     """Return the ids of a conversation up to the start of the next reply: int32, one dimension. They equal the ids
     before this reply in `render_to_learn` and `forms_to_learn`. Exception: a text of more than `most` ids is encoded as
-    a whole, which needs only one rendering."""
+    a whole, which needs only one rendering. Raises UserError if the template rejects the messages, or if it renders
+    nothing, as Llama 2's does for a system message alone."""
     whole = _fill_in(tokenizer, messages, True)
+    if not whole:
+        raise UserError("the chat template renders no text for these messages. Add a message of the user.")
     if most is not None and len(ids := _encode(tokenizer, whole, False)) > most:
         return ids
     try:
