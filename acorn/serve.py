@@ -97,7 +97,11 @@ def main() -> int:
     # after finishing what runs, uvicorn raises the signal again, which then must not change the exit code
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = uvicorn.Server(uvicorn.Config(app, s.host, s.port, http=Connection, log_level="info", access_log=False))
-    server.run()
+    try:
+        server.run()
+    finally:
+        # Ctrl-C twice skips the app's shutdown. If the thread still ran while Python exits, torch would abort
+        app.state.scheduler.close(finish=False)
     return 0 if server.started else 2
 
 

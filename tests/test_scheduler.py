@@ -171,6 +171,18 @@ def test_a_full_queue_refuses_and_what_was_accepted_ends():
         scheduler.submit([Job([1], 1).sequence])
 
 
+def test_closing_without_finishing_cancels_what_runs_and_waits():
+    scheduler = Scheduler(make_model(), max_batch=1)
+    running, waiting = Job([1], 10**6), Job([2], 10**6)
+    started = threading.Event()
+    running.at_token[3] = started.set
+    scheduler.submit([running.sequence, waiting.sequence])
+    assert started.wait(30)
+    scheduler.close(finish=False)
+    assert scheduler.n_cancelled == 2 and not scheduler.thread.is_alive()
+    assert not running.ended.is_set() and not waiting.scored
+
+
 def test_only_as_many_sequences_run_as_the_cache_holds():
     model = make_model(block_size=256)
     token_bytes = 2 * 2 * 32 * 4  # keys and values, layers, channels, float32

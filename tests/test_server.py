@@ -545,6 +545,21 @@ def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_the_command_at_once(trained):
+    with command(f"--out_dir={trained}") as (process, url):
+        body = {"prompt": "ANNA", "max_tokens": 4000, "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)  # two signals at the same time would become one
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.RemoteProtocolError):
+                collections.deque(lines, 0)
+        assert process.wait(20) == 130
+
+
 def test_bad_settings_are_refused_with_a_sentence(trained, monkeypatch):
     for words, match in ((["--max_batch=0"], "max_batch"), (["--cache_mb=0", "--port=70000"], "port")):
         monkeypatch.setattr(sys, "argv", ["serve", f"--out_dir={trained}", *words])

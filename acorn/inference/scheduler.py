@@ -157,10 +157,12 @@ class Scheduler:
             self._wake()
         return future
 
-    def close(self) -> None:
-        """Finish all sequences and end the thread."""
+    def close(self, finish: bool = True) -> None:
+        """Finish all sequences, or without `finish` cancel them, and end the thread."""
         with self.changed:
             self.closing = True
+            for sequence in [] if finish else [*self.waiting, *self.running]:
+                sequence.cancel()
             self.changed.notify()
         if self.thread:
             self.thread.join()
@@ -239,8 +241,7 @@ class Scheduler:
                 key = (tuple(sequence.prompt), sequence.on_prompt and sequence.n_top)
                 if key != last_key and n_prefills == most:
                     return
-                self.waiting.popleft()
-            self.running.append(sequence)
+                self.running.append(self.waiting.popleft())
             self.n_prompt_tokens += len(sequence.prompt)
             if key != last_key:
                 prefilled, last_key, n_prefills = self._prefill(sequence), key, n_prefills + 1
