@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPO, STATE, bpe_tokenizer, llama_tokenizer, on_linux, small_optimizers, start_process
+from helpers import REPO, STATE, bpe_tokenizer, llama_tokenizer, on_linux, start_process
 
 from acorn import UserError, checkpoint, serve
 from acorn.checkpoint.export import export
@@ -583,7 +583,7 @@ def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
         model.transformer.wte.weight *= 20
     state = STATE | {"tokenizer": tokenizer.to_dict(), "step": 0}
     writer = checkpoint.Writer(tmp_path / "out", 1)
-    writer.save(model, small_optimizers(model, updates=0), state, True)
+    writer.save(model, [], state)
     assert writer.wait()
     export(str(tmp_path / "out"), tmp_path / "hf")
     choices = [("The sky is", f" {word}") for word in ("blue", "green and full of birds", "\u5b57", "2 + 2")]
