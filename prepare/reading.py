@@ -6,6 +6,7 @@ Files whose names end in .gz or .zst are decompressed. An invalid file raises a 
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
@@ -113,10 +114,16 @@ def records(
             yield value or ""
 
 
+class ExtraFields(UserError):
+    """A row of a .csv file has more fields than the header."""
+
+
 def has_field(path: str, field: str, encoding: str | None = None) -> bool:
     """Whether the first record of the file has the field, and the field is text."""
     try:
         next(records(path, field, "replace", encoding), None)
+        return True
+    except ExtraFields:
         return True
     except UserError:
         return False
@@ -149,7 +156,7 @@ def objects(
         "["
     ):
         yield from _json_list(path, errors, on_error, encoding)
-    elif reader := {".parquet": _parquet, ".csv": _csv}.get(suffix(path)):
+    elif reader := {".parquet": _parquet, ".csv": functools.partial(_csv, on_error=on_error)}.get(suffix(path)):
         with naming_file(path):
             for where, record in reader(path, None, errors, encoding):
                 yield where, _without_nulls(record)
@@ -226,8 +233,15 @@ def _as_utf8(file: BinaryIO | gzip.GzipFile, path: str, errors: str, encoding: s
         raise UserError(_byte_error(encoding, f"{path} is not {{}} after line {number}: a byte", error)) from error
 
 
-def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Iterator[tuple[str, object]]:
-    """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None."""
+def _csv(
+    path: str,
+    field: str | None,
+    errors: str,
+    encoding: str | None,
+    on_error: Callable[[UserError], None] = fail,
+) -> Iterator[tuple[str, object]]:
+    """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None. `on_error` is
+    called with the errors of single rows."""
     csv.field_size_limit(MAX_RECORD)
     codec = "utf-8-sig" if encoding in (None, "utf-8") else encoding
     with open_unpacked(path) as file, io.TextIOWrapper(file, codec, errors) as text:
@@ -240,13 +254,21 @@ def _csv(path: str, field: str | None, errors: str, encoding: str | None) -> Ite
             column = None if field is None else header.index(field)
             number, line = 2, rows.line_num + 1
             for row in rows:
+                where = f"row {number} of {path}" + f" (line {line})" * (line != number)
                 value: object
                 if column is None:
                     value = dict(zip(header, row, strict=False))
                 else:
                     value = row[column] if column < len(row) else None
-                if row:
-                    yield f"row {number} of {path}" + f" (line {line})" * (line != number), value
+                if any(row[len(header) :]):  # a comma in a text without quotes would cut it off
+                    on_error(
+                        ExtraFields(
+                            f"{where} has {len(row)} fields, but the header has {len(header)}. Put texts that contain "
+                            "commas in double quotes, or leave the row out."
+                        )
+                    )
+                elif row:
+                    yield where, value
                 number, line = number + 1, rows.line_num + 1
         except UnicodeDecodeError as error:
             raise UserError(

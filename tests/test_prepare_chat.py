@@ -230,6 +230,12 @@ def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypat
     Path("none.jsonl").write_text("\n".join(bad))
     with pytest.raises(UserError, match=r"no conversation in none.jsonl.*All 5 records are bad; the first: line 1 of"):
         prepare_corpus("chat none.jsonl --tokenizer byte --skip_bad".split())
+    rows = ["prompt,response", *(f"{i}?,yes" for i in range(20)), "Is it 1,5?,no"]
+    Path("rows.csv").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"row 22 of rows.csv has 3 fields, but the header has 2"):
+        prepare_corpus("chat rows.csv --tokenizer byte".split())
+    prepare_corpus("chat rows.csv --tokenizer byte --skip_bad".split())
+    assert load_dataset("rows").meta["documents"] == 20
 
 
 def test_a_file_without_conversations_is_called_one(tmp_path, monkeypatch):

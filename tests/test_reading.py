@@ -89,6 +89,17 @@ def test_records_too_long_to_be_held_are_refused(monkeypatch):
     prepare_fails(r"line 2 of b\.jsonl has more than 500 bytes", "text", "b.jsonl")
 
 
+def test_a_text_with_commas_and_without_quotes_is_refused():
+    """Its first part alone would look like a whole text."""
+    row = r"row 3 of t/a\.csv has 3 fields, but the header has 2\. Put texts that contain commas in double quotes"
+    os.mkdir("t")
+    Path("t/a.csv").write_text('text,label\n"One, two",a,,\nThree, four,b\n')
+    prepare_fails(row, "text", "t/a.csv", "--tokenizer=byte")
+    prepare_fails(row, "text", "t", "--tokenizer=byte")
+    Path("t/a.csv").write_text("text\nOne, two\n")
+    prepare_fails(r"row 2 of t/a\.csv has 2 fields, but the header has 1", "text", "t", "--tokenizer=byte")
+
+
 def test_half_a_surrogate_pair_in_json():
     Path("s.jsonl").write_text('{"text": "a\\ud800b' + FOX.replace("\n", " ") + '"}\n' * 1)
     prepare("text", "s.jsonl", "--tokenizer=byte", "--val_by=end")
