@@ -9,6 +9,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -243,11 +244,11 @@ def _csv(
     """Yield the location of each row and the value of `field`, or the row as a dict if `field` is None. `on_error` is
     called with the errors of single rows."""
     csv.field_size_limit(MAX_RECORD)
-    codec = "utf-8-sig" if encoding in (None, "utf-8") else encoding
-    with open_unpacked(path) as file, io.TextIOWrapper(file, codec, errors) as text:
-        rows = csv.reader(text, strict=True)  # otherwise an unclosed quote swallows the rest of the file
+    with open_unpacked(path) as file, io.TextIOWrapper(file, encoding or "utf-8", errors) as text:
         number = line = 1  # number of the next row, and the line where it begins
         try:
+            lines = itertools.chain([next(text, "").removeprefix("\ufeff")], text)  # without a byte order mark
+            rows = csv.reader(lines, strict=True)  # otherwise an unclosed quote swallows the rest of the file
             header = next(rows, [])
             if field is not None and field not in header:
                 raise _missing(path, field, header)

@@ -157,6 +157,13 @@ def test_records_have_an_encoding_too():
         assert prepare("a.csv").count(CHINESE) == 20
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_field_of_a_csv_file():
+    for name in ("gb18030", "utf-8", "utf-16-le"):
+        for header in ("text,id", '"text",id'):
+            Path("a.csv").write_bytes(("\ufeff" + header + "\n" + f'"{CHINESE}",1\n' * 20).encode(name))
+            assert prepare("a.csv", f"--encoding={name}").count(CHINESE) == 20
+
+
 def test_blocks_cut_characters(monkeypatch):
     for size in (7, 64, 1001):
         monkeypatch.setattr(reading, "BLOCK_BYTES", size)
