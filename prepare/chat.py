@@ -253,9 +253,11 @@ def write_conversations(
         print(printable(f"note: the chat template ignores these fields of messages: {fields}"), file=sys.stderr)
     for split, count in counts.items():
         if not count["learned"]:
+            names = [name for name in ("max_tokens", "val_fraction", "val_tokens") if getattr(args, name)]
+            values = ", ".join(f"{name}={getattr(args, name)}" for name in names)
             raise UserError(
-                f"val_fraction={args.val_fraction} puts none of {n} conversations into {split} ({left_out} were left "
-                "out as too long). Use more conversations, or change --max_tokens or --val_fraction."
+                f"with {values}, {split} has none of the {n} conversations ({left_out} were left out as too long). "
+                f"Use more conversations, or change {' or '.join(f'--{name}' for name in names)}."
             )
     told = {"examples": examples, "cut": cut, "left_out": left_out, "max_tokens": args.max_tokens}
     told |= {"skipped": skipped.count}

@@ -131,6 +131,10 @@ def write_pairs(
         print(f"note: {left_out:,} pairs with more than {args.max_tokens:,} tokens are left out", file=sys.stderr)
     if n == 1:
         raise UserError("one pair cannot be split into training and validation. Add more pairs.")
+    if not writers["val"][0].tokens:
+        raise UserError(
+            f"val_tokens={args.val_tokens} leaves none of {n} pairs for val. Use a larger one, or leave it out."
+        )
     told = {"pairs": n, "left_out": left_out, "max_tokens": args.max_tokens, "skipped": skipped.count}
     figures = {"documents": 2 * n, "preferences": told, "longest": longest}
     return entries(args, tokenizer, source, figures, counts, writers)

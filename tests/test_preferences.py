@@ -90,3 +90,14 @@ def test_a_pair_stays_in_one_row_with_its_answers_as_targets(tmp_path, monkeypat
     assert found == expected  # all but the pair that is longer than a row
     notes = " ".join(dataset.notes(200))
     assert "pairs in" in notes and ("1 left out" in notes or dataset.val.conversations.rows(200).left_out)
+
+
+def test_a_limit_that_leaves_no_pair_for_validation_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare_fails(
+        "val_tokens=5 leaves none of 20 pairs", "preferences", "p.jsonl", "--tokenizer=byte", "--val_tokens=5"
+    )
+    assert not Path("data/p").exists()
+    assert 0 < prepare("preferences", "p.jsonl", "--tokenizer=byte", "--val_tokens=100")["val"]["tokens"] <= 100

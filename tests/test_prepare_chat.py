@@ -154,6 +154,7 @@ def test_a_learned_tokenizer_and_an_own_template(pairs):
         ("", "--tokenizer char", "char tokenizer has no end-of-text"),
         ("", "--val_by end", "by their hash"),
         ("", "--max_tokens 0", "8 or more"),
+        ("", "--val_tokens 5", "val_tokens=5, val has none .*change .*--val_tokens"),
     ],
 )
 def test_bad_input_leaves_nothing(pairs, line, options, message):
