@@ -88,7 +88,7 @@ def write_pairs(
     """Write the shards, masks and indices of both splits. Returns their entries of meta.json. Pairs from number
     `val_from` on are for validation; if it is None, the hash of each prompt decides."""
     counts: dict[str, Counter] = {"train": Counter(), "val": Counter()}
-    n, left_out, longest, skipped = 0, 0, 0, Skipped()
+    n, left_out, longest, skipped, faults = 0, 0, 0, Skipped(), encoding.Faults()
     bad, sizes = skip_or_fail(args, skipped), tokenizer.token_bytes()
     with contextlib.ExitStack() as stack:
         writers = {split: open_writers(stack, folder, split, tokenizer, args) for split in counts}
@@ -100,6 +100,8 @@ def write_pairs(
             except UserError as error:
                 bad(UserError(f"{where}: {error}"))
                 continue
+            for message in [*pair[0], *(message for message in pair[1] if message not in pair[0])]:
+                faults.look(str(message.get("content", "")), where)
             length = sum(len(ids) for ids, _ in rendered)
             if args.max_tokens and length > args.max_tokens:
                 left_out += 1
@@ -125,6 +127,8 @@ def write_pairs(
             f"note: splitting {n} pairs by hash left one split empty; the last {n_val} are used as val", file=sys.stderr
         )
         return write_pairs(args, encodings, folder, tokenizer, source, n - n_val)
+    for note in faults.notes("--encoding NAME"):
+        print(printable(note), file=sys.stderr)
     if skipped.count:
         print(printable(f"warning: skipped {skipped.count:,} bad records; the first: {skipped.first}"), file=sys.stderr)
     if left_out:

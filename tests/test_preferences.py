@@ -101,3 +101,12 @@ def test_a_limit_that_leaves_no_pair_for_validation_is_refused(tmp_path, monkeyp
     )
     assert not Path("data/p").exists()
     assert 0 < prepare("preferences", "p.jsonl", "--tokenizer=byte", "--val_tokens=100")["val"]["tokens"] <= 100
+
+
+def test_replaced_bytes_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"{i}?", "chosen": "good", "rejected": "bad"}).encode() for i in range(20)]
+    Path("p.jsonl").write_bytes(b"\n".join(rows).replace(b"7?", b"7\xff"))
+    prepare("preferences", "p.jsonl", "--tokenizer=byte", "--errors=replace", "--val_fraction=0.3")
+    notes = capsys.readouterr().err
+    assert "replaced by U+FFFD 2 times" in notes and "earlier conversion" not in notes
