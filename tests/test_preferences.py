@@ -21,6 +21,7 @@ def reply(text: str) -> dict:
 FORMS = [
     {"prompt": "Why?", "chosen": "good", "rejected": "bad"},
     {"messages": [ASK], "chosen": "good", "rejected": "bad"},
+    {"messages": None, "prompt": "Why?", "chosen": "good", "rejected": "bad"},
     {"prompt": [ASK], "chosen": [reply("good")], "rejected": [reply("bad")]},
     {"prompt": "Why?", "chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")], "score_chosen": 8.5},
     {"chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")]},

@@ -67,6 +67,7 @@ HISTORY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b
             [TWO[0] | {"name": "Ann"}, TWO[1]],
         ),
         ({"messages": HISTORY + TWO, "train": True}, HISTORY + TWO),
+        ({"messages": None, "prompt": "a", "response": "b"}, read_messages({"prompt": "a", "response": "b"})),
     ],
 )
 def test_records_in_the_forms_that_are_published(record, messages):

@@ -108,13 +108,12 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
         if record.get(name) is None:
             fields = ", ".join(map(str, record)) or "(none)"
             raise UserError(f'has the fields {fields}. It needs "chosen", "rejected", and "prompt" or "messages".')
-    prompt = record.get("messages", record.get("prompt"))
-    if prompt is None:
-        prompt = []
-    elif isinstance(prompt := _messages_in(prompt), str):
+    field = next((name for name in ("messages", "prompt") if record.get(name) is not None), None)
+    prompt = _messages_in(record[field]) if field else []
+    if isinstance(prompt, str):
         prompt = [_message("user", prompt)]
-    else:
-        prompt = _read_list(prompt, '"messages"' if "messages" in record else '"prompt"')
+    elif field:
+        prompt = _read_list(prompt, f'"{field}"')
     rest = {k: v for k, v in record.items() if k not in ("prompt", "messages", "chosen", "rejected")}
     pair = []
     for name in ("chosen", "rejected"):
@@ -139,10 +138,10 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
 
 def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
     """Return the messages of a record, the names of the fields that hold them, and the record with these fields."""
-    for name in LISTS:
-        if name in record:
-            return _read_list(record[name], f'"{name}"'), {name}, record
     present = {name for name, value in record.items() if value is not None}
+    for name in LISTS:
+        if name in present:
+            return _read_list(record[name], f'"{name}"'), {name}, record
     if "instruction" in present:
         reply = next((name for name in ("output", "response", "completion") if name in present), None)
         inputs = [name for name in ("input", "context") if name in present]
