@@ -55,6 +55,11 @@ def naming_file(path: str):
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a valid gzip file ({error}). Copy it again, or leave it out.") from error
     except OSError as error:
+        if "requires too much memory for decoding" in str(error):  # zstd's message for files of `zstd --long=31`
+            raise UserError(
+                f"{path} was compressed with a larger window than pyarrow supports (128 MB). Unpack it with "
+                "`zstd -d --long=31`, and name the unpacked file."
+            ) from error
         if path.lower().endswith(".zst") and error.errno is None:
             raise UserError(f"{path} is not a valid zstd file ({error}). Copy it again, or leave it out.") from error
         raise UserError(f"cannot read {path}: {error.strerror or error}. Correct it, or leave it out.") from error

@@ -80,6 +80,15 @@ def test_records_in_a_folder_and_lines_that_are_none():
         prepare_fails(match, "text", name)
 
 
+def test_a_zstd_file_with_a_large_window_must_be_unpacked():
+    """Such as those of `zstd --long=31`, which are valid."""
+    window = bytes([(31 - 10) << 3])  # of 2**31 bytes
+    text = b"some text\n"
+    block = (len(text) << 3 | 1).to_bytes(3, "little") + text  # the last block, not compressed
+    Path("a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + window + block)
+    prepare_fails(r"a\.txt\.zst was compressed with a larger window.*`zstd -d --long=31`", "text", "a.txt.zst")
+
+
 def test_records_too_long_to_be_held_are_refused(monkeypatch):
     """A quote that is never closed would take in all of a large file."""
     monkeypatch.setattr(reading, "MAX_RECORD", 500)
