@@ -119,24 +119,7 @@ def prepare(
     settings.check_bounds({"val_fraction": val_fraction, **counts})
     if (out / "meta.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a dataset. Use --overwrite to replace it, or another --name.")
-    if not val_by and (max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS):
-        options: dict = {"val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
-        options |= {"overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
-        try:
-            return prepare(documents, out, name=name, tokenizer=tokenizer, val_by="document", **options)
-        except EmptySplit as error:  # of few documents, whose number was not known
-            if max_tokens:
-                raise
-            print(
-                f"note: {error.n_documents} documents leave a split empty; the end of the text is val", file=sys.stderr
-            )
-    val_by = val_by or "end"
-    if val_by == "end" and max_tokens:
-        raise UserError(
-            "--max_tokens cuts off the end of the corpus, which --val_by end needs for validation. Remove one of them."
-        )
-
-    options = {"val_by": val_by, "val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
+    options: dict = {"val_by": val_by, "val_fraction": val_fraction, "val_tokens": val_tokens, "max_tokens": max_tokens}
     command = options | {
         "name": name,
         "source": source,
@@ -144,6 +127,24 @@ def prepare(
         "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer_hash(tokenizer),
         "shard_tokens": shard_tokens,
     }
+    is_large = max_tokens or operator.length_hint(documents, MIN_DOCUMENTS) >= MIN_DOCUMENTS
+    # an interrupted run may already know that the hashes leave a split empty
+    if not val_by and is_large and not _read_progress(out / PARTIAL, command | {"val_by": "end"}):
+        by_hash = {"val_by": "document", "overwrite": overwrite, "shard_tokens": shard_tokens, "source": source}
+        try:
+            return prepare(documents, out, name=name, tokenizer=tokenizer, **options | by_hash)
+        except EmptySplit as error:  # of few documents, whose number was not known
+            if max_tokens:
+                raise
+            print(
+                f"note: {error.n_documents} documents leave a split empty; the end of the text is val", file=sys.stderr
+            )
+    options["val_by"] = command["val_by"] = val_by = val_by or "end"
+    if val_by == "end" and max_tokens:
+        raise UserError(
+            "--max_tokens cuts off the end of the corpus, which --val_by end needs for validation. Remove one of them."
+        )
+
     existed, partial, lock, progress = out.exists(), out / PARTIAL, None, {}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -610,7 +611,7 @@ def _read_partial(partial: Path, command: dict) -> dict:
     """Return the progress of an interrupted run of the same command; without one, empty `partial` and return {}."""
     files.make_folder(partial)
     if os.path.lexists(partial / PROGRESS_FILE):
-        if progress := _read_progress(partial, json.loads(json.dumps(command))):
+        if progress := _read_progress(partial, command):
             tokens = sum(split["tokens"] for split in progress["splits"].values())
             print(f"resuming after {tokens:,} tokens of an earlier run", file=sys.stderr)
             return progress
@@ -634,7 +635,7 @@ def _read_progress(partial: Path, command: dict) -> dict:
         texts = [place["sha256"], *(shard[name] for shard in listed for name in ("file", "sha256"))]
         from_dict(progress["tokenizer"])
         is_valid = (
-            progress["command"] == command
+            progress["command"] == json.loads(json.dumps(command))
             and splits.keys() == {"train", "val"}
             and place.keys() == asdict(Place()).keys()
             and all(isinstance(count, int) and 0 <= count < 2**62 for count in counts)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import FOX, RECORDS, documents_of, hub_folder, ids_of, prepare, prepare_fails, write_records
 
-from acorn import UserError
+from acorn import UserError, files
 from acorn.data.shards import load_dataset
 from acorn.data.tokenizer import _gpt2_encoding
 from prepare import __main__ as cli
@@ -207,3 +207,24 @@ def test_few_records_are_split_at_the_end_of_their_text(capsys):
     assert meta["val_by"] == "end" and "3 documents" in capsys.readouterr().err
     with pytest.raises(UserError, match="--val_by document"):
         prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05", "--val_by=document", "--name=other")
+
+
+def test_the_split_of_few_records_resumes(monkeypatch, capsys):
+    replace = files.replace
+
+    def stop(path, text):
+        replace(path, text)
+        if path.name == pipeline.PROGRESS_FILE and json.loads(text)["command"]["val_by"] == "end":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 1000)
+    lines = [json.dumps({"text": f"record {i} of few, with some text. " * 200}) for i in range(3)]
+    Path("few.jsonl").write_text("\n".join(lines))
+    argv = ["text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05", "--shard_tokens=2000"]
+    whole = prepare(*argv)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "replace", stop)
+        prepare(*argv, "--overwrite")
+    capsys.readouterr()
+    assert prepare(*argv, "--overwrite") == whole
+    assert "resuming after" in capsys.readouterr().err
