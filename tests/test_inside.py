@@ -1,6 +1,7 @@
 """acorn/inference/inside.py against transformers' attention weights and against computations by hand."""
 
 import base64
+import gc
 import json
 import math
 
@@ -130,6 +131,19 @@ def test_the_plain_values_are_those_of_the_tensors():
     lower = np.tril_indices(T)
     assert np.allclose(weights / 255, found.attention.numpy()[..., lower[0], lower[1]], atol=0.5 / 255 + 1e-6)
     assert [token for token, _ in values["neighbours"]] == list("Helo, wrd")
+
+
+def test_the_probabilities_of_one_layer_are_held_at_a_time(monkeypatch):
+    """Of a model with a large vocabulary, those of all layers would take gigabytes."""
+    held, logit_lens = [], inside.logit_lens
+
+    def counted(model, x):
+        held.append(sum(type(each) is torch.Tensor and each.shape == (len(IDS), 257) for each in gc.get_objects()))
+        return logit_lens(model, x)
+
+    monkeypatch.setattr(inside, "logit_lens", counted)
+    inside.look_inside(ours(n_layer=4, vocab_size=272).eval(), BYTE, IDS)
+    assert held == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, bpe_tokenizer(), llama_tokenizer()], ids=["byte", "bpe", "llama"])

@@ -198,31 +198,33 @@ def look_inside(model: GPT, tokenizer, ids: list[int], n_top: int = 6) -> dict:
     "attention": base64 of bytes, for each layer and head the lower triangle of weights * 255, row by row; "neighbours"
     of each different token, with cosine similarities. Tokens with a number are [id, label, number].
     """
-    was_training = model.training
-    model.eval()
-    try:
-        inside = look(model, ids)
-        T, n_vocab = len(ids), min(tokenizer.n_vocab, model.config.vocab_size)
-        n_top = min(n_top, n_vocab)
-        probs = inside.logits[:, :n_vocab].float().softmax(-1)
-        rows = [logit_lens(model, x)[:, :n_vocab].float().softmax(-1) for x in inside.residual[:-1]] + [probs]
-        distinct = list(dict.fromkeys(ids))
-        similar, nearest = neighbours(model, distinct, n_vocab)
-    finally:
-        model.train(was_training)
+    T, n_vocab = len(ids), min(tokenizer.n_vocab, model.config.vocab_size)
+    n_top = min(n_top, n_vocab)
 
     @functools.cache
     def named(i: int, token: int) -> str:
         return label_after(tokenizer, ids[: i + 1], token)
 
-    def lens_row(p: Tensor) -> list[list]:
+    def lens_row(logits: Tensor) -> list[list]:
+        p = logits[:, :n_vocab].float().softmax(-1)
         best = p.max(-1)
         real = [round(float(p[i, token]), 4) for i, token in enumerate(ids[1:])] + [None]
         values, tokens = best.values.tolist(), best.indices.tolist()
         rows = enumerate(zip(tokens, values, real, strict=True))
         return [[t, named(i, t), round(v, 4), r] for i, (t, v, r) in rows]
 
-    top = probs.topk(n_top)
+    was_training = model.training
+    model.eval()
+    try:
+        inside = look(model, ids)
+        # one row after the other, because the probabilities of all layers may be gigabytes
+        lens = [lens_row(logit_lens(model, x)) for x in inside.residual[:-1]] + [lens_row(inside.logits)]
+        distinct = list(dict.fromkeys(ids))
+        similar, nearest = neighbours(model, distinct, n_vocab)
+    finally:
+        model.train(was_training)
+
+    top = inside.logits[:, :n_vocab].float().softmax(-1).topk(n_top)
     triangle = torch.ones(T, T, dtype=torch.bool).tril()
     attention = (inside.attention.cpu() * 255).round().to(torch.uint8)[..., triangle]  # (L, H, T * (T + 1) / 2)
     pairs = zip(distinct, nearest.tolist(), similar.tolist(), strict=True)
@@ -236,7 +238,7 @@ def look_inside(model: GPT, tokenizer, ids: list[int], n_top: int = 6) -> dict:
             [[t, named(i, t), round(p, 5)] for t, p in zip(tokens, values, strict=True)]
             for i, (tokens, values) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         ],
-        "lens": [lens_row(p) for p in rows],
+        "lens": lens,
         "attention": base64.b64encode(attention.contiguous().numpy().tobytes()).decode(),
         "neighbours": [
             [
