@@ -43,6 +43,16 @@ def lock(folder: Path, activity: str):
     return file
 
 
+def unlock(file: IO) -> None:
+    """Release the lock that `lock` returned, and remove its file."""
+    try:
+        Path(file.name).unlink(missing_ok=True)
+    except PermissionError:  # Windows does not remove an open file
+        file.close()
+        Path(file.name).unlink(missing_ok=True)
+    file.close()
+
+
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 (hex) of a file, which is read in pieces."""
     digest = hashlib.sha256()

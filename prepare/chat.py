@@ -119,8 +119,7 @@ def write_dataset(out: Path, name: str, write: Callable[[Path], dict]) -> dict:
     finally:
         if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)
-            (out / ".lock").unlink(missing_ok=True)
-            lock.close()
+            files.unlock(lock)
         if not existed:
             with contextlib.suppress(OSError):  # not empty if the dataset is complete
                 out.rmdir()

@@ -164,8 +164,7 @@ def prepare(
                 files.remove(partial, ignore_errors=True)
             elif sys.exc_info()[0] is not None:
                 print(f"complete shards are kept in {partial}; run the same command to resume", file=sys.stderr)
-            (out / ".lock").unlink(missing_ok=True)
-            lock.close()
+            files.unlock(lock)
         if not existed:
             with contextlib.suppress(OSError):  # not empty if it holds the dataset or complete shards
                 out.rmdir()

@@ -1,10 +1,12 @@
 """Two processes at once on one out_dir or dataset: one of them is told of the other."""
 
 import socket
+from pathlib import Path
 
 from forked import RUN, result_of, said_in_a_sentence
 from helpers import REPO, TINY, refused, rounds, start_process, train
 
+from acorn import files
 from acorn.data.shards import load_dataset
 
 
@@ -42,3 +44,17 @@ def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start,
     assert sorted(each.end() for each in both) == [0, 2], [each.said() for each in both]
     load_dataset(str(tmp_path / "d"))
     print(f"{rounds} times two runs at once, {told} times with the other's name")
+
+
+def test_a_system_that_does_not_remove_open_files(tmp_path, monkeypatch):
+    """Such as Windows."""
+    lock, unlink = files.lock(tmp_path, "preparing"), Path.unlink
+
+    def refuse(self, missing_ok=False):
+        if not lock.closed:
+            raise PermissionError
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    files.unlock(lock)
+    assert lock.closed and not (tmp_path / ".lock").exists()
