@@ -109,7 +109,8 @@ def records(
     Long .parquet cells are iterators of blocks. Strings in JSON and parquet keep their line breaks. The default `key`
     is "text". A null field is an empty text. `errors` and `encoding` are as in `text_blocks`.
     """
-    reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _jsonl)
+    readers: dict[str, Callable] = {".parquet": _parquet, ".csv": _csv}
+    reader = readers.get(suffix(path), _jsonl)
     field = key or "text"
     with naming_file(path):
         for where, value in reader(path, field, errors, encoding):
@@ -158,11 +159,12 @@ def objects(
     """Yield the location of each record, for messages, and the record as a dict: lines of .jsonl, elements of a list in
     .json, rows of .csv and .parquet. `on_error` is called with the errors of single records. `errors` and `encoding`
     are as in `text_blocks`."""
+    readers: dict[str, Callable] = {".parquet": _parquet, ".csv": functools.partial(_csv, on_error=on_error)}
     if suffix(path) == ".json" and head(path).decode(encoding or "utf-8", "replace").lstrip("\ufeff \t\r\n").startswith(
         "["
     ):
         yield from _json_list(path, errors, on_error, encoding)
-    elif reader := {".parquet": _parquet, ".csv": functools.partial(_csv, on_error=on_error)}.get(suffix(path)):
+    elif reader := readers.get(suffix(path)):
         with naming_file(path):
             for where, record in reader(path, None, errors, encoding):
                 yield where, _without_nulls(record)
