@@ -81,8 +81,15 @@ def inspect(args: argparse.Namespace) -> None:
                     begins = splits[name].read([start], min(length, SAMPLE_TOKENS))[0]
                     print(f"{length:>12,} tokens, {name:<6}{tokenizer.decode(begins)[:70]!r}")
         picture = Path(args.picture) if args.picture else dataset.path / "lengths.png"
-        draw_lengths({name: each.lengths for name, each in found.items()}, str(dataset.path), picture)
-        print(f"\nthe histogram of document lengths is in {picture}")
+        try:
+            draw_lengths({name: each.lengths for name, each in found.items()}, str(dataset.path), picture)
+            print(printable(f"\nthe histogram of document lengths is in {picture}"))
+        except OSError as error:  # the dataset may be read-only
+            if args.picture:
+                raise UserError(
+                    f"cannot write {picture}: {error.strerror or error}. Choose another --picture."
+                ) from error
+            print(printable(f"\nno histogram: {picture} cannot be written ({error.strerror}). Use --picture FILE.png."))
 
     draw = np.random.default_rng(0)
     for name, tokens in splits.items():

@@ -68,6 +68,20 @@ def test_a_dataset_is_described(tmp_path, capsys, monkeypatch):
     assert Path("here.png").exists()
 
 
+def test_a_dataset_that_is_read_only_is_described_without_a_picture(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "texts"
+    make_dataset(path, BYTE)
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(inspection.report, "save_picture", refuse)
+    out = inspect(capsys, path, "--verify")
+    assert "lengths.png cannot be written (Permission denied). Use --picture FILE.png" in out and "hashes of" in out
+    with pytest.raises(UserError, match=r"cannot write here.png: Permission denied. Choose another --picture"):
+        inspect(capsys, path, "--picture=here.png")
+
+
 def test_tokens_are_shown_one_by_one():
     ids = np.array([GPT2Tokenizer.eot, *GPT2Tokenizer().encode("to be\n\x1b")])
     assert inspection.with_bars(GPT2Tokenizer(), ids) == r"<|endoftext|>│to│ be│\n│\x1b"
