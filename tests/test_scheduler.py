@@ -130,6 +130,28 @@ def test_prompt_scores_are_the_models():
     scheduler.close()
 
 
+def test_prompt_scores_are_those_of_the_prompt_while_another_thread_runs_the_model():
+    """As the page's /inside does."""
+    model = make_model()
+    scheduler, scores = Scheduler(model), []
+
+    def look(module, x, y) -> None:
+        if threading.current_thread() is scheduler.thread:
+            other = threading.Thread(target=model, args=(torch.tensor([[5, 6, 7]]),))
+            other.start()
+            other.join()
+
+    for interrupted in (False, True):
+        hook = model.transformer.h[0].register_forward_hook(look) if interrupted else None
+        scores.append([])
+        job = Job([3, 1, 4, 1, 5], 1, on_prompt=scores[-1].extend)
+        scheduler.submit([job.sequence])
+        job.result()
+    hook.remove()
+    assert len(scores[0]) == 5 and scores[0] == scores[1]
+    scheduler.close()
+
+
 def test_a_cancelled_sequence_gives_its_row_to_the_next_at_once():
     scheduler = Scheduler(make_model(), max_batch=1)
     first, second = Job([1], 10**6), Job([2], 3)

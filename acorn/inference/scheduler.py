@@ -274,7 +274,13 @@ class Scheduler:
         if sequence.on_prompt is None or sequence.n_top is None or len(sequence.ids) > len(sequence.prompt):
             return cache, self._usable(prefill(self.model, cache, [window]))[0], []
         hidden = []  # the input of the head, for all tokens; the model itself computes only the last logits
-        hook = self.model.transformer.ln_f.register_forward_hook(lambda module, x, y: hidden.append(y))
+        own_thread = threading.get_ident()  # others, such as the page's, may run the model at the same time
+
+        def keep(module, x, y: Tensor) -> None:
+            if threading.get_ident() == own_thread:
+                hidden.append(y)
+
+        hook = self.model.transformer.ln_f.register_forward_hook(keep)
         try:
             logits = self._usable(prefill(self.model, cache, [window]))[0]
         finally:
