@@ -54,9 +54,7 @@ class SampleSettings:
     system: str = ""  # system message of the chat
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
-    quantize: Literal["none", "int8"] = (
-        "none"  # int8: one byte per weight, on a CPU: faster, with slightly less accuracy
-    )
+    quantize: Literal["none", "int8"] = "none"  # int8: one byte per weight, on CPUs only; faster, slightly less exact
     compile: Literal["auto", True, False] = "auto"  # torch.compile the one-token step; auto: if this saves time
 
 

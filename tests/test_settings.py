@@ -1,5 +1,6 @@
 """acorn/settings.py: where a setting comes from, and how a wrong one is refused."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Literal
 import pytest
 from helpers import REPO
 
-from acorn import UserError
+from acorn import UserError, serve
 from acorn.settings import BOUNDS, build, check_bounds, parse
+from sample import SampleSettings
 from train import TrainSettings
 
 
@@ -161,6 +163,15 @@ def test_help_lists_every_field_with_its_comment(capsys):
         "texts to end at",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize("cls", [TrainSettings, SampleSettings, serve.ServeSettings])
+def test_help_explains_every_setting(cls, capsys):
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"])
+    text = capsys.readouterr().out
+    assert text.count("(default: ") > 10
+    assert not re.findall(r"(--\w+) \S+[\s│]+\(default: ", text)
 
 
 def test_build_leaves_out_names_of_another_version():
