@@ -97,7 +97,7 @@ class TrainSettings:
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
     embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding
     # objective: docs/preferences.md
-    objective: Literal["tokens", "dpo", "grpo", "distill"] = "tokens"  # predict tokens; learn from preferences, rewards
+    objective: Literal["tokens", "dpo", "grpo", "distill"] = "tokens"  # learn from text, preferences, rewards, teacher
     reference: str = ""  # dpo, grpo with kl_beta: a checkpoint; default: init_from (LoRA: without its adapters)
     preference_loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # the loss of objective=dpo; simpo needs no reference
     dpo_beta: float = 0.1  # the larger, the closer the model stays to the reference; for simpo, 2 to 10 is usual
