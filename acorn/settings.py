@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import math
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -193,7 +194,9 @@ def print_help(cls: type) -> None:
     """Print the fields of `cls` with their comments, and exit."""
     import tyro
 
-    tyro.cli(cls, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with `python -m`
+    prog = f"python -m {spec.name}" if spec else None
+    tyro.cli(cls, prog=prog, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
 
 
 def checked(cls: type, values: dict) -> dict:

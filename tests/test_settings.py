@@ -178,6 +178,12 @@ def test_build_leaves_out_names_of_another_version():
     assert build(Settings, {"max_iters": 3, "from_the_future": 1}) == Settings(max_iters=3)
 
 
+def test_help_shows_the_command_of_a_module():
+    words = [sys.executable, "-m", "acorn.serve", "--help"]
+    result = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert result.stdout.startswith("usage: python -m acorn.serve ")
+
+
 def test_help_starts_without_heavy_imports():
     """The heavy modules take longer to import than torch."""
     program = """
