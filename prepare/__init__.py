@@ -10,6 +10,7 @@ Every module here is a corpus, except `pipeline` (documents -> shards), `reading
     add_arguments(parser)             optional: options of this corpus
     VAL_FRACTION                      optional: the default of --val_fraction, otherwise 0.1
     default_name(args)                optional: the default name of the dataset, otherwise the module's name
+    DEFAULT_NAME                      optional: words for it in the help text, otherwise "after the first file"
 
 A corpus can support bookmarks, so that an interrupted preparation does not read everything again, and can have its own
 validation split: see `pipeline.prepare` and `pipeline.Document`. A corpus that does not consist of documents (`chat`)

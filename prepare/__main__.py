@@ -404,7 +404,7 @@ def _add_inspect(subparsers) -> None:
 
 
 def _default_name(corpus, name: str) -> str:
-    return "after the first file" if hasattr(corpus, "default_name") else name
+    return getattr(corpus, "DEFAULT_NAME", "after the first file") if hasattr(corpus, "default_name") else name
 
 
 def _unknown_corpus(name: str) -> str:

@@ -15,6 +15,7 @@ from prepare.pipeline import Document
 from prepare.reading import cell, parquet_batches
 
 TOKENIZER = "gpt2"
+DEFAULT_NAME = "the last part of NAME, such as fineweb"
 VAL_FRACTION = 0.0005
 MAX_ROWS = 1000  # maximum rows to read at once
 FIRST_ROWS = 16  # rows whose size determines how many rows to read at once

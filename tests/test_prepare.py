@@ -53,6 +53,16 @@ def test_help_lists_the_corpora():
 
 
 @pytest.mark.parametrize(
+    ("corpus", "name"),
+    [("text", "after the first file"), ("shakespeare", "plays"), ("hub", "the last part"), ("poems", "poems")],
+)
+def test_help_tells_the_default_name(corpus, name, capsys):
+    with pytest.raises(SystemExit):
+        cli.prepare_corpus([corpus, "--help"])
+    assert f"the name of the dataset; default: {name}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
     "text, match",
     [
         ('"""mine at 100%"""\ndef documents(args): return []', r"broken_one\.py lacks TOKENIZER"),
