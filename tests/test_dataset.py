@@ -75,7 +75,7 @@ def test_a_misspelt_dataset_offers_the_nearest_one(tmp_path, monkeypatch, name, 
 def test_an_interrupted_preparation(tmp_path):
     make_dataset(tmp_path / "mine")
     (tmp_path / "mine" / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"interrupted\. Run it again"):
+    with pytest.raises(UserError, match=r"interrupted\. Run the same `python prepare` command again"):
         load_dataset(str(tmp_path / "mine"))
 
 

@@ -428,7 +428,7 @@ def load_dataset(name: str, hashed: bool = True) -> Dataset:
         if os.path.isdir(path) and (
             (path / PARTIAL).is_dir() or any(SHARD_NAME.fullmatch(f.name) for f in path.iterdir())
         ):
-            raise UserError(f"preparation of {path} was interrupted. Run it again: {prepare_command(name)}")
+            raise UserError(f"preparation of {path} was interrupted. Run the same `python prepare` command again.")
     raise UserError(_no_dataset(name[:200]))
 
 
