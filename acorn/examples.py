@@ -1,4 +1,4 @@
-"""Write small datasets for the recipes: functions of Python's standard library, German sentences, capitals.
+"""Write small datasets for the recipes: Python's functions, German sentences, sums, capitals, Chinese couplets.
 
     python -m acorn.examples data/examples
     python -m acorn.examples data/examples --poems poems      # only couplets, from the dataset of `prepare poems`
