@@ -16,6 +16,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -115,7 +116,6 @@ class TextFiles:
         self._printed: set[str] = set()
         self.sources: list[Source] = []
         self.skipped = 0
-        self._spooled: list = []  # temporary files, deleted with this object
 
     def add(self, name: str) -> None:
         """Add a file, a folder, a glob, or - for standard input. Raises UserError if there is no text."""
@@ -205,19 +205,20 @@ class TextFiles:
         return paths_found
 
     def _spool(self, name: str, stream: BinaryIO) -> None:
-        """Copy a stream, which can be read only once, to a temporary file. Its first bytes tell its compression."""
+        """Copy a stream, which can be read only once, to a temporary file, and add it. The file is deleted with this
+        object. The first bytes tell the compression."""
         start = stream.read(4)
         packed = ".gz" if start[:2] == b"\x1f\x8b" else ".zst" if start == b"\x28\xb5\x2f\xfd" else ""
-        file = tempfile.NamedTemporaryFile(suffix=packed)  # noqa: SIM115 (it stays open)
+        handle, path = tempfile.mkstemp(suffix=packed)  # closed before it is read, as Windows demands
+        weakref.finalize(self, os.remove, path)
         digest = hashlib.sha256()
-        while start:
-            file.write(start)
-            digest.update(start)
-            start = stream.read(1 << 20)
-        file.flush()
-        self._spooled.append(file)
-        with _naming(name, file.name):
-            self._add_file(name, file.name, self.key is not None, [digest.hexdigest()])  # with --key, it is jsonl
+        with open(handle, "wb") as file:
+            while start:
+                file.write(start)
+                digest.update(start)
+                start = stream.read(1 << 20)
+        with _naming(name, path):
+            self._add_file(name, path, self.key is not None, [digest.hexdigest()])  # with --key, it is jsonl
 
     def notes(self) -> list[str]:
         """Return notes on the files for the user: detected encodings, HTML, and folders that were left out."""
