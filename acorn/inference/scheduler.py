@@ -469,5 +469,9 @@ def equal_shapes(model: GPT, max_batch: int, dtype: torch.dtype) -> tuple[list[i
     if not is_equal(max_batch, largest, shift=max_batch // 2):
         print("note: on this device, the last bits of a row's logits depend on its place in the batch", file=sys.stderr)
     sizes = [size for size in smaller if is_equal(max_batch, size)] + [largest]
-    counts = [n for n in smaller_powers(max_batch) if all(is_equal(n, size) for size in sizes)] + [max_batch]
+    counts = [max_batch]
+    for n in sorted(smaller_powers(max_batch), reverse=True):
+        if not all(is_equal(n, size) for size in sizes):
+            break  # fewer rows would differ as well, even if rounding hides it from these few tokens
+        counts.insert(0, n)
     return counts, sizes
