@@ -533,12 +533,19 @@ def command(*words):
         process.wait()
 
 
+@contextlib.contextmanager
+def begun_stream(url, max_tokens):
+    """Request a completion and read its first line. Yields the other lines, as they come."""
+    body = {"prompt": "ANNA", "max_tokens": max_tokens, "stream": True, "temperature": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        yield lines
+
+
 def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
     with command(f"--out_dir={trained}") as (process, url):
-        body = {"prompt": "ANNA", "max_tokens": 400, "stream": True, "temperature": 0}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            next(lines)
+        with begun_stream(url, max_tokens=400) as lines:
             process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"length"' in rest[-2]
@@ -548,10 +555,7 @@ def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
 @pytest.mark.slow
 def test_ctrl_c_twice_ends_the_command_at_once(trained):
     with command(f"--out_dir={trained}") as (process, url):
-        body = {"prompt": "ANNA", "max_tokens": 4000, "stream": True, "temperature": 0}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            next(lines)
+        with begun_stream(url, max_tokens=4000) as lines:
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)  # two signals at the same time would become one
             process.send_signal(signal.SIGINT)
