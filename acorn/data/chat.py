@@ -76,7 +76,7 @@ def render(tokenizer: Tokenizer, messages: list[dict], most: int | None = None) 
     nothing, as Llama 2's does for a system message alone."""
     whole = _fill_in(tokenizer, messages, True)
     if not whole:
-        raise UserError("the chat template renders no text for these messages. Add a message of the user.")
+        raise UserError("the chat template renders no text for these messages. Add a user message.")
     if most is not None and len(ids := _encode(tokenizer, whole, False)) > most:
         return ids
     try:
