@@ -1,4 +1,4 @@
-"""Batches of conversations: rows hold what transformers renders, whole and separate, each once per epoch."""
+"""Batches of conversations: rows match transformers' rendering, isolate conversations, and show each once per epoch."""
 
 import itertools
 import json
@@ -145,7 +145,7 @@ def expected_documents(theirs, messages: list[dict], block_size: int, rewrites: 
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_rows_show_what_transformers_renders(tmp_path, monkeypatch, name):
+def test_rows_match_the_rendering_of_transformers(tmp_path, monkeypatch, name):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     folder = write_tokenizer(tmp_path / "hf", TEMPLATES[name])
@@ -174,7 +174,7 @@ def test_rows_show_what_transformers_renders(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_sampled_reply_reads_in_the_next_turn_as_it_was_learned(tmp_path, name):
+def test_a_sampled_reply_is_rendered_as_in_training(tmp_path, name):
     tokenizer = load_hf(write_tokenizer(tmp_path / "hf", TEMPLATES[name]))
     messages = turns("Who goes there", "take the key", "Why")
     [[(ids, learned)]] = chat.forms_to_learn(tokenizer, messages[:2])
@@ -186,7 +186,7 @@ def test_a_sampled_reply_reads_in_the_next_turn_as_it_was_learned(tmp_path, name
 
 
 @pytest.mark.parametrize("name, most", [("zephyr", 6), ("llama_2", 6), ("last_thinks", 120)])
-def test_long_conversations_take_few_renderings(tmp_path, monkeypatch, name, most):
+def test_long_conversations_need_few_template_renderings(tmp_path, monkeypatch, name, most):
     tokenizer = load_hf(write_tokenizer(tmp_path / "hf", TEMPLATES[name]))
     calls, fill_in = [], chat._fill_in
     monkeypatch.setattr(chat, "_fill_in", lambda *arguments: calls.append(1) or fill_in(*arguments))
@@ -211,9 +211,9 @@ def zephyr(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_packing_is_best_fit_with_each_item_once(size):
+def test_packing_is_best_fit_and_uses_each_item_once(size):
     needs = np.random.default_rng(size).integers(1, size + 1, 300)
-    rows = []  # computed from the definition, without an index
+    rows = []  # a naive best fit, straight from the definition
     for item in sorted(range(300), key=lambda item: -needs[item]):
         room = [size - sum(needs[other] for other in row) for row in rows]
         fitting = [(left, k) for k, left in enumerate(room) if left >= needs[item]]
@@ -225,7 +225,7 @@ def test_packing_is_best_fit_with_each_item_once(size):
     assert max(sums) <= size and sorted(sums) == sorted(sum(needs[item] for item in row) for row in rows)
 
 
-def test_every_conversation_once_an_epoch_from_one_integer(zephyr):
+def test_each_epoch_has_every_conversation_once(zephyr):
     for block_size in (64, 256):
         n = batches.samples_per_epoch(zephyr.train, block_size)
         whole = documents_of(*whole_split(zephyr.train, block_size))
@@ -233,7 +233,7 @@ def test_every_conversation_once_an_epoch_from_one_integer(zephyr):
         assert all(documents_of(*epoch) == whole for epoch in epochs)
         assert len({epoch[0].tobytes() for epoch in epochs}) == 3
         stream = [np.concatenate(parts) for parts in zip(*epochs, strict=True)]
-        for first, count in ((0, 1), (n - 2, 5), (2 * n + 1, 3)):  # any split gives the same rows, also across epochs
+        for first, count in ((0, 1), (n - 2, 5), (2 * n + 1, 3)):  # any range gives the same rows, also across epochs
             for part, all_ in zip(batches.sample(zephyr.train, block_size, first, count, 3), stream, strict=True):
                 assert (part == all_[first : first + count]).all()
         other = batches.sample(zephyr.train, block_size, 0, n, seed=4)[0]
@@ -266,7 +266,7 @@ def test_no_reply_is_learned_without_its_question(zephyr, block_size):
     assert n_replies > 20 and (rows.dropped > 0) == (block_size < 1024)
 
 
-def test_notes_count_padding_and_what_is_lost(zephyr):
+def test_notes_report_padding_and_dropped_turns(zephyr):
     def only_note(block_size: int) -> str:
         [note] = zephyr.notes(block_size)
         return note
@@ -292,7 +292,7 @@ def test_attention_and_positions_stay_inside_a_conversation(zephyr):
         assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
-def test_a_mixture_of_conversations_and_text(zephyr, tmp_path):
+def test_mixture_of_conversations_and_text(zephyr, tmp_path):
     for i in range(120):
         (tmp_path / f"{i}.txt").write_text(TEXT[50 * i : 50 * i + 90] + "</s> is text here")
     prepare_corpus(f"text {' '.join(f'{i}.txt' for i in range(120))} --name t --tokenizer talks".split())
@@ -313,7 +313,7 @@ def test_a_mixture_of_conversations_and_text(zephyr, tmp_path):
     assert load_mixture("t").sample(64, 0, 4, 1)[2] is None
 
 
-def test_conversations_of_an_older_version_still_load(zephyr):
+def test_conversations_without_an_index_still_load(zephyr):
     meta = json.loads(Path("data/talks/meta.json").read_text())
     for split in ("train", "val"):
         del meta[split]["index"]
@@ -324,7 +324,7 @@ def test_conversations_of_an_older_version_still_load(zephyr):
     assert any("older version" in note for note in mixture.datasets[0].notes(64))
 
 
-def test_an_index_that_does_not_belong_is_refused(zephyr):
+def test_an_index_that_does_not_match_the_tokens_is_refused(zephyr):
     table = zephyr.train.conversations
     index = np.stack([table.dropped, table.head, table.middle, table.tail, table.prompt], axis=1)
     batches.Conversations(zephyr.train, index)
@@ -336,10 +336,10 @@ def test_an_index_that_does_not_belong_is_refused(zephyr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Through the commands
+# End to end
 
 
-def test_a_reply_whose_question_a_limit_cut_is_not_learned(tmp_path, monkeypatch):
+def test_max_tokens_drops_the_oldest_question_with_its_reply(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_talks(tmp_path / "cut.jsonl", [turns("u" * 26, "A" * 20, "vvv", "B" * 10)] * 30 + [turns("w", "C")] * 30)
     write_talks(tmp_path / "one.jsonl", [turns(f"{i}", "C") for i in range(60)])  # so that neither split is empty
@@ -354,13 +354,13 @@ def test_a_reply_whose_question_a_limit_cut_is_not_learned(tmp_path, monkeypatch
 
 
 def letters(n: int, alphabet: str = string.ascii_lowercase) -> list[dict]:
-    """The reply is the letter in the question, so it can be predicted only from the question."""
+    """Return n examples whose reply is the letter in the question, so only the question predicts it."""
     chance = random.Random(1)
     said = [(chance.randrange(100_000), chance.choice(alphabet)) for _ in range(n)]
     return [{"prompt": f"{number} {letter}", "response": letter} for number, letter in said]
 
 
-def test_a_model_sees_the_question_where_eos_ends_it(tmp_path, monkeypatch):
+def test_a_model_sees_a_question_that_ends_with_eos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = write_tokenizer(tmp_path / "hf", ZEPHYR)
     Path("letters.jsonl").write_text("".join(json.dumps(record) + "\n" for record in letters(1000, "abcd")))
@@ -395,5 +395,5 @@ def letters_loss(folder: Path, n: int, updates: int) -> float:
 
 
 @pytest.mark.slow
-def test_a_model_learns_what_only_the_question_tells(tmp_path):
+def test_fine_tuning_learns_replies_that_depend_on_the_question(tmp_path):
     assert letters_loss(tmp_path, 2000, 500) < 0.3  # ln 26 / 2 = 1.629 without the question

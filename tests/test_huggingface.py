@@ -1,4 +1,4 @@
-"""acorn/checkpoint/huggingface.py: tiny random models of transformers come in with the same logits."""
+"""acorn/checkpoint/huggingface.py: tiny random transformers models load with the same logits."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_a_hugging_face_folder_is_loaded(tmp_path):
         ("llama", dict(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 70.0})),
     ],
 )
-def test_logits_and_loss_of_an_import_are_hugging_faces(tmp_path, family, changes):
+def test_imported_models_match_transformers_logits_and_loss(tmp_path, family, changes):
     model = theirs(family, **changes)
     model.save_pretrained(tmp_path)
     mine, tokenizer, _ = checkpoint.load_model(str(tmp_path))
@@ -64,7 +64,7 @@ def test_logits_and_loss_of_an_import_are_hugging_faces(tmp_path, family, change
 
 
 @pytest.mark.parametrize("row", SUPPORTED, ids=lambda row: f"{row.kind}-{'-'.join(row.changes)}")
-def test_a_published_form_loads_and_exports_with_the_same_logits(tmp_path, row):
+def test_supported_models_load_and_export_with_the_same_logits(tmp_path, row):
     model = theirs(row.kind, **row.changes)
     model.save_pretrained(tmp_path / "in")
     if row.kind == "MiniMind":
@@ -79,7 +79,7 @@ def test_a_published_form_loads_and_exports_with_the_same_logits(tmp_path, row):
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.models)
-def test_a_published_form_that_is_not_supported_is_refused_with_its_field(tmp_path, row):
+def test_unsupported_models_are_refused_with_the_config_field(tmp_path, row):
     kind = {"gpt2": "GPT2", "smollm3": "SmolLM3"}.get(row.config.get("model_type"), "llama")
     theirs(kind).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -89,12 +89,12 @@ def test_a_published_form_that_is_not_supported_is_refused_with_its_field(tmp_pa
     assert row.words in str(caught.value)
 
 
-def test_the_page_of_published_models_is_that_of_the_table():
+def test_the_page_of_published_models_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/published_models.py"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "Qwen2", "Gemma"])
-def test_a_process_reads_rows_of_its_own_alone(tmp_path, family):
+def test_weights_can_be_read_by_row_range(tmp_path, family):
     theirs(family).save_pretrained(tmp_path)
     model, values, _ = huggingface.open_model(str(tmp_path))
     assert all(p.is_meta for p in model.parameters())
@@ -103,9 +103,9 @@ def test_a_process_reads_rows_of_its_own_alone(tmp_path, family):
             assert torch.equal(values[name][rows], p[rows]), name
 
 
-def test_the_forms_that_checkpoints_come_in(tmp_path):
-    """Several shards, bfloat16, names without the prefix and masks beside the parameters as in the published gpt2,
-    and a config.json as transformers 4 wrote it."""
+def test_checkpoint_format_variants_load(tmp_path):
+    """Load sharded bfloat16 weights with a config.json from transformers 4, and the format of the published gpt2: names
+    without the prefix, and stored masks."""
     model = theirs("llama").bfloat16()
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     config = json.loads((tmp_path / "shards" / "config.json").read_text())
@@ -115,7 +115,7 @@ def test_the_forms_that_checkpoints_come_in(tmp_path):
     config["num_key_value_heads"] = 2
     (tmp_path / "shards" / "config.json").write_text(json.dumps(config))
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
-    other = transformers.LlamaForCausalLM(model.config)  # its frequencies are computed when it is made
+    other = transformers.LlamaForCausalLM(model.config)  # RoPE frequencies are computed by the constructor
     other.load_state_dict(model.state_dict())
     assert_same_logits(checkpoint.load_model(str(tmp_path / "shards"))[0], other)
 
@@ -129,7 +129,7 @@ def test_the_forms_that_checkpoints_come_in(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_tied_weights_may_be_stored_as_the_head_alone(tmp_path, family):
+def test_tied_weights_can_be_stored_only_as_lm_head(tmp_path, family):
     model = theirs(family, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -140,17 +140,17 @@ def test_tied_weights_may_be_stored_as_the_head_alone(tmp_path, family):
     assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
 
 
-def test_swish_is_another_name_of_silu(tmp_path):
+def test_swish_is_an_alias_of_silu(tmp_path):
     model = theirs("llama", hidden_act="swish")
     model.save_pretrained(tmp_path)
     assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
 
 
-def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
-    """End tokens survive import, training and export; a run stores them with its tokenizer."""
+def test_end_tokens_survive_import_saving_and_export(tmp_path):
+    """A run's checkpoint stores the end tokens with its tokenizer."""
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
-    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, the default of transformers
+    assert checkpoint.load_model(str(tmp_path / "base"))[1].ends == {259, 261}  # not 2, the default in transformers
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [200, 201]}))
     model, tokenizer, _ = checkpoint.load_model(str(tmp_path / "base"))
     assert tokenizer.ends == {200, 201, 259, 261}
@@ -165,7 +165,7 @@ def test_ends_come_in_with_a_checkpoint_and_go_out_with_it(tmp_path):
     assert 99 in checkpoint.load_model(str(tmp_path / "hf"))[1].ends
 
 
-def test_pad_and_unk_survive_and_batches_can_be_padded(tmp_path):
+def test_exports_keep_pad_and_unk_tokens_and_can_pad_batches(tmp_path):
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
     settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
@@ -183,7 +183,7 @@ def test_pad_and_unk_survive_and_batches_can_be_padded(tmp_path):
         assert len(batch["input_ids"][0]) == len(batch["input_ids"][1]) and batch["attention_mask"][0][-1] == 0
 
 
-def test_a_bos_goes_out_with_an_export(tmp_path):
+def test_exports_keep_the_bos_token(tmp_path):
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
     put_bos_first(tmp_path / "base")
@@ -197,7 +197,7 @@ def test_a_bos_goes_out_with_an_export(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["byte", "gpt2", "bpe:340"])
-def test_an_export_that_transformers_saves_again_keeps_its_kind_and_hash(tmp_path, capsys, kind):
+def test_tokenizer_kind_and_hash_survive_resaving_by_transformers(tmp_path, capsys, kind):
     vocab_size = get_tokenizer(kind, [TEXT]).n_vocab
     hub.export(str(saved(tmp_path / "out", ours(vocab_size=vocab_size), kind, [TEXT])), tmp_path / "hf")
     before = load_tokenizer(str(tmp_path / "hf"))
@@ -212,7 +212,7 @@ def test_an_export_that_transformers_saves_again_keeps_its_kind_and_hash(tmp_pat
 
 
 @pytest.mark.parametrize("change", ["tokens", "template", "eos", "jinja", "everything"])
-def test_changes_by_transformers_to_an_export_are_loaded(tmp_path, capsys, change):
+def test_tokenizer_changes_made_in_transformers_are_loaded(tmp_path, capsys, change):
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
     hub.export(str(tmp_path / "base"), tmp_path / "hf")
@@ -243,7 +243,7 @@ def test_changes_by_transformers_to_an_export_are_loaded(tmp_path, capsys, chang
 
 
 def test_an_export_without_hashes_keeps_its_own_tokenizer(tmp_path, capsys):
-    """Older versions wrote none. A char tokenizer keeps its own copy too, because it has no other form."""
+    """Older versions wrote no hashes. A char tokenizer with hashes is kept too, because it has no other format."""
     for kind in ("bpe:340", "char"):
         folder, tokenizer = tmp_path / f"hf-{kind[:3]}", get_tokenizer(kind, [TEXT])
         hub.export(str(saved(tmp_path / kind[:3], ours(vocab_size=tokenizer.n_vocab), kind, [TEXT])), folder)
@@ -257,7 +257,7 @@ def test_an_export_without_hashes_keeps_its_own_tokenizer(tmp_path, capsys):
         assert ("using acorn_tokenizer.json" in capsys.readouterr().err) == (kind == "char")
 
 
-def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
+def test_invalid_checkpoints_are_refused_with_the_reason(tmp_path):
     source = tmp_path / "source"
     theirs("llama").save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
@@ -313,7 +313,7 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path):
         checkpoint.load_model(str(case))
 
 
-def test_the_hub_is_asked_for_what_is_not_here_and_its_refusals_are_sentences(tmp_path, monkeypatch):
+def test_hub_downloads_and_hub_errors(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -348,7 +348,7 @@ def test_the_hub_is_asked_for_what_is_not_here_and_its_refusals_are_sentences(tm
     for slip in ("out/quikstart", "./nowhere", "nowhere"):
         with pytest.raises(UserError, match="there is no folder"):
             checkpoint.load_model(slip)
-    assert len(asked) == 6  # no slip went to the hub
+    assert len(asked) == 6  # no mistyped path was looked up on the hub
 
     answers.append(None)
     write_tokenizer(tmp_path / "copy")

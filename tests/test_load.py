@@ -1,4 +1,4 @@
-"""acorn/checkpoint/load.py: finding a checkpoint, the fallback from a damaged one, and files with false contents."""
+"""acorn/checkpoint: finding a checkpoint, falling back from a damaged one, and refusing invalid files."""
 
 import concurrent.futures
 import dataclasses
@@ -20,8 +20,8 @@ from acorn.evaluation import tasks
 from acorn.files import sha256 as files_sha256
 
 
-def test_processes_share_the_files_out_and_all_hear_of_a_damaged_one(tmp_path, monkeypatch, capsys):
-    """Two processes, here threads: each file is hashed by one of them, and they go on from the same checkpoint."""
+def test_ranks_divide_the_hashing_and_agree_on_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """Two ranks, simulated by threads: each file is hashed by only one of them, and both find the same checkpoint."""
     for step in (1, 2):
         save_small(tmp_path, step)
     (tmp_path / "step_000002" / "optimizer.safetensors").write_bytes(b"x")
@@ -60,8 +60,8 @@ def test_processes_share_the_files_out_and_all_hear_of_a_damaged_one(tmp_path, m
         ("format", 99),
     ],
 )
-def test_a_strangers_state_of_wrong_types_is_refused(tmp_path, name, value):
-    """Whole by its hash, so made on purpose."""
+def test_state_with_invalid_values_is_refused(tmp_path, name, value):
+    """The hash of the state is correct, so only the check of its values can refuse it."""
     folder = save_small(tmp_path, 1)
     state = {**json.loads((folder / "state.json").read_text()), name: value}
     state["sha256"]["state"] = checkpoint.state_hash(state)
@@ -70,7 +70,7 @@ def test_a_strangers_state_of_wrong_types_is_refused(tmp_path, name, value):
         checkpoint.find(tmp_path)
 
 
-def test_hostile_json_and_sizes_are_refused_before_they_cost_anything(tmp_path):
+def test_absurd_configs_and_deeply_nested_json_are_refused(tmp_path):
     folder, state = save_small(tmp_path, 1), None
     state = json.loads((folder / "state.json").read_text())
     for change in ({"n_embd": 10**12}, {"n_layer": 10**9}, {"norm_eps": "x"}, {"from_the_future": 1}):
@@ -83,7 +83,7 @@ def test_hostile_json_and_sizes_are_refused_before_they_cost_anything(tmp_path):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, file, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys, file, damage):
     save_small(tmp_path, 1)
     newest = save_small(tmp_path, 2) / file
     data = newest.read_bytes()
@@ -106,8 +106,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step_0000", b"\xff\x00", b"step_000009\n"])
-def test_a_pointer_that_is_torn_or_gone_leads_to_the_newest_whole_checkpoint(tmp_path, content):
-    """As filesystems leave it where a rename over a file is no single step. No clock decides what is newest."""
+def test_a_damaged_pointer_falls_back_to_the_newest_intact_checkpoint(tmp_path, content):
+    """Filesystems without an atomic rename can leave such pointers. The newest checkpoint is the one with the highest
+    step, whatever its modification time."""
     for step in (1, 2):
         os.utime(save_small(tmp_path, step), (0, 4e9 - step * 1e9))
     (save_small(tmp_path, 3, keep=9) / "model.safetensors").write_bytes(b"torn")
@@ -118,7 +119,7 @@ def test_a_pointer_that_is_torn_or_gone_leads_to_the_newest_whole_checkpoint(tmp
         assert checkpoint.find(tmp_path, name)[1]["step"] == 2
 
 
-def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path, monkeypatch):
+def test_errors_for_a_missing_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no folder"):
         checkpoint.find(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in"):
@@ -133,14 +134,14 @@ def test_where_there_is_no_checkpoint_a_sentence_says_so(tmp_path, monkeypatch):
         tasks.training_dataset("out/mien", "best")
 
 
-def test_a_pointer_cannot_lead_out_of_the_folder(tmp_path):
+def test_a_pointer_cannot_leave_the_folder(tmp_path):
     save_small(tmp_path / "a", 7)
     save_small(tmp_path / "b", 1)
     (tmp_path / "b" / "latest").write_text("../a/step_000007\n")
     assert checkpoint.find(tmp_path / "b")[1]["step"] == 1
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+def test_weights_that_do_not_match_the_config_are_refused(tmp_path):
     folder = save_small(tmp_path, 1)
     for change, word in ((dict(n_embd=32), "has shape \\["), (dict(n_layer=2), "lacks"), (dict(bias=False), "has ")):
         state = json.loads((folder / "state.json").read_text())
@@ -154,8 +155,8 @@ def moments_of(folder: Path, state: dict) -> str:
 
 
 @rounds(40, 600)
-def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, capsys, rounds):
-    """What loads is one of the two that were saved, and what is loaded of the damaged one is what was written."""
+def test_damaged_data_is_never_loaded(tmp_path, capsys, rounds):
+    """After random damage to one file, the loaded checkpoint equals one of the two that were saved."""
     for step in (1, 2):
         save_small(tmp_path, step, best=2)
     originals = {}
@@ -182,7 +183,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_what_was_written(tmp_path, caps
     print(f"{rounds} damages of a checkpoint, {fell_back} of which the one before was loaded after")
 
 
-def test_headers_that_claim_absurd_sizes(tmp_path):
+def test_safetensors_headers_with_absurd_sizes_are_refused(tmp_path):
     step = save_small(tmp_path / "run", 1)
     whole = (step / "model.safetensors").read_bytes()
     length = int.from_bytes(whole[:8], "little")

@@ -1,4 +1,4 @@
-"""Continuous batching: each sequence gets the tokens that it gets alone, whatever runs, joins and leaves beside it."""
+"""Continuous batching: a sequence gets the same tokens as alone, whatever other sequences run, join or leave."""
 
 import threading
 
@@ -27,7 +27,7 @@ def make_model(**changes) -> GPT:
 
 
 class Job:
-    """A sequence that collects what it gets."""
+    """A sequence that records its tokens, its error and its end."""
 
     def __init__(self, prompt, n_new, sampling=None, seed=0, n_top=2, at_token=None, **more):
         self.scored, self.error, self.ended, self.at_token = [], None, threading.Event(), at_token or {}
@@ -60,10 +60,10 @@ def jobs_of_unequal_length() -> list[dict]:
 
 
 def staggered(scheduler: Scheduler, arguments: list[dict]) -> list[Job]:
-    """Run jobs, each started after an earlier one has made some tokens, so that they join and leave a running batch."""
+    """Run jobs that start at a token of an earlier job, so that they join and leave a running batch. Return them."""
     jobs = [Job(**each) for each in arguments]
     for i, job in enumerate(jobs[1:], 1):
-        before = jobs[(i - 1) // 2]  # two start with each
+        before = jobs[(i - 1) // 2]  # each job starts two others
         at = max(1, (i % 2) * (before.sequence.max_new_tokens // 2))
         earlier = before.at_token.get(at, lambda: None)
         before.at_token[at] = lambda job=job, earlier=earlier: scheduler.submit([job.sequence]) or earlier()
@@ -74,8 +74,8 @@ def staggered(scheduler: Scheduler, arguments: list[dict]) -> list[Job]:
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=["gpt2", "llama", "ngram"])
-def test_each_sequence_gets_the_tokens_and_logprobs_that_it_gets_alone(changes, monkeypatch):
-    """Alone: to the bit. The sampling loop of sample.py: the same tokens."""
+def test_batched_sequences_match_sequences_run_alone(changes, monkeypatch):
+    """The results equal those of the sequence alone to the bit, and have the same tokens as `generate`."""
     monkeypatch.setattr("acorn.inference.scheduler.SIZE_STEP", 16)  # the cache grows several times
     model = prepare(make_model(**changes))
     scheduler = Scheduler(model, n_vocab=60)
@@ -101,12 +101,12 @@ def two_threads():
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize(("dtype", "quantize"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int8")])
-def test_two_threads_too(dtype, quantize, compile, two_threads):
-    """Threads share the rows of a batch."""
-    torch._dynamo.reset()  # what earlier tests compiled counts towards a limit
+def test_batched_sequences_match_with_two_threads(dtype, quantize, compile, two_threads):
+    """With several threads, kernels divide the rows of a batch among them."""
+    torch._dynamo.reset()  # graphs compiled by earlier tests count towards the recompile limit
     model = make_model(n_embd=256, n_head=4).to(getattr(torch, dtype))
     scheduler = Scheduler(prepare(model, 8, quantize, compile))
-    assert len(scheduler.row_counts) > 1 or not compile  # compiled kernels add in the same order for several rows
+    assert len(scheduler.row_counts) > 1 or not compile  # compiled kernels sum in the same order at several sizes
     together = staggered(scheduler, jobs_of_unequal_length())
     for arguments, job in zip(jobs_of_unequal_length(), together, strict=True):
         alone = Job(**arguments)
@@ -115,25 +115,25 @@ def test_two_threads_too(dtype, quantize, compile, two_threads):
     scheduler.close()
 
 
-def test_batches_smaller_than_one_with_other_bits_are_not_used(monkeypatch):
-    """Fewer rows would differ too, although rounding may hide it from the few tokens that are compared."""
+def test_batch_sizes_below_a_differing_one_are_not_used(monkeypatch):
+    """Even fewer rows would differ too, although rounding may hide this in the few tokens that are compared."""
 
     def other_bits_for_two(model, cache, tokens, *rest):
         for tensor in (tensor for layer in cache.layers for tensor in layer):
-            tensor.zero_()  # the new keys and values
+            tensor.zero_()  # makes the keys and values equal
         return torch.full((len(tokens), 61), float(len(tokens) == 2))
 
     monkeypatch.setattr(schedulers, "decode", other_bits_for_two)
     assert schedulers.equal_shapes(make_model(), 8, torch.float32)[0] == [4, 8]
 
 
-def test_prompt_scores_are_the_models():
+def test_prompt_logprobs_match_the_model():
     model = make_model()
     scheduler, prompt, scores = Scheduler(model), [(5 * i) % 61 for i in range(48)], []
     job = Job(prompt, 1, on_prompt=scores.extend)
     scheduler.submit([job.sequence])
     job.result()
-    idx = torch.tensor([prompt + job.ids()])  # one token more than the block, the last target
+    idx = torch.tensor([prompt + job.ids()])  # one token more than the block: the last target
     logprobs = model.double()(idx[:, :-1], idx[:, 1:])[0][0].log_softmax(-1)
     expected = logprobs.gather(1, idx[0, 1:, None])[:, 0].tolist()
     assert [s.id for s in scores] == prompt and scores[0].logprob is None and scores[0].top == []
@@ -143,8 +143,8 @@ def test_prompt_scores_are_the_models():
     scheduler.close()
 
 
-def test_prompt_scores_are_those_of_the_prompt_while_another_thread_runs_the_model():
-    """As the page's /inside does."""
+def test_prompt_logprobs_ignore_forward_passes_of_other_threads():
+    """The web page's /inside requests run the model in another thread."""
     model = make_model()
     scheduler, scores = Scheduler(model), []
 
@@ -165,7 +165,7 @@ def test_prompt_scores_are_those_of_the_prompt_while_another_thread_runs_the_mod
     scheduler.close()
 
 
-def test_a_cancelled_sequence_gives_its_row_to_the_next_at_once():
+def test_a_cancelled_sequence_frees_its_row():
     scheduler = Scheduler(make_model(), max_batch=1)
     first, second = Job([1], 10**6), Job([2], 3)
     waiting = Job([3], 10**6)
@@ -177,7 +177,7 @@ def test_a_cancelled_sequence_gives_its_row_to_the_next_at_once():
     scheduler.close()
 
 
-def test_short_sequences_that_arrive_do_not_hold_up_one_that_runs():
+def test_new_short_sequences_do_not_stall_a_running_one():
     scheduler, order = Scheduler(make_model(), max_batch=8), []
     note = lambda name: {i: lambda: order.append(name) for i in range(1, 50)}  # noqa: E731
     short = [Job([2, i], 1, at_token=note("short")) for i in range(20)]
@@ -188,7 +188,7 @@ def test_short_sequences_that_arrive_do_not_hold_up_one_that_runs():
     scheduler.close()
 
 
-def test_a_full_queue_refuses_and_what_was_accepted_ends():
+def test_a_full_queue_refuses_sequences_and_finishes_accepted_ones():
     scheduler = Scheduler(make_model(), max_batch=2, max_queue=3)
     go = threading.Event()
     running = [Job([1], 4, at_token={1: lambda: not go.wait(30)}) for _ in range(2)]
@@ -200,13 +200,13 @@ def test_a_full_queue_refuses_and_what_was_accepted_ends():
         scheduler.submit([Job([1], 1).sequence])
     assert full.value.retry_after >= 1
     go.set()
-    scheduler.close()  # finishes what was accepted
+    scheduler.close()  # finishes the accepted sequences
     assert [len(job.scored) for job in running + accepted] == [4, 4, 5, 5, 5]
     with pytest.raises(QueueFull):
         scheduler.submit([Job([1], 1).sequence])
 
 
-def test_closing_without_finishing_cancels_what_runs_and_waits():
+def test_close_without_finish_cancels_all_sequences():
     scheduler = Scheduler(make_model(), max_batch=1)
     running, waiting = Job([1], 10**6), Job([2], 10**6)
     started = threading.Event()
@@ -218,7 +218,7 @@ def test_closing_without_finishing_cancels_what_runs_and_waits():
     assert not running.ended.is_set() and not waiting.scored
 
 
-def test_only_as_many_sequences_run_as_the_cache_holds():
+def test_the_cache_size_limits_the_running_sequences():
     model = make_model(block_size=256)
     token_bytes = 2 * 2 * 32 * 4  # keys and values, layers, channels, float32
     scheduler = Scheduler(model, max_batch=8, cache_bytes=8 * 128 * token_bytes)
@@ -244,8 +244,8 @@ def test_only_as_many_sequences_run_as_the_cache_holds():
         Scheduler(model, cache_bytes=1000)
 
 
-def test_a_broken_row_ends_alone():
-    """A token whose embedding is NaN ends its own sequence; rows beside it, and those after it in its place, go on."""
+def test_a_nan_row_ends_only_its_own_sequence():
+    """A token with a NaN embedding ends its own sequence. Other rows, and later sequences in the same row, continue."""
     model = make_model()
     expected = generate(model, [[1, 2]], 30, Sampling(temperature=0), [0], lambda *_: False)[0][2:]
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_a_broken_row_ends_alone():
     scheduler.close()
 
 
-def test_a_call_has_the_model_for_itself_and_a_bug_in_it_reaches_the_caller():
+def test_calls_return_results_and_exceptions_and_can_be_cancelled():
     scheduler = Scheduler(make_model())
     assert scheduler.call(lambda: scheduler.model.num_params()).result(10) == scheduler.model.num_params()
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""The server as OpenAI's Python client and hostile clients meet it."""
+"""The HTTP server, tested with OpenAI's Python client and with hostile clients."""
 
 import asyncio
 import collections
@@ -91,7 +91,7 @@ def post(served):
 
 
 def expected(served, prompt: list[int], n_new: int, sampling: Sampling, seed=0, stop=(), ends=()) -> str:
-    """Return the text that sample.py's loop writes."""
+    """Return the text that sample.py's loop generates."""
     text, pieces = TextStream(served.app.state.tokenizer, stop, set(ends)), []
 
     def on_token(row, token, logprob):
@@ -106,7 +106,7 @@ def expected(served, prompt: list[int], n_new: int, sampling: Sampling, seed=0, 
 # Completions
 
 
-def test_a_completion_is_what_sample_py_writes(served):
+def test_completions_match_sample_py(served):
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
     extra = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
     settings = dict(temperature=0.9, top_p=0.95, seed=3, max_tokens=200, extra_body=extra)
@@ -118,7 +118,7 @@ def test_a_completion_is_what_sample_py_writes(served):
     assert answer.usage.prompt_tokens == 4 and answer.usage.total_tokens == 4 + answer.usage.completion_tokens
 
 
-def test_prompts_are_texts_or_ids_one_or_several(served):
+def test_prompts_can_be_texts_or_token_ids(served):
     greedy = dict(model="tiny", temperature=0, max_tokens=5)
     create = served.client.completions.create
     ids = [list(b"abc"), list("é字".encode())]
@@ -128,10 +128,10 @@ def test_prompts_are_texts_or_ids_one_or_several(served):
     assert [choice.text for choice in create(prompt=["abc", "é字"], **greedy).choices] == texts
     assert create(prompt="", **greedy).usage.prompt_tokens == 1  # the end-of-text token starts a document
     control = create(prompt="<|endoftext|>", **greedy)
-    assert control.usage.prompt_tokens == 13  # text, not the token
+    assert control.usage.prompt_tokens == 13  # encoded as text, not as the control token
 
 
-def test_a_stop_string_and_the_end_of_text_end_a_completion(served):
+def test_a_stop_string_ends_a_completion(served):
     greedy = dict(model="tiny", prompt="The", temperature=0)
     whole = served.client.completions.create(**greedy, max_tokens=40)
     text = whole.choices[0].text
@@ -142,7 +142,7 @@ def test_a_stop_string_and_the_end_of_text_end_a_completion(served):
 
 
 def generating(monkeypatch, ids: list[int]) -> None:
-    """Let every model continue the first n of these ids with the next ones."""
+    """Patch sampling so that every model continues the first n of `ids` with the next one."""
     monkeypatch.setattr(scheduler, "draw", lambda logits, rows, *_: torch.tensor([ids[len(rows[0])]]))
 
 
@@ -166,11 +166,11 @@ def test_a_prompt_may_end_inside_a_character(tokenizer, monkeypatch):
             given = tokenizer.decode_bytes(ids[:n]).decode(errors="ignore")  # the whole characters of the prompt
             assert given + "".join(chunk.text for chunk in chunks) == tokenizer.decode_bytes(ids).decode()
         generating(monkeypatch, [tokenizer.eot, *ids])
-        settings |= dict(prompt="", max_tokens=len(ids))  # after the end-of-text token, a SentencePiece's space is none
+        settings |= dict(prompt="", max_tokens=len(ids))  # SentencePiece's added space is dropped at the start
         assert client.completions.create(**settings).choices[0].text == text
 
 
-def test_logprobs_with_echo_are_those_of_the_text(served):
+def test_echoed_logprobs_match_the_model(served):
     settings = dict(model="tiny", prompt=["ab字", "q"], temperature=0, echo=True, logprobs=3, max_tokens=2)
     for choice, prompt in zip(served.client.completions.create(**settings).choices, settings["prompt"], strict=True):
         ids = list(prompt.encode())
@@ -191,7 +191,7 @@ def test_logprobs_with_echo_are_those_of_the_text(served):
 # Chat and streams
 
 
-def test_a_chat_is_rendered_with_the_template_and_ends_with_its_token(served):
+def test_chat_uses_the_template_and_its_end_token(served):
     tokenizer = served.app.state.tokenizer
     settings = dict(model="gpt-5", messages=MESSAGES, temperature=0, max_completion_tokens=30)
     answer = served.client.chat.completions.create(**settings, logprobs=True, top_logprobs=2)
@@ -206,8 +206,8 @@ def test_a_chat_is_rendered_with_the_template_and_ends_with_its_token(served):
     assert served.client.chat.completions.create(model="x", messages=parts, max_tokens=1).usage.completion_tokens == 1
 
 
-def test_a_begun_reply_is_continued_and_ends_where_the_chat_would(monkeypatch):
-    """The token that ends a turn is not an end of text for this tokenizer, as with many chat models."""
+def test_a_partial_reply_is_continued_to_its_end_token(monkeypatch):
+    """As in many chat models, the token that ends a turn is not one of the tokenizer's end-of-text tokens."""
     tokenizer = add_tokens(bpe_tokenizer(), ["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = chat.CHATML
     end = tokenizer.control["<|im_end|>"]
@@ -229,7 +229,7 @@ def test_a_begun_reply_is_continued_and_ends_where_the_chat_would(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["completions", "chat"])
-def test_a_stream_has_the_same_text_and_figures(served, kind):
+def test_streaming_returns_the_same_text_and_usage(served, kind):
     settings = dict(model="tiny", seed=7, n=2, max_tokens=50, stop=["q"])
     if kind == "chat":
         create, settings["messages"] = served.client.chat.completions.create, MESSAGES
@@ -251,7 +251,7 @@ def test_a_stream_has_the_same_text_and_figures(served, kind):
     assert all(set(each[:-1]) == {None} for each in reasons)
 
 
-def test_tokens_that_pile_up_are_sent_together_and_none_is_lost(monkeypatch):
+def test_pending_tokens_are_merged_without_loss(monkeypatch):
     app, is_busy, on_token = make_app(), threading.Event(), api.Choice.on_token
 
     def on_token_later(choice, scored):
@@ -261,7 +261,7 @@ def test_tokens_that_pile_up_are_sent_together_and_none_is_lost(monkeypatch):
     @app.get("/busy")
     async def busy() -> None:
         is_busy.set()
-        while app.state.scheduler.running:  # nothing is sent until the scheduler's thread has finished
+        while app.state.scheduler.running:  # blocks the event loop, so that nothing is sent until then
             time.sleep(0.01)
 
     settings = {"prompt": "a", "max_tokens": 300, "seed": 3, "logprobs": 2, "n": 2}
@@ -282,7 +282,7 @@ def test_tokens_that_pile_up_are_sent_together_and_none_is_lost(monkeypatch):
             assert [value for part in own for value in part["logprobs"][name]] == values
 
 
-def test_offsets_are_places_in_the_text():
+def test_token_offsets_in_the_text():
     tokenizer = get_tokenizer("byte")
 
     def offsets(call, **settings) -> list[int]:
@@ -290,22 +290,22 @@ def test_offsets_are_places_in_the_text():
         call(api.Choice(0, tokenizer, TextStream(tokenizer, ["cd?"]), events.append, **settings))
         return [offset for event in events for _, offset in event[2]]
 
-    def continued(choice) -> None:  # "cd" is held back, because the stop string may follow
+    def continued(choice) -> None:  # "cd" is held back because it may begin the stop string
         assert not any(choice.on_token(api.Scored(id)) for id in tokenizer.encode("abcde"))
 
-    ids = [tokenizer.eot, *tokenizer.encode("abc")]  # a token before the text, as Llama's BOS
+    ids = [tokenizer.eot, *tokenizer.encode("abc")]  # with a token before the text, like Llama's BOS
     assert offsets(continued) == [0, 1, 2, 3, 4]
     assert offsets(continued, echo="abc") == [3, 4, 5, 6, 7]
     assert offsets(lambda choice: choice.on_prompt([api.Scored(id) for id in ids]), echo="abc") == [0, 0, 1, 2]
 
 
-def test_an_event_is_one_line_for_every_client():
+def test_a_server_sent_event_contains_no_unicode_line_breaks():
     text = "a\x85b\u2028c\u2029d\ne"
     event = api.sse({"text": text}).decode()
     assert event.splitlines() == event.split("\n")[:-1] and json.loads(event[6:]) == {"text": text}
 
 
-def test_what_a_template_writes_around_a_reply_is_removed_from_streams_too():
+def test_streams_omit_the_template_text_around_a_reply():
     for text in (" Hello \n", " Hi", "  x\n\n", "", " ", "no space"):
         reply, pieces = api.ReplyText(" ", "\n"), []
         for char in text:
@@ -314,7 +314,7 @@ def test_what_a_template_writes_around_a_reply_is_removed_from_streams_too():
 
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
-def test_eight_streams_at_once_return_what_each_returns_alone(served, temperature):
+def test_concurrent_streams_match_single_streams(served, temperature):
     def ask(i: int) -> str:
         chunks = served.client.completions.create(
             model="tiny", prompt="x" * (1 + 5 * i), max_tokens=20 + 17 * i, temperature=temperature, seed=i, stream=True
@@ -331,7 +331,7 @@ def test_eight_streams_at_once_return_what_each_returns_alone(served, temperatur
 # Errors and limits
 
 
-def test_errors_are_those_of_the_client(served):
+def test_errors_map_to_openai_exceptions(served):
     create = served.client.completions.create
     with pytest.raises(openai.BadRequestError, match=r"temperature = 9") as error:
         create(model="tiny", prompt="a", temperature=9)
@@ -404,7 +404,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("body", BAD, ids=[f"{i}" for i in range(len(BAD))])
-def test_a_bad_request_gets_a_sentence(post, body):
+def test_bad_requests_get_status_400_and_a_message(post, body):
     path = "chat/completions" if isinstance(body, dict) and "messages" in body else "completions"
     status, answer = post(body, path)
     message = answer["error"]["message"]
@@ -412,11 +412,11 @@ def test_a_bad_request_gets_a_sentence(post, body):
     assert message.endswith(".") and " " in message and len(message) < 500 and "Traceback" not in message
 
 
-def test_lone_surrogates_are_no_server_error(post):
+def test_lone_surrogates_do_not_cause_a_server_error(post):
     assert post(b'{"prompt": "\\ud800", "max_tokens": 1, "echo": true}')[0] in (200, 400)
 
 
-def test_a_token_that_the_model_does_not_know_is_refused_and_ends_no_other_request():
+def test_unknown_tokens_are_refused_without_ending_other_requests():
     tokenizer = add_tokens(bpe_tokenizer(), ["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = chat.CHATML
     model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab - 2, n_layer=1, n_head=1, n_embd=8))
@@ -433,13 +433,13 @@ def test_a_token_that_the_model_does_not_know_is_refused_and_ends_no_other_reque
         assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
 
 
-def test_only_json_is_accepted_and_a_large_body_is_not(served, post):
+def test_non_json_and_oversized_bodies_are_refused(served, post):
     assert post({"prompt": "a"}, **{"content-type": "text/plain"})[0] == 415
     status, answer = post(b" " * (100 << 20))
     assert status == 413 and answer["error"]["message"].endswith(".")
 
 
-def test_a_client_that_hangs_up_frees_its_rows_at_once(served):
+def test_a_disconnected_client_frees_its_rows(served):
     scheduler = served.scheduler
     for stream in (True, False):
         before = scheduler.n_cancelled
@@ -461,7 +461,7 @@ def test_a_client_that_hangs_up_frees_its_rows_at_once(served):
         assert not scheduler.running and scheduler.n_cancelled == before + 8
 
 
-def test_a_full_queue_answers_429_with_a_time():
+def test_a_full_queue_returns_429_with_retry_after():
     app = make_app(max_batch=1, max_queue=1)
     release = threading.Event()
     app.state.scheduler.call(release.wait)
@@ -480,8 +480,8 @@ def test_a_full_queue_answers_429_with_a_time():
         assert "acorn_requests_refused_total 1" in httpx.get(f"{url}/metrics").text
 
 
-def test_key_and_cors():
-    """In this process, without a socket."""
+def test_api_key_cors_metrics_and_unknown_routes():
+    """The app is called in this process, without a socket."""
 
     async def ask(app, method, path, **headers):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -506,7 +506,7 @@ def test_key_and_cors():
     assert call(plain, "PUT", "/v1/completions").status_code == 405
 
 
-def test_a_base_model_says_that_it_cannot_chat():
+def test_chat_without_a_template_is_refused():
     with serving(make_app(template=None)) as url:
         answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": MESSAGES})
     assert answer.status_code == 400 and "/v1/completions" in answer.json()["error"]["message"]
@@ -535,7 +535,7 @@ def command(*words):
 
 @contextlib.contextmanager
 def begun_stream(url, max_tokens):
-    """Request a completion and read its first line. Yields the other lines, as they come."""
+    """Request a streamed completion, read its first line, and yield an iterator over the other lines."""
     body = {"prompt": "ANNA", "max_tokens": max_tokens, "stream": True, "temperature": 0}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
@@ -543,7 +543,7 @@ def begun_stream(url, max_tokens):
         yield lines
 
 
-def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
+def test_sigterm_lets_running_requests_finish(trained):
     with command(f"--out_dir={trained}") as (process, url):
         with begun_stream(url, max_tokens=400) as lines:
             process.send_signal(signal.SIGTERM)
@@ -553,18 +553,18 @@ def test_the_command_serves_a_run_and_sigterm_finishes_what_runs(trained):
 
 
 @pytest.mark.slow
-def test_ctrl_c_twice_ends_the_command_at_once(trained):
+def test_a_second_ctrl_c_stops_the_server_immediately(trained):
     with command(f"--out_dir={trained}") as (process, url):
         with begun_stream(url, max_tokens=4000) as lines:
             process.send_signal(signal.SIGINT)
-            time.sleep(0.5)  # two signals at the same time would become one
+            time.sleep(0.5)  # two pending signals would merge into one
             process.send_signal(signal.SIGINT)
             with pytest.raises(httpx.RemoteProtocolError):
                 collections.deque(lines, 0)
         assert process.wait(20) == 130
 
 
-def test_bad_settings_are_refused_with_a_sentence(trained, monkeypatch):
+def test_invalid_server_settings_raise_user_error(trained, monkeypatch):
     for words, match in ((["--max_batch=0"], "max_batch"), (["--cache_mb=0", "--port=70000"], "port")):
         monkeypatch.setattr(sys, "argv", ["serve", f"--out_dir={trained}", *words])
         with pytest.raises(UserError, match=match):
@@ -572,8 +572,8 @@ def test_bad_settings_are_refused_with_a_sentence(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
-    """lm-eval's client for completions against its own reading of the exported folder, on the same questions."""
+def test_lm_eval_results_match_the_exported_model(tmp_path):
+    """Compare lm-eval's completions client with its Hugging Face backend on the export, for the same requests."""
     lm_eval = pytest.importorskip("lm_eval", reason="a large package: pip install lm_eval[api]")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -612,19 +612,19 @@ def test_lm_eval_gets_the_digits_of_the_export(tmp_path):
 
 
 async def receiving(guard, *messages: tuple[bytes, bool], **options):
-    """Return the body of a request that arrives in messages (bytes, whether more follow)."""
+    """Return the body that `guard` reads from a request that arrives as `messages`: (bytes, whether more follow)."""
     waiting = iter(messages)
 
     async def receive() -> dict:
         body, more = next(waiting, (b"", True))
         if not body:
-            await asyncio.sleep(3600)  # the rest does not come
+            await asyncio.sleep(3600)  # the rest never arrives
         return {"type": "http.request", "body": body, "more_body": more}
 
     return await guard.read_body(receive, **options)
 
 
-def test_large_requests_are_refused_while_many_arrive_and_small_ones_are_not(monkeypatch):
+def test_large_requests_are_refused_when_pending_bodies_exceed_the_limit(monkeypatch):
     monkeypatch.setattr(api, "MOST_HELD", 4 << 20)
     small, large = b"x" * 1000, b"x" * (3 << 20)
 
@@ -636,7 +636,7 @@ def test_large_requests_are_refused_while_many_arrive_and_small_ones_are_not(mon
             await receiving(guard, (large, False))
         assert refused.value.status == 429
         assert await receiving(guard, (small, False)) == small
-        slow[0].cancel()  # hangs up
+        slow[0].cancel()  # the client disconnects
         await asyncio.wait(slow[:1])
         assert await receiving(guard, (large, False)) == large
         slow[1].cancel()
@@ -644,7 +644,7 @@ def test_large_requests_are_refused_while_many_arrive_and_small_ones_are_not(mon
     asyncio.run(scenario())
 
 
-def test_a_refused_request_gets_its_reason_and_takes_no_memory(monkeypatch):
+def test_refused_bodies_get_their_status_and_use_no_memory(monkeypatch):
     monkeypatch.setattr(api, "PATIENCE", 0.2)
     guard, large = api.Guard(None, "secret"), b"x" * (3 << 20)
     headers = {"type": "http", "path": "/v1/completions", "headers": []}
@@ -667,7 +667,7 @@ def test_a_refused_request_gets_its_reason_and_takes_no_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["stop", "messages", "unknown"])
-def test_a_field_with_a_hundred_thousand_mistakes_is_refused_without_a_list_of_them(field):
+def test_requests_with_many_errors_use_little_memory(field):
     values = {"stop": [1] * 100_000, "messages": [1] * 100_000, "unknown": {f"{i}": 1 for i in range(100_000)}}[field]
     body = {"messages": [{"role": "user", "content": "a"}], **(values if field == "unknown" else {field: values})}
     data = json.dumps(body).encode()
@@ -679,7 +679,7 @@ def test_a_field_with_a_hundred_thousand_mistakes_is_refused_without_a_list_of_t
     assert peak < 25 * len(data)
 
 
-def test_what_a_request_keeps_of_its_messages_is_their_text(post, monkeypatch):
+def test_requests_keep_only_the_text_of_messages(post, monkeypatch):
     kept, add = [], api.Answer.add
     monkeypatch.setattr(api.Answer, "add", lambda self, *more: kept.append(self.request) or add(self, *more))
     content = [{"type": "text", "text": "a", "junk": [[]] * 1000}]
@@ -688,9 +688,9 @@ def test_what_a_request_keeps_of_its_messages_is_their_text(post, monkeypatch):
     assert kept[0].messages == [{"role": "user", "content": "a"}]
 
 
-def test_a_connection_does_not_stay_open_because_a_client_does_nothing(monkeypatch):
+def test_idle_connections_are_closed(monkeypatch):
     monkeypatch.setattr(api, "PATIENCE", 0.5)
-    # 20 MB, more than the sockets hold, and soon computed: the scores of a prompt that 100 choices share
+    # 20 MB of logprobs, more than the socket buffers hold; fast to compute, because 100 choices share one prompt
     scores = {"prompt": "a" * 110, "n": 100, "echo": True, "logprobs": 20, "max_tokens": 2, "stream": True}
     body = json.dumps(scores)
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -706,13 +706,13 @@ def test_a_connection_does_not_stay_open_because_a_client_does_nothing(monkeypat
 
             assert connect("").recv(100) == b""  # closed by the server
             assert connect(head).recv(100) == b""
-            connect(f"{head}Content-Length: {len(body)}\r\n\r\n{body}")  # reads nothing
+            connect(f"{head}Content-Length: {len(body)}\r\n\r\n{body}")  # the client never reads
             time.sleep(2)
             stopping = time.monotonic()
-        assert time.monotonic() - stopping < 20  # the reader that reads nothing does not keep the server from ending
+        assert time.monotonic() - stopping < 20  # the client that never reads does not delay shutdown
 
 
-def test_a_large_answer_is_sent_in_pieces_and_whole(served, monkeypatch):
+def test_large_responses_are_split_into_pieces(served, monkeypatch):
     settings = {"model": "tiny", "prompt": "a", "max_tokens": 50, "seed": 1, "logprobs": 20}
     whole = served.client.completions.create(**settings)
     monkeypatch.setattr(api, "PIECE", 1000)
@@ -721,14 +721,14 @@ def test_a_large_answer_is_sent_in_pieces_and_whole(served, monkeypatch):
     assert sizes == [1000, 1000, 500]
 
 
-def test_a_field_without_meaning_is_accepted_and_not_kept(post):
+def test_ignored_fields_are_accepted_and_dropped(post):
     body = {"prompt": "a", "max_tokens": 1, "metadata": {"a": [[]] * 1000}, "user": "me"}
     assert post(body)[0] == 200
     assert api.parse(api.CompletionRequest, json.dumps(body).encode()).metadata is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two minutes with hostile clients
+# Two minutes of hostile clients
 
 
 HOSTILE_SECONDS = 120
@@ -740,7 +740,7 @@ def resident_mb(pid: int) -> float:
 
 
 def send(url: str, body: bytes, timeout: float = 120) -> tuple[int, bytes]:
-    """Post a body and return (status, answer). httpx would take longer than the server."""
+    """Post a body and return (status, response body). http.client, because httpx would take longer than the server."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -757,7 +757,7 @@ HOSTILE += [
 
 
 def hostile(url: str, chance: random.Random) -> int | None:
-    """Do one bad thing to the server and return the status, None if it was not waited for."""
+    """Misuse the server once in a random way. Return the status, or None if the client does not wait for a response."""
     kind = chance.choices(("bad", "garbage", "large", "slow", "hang up", "half"), (20, 4, 1, 20, 10, 10))[0]
     if kind == "bad":
         return send(url, chance.choice(HOSTILE))[0]
@@ -770,7 +770,7 @@ def hostile(url: str, chance: random.Random) -> int | None:
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # it reads nothing
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # the client never reads
         connection.sendall(head.encode() + (body[:10] if kind == "half" else body))
         time.sleep(chance.uniform(0, 3) if kind != "hang up" else 0.05)
     return None
@@ -779,8 +779,10 @@ def hostile(url: str, chance: random.Random) -> int | None:
 @pytest.mark.slow
 @on_linux
 def test_two_minutes_of_hostile_clients(trained):
-    """200 connections misuse the server. It answers each with a 2xx or 4xx, a polite client beside them always gets the
-    same text, and memory stays flat."""
+    """200 clients misuse the server. They get only statuses 200 and 4xx, and memory stays flat.
+
+    A polite client, which runs at the same time, gets the same text each time, or status 429.
+    """
     with command(f"--out_dir={trained}", "--max_queue=100000") as (process, url):
         polite = json.dumps({"prompt": "ANNA", "max_tokens": 30, "seed": 5}).encode()
         text = json.loads(send(url, polite)[1])["choices"][0]["text"]
@@ -797,7 +799,7 @@ def test_two_minutes_of_hostile_clients(trained):
 
         def be_polite() -> None:
             while (begun := time.monotonic()) < end:
-                status, answer = send(url, polite, timeout=600)  # other programs may have the processor
+                status, answer = send(url, polite, timeout=600)  # other processes may be using the CPU
                 assert status == 429 or json.loads(answer)["choices"][0]["text"] == text
                 waited.append(time.monotonic() - begun)
 

@@ -1,4 +1,4 @@
-"""acorn/settings.py: where a setting comes from, and how a wrong one is refused."""
+"""acorn/settings.py: the precedence of settings, and the errors for invalid ones."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ class Settings:
     stop: list[str] = field(default_factory=list)  # texts to end at
 
 
-def test_defaults_then_file_then_command_line(tmp_path):
+def test_command_line_overrides_file_overrides_defaults(tmp_path):
     config = tmp_path / "c.py"
     config.write_text("import time\nfrom math import sqrt\n_half = 3\nmax_iters = 2 * _half\nout_dir = 'from-file'\n")
     given = parse(Settings, [str(config), "--out_dir=from-line"])
@@ -36,7 +36,7 @@ def test_defaults_then_file_then_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("at", range(5))
-def test_the_command_line_wins_wherever_a_file_stands(tmp_path, at):
+def test_the_command_line_wins_at_any_position_of_the_file(tmp_path, at):
     config = tmp_path / "c.py"
     config.write_text("max_iters = 6\nout_dir = 'from-file'\nstop = ['file']\nlearning_rate = 0.5\n")
     words = ["--out_dir=from-line", "--stop=a", "--max_iters=1", "--stop=b"]
@@ -45,7 +45,7 @@ def test_the_command_line_wins_wherever_a_file_stands(tmp_path, at):
     assert given == {"out_dir": "from-line", "max_iters": 1, "stop": ["a", "b"], "learning_rate": 0.5}
 
 
-def test_of_two_files_the_later_one_wins(tmp_path):
+def test_a_later_config_file_overrides_an_earlier_one(tmp_path):
     for name, text in (("a.py", "max_iters = 1\nout_dir = 'a'\nstop = ['a']"), ("b.py", "max_iters = 2\nstop = ['b']")):
         (tmp_path / name).write_text(text)
     assert parse(Settings, [str(tmp_path / "a.py"), "--bias", str(tmp_path / "b.py")]) == {
@@ -74,21 +74,21 @@ def test_of_two_files_the_later_one_wins(tmp_path):
         ("--compile=auto", "compile", "auto"),
     ],
 )
-def test_a_value_on_the_command_line(word, name, value):
+def test_command_line_values_are_converted(word, name, value):
     given = parse(Settings, [word])
     assert given == {name: value} and type(given[name]) is type(value)
 
 
-def test_a_value_may_follow_its_name():
+def test_a_value_can_be_a_separate_word():
     assert parse(Settings, ["--max_iters", "5", "--out_dir", "x"]) == {"max_iters": 5, "out_dir": "x"}
 
 
-def test_a_repeated_list_grows_and_replaces_the_files(tmp_path):
+def test_repeated_list_options_accumulate_and_override_the_file(tmp_path):
     config = tmp_path / "c.py"
     config.write_text("stop = ['file']\nlearning_rate = 1\n")
     given = parse(Settings, [str(config), "--stop=a", "--stop=b"])
     assert given["stop"] == ["a", "b"]
-    assert type(given["learning_rate"]) is float  # an int where a float is due is fine
+    assert type(given["learning_rate"]) is float  # an int is accepted for a float
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_repeated_list_grows_and_replaces_the_files(tmp_path):
         ("nothing.py", "there is no config file nothing.py"),
     ],
 )
-def test_a_wrong_word_is_refused_with_what_is_right(word, said):
+def test_command_line_errors_say_what_is_valid(word, said):
     with pytest.raises(UserError, match=said):
         parse(Settings, [word])
 
@@ -124,7 +124,7 @@ def test_a_wrong_word_is_refused_with_what_is_right(word, said):
         ("max_iters = = 3", "line 1: SyntaxError"),
     ],
 )
-def test_a_wrong_config_file_is_refused_with_its_name(tmp_path, text, said):
+def test_config_file_errors_name_the_file(tmp_path, text, said):
     config = tmp_path / "wrong.py"
     config.write_text(text)
     with pytest.raises(UserError, match=said) as refusal:
@@ -132,17 +132,17 @@ def test_a_wrong_config_file_is_refused_with_its_name(tmp_path, text, said):
     assert "wrong.py" in str(refusal.value)
 
 
-def test_the_repos_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
+def test_repo_config_files_are_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(TrainSettings, ["config/train_gpt2.py"])["gradient_accumulation_steps"] == 40
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "config").glob("*.py")), ids=lambda path: path.stem)
-def test_each_config_file_of_the_repo_has_valid_settings(path):
+def test_repo_config_files_have_valid_settings(path):
     check_bounds(parse(TrainSettings, [str(path)]))
 
 
-def test_a_config_file_can_import_the_settings_of_another_one():
+def test_a_config_file_can_import_another_one():
     first, second = (parse(TrainSettings, [f"config/shakespeare_{name}.py"]) for name in ("best", "student"))
     assert {**first, **second} == second
     assert (first["out_dir"], second["out_dir"]) == ("out/shakespeare_best", "out/shakespeare_student")
@@ -174,7 +174,7 @@ def test_help_explains_every_setting(cls, capsys):
     assert not re.findall(r"(--\w+) \S+[\s│]+\(default: ", text)
 
 
-def test_build_leaves_out_names_of_another_version():
+def test_build_ignores_unknown_names():
     assert build(Settings, {"max_iters": 3, "from_the_future": 1}) == Settings(max_iters=3)
 
 
@@ -221,7 +221,7 @@ print(*sorted(set(sys.modules) - at_start), file=sys.stderr)
         ("max_tokens", [None, 8], [7, 0]),
     ],
 )
-def test_bounds_are_checked_to_the_edge(name, inside, outside):
+def test_bounds_are_exact(name, inside, outside):
     for value in inside:
         check_bounds({name: value, "unknown": -5})
     for value in outside:
@@ -229,6 +229,6 @@ def test_bounds_are_checked_to_the_edge(name, inside, outside):
             check_bounds({name: value})
 
 
-def test_each_setting_has_its_bounds_once():
+def test_no_setting_has_bounds_twice():
     names = [name for _, _, group in BOUNDS for name in group.split()]
     assert sorted(set(names)) == sorted(names)

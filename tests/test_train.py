@@ -1,4 +1,4 @@
-"""train.py as a person runs it: what a run leaves, refusals, fine-tuning, and nanoGPT's commands."""
+"""train.py from the command line: output files, errors, fine-tuning, and nanoGPT's config files."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from acorn.training import accumulate, optim
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def test_a_run_learns_and_leaves_what_it_promises(trained):
+def test_training_reduces_the_loss_and_writes_the_expected_files(trained):
     lines = numbers(trained)
     updates = [m for m in lines if "loss" in m]
     evaluations = [m for m in lines if "val_loss" in m]
@@ -28,14 +28,14 @@ def test_a_run_learns_and_leaves_what_it_promises(trained):
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
     assert {"train_loss", "val_perplexity", "val_bits_per_byte"} <= evaluations[0].keys()
     assert {"grad_norm", "skipped"} <= updates[0].keys()
-    assert metrics(trained)[1]["memory"][0] > 10**7 and metrics(trained)[1]["waited"][0] >= 0  # of each process
+    assert metrics(trained)[1]["memory"][0] > 10**7 and metrics(trained)[1]["waited"][0] >= 0  # one value per process
     names = {f.name for f in trained.iterdir() if f.name != ".lock"}
     assert names == {"latest", "best", "loss.png", "metrics.jsonl", "step_000030", "step_000040"}
     state = json.loads((trained / "step_000040" / "state.json").read_text())
     assert state["step"] == 40 and state["position"] == 40 * 8
 
 
-def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tmp_path):
+def test_the_last_weights_are_saved_even_if_not_the_best(dataset, tmp_path):
     words = [
         "--always_save_checkpoint=False",
         "--max_iters=7",
@@ -48,13 +48,13 @@ def test_the_last_weights_are_saved_even_where_they_are_not_the_best(dataset, tm
     assert (tmp_path / "o" / "latest").read_text() == "step_000007\n"
     evaluations = [m for m in metrics(tmp_path / "o") if "val_loss" in m]
     state = json.loads((tmp_path / "o" / "step_000007" / "state.json").read_text())
-    best = min(evaluations[1:], key=lambda m: m["val_loss"])  # not the weights before the first update
+    best = min(evaluations[1:], key=lambda m: m["val_loss"])  # the initial weights are never the best
     assert (state["best_step"], state["best_loss"]) == (best["step"], best["val_loss"])
     assert (tmp_path / "o" / "best").read_text() == f"step_{best['step']:06d}\n"
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the host's reads of tensors per update, in `of_update`. On a GPU, a read waits for all queued work."""
+    """Counts the host's tensor reads per update, in `of_update`. On a GPU, a read waits for all queued work."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -87,7 +87,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "words", [["--document_mask=True"], ["--optimizer=muon", "--grad_clip=0", "--auto_batch=True", "--ngram=2"]]
 )
-def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, monkeypatch, words, reads):
+def test_the_host_syncs_with_the_device_only_to_log_and_evaluate(tmp_path, monkeypatch, words, reads):
     """Count host reads on a CPU that is treated as a GPU. With `reads`, each update has one extra read."""
     monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", ())
     (tmp_path / "t.txt").write_text("this is a document. " * 200)
@@ -106,8 +106,8 @@ def test_the_host_waits_for_the_device_only_to_log_and_to_evaluate(tmp_path, mon
     assert all(host_reads.of_update[step] > 1 for step in (0, 4, 8, 9, 11))  # logged, or before an evaluation
 
 
-def test_an_uncompiled_run_does_not_import_torchs_compiler(dataset, tmp_path):
-    """The import takes a second."""
+def test_uncompiled_scripts_do_not_import_torch_dynamo(dataset, tmp_path):
+    """Importing torch._dynamo takes a second."""
     words = [*TINY, *SMALL, f"--dataset={dataset}", "--out_dir=out", "--optimizer=muon", "--ngram=2", "--max_iters=2"]
     for command in (
         ["train.py", *words],
@@ -120,8 +120,8 @@ def test_an_uncompiled_run_does_not_import_torchs_compiler(dataset, tmp_path):
         assert "torch" in imported and "torch._dynamo" not in imported
 
 
-def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):
-    """The trained run has dropout; a sample must not switch it off, nor move any seed."""
+def test_sampling_during_training_does_not_change_the_losses(trained, dataset, tmp_path):
+    """The run uses dropout: sampling must neither leave it disabled nor advance a random generator."""
     result = train(tmp_path, dataset, "--sample_interval=3", "--max_iters=8", "--lr_decay_iters=40", "--out_dir=o")
     assert result.returncode == 0, result.stderr
     assert [m["loss"] for m in metrics(tmp_path / "o") if "loss" in m] == [
@@ -129,8 +129,8 @@ def test_samples_on_the_way_change_nothing(trained, dataset, tmp_path):
     ][:8]
 
 
-def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_next_turn(dataset, tmp_path):
-    """What could not be written is not the best; and where it is the last, the run ends with an error."""
+def test_training_continues_if_a_checkpoint_cannot_be_written(dataset, tmp_path):
+    """A checkpoint that could not be written is never the best. If it is the last, the run exits with an error."""
     words = "--max_iters=2 --lr_decay_iters=8 --eval_interval=2 --keep_checkpoints=9 --out_dir=o".split()
     assert train(tmp_path, dataset, *words).returncode == 0
     (tmp_path / "o" / ".writing-step_000004").write_text("a file is in the way")
@@ -147,7 +147,7 @@ def test_a_run_goes_on_where_a_checkpoint_cannot_be_written_and_saves_at_the_nex
     assert (tmp_path / "o" / "latest").read_text() == "step_000006\n"
 
 
-def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(dataset, tmp_path):
+def test_a_dry_run_prints_estimates_and_writes_nothing(dataset, tmp_path):
     result = train(tmp_path, dataset, "--dry_run=True", "--out_dir=o")
     assert result.returncode == 0, result.stderr
     for words in ("parameters", "epochs", "updates of 256 tokens", "memory:", "time:", "nothing was written"):
@@ -163,7 +163,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(trained, dataset, tm
         "--learning_rate=0",
         "--min_lr=0",
         "--sample_interval=1",
-        "--embedding_std=0.3",  # these concern only new models
+        "--embedding_std=0.3",  # this and the next setting affect only new models
         "--zero_init=True",
     ]
     result = train(tmp_path, dataset, f"--init_from={trained}", *words, "--out_dir=o")
@@ -179,7 +179,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(trained, dataset, tm
     assert not (tmp_path / "p").exists()
 
 
-def test_another_run_is_not_written_over(trained, dataset, tmp_path, monkeypatch):
+def test_an_existing_run_is_overwritten_only_on_request(trained, dataset, tmp_path, monkeypatch):
     before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
     refused(train(tmp_path, dataset, f"--out_dir={trained}"), "already contains a run", "--overwrite=True")
     assert before == {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
@@ -191,7 +191,7 @@ def test_another_run_is_not_written_over(trained, dataset, tmp_path, monkeypatch
     assert "step_000001" in names and "step_000002" not in names and "notes.txt" in names
 
 
-def test_bad_input_is_one_sentence(dataset, tmp_path, monkeypatch, capsys):
+def test_invalid_settings_print_a_one_line_error(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(train(tmp_path, dataset, "--max_itres=3"), "Did you mean 'max_iters'")
     for words, said in (
@@ -206,7 +206,7 @@ def test_bad_input_is_one_sentence(dataset, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
+def test_fine_tuning_refuses_data_of_another_tokenizer(trained, tmp_path):
     (tmp_path / "t.txt").write_text("quite another text with other characters: 0123456789" * 20)
     for tokenizer in ("char", "byte"):
         script_here("prepare", "text", "t.txt", f"--tokenizer={tokenizer}", f"--out={tokenizer}", cwd=tmp_path)
@@ -218,7 +218,7 @@ def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_offline(dataset, tmp_path):
+def test_a_resumed_run_keeps_its_wandb_id(dataset, tmp_path):
     pytest.importorskip("wandb")
     result = script(
         "train.py", *TINY, f"--dataset={dataset}", "--wandb_log=True", "--max_iters=2", "--out_dir=o", cwd=tmp_path
@@ -228,11 +228,11 @@ def test_wandb_offline(dataset, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     state = json.loads((tmp_path / "o" / "step_000004" / "state.json").read_text())
     pieces = [folder.name for folder in (tmp_path / "o" / "wandb").glob("offline-run-*")]
-    assert len(pieces) == 2 and all(name.endswith(f"-{state['wandb_id']}") for name in pieces)  # of one run
+    assert len(pieces) == 2 and all(name.endswith(f"-{state['wandb_id']}") for name in pieces)  # the same id
 
 
-def test_nanogpts_config_files_run_unchanged(dataset, tmp_path):
-    """Settings as in nanoGPT's published files, at toy size by the command line, with its `import time`."""
+def test_nanogpt_config_files_run_unchanged(dataset, tmp_path):
+    """The file has the settings and `import time` of nanoGPT's files; the command line makes the model tiny."""
     (tmp_path / "config.py").write_text(
         "import time\n\nout_dir = 'out-x'\neval_interval = 5\neval_iters = 40\nwandb_log = False\n"
         "wandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare_char'\ninit_from = 'scratch'\n"
@@ -248,7 +248,7 @@ def test_nanogpts_config_files_run_unchanged(dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_has_the_losses_of_eager(dataset, tmp_path):
+def test_compiled_training_matches_eager_losses(dataset, tmp_path):
     for out, compile in (("a", False), ("b", True)):
         words = ["--dropout=0", "--max_iters=10", f"--compile={compile}", f"--out_dir={out}"]
         result = script("train.py", *TINY, f"--dataset={dataset}", *words, cwd=tmp_path)
