@@ -1,4 +1,4 @@
-"""JSON files from others in hostile forms: each is read as it is or refused with a sentence."""
+"""Hostile JSON files: each is either loaded or refused with a UserError."""
 
 import contextlib
 import json
@@ -33,7 +33,10 @@ HOSTILE_VALUES = [None, True, -1, 10**30, 1e308, float("inf"), float("nan"), "",
 
 
 def variants(whole: dict) -> list[str]:
-    """A JSON object in hostile forms: broken; with a value of its own, or of what lies in it, replaced; doubled."""
+    """Return hostile variants of a JSON object: invalid text, duplicate keys, and one value replaced or removed.
+
+    The replaced value is at the top level or one level below.
+    """
     texts = [*HOSTILE_TEXTS, json.dumps(whole)[:-1] + ', "format": 7, "format": 1, "step": 3}']
     for name, value in whole.items():
         for bad in HOSTILE_VALUES:
@@ -45,8 +48,8 @@ def variants(whole: dict) -> list[str]:
     return texts
 
 
-def test_hostile_json_is_a_sentence(tmp_path, capsys):
-    """As meta.json, as state.json with its hash right, as config.json's neighbours, and as a saved tokenizer."""
+def test_hostile_json_is_loaded_or_raises_user_error(tmp_path, capsys):
+    """The files are a meta.json, a state.json with a correct hash, saved tokenizers, and a tokenizer.json."""
     n = refused = 0
 
     def load(call, *arguments) -> None:
@@ -110,7 +113,7 @@ STRANGE_VALUES = [
 
 
 def forms(whole, depth=4):
-    """A JSON value with each part of it in turn replaced by something else, or left out."""
+    """Yield variants of a JSON value in which one part is replaced by a strange value or, in an object, removed."""
     yield from STRANGE_VALUES
     if depth and isinstance(whole, (dict, list)):
         for key in [*whole] if isinstance(whole, dict) else range(min(len(whole), 2)):
@@ -122,7 +125,7 @@ def forms(whole, depth=4):
                 yield {k: v for k, v in whole.items() if k != key}
 
 
-def test_a_weight_map_of_any_form_is_a_sentence(tmp_path):
+def test_an_invalid_weight_map_raises_user_error(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     for form in forms({"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}):
         path.write_text(json.dumps(form))
@@ -130,7 +133,7 @@ def test_a_weight_map_of_any_form_is_a_sentence(tmp_path):
             huggingface.open_tensors(tmp_path, "x", "model.")
 
 
-def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
+def test_preparation_handles_an_invalid_progress_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "BATCH_CHARS", 500)
     documents = [f"document {i}, " * 20 for i in range(40)]
     command = dict(name="d", tokenizer="byte", source={"corpus": "text"}, shard_tokens=2000, val_by="document")
@@ -146,7 +149,7 @@ def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
         shutil.rmtree(tmp_path / "f", ignore_errors=True)
         shutil.copytree(tmp_path / "kept", tmp_path / "f" / shards.PARTIAL)
         (tmp_path / "f" / shards.PARTIAL / "progress.json").write_text(json.dumps(form))
-        with contextlib.suppress(UserError):  # what is plausible, but false, is found later
+        with contextlib.suppress(UserError):  # plausible but wrong progress is detected later
             assert pipeline.prepare(documents, tmp_path / "f", **command)["tokenizer"] == expected["tokenizer"]
         n += 1
     capsys.readouterr()
@@ -156,7 +159,7 @@ def test_progress_of_any_form_begins_anew(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("alarm")
-def test_deep_and_large_json_is_a_sentence(tmp_path):
+def test_json_that_is_too_deep_or_too_large_is_refused(tmp_path):
     path = tmp_path / "x.json"
     for text in ("[" * 90 + "]" * 90, '{"a":' * 90 + "1" + "}" * 90):
         path.write_text(text)
@@ -166,13 +169,13 @@ def test_deep_and_large_json_is_a_sentence(tmp_path):
         with pytest.raises(ValueError):
             files.read_json(path)
     with open(path, "wb") as file:
-        file.truncate(1 << 40)  # takes no room on the disk
+        file.truncate(1 << 40)  # a sparse file, which uses no disk space
     for read in (files.read_json, lambda path: huggingface.read_json(path), load_hf):
         with pytest.raises((OSError, UserError), match=r"x\.json|it has more than"):
             read(path)
 
 
-def test_the_settings_of_a_checkpoint_may_be_anything(tmp_path):
+def test_hostile_values_in_a_checkpoint_state_raise_user_error(tmp_path):
     step = save_small(tmp_path, 1)
     state = json.loads((step / "state.json").read_text())
     for name in ("settings", "scaler", "lora", "val_loss", "seconds", "best_loss", "position", "shards"):

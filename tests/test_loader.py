@@ -1,4 +1,4 @@
-"""acorn/data/loader.py: the batches of an update on each rank and for each split, and the prefetch thread."""
+"""acorn/data/loader.py: the micro-batches of an update on each rank, and the prefetch thread."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ GPU = torch.device("meta")  # prefetching uses a thread for any device except a 
 
 
 class OneStream:
-    """A stand-in for a mixture: 900 tokens in shards in `folder`, a third of them masked as targets."""
+    """A fake mixture: 900 tokens in shards in `folder`, of which about a third are masked as targets."""
 
     has_pairs = False
 
@@ -42,7 +42,7 @@ def rank_of(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 12), (1, 1), (2, 3), (3, 4), (4, 3)])
-def test_every_split_has_the_sequences_of_the_whole_batch_each_once(tmp_path, world_size, micro_batch):
+def test_ranks_and_micro_batches_divide_the_batch_exactly(tmp_path, world_size, micro_batch):
     data, position = OneStream(tmp_path), 24
     data.train.document_mark = EOT
     streams = [
@@ -59,7 +59,7 @@ def test_every_split_has_the_sequences_of_the_whole_batch_each_once(tmp_path, wo
         assert sum(n_targets for _, n_targets in parts) == (y != -1).sum() < y.size
 
 
-def test_documents_are_there_only_where_they_are_told_apart():
+def test_make_batch_keeps_optional_document_numbers():
     x = np.array([[4, 0, 3, 0, 0, 6]])
     cpu = torch.device("cpu")
     assert make_batch((x, x, x + 1), cpu).to(cpu).documents.tolist() == [[5, 1, 4, 1, 1, 7]]
@@ -67,7 +67,7 @@ def test_documents_are_there_only_where_they_are_told_apart():
     assert batch.documents is None and batch.x.is_meta and batch.y.is_meta
 
 
-def test_the_next_item_is_computed_in_a_thread_while_one_is_in_use():
+def test_prefetch_computes_the_next_item_in_a_thread():
     began = [threading.Event() for _ in range(5)]
     threads = set()
 
@@ -90,7 +90,7 @@ def test_the_next_item_is_computed_in_a_thread_while_one_is_in_use():
 
 
 @pytest.mark.parametrize("device", [GPU, torch.device("cpu")])
-def test_a_shard_that_is_cut_short_ends_the_run_where_its_batch_would_be(tmp_path, device):
+def test_a_truncated_shard_raises_at_its_batch(tmp_path, device):
     data = OneStream(tmp_path)
     stream = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), device)
     whole = prefetch(updates(data, rank_of(0, 1), BLOCK, SEED, 4, 4, 0), torch.device("cpu"))
@@ -99,12 +99,12 @@ def test_a_shard_that_is_cut_short_ends_the_run_where_its_batch_would_be(tmp_pat
     assert torch.equal(next(stream)[0][0].x, good[0])
     os.truncate(data.path, 1500)
     with pytest.raises(UserError, match="truncated"):
-        for expected in good[1:]:  # one may have been read already
+        for expected in good[1:]:  # one may have been prefetched already
             assert torch.equal(next(stream)[0][0].x, expected)
     assert threading.active_count() == before  # the thread has ended
 
 
-def test_a_shard_that_is_cut_short_while_it_is_read_gives_no_zeros(tmp_path, monkeypatch):
+def test_truncation_during_a_read_raises_user_error(tmp_path, monkeypatch):
     tokens = OneStream(tmp_path).train
     map_shard = tokens._map
 
@@ -118,7 +118,7 @@ def test_a_shard_that_is_cut_short_while_it_is_read_gives_no_zeros(tmp_path, mon
         tokens.read([800], 8)
 
 
-def test_a_stream_that_is_left_in_the_middle_leaves_no_thread(tmp_path):
+def test_an_abandoned_stream_leaves_no_thread(tmp_path):
     """The accumulator abandons a stream when it retries an update with smaller micro-batches."""
     before = threading.active_count()
     data = OneStream(tmp_path)

@@ -25,18 +25,16 @@ def math_is_fine(model) -> bool:
         return bool(model(x, x)[0].isfinite().all())
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_the_run_gives_up_with_a_reason(dataset, tmp_path):
+def test_training_stops_after_too_many_non_finite_gradients(dataset, tmp_path):
     result = train(tmp_path, dataset, "--learning_rate=1e30", "--grad_clip=0", "--max_bad_steps=3", "--out_dir=o")
     assert result.returncode == 1
     assert "3 consecutive updates had a non-finite gradient" in result.stderr
-    assert "NaN" not in (tmp_path / "o" / "metrics.jsonl").read_text()  # which JSON does not have
+    assert "NaN" not in (tmp_path / "o" / "metrics.jsonl").read_text()  # JSON has no NaN
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("host_decides", [(), ("cpu",)])
-def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_end_the_run_at_once(
-    dataset, tmp_path, monkeypatch, capsys, host_decides
-):
+def test_unlogged_skipped_updates_count_towards_max_bad_steps(dataset, tmp_path, monkeypatch, capsys, host_decides):
     monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", host_decides)
     clip, calls, broken = torch.nn.utils.clip_grad_norm_, [], {2, 3, 5, 8, 9, *range(11, 16), 18, 19, 20, 21, 22, 23}
 
@@ -64,7 +62,7 @@ def test_skipped_updates_that_no_line_showed_are_counted_and_too_many_in_a_row_e
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypatch, bad):
+def test_non_finite_weights_and_moments_are_not_loaded(tmp_path, monkeypatch, bad):
     monkeypatch.setattr(save, "check_finite", lambda *_: None)  # another program may have written non-finite values
     m = small_model()
     with torch.no_grad():
@@ -90,7 +88,7 @@ def test_weights_and_moments_that_are_no_numbers_are_refused(tmp_path, monkeypat
             checkpoint.load_optimizers(folder, state, m, optimizers)
 
 
-def test_published_weights_that_are_no_numbers_are_refused(tmp_path):
+def test_non_finite_hugging_face_weights_are_not_loaded(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
@@ -103,7 +101,7 @@ def test_published_weights_that_are_no_numbers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_is_skipped_and_the_run_goes_on(dataset, tmp_path, monkeypatch, capsys, bad):
+def test_non_finite_gradients_are_skipped_and_training_continues(dataset, tmp_path, monkeypatch, capsys, bad):
     clip, calls = torch.nn.utils.clip_grad_norm_, 0
 
     def poisoned(parameters, *args, **kwargs):
@@ -120,7 +118,7 @@ def test_a_gradient_that_is_no_number_is_skipped_and_the_run_goes_on(dataset, tm
     checkpoint.load_model(str(tmp_path / "o"))
 
 
-def test_a_run_that_went_astray_does_not_push_out_its_good_checkpoints(dataset, tmp_path, monkeypatch, capsys):
+def test_a_diverged_run_keeps_its_good_checkpoints(dataset, tmp_path, monkeypatch, capsys):
     words = [f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--eval_interval=2", "--keep_checkpoints=1"]
     assert train_here(monkeypatch, *TINY, *words, "--max_iters=4") == 0
     broken = [*words, "--init_from=resume", "--max_iters=30", "--learning_rate=1e30", "--decay_lr=False"]
@@ -130,7 +128,7 @@ def test_a_run_that_went_astray_does_not_push_out_its_good_checkpoints(dataset, 
 
 
 @pytest.mark.parametrize("ends", ["at its last update", "by a signal"])
-def test_a_run_does_not_end_well_on_weights_that_are_no_numbers(dataset, tmp_path, monkeypatch, capsys, ends):
+def test_training_fails_if_the_last_weights_are_non_finite(dataset, tmp_path, monkeypatch, capsys, ends):
     clip, calls = torch.nn.utils.clip_grad_norm_, 0
 
     def poisoned(parameters, *args, **kwargs):

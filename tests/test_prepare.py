@@ -1,4 +1,4 @@
-"""prepare/__main__.py: the command, its options, and what it tells the user to do next."""
+"""prepare/__main__.py: the command, its options, and the `train next` command that it prints."""
 
 import shlex
 import subprocess
@@ -16,7 +16,7 @@ from prepare import __main__ as cli
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
-def test_bad_options():
+def test_invalid_options_are_refused():
     Path("mine.txt").write_text(FOX)
     for fraction in ("0", "1", "-0.1", "1.5", "nan"):
         prepare_fails("between 0 and 1", "text", "mine.txt", f"--val_fraction={fraction}")
@@ -32,7 +32,7 @@ def command(*argv, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, **kwargs)
 
 
-def test_the_command_from_another_directory():
+def test_prepare_runs_from_another_directory():
     Path("mine.txt").write_text(FOX)
     done = command(REPO / "prepare", "text", "mine.txt", "--tokenizer=byte", "--val_fraction", "0.2")
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def test_help_lists_the_corpora():
     ("corpus", "name"),
     [("text", "after the first file"), ("shakespeare", "plays"), ("hub", "the last part"), ("poems", "poems")],
 )
-def test_help_tells_the_default_name(corpus, name, capsys):
+def test_help_shows_the_default_name(corpus, name, capsys):
     with pytest.raises(SystemExit):
         cli.prepare_corpus([corpus, "--help"])
     assert f"the name of the dataset; default: {name}" in " ".join(capsys.readouterr().out.split())
@@ -78,7 +78,7 @@ def test_help_tells_the_default_name(corpus, name, capsys):
         ),
     ],
 )
-def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, capsys):
+def test_a_broken_corpus_does_not_affect_others(text, match, tmp_path, monkeypatch, capsys):
     Path("corpora").mkdir()
     Path("corpora/broken_one.py").write_text(text)
     package = sys.modules["prepare"]
@@ -95,7 +95,7 @@ def test_an_incomplete_corpus_fails_alone(text, match, tmp_path, monkeypatch, ca
     sys.modules.pop("prepare.broken_one", None)
 
 
-def test_a_nanogpt_checkpoint_is_a_tokenizer_too():
+def test_a_nanogpt_checkpoint_can_provide_the_tokenizer():
     """The checkpoint names its dataset, whose tokenizer is used."""
     Path("mine.txt").write_text(FOX)
     meta = prepare("text", "mine.txt", "--tokenizer=char")
@@ -107,13 +107,13 @@ def test_a_nanogpt_checkpoint_is_a_tokenizer_too():
 
 
 def train_next(capsys) -> list[str]:
-    """Return the words of the command that `prepare` printed last."""
+    """Return the words of the last `train next` command that `prepare` printed."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train next")]
     return shlex.split(lines[-1].removeprefix("train next"))
 
 
-def test_the_train_next_line_works_for_the_tokenizer_of_a_run(trained, capsys):
-    """The command fine-tunes the run that the tokenizer is from, with settings that its model supports."""
+def test_train_next_fine_tunes_the_run_of_the_tokenizer(trained, capsys):
+    """The command fine-tunes the run that provided the tokenizer, with settings that its model supports."""
     Path("more.txt").write_text(TEXT * 3)
     prepare("text", "more.txt", f"--tokenizer={trained}")
     words = train_next(capsys)
@@ -123,8 +123,8 @@ def test_the_train_next_line_works_for_the_tokenizer_of_a_run(trained, capsys):
     assert "this was a dry run" in done.stdout
 
 
-def test_the_train_next_line_of_preferences_starts_from_a_model(trained, capsys):
-    """A dataset whose tokenizer is used is no model: the command names the model in its out_dir, or trains it first."""
+def test_train_next_for_preferences_starts_from_a_model(trained, capsys):
+    """With the tokenizer of a dataset, the command starts from a model trained on that dataset, or trains one first."""
     Path("mine.txt").write_text(TEXT)
     prepare("text", "mine.txt", "--tokenizer=byte")
     Path("p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)

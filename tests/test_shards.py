@@ -1,4 +1,4 @@
-"""acorn/data/shards.py: the format of shard files, byte by byte, and broken ones."""
+"""acorn/data/shards.py: the format of shard files, reading and writing them, and damaged files."""
 
 import os
 import struct
@@ -18,7 +18,7 @@ from acorn.data.shards import HEADER_BYTES, LAYOUTS, ShardWriter, Tokens, load_d
 @pytest.mark.parametrize(
     ("vocab_size", "magic", "version", "dtype"), [(65536, 20240520, 1, "<u2"), (65537, 20240801, 7, "<u4")]
 )
-def test_the_format_byte_by_byte(tmp_path, vocab_size, magic, version, dtype):
+def test_the_shard_format_byte_by_byte(tmp_path, vocab_size, magic, version, dtype):
     ids = np.array([0, 1, vocab_size - 1])
     make_tokens(tmp_path, ids, vocab_size)
     data = (tmp_path / "train_000000.bin").read_bytes()
@@ -27,7 +27,7 @@ def test_the_format_byte_by_byte(tmp_path, vocab_size, magic, version, dtype):
     assert np.frombuffer(data[1024:], dtype).tolist() == ids.tolist()
 
 
-def test_shards_split_and_join(tmp_path):
+def test_tokens_are_split_into_shards_and_read_across_them(tmp_path):
     with ShardWriter(tmp_path, "val", 1000, shard_tokens=10) as writer:
         for part in np.split(np.arange(35), [3, 3, 20]):
             writer.write(part)
@@ -42,14 +42,14 @@ def test_shards_split_and_join(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [-1, 50257, 65536, 10**6])
-def test_an_id_outside_the_vocabulary_is_never_wrapped(tmp_path, bad):
+def test_writing_refuses_ids_outside_the_vocabulary(tmp_path, bad):
     with pytest.raises(UserError, match="outside the vocabulary"), ShardWriter(tmp_path, "train", 50257) as writer:
         writer.write(np.array([1, 2, 3]))
         writer.write(np.array([1, bad]))
     assert os.listdir(tmp_path) == []
 
 
-def test_reading_refuses_ids_of_another_tokenizer(tmp_path):
+def test_reading_refuses_ids_outside_the_vocabulary(tmp_path):
     make_tokens(tmp_path, [1, 2, 300], 1000)
     tokens = Tokens([open_shard(tmp_path / "train_000000.bin")], 65)
     with pytest.raises(UserError, match="token id 300 is outside the vocabulary of 65 in the train split"):
@@ -70,7 +70,7 @@ def test_reading_refuses_ids_of_another_tokenizer(tmp_path):
         (lambda data: data[:8] + b"\xff\xff\xff\x7f" + data[12:], "2147483647 tokens"),
     ],
 )
-def test_a_damaged_shard_is_named(tmp_path, damage, message):
+def test_the_error_for_a_damaged_shard_names_the_file(tmp_path, damage, message):
     make_tokens(tmp_path, np.arange(100))
     path = tmp_path / "train_000000.bin"
     path.write_bytes(damage(path.read_bytes()))
@@ -79,7 +79,7 @@ def test_a_damaged_shard_is_named(tmp_path, damage, message):
     assert str(path) in str(error.value)
 
 
-def test_headers_that_claim_absurd_sizes(tmp_path):
+def test_headers_with_wrong_token_counts_are_refused(tmp_path):
     shard = tmp_path / "train_000000.bin"
     for tokens in (-(2**31), -1, 2**31 - 1, 11):
         header = np.zeros(256, "<i4")
@@ -89,7 +89,7 @@ def test_headers_that_claim_absurd_sizes(tmp_path):
             open_shard(shard)
 
 
-def test_a_thousand_shards_open_fast_and_few_stay_open(tmp_path):
+def test_a_thousand_shards_open_fast_and_few_stay_mapped(tmp_path):
     for i in range(1000):
         make = np.zeros(256, "<i4")
         make[:3] = 20240520, 1, 4
@@ -102,7 +102,7 @@ def test_a_thousand_shards_open_fast_and_few_stay_open(tmp_path):
     assert len(dataset.train._maps) <= 256
 
 
-def test_maps_are_dropped(tmp_path, monkeypatch):
+def test_memory_maps_are_dropped_regularly(tmp_path, monkeypatch):
     monkeypatch.setattr(Tokens, "DROP_AFTER", 100_000)
     tokens = make_tokens(tmp_path, np.arange(1000) % 100)
     held = []
@@ -112,13 +112,13 @@ def test_maps_are_dropped(tmp_path, monkeypatch):
     assert set(held) == {0, 1}
 
 
-def test_shards_that_change_while_they_are_read_are_a_sentence(tmp_path, monkeypatch):
+def test_shards_that_change_during_reading_raise_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "OPEN_FILES", 1)
     ids = np.arange(5000) % 50257
     for split in ("train", "val"):
         with shards.ShardWriter(tmp_path, split, 50257, shard_tokens=1000) as writer:
             writer.write(ids)
-    for file in list(tmp_path.iterdir()):  # as llm.c names them
+    for file in list(tmp_path.iterdir()):  # names as in llm.c
         file.rename(tmp_path / f"x_{file.name.replace('train_', 'train_00').replace('val_', 'val_00')}")
     tokens = load_dataset(str(tmp_path)).train
     first, second = (shard.path for shard in tokens.shards[:2])
@@ -128,7 +128,7 @@ def test_shards_that_change_while_they_are_read_are_a_sentence(tmp_path, monkeyp
 
     kept = first.read_bytes()
     assert read(0) == list(range(500, 900))
-    os.truncate(first, 1500)  # a mapped file would end the process here
+    os.truncate(first, 1500)  # reading past the end of a mapped file would kill the process
     with pytest.raises(UserError, match="truncated"):
         read(0)
     first.unlink()
@@ -143,7 +143,7 @@ def test_shards_that_change_while_they_are_read_are_a_sentence(tmp_path, monkeyp
 
 @st.composite
 def shard_bytes(draw) -> bytes:
-    """A shard, right or nearly right: a header of three numbers and more, then any bytes."""
+    """Draw a valid or nearly valid shard: three integers and the rest of the header, then arbitrary bytes."""
     magic = draw(st.sampled_from([*LAYOUTS, 0, -1, 20240521, 2**31 - 1]))
     version = draw(st.sampled_from([1, 7, 0, -1, 2**31 - 1]))
     body = draw(st.binary(max_size=40))
@@ -154,7 +154,7 @@ def shard_bytes(draw) -> bytes:
 
 
 @rounds(300, 20000)
-def test_any_shard_header_is_right_or_refused_with_a_sentence(tmp_path, rounds):
+def test_random_shards_are_read_correctly_or_refused(tmp_path, rounds):
     path = tmp_path / "x_train_000000.bin"
 
     def one(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Any values of train.py's settings: two updates are made, or one sentence refuses them."""
+"""Random values for train.py's settings: each combination either trains or is refused with an error message."""
 
 import math
 import sys
@@ -14,10 +14,10 @@ import train
 from acorn import UserError, report
 from acorn.training.progress import LINES
 
-# a model of some hundred parameters, two updates; a machine that is as it is
+# a model of a few thousand parameters, two updates, and no settings that depend on the machine
 BASE = dict(block_size=8, batch_size=2, gradient_accumulation_steps=2, n_layer=1, n_head=2, n_embd=16, ngram_rows=50)
 BASE |= dict(max_iters=2, eval_interval=1, eval_iters=1, warmup_iters=1, device="cpu", dtype="float32", compile=False)
-# what is right in nearly any company
+# values that are valid in almost any combination
 PLAIN = dict(
     block_size=[1, 2, 5, 8],
     batch_size=[1, 3],
@@ -84,12 +84,12 @@ STRANGE = {
     str: ["", " ", "nowhere", "a\nb", "(", "*", "\udcff", "x" * 300, "../..", "a:1,b:x", ":", ",", "0"],
 }
 LEFT_OUT = {"out_dir", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "compile", "device"}
-LEFT_OUT |= {"max_minutes", "early_stopping"}  # these make fewer updates
+LEFT_OUT |= {"max_minutes", "early_stopping"}  # these can end training early
 
 
 @st.composite
 def words(draw) -> dict[str, str]:
-    """Settings for the command line: some of those that are plain, and at times one or two that are strange."""
+    """Draw settings for the command line: up to 12 values that are usually valid, and up to two strange ones."""
     types_of = {n: t for n, t in typing.get_type_hints(train.TrainSettings).items() if n not in LEFT_OUT}
     chosen = {k: str(v) for k, v in BASE.items()}
     for name in draw(st.lists(st.sampled_from(sorted(types_of)), max_size=12, unique=True)):
@@ -101,7 +101,7 @@ def words(draw) -> dict[str, str]:
     strange = [name for name, kind in types_of.items() if kind in STRANGE]
     for name in draw(st.lists(st.sampled_from(strange), max_size=2)):
         chosen[name] = draw(st.sampled_from(STRANGE[types_of[name]]))
-    if float_of(chosen["max_iters"]) > 2:  # only to be told how long that would take
+    if float_of(chosen["max_iters"]) > 2:  # a dry run estimates the time without training
         chosen["dry_run"] = "True"
     return chosen
 
@@ -115,7 +115,7 @@ def float_of(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def places(dataset, tmp_path_factory) -> dict[str, str]:
-    """What the names in PLAIN stand for."""
+    """Return the paths that replace the placeholders in PLAIN, such as RUN."""
     folder = tmp_path_factory.mktemp("fuzz")
     for name in ("BYTE", "OTHER"):
         (folder / name).write_text(f"{name} is what it says. " * 50)
@@ -129,9 +129,9 @@ def places(dataset, tmp_path_factory) -> dict[str, str]:
 
 
 @rounds(20, 2000)
-def test_any_settings_train_two_steps_or_are_refused_with_a_sentence(places, tmp_path, monkeypatch, capsys, rounds):
+def test_random_settings_train_or_are_refused(places, tmp_path, monkeypatch, capsys, rounds):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "draw_curve", lambda *args: None)  # slow, and the same for all
+    monkeypatch.setattr(report, "draw_curve", lambda *args: None)  # slow, and independent of the settings
     runs = trained = refused = 0
 
     def one(chosen: dict[str, str]) -> None:
@@ -145,7 +145,7 @@ def test_any_settings_train_two_steps_or_are_refused_with_a_sentence(places, tmp
         monkeypatch.setattr(sys, "argv", argv)
         try:
             code = train.main_or_advice()
-        except (UserError, OSError) as error:  # of both `run` makes a sentence
+        except (UserError, OSError) as error:  # `acorn.run` prints both as an error message
             assert 10 < len(str(error)) < 3000
             assert not out_dir.exists()
             refused += 1
