@@ -1,6 +1,6 @@
-"""Scripts that run in processes forked from one that has imported torch, with limits, to be killed at any instant.
+"""Run scripts in processes forked from one that has imported torch, so that they start fast.
 
-The fixture `start` of conftest.py makes them. Linux only.
+Tests limit their resources and kill them at any time. The fixture `start` of conftest.py starts them. Linux only.
 """
 
 import os
@@ -20,7 +20,7 @@ from acorn import report, run
 
 NOBODY = 65534
 MAINS = {"train.py": train.main_or_advice, "sample.py": sample.main, "prepare": prepare_cli.main}
-# eight checkpoints in half a second
+# saves eight checkpoints in half a second
 RUN = [*TINY, *"--n_layer=1 --n_embd=16 --block_size=16 --max_iters=16 --eval_interval=2 --eval_iters=1".split()]
 
 
@@ -32,13 +32,13 @@ def child(name, argv, cwd, log, environment, file_size, memory, as_nobody) -> No
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    report.draw_curve = lambda *args: None  # it takes longer than all the rest of a tiny run
+    report.draw_curve = lambda *args: None  # slower than the rest of a tiny run
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if memory:  # so many bytes of addresses more than there are now
+    if memory:  # limits the address space to its current size plus `memory` bytes
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
-    if as_nobody and os.getuid() == 0:  # whom no permission stops
+    if as_nobody and os.getuid() == 0:  # root bypasses file permissions
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
@@ -47,7 +47,7 @@ def child(name, argv, cwd, log, environment, file_size, memory, as_nobody) -> No
 
 
 class Forked:
-    """A script that runs: `process`, and the file `log` with what it says."""
+    """A running script: its `process`, and the file `log` with its output."""
 
     def __init__(self, context, name, *argv, cwd, environment=None, file_size=0, memory=0, as_nobody=False):
         self.log = Path(cwd).parent / f"{Path(cwd).name}-{time.monotonic_ns()}.log"
@@ -74,7 +74,10 @@ class Forked:
 
 
 def said_in_a_sentence(forked: Forked, *codes: int) -> str:
-    """Assert that a script ended with one of these codes, and, where it was not 0, with a sentence."""
+    """Assert that a script exits with one of `codes` and no traceback, and for code 2 with an error message.
+
+    Returns its output.
+    """
     assert forked.end() in codes, forked.said()
     assert "Traceback" not in forked.said()
     if forked.end() == 2:
@@ -83,7 +86,7 @@ def said_in_a_sentence(forked: Forked, *codes: int) -> str:
 
 
 def result_of(out_dir: Path) -> tuple:
-    """What a run came to: its metrics but for clock and memory, and its last weights and moments to the bit."""
+    """Return a run's metrics without CLOCKS, and the content of its last checkpoint's files except state.json."""
     lines = report.read_metrics(out_dir / "metrics.jsonl")
     numbers = [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
     last = out_dir / (out_dir / "latest").read_text().strip()
@@ -91,7 +94,7 @@ def result_of(out_dir: Path) -> tuple:
 
 
 def free_port() -> str:
-    """Return a TCP port of this machine that nothing uses."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])

@@ -1,4 +1,4 @@
-"""acorn/training/accumulate.py: every split of a batch makes the same update, also where memory ends."""
+"""acorn/training/accumulate.py: updates do not depend on the micro-batch size, even if memory runs out."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.mark.parametrize("split", [(1, 8), (8, 1)])
-def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, split):
+def test_losses_do_not_depend_on_the_micro_batch_size(dataset, tmp_path, split):
     accumulation, batch_size = split
     common = ["--max_iters=6", "--dropout=0", "--eval_interval=3", "--eval_iters=0"]
     for out, words in (
@@ -33,8 +33,8 @@ def test_every_split_of_the_same_batch_gives_the_same_losses(dataset, tmp_path, 
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tmp_path):
-    """Replies of unequal length, so that the mean of the micro-batches' means would be another number."""
+def test_reply_tokens_have_equal_weight_for_any_micro_batch_size(tmp_path):
+    """Replies differ in length, so averaging the means of micro-batches would give a different loss."""
     pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     assert script_here("prepare", "chat", "p.jsonl", "--tokenizer=byte", "--out=d", cwd=tmp_path).returncode == 0
@@ -57,8 +57,8 @@ def test_only_replies_are_learned_each_token_alike_however_the_batch_is_split(tm
     assert numbers(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
 
-def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, tmp_path, monkeypatch, capsys):
-    """Simulate a device that after the fifth training pass has memory for batch size 1 only."""
+def test_out_of_memory_retries_the_update_in_smaller_micro_batches(dataset, tmp_path, monkeypatch, capsys):
+    """Simulate a device that has memory only for batch size 1 after the fifth training pass."""
     forward, passes, held = GPT.forward, [], [10**9]
 
     def forward_in_little_memory(self, idx, *arguments, **options):
@@ -83,7 +83,7 @@ def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, 
     said = capsys.readouterr().out
     assert "--batch_size=2 --gradient_accumulation_steps=4" in said
     assert "--batch_size=1 --gradient_accumulation_steps=8" in said
-    assert said.count("sample at step 2") == 2  # one per run, although this update started three times
+    assert said.count("sample at step 2") == 2  # one per run, although this update was tried three times
     for one, other in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "pieces"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     with pytest.raises(UserError, match="--batch_size=2 --gradient_accumulation_steps=4"):
@@ -94,8 +94,8 @@ def test_where_memory_ends_the_same_updates_are_made_in_smaller_pieces(dataset, 
 
 
 @pytest.mark.slow
-def test_memory_that_really_ends(dataset, start, tmp_path):
-    """The same updates come out in smaller micro-batches; or a sentence has the settings for that."""
+def test_out_of_memory_under_an_address_space_limit(dataset, start, tmp_path):
+    """With auto_batch, smaller micro-batches give the same losses. Without it, the error suggests auto_batch."""
     large = "--batch_size=512 --gradient_accumulation_steps=1 --block_size=128 --n_embd=64 --max_iters=2"
     words = [*RUN, *large.split(), f"--dataset={dataset}", "--dropout=0"]
     assert start("train.py", *words, "--out_dir=whole", cwd=tmp_path).end() == 0

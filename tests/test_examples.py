@@ -1,4 +1,4 @@
-"""The examples of the recipes, made from the standard library of the Python that runs this."""
+"""acorn/examples.py: the datasets of the recipes, made from Python's standard library and from poems."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from acorn.examples import TOPICS, translations, write_couplets, write_examples
 from prepare.pipeline import prepare
 
 
-def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_path):
+def test_examples_are_valid_and_validation_is_separate(tmp_path):
     counts = write_examples(tmp_path)
     read = {path.stem: [json.loads(line) for line in path.open(encoding="utf-8")] for path in tmp_path.glob("*.jsonl")}
     assert {name: len(records) for name, records in read.items()}.items() <= counts.items()
@@ -32,12 +32,12 @@ def test_what_it_makes_is_what_the_scripts_read_and_keeps_validation_apart(tmp_p
     task = (tmp_path / "choices.yaml").read_text(encoding="utf-8")
     assert str((tmp_path / "choices_val.jsonl").resolve()) in task and "doc_to_target: answer" in task
     places = [record["answer"] for record in read["choices_val"]]
-    assert all(places.count(k) > len(places) / 8 for k in range(4))  # the right one stands anywhere
+    assert all(places.count(k) > len(places) / 8 for k in range(4))  # the right answer occurs at every position
     topics = [path.read_text(encoding="utf-8") for path in (tmp_path / "topics").iterdir()]
     assert all(text.startswith(tuple(f"<topic={topic}> " for topic in TOPICS)) for text in topics)
 
 
-def test_the_german_is_german():
+def test_german_translations_are_grammatical():
     german = {record["prompt"].removeprefix("In German: "): record["response"] for record in translations(400)}
     assert german["the wild dog finds a big mouse"] == "der wilde Hund findet eine große Maus"
     assert german["a good child sees the white man"] == "ein gutes Kind sieht den weißen Mann"
@@ -46,7 +46,7 @@ def test_the_german_is_german():
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_couplets_come_from_poems_of_their_own_split(tmp_path, tokenizer):
+def test_couplets_come_from_the_poems_of_their_split(tmp_path, tokenizer):
     numerals = "一二三四五六七八九十"
     poems = [
         f"《{a}{b}》李白\n{a}前明月光，疑是地上{b}。\n举头望{a}月，低头思故{b}。" for a in numerals for b in numerals

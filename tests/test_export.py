@@ -28,7 +28,7 @@ TEXT = "Naïve  café, it's 1234\n\n\t今天 😀  x "
         ("byte", MODERN | dict(tie_weights=True, n_kv_head=4)),
     ],
 )
-def test_an_export_says_in_transformers_what_it_says_here(tmp_path, kind, changes):
+def test_exported_models_match_in_transformers(tmp_path, kind, changes):
     model = ours(**changes)
     out = saved(tmp_path / "out", model, kind, [TEXT])
     hub.export(str(out), tmp_path / "hf")
@@ -48,7 +48,7 @@ def test_an_export_says_in_transformers_what_it_says_here(tmp_path, kind, change
     assert greedy[: len(expected)] == expected and (len(expected) == len(greedy) or expected[-1] == tokenizer.eot)
 
 
-def test_ctranslate2_reads_an_export_and_is_greedy_alike(tmp_path):
+def test_ctranslate2_decodes_an_export_identically(tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     model = ours(vocab_size=257)
     hub.export(str(saved(tmp_path / "out", model)), tmp_path / "hf")
@@ -61,13 +61,13 @@ def test_ctranslate2_reads_an_export_and_is_greedy_alike(tmp_path):
     assert result.sequences_ids[0] == greedy(model, prompt, 10, 257)
 
 
-def test_a_warning_where_another_program_would_be_wrong_in_silence(tmp_path, capsys):
+def test_export_warns_if_llama_cpp_would_be_wrong(tmp_path, capsys):
     for mlp in ("gelu_tanh", "relu2"):
         hub.export(str(saved(tmp_path / mlp, ours(mlp=mlp))), tmp_path / f"{mlp}-hf")
         assert ("llama.cpp" in capsys.readouterr().err) == (mlp == "relu2")
 
 
-def test_adapters_go_out_with_the_context_of_their_base(tmp_path, monkeypatch):
+def test_exported_adapters_have_the_context_of_their_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, changes in (("gpt2", dict(block_size=64)), ("llama", MODERN | dict(block_size=64))):
         saved(tmp_path / name, ours(**changes))
@@ -91,7 +91,7 @@ def test_adapters_go_out_with_the_context_of_their_base(tmp_path, monkeypatch):
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf").model_max_length == 64
 
 
-def test_export_as_a_person_runs_it(tmp_path, trained):
+def test_the_export_command(tmp_path, trained):
     command = [sys.executable, "-m", "acorn.hub", "export", trained, tmp_path / "new" / "hf", "--dtype=bfloat16"]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -101,7 +101,7 @@ def test_export_as_a_person_runs_it(tmp_path, trained):
     refused(run_here(hub.main, "export", trained, tmp_path / "new" / "hf", cwd=REPO), "already exists")
 
 
-def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+def test_unsupported_and_failed_exports_leave_no_files(tmp_path, monkeypatch):
     for changes, words in (
         (dict(pos="sinusoidal"), r"pos='sinusoidal', which GPT2LMHeadModel"),
         (dict(n_kv_head=2, qk_norm=True), r"qk_norm=True, n_kv_head=2, which GPT2LMHeadModel"),

@@ -1,4 +1,4 @@
-"""acorn/checkpoint/nanogpt.py: nanoGPT's ckpt.pt, and files that only look like one."""
+"""acorn/checkpoint/nanogpt.py: loading nanoGPT's ckpt.pt, and refusing invalid files of this name."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_a_nanogpt_checkpoint_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 truncated"])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+def test_a_damaged_ckpt_pt_is_refused(tmp_path, content):
     (tmp_path / "ckpt.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"ckpt\.pt"):
         checkpoint.load_model(str(tmp_path))
@@ -45,8 +45,8 @@ def test_other_objects_in_a_ckpt_pt_are_refused(tmp_path):
         checkpoint.load_model(str(tmp_path))
 
 
-def test_tensors_that_claim_more_than_their_file_has(tmp_path):
-    """Of one number, repeated a million million times; sparse; or of no number at all."""
+def test_tensors_larger_than_their_file_are_refused(tmp_path):
+    """The tensors are one number expanded to up to 4 x 10^12 elements, sparse without values, or integers instead."""
     shape = dict(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=10**6, bias=False)
     one = torch.zeros(1)
     names = {name: p.shape for name, p in checkpoint.empty_model({**shape, "mlp": "gelu"}, "x").named_parameters()}

@@ -29,7 +29,7 @@ def test_a_page_and_pictures_are_written(tmp_path, monkeypatch, capsys):
     run = saved(tmp_path / "run", ours(n_layer=1, n_head=2))
     out = tmp_path / "inside"
     out.mkdir()
-    (out / "attention_07.png").touch()  # of an earlier model
+    (out / "attention_07.png").touch()  # left by an earlier model with more layers
     (out / "attention_notes.png").touch()
     inspect(monkeypatch, run, "--text", "</script>你", f"--out={out}")
     files = {"attention_01.png", "attention_notes.png", "heads.png", "index.html", "lens.png", "loss.png"}
@@ -52,7 +52,7 @@ def test_a_page_and_pictures_are_written(tmp_path, monkeypatch, capsys):
     assert "heads" not in values_of((out / "index.html").read_text(encoding="utf-8"))
 
 
-def test_a_nanogpt_checkpoint_and_control_tokens_can_be_looked_into(tmp_path, monkeypatch):
+def test_inspect_supports_nanogpt_checkpoints_and_control_tokens(tmp_path, monkeypatch):
     model = ours(vocab_size=50257, n_layer=1, n_embd=8)
     keys = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     arguments = {key: getattr(model.config, key) for key in keys}
@@ -73,7 +73,7 @@ def test_a_nanogpt_checkpoint_and_control_tokens_can_be_looked_into(tmp_path, mo
         (["--text=ab", "--out=run/best"], "is a file"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, words, message):
+def test_invalid_input_is_refused_before_files_are_written(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "run", ours(n_layer=1))
     with pytest.raises(UserError, match=message):
@@ -81,7 +81,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
     assert not (tmp_path / "inside").exists()
 
 
-def test_a_character_outside_the_vocabulary_is_named(tmp_path, monkeypatch):
+def test_the_error_names_a_character_outside_the_vocabulary(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vocab_size = get_tokenizer("char", ["abc"]).n_vocab
     saved(tmp_path / "run", ours(n_layer=1, vocab_size=vocab_size), "char", ["abc"])
