@@ -1,4 +1,4 @@
-"""Filters against hand computations; the loop against a model without a cache; text that streams and stops."""
+"""acorn/inference/generate.py: logit filters, decoding with a KV cache against without, streaming and stop strings."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def logs(*probs: float) -> torch.Tensor:
 # ---- filters
 
 
-def test_top_k_keeps_exactly_k_and_of_ties_the_lowest_ids():
+def test_top_k_keeps_exactly_k_and_breaks_ties_by_lowest_id():
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
     assert kept(keep_top_k(logits, 1)) == [1]
     assert kept(keep_top_k(logits, 2)) == [1, 2]
@@ -52,7 +52,7 @@ def test_top_k_keeps_exactly_k_and_of_ties_the_lowest_ids():
     assert keep_top_k(torch.zeros(5), 2).tolist() == [0.0, 0.0] + [-math.inf] * 3
 
 
-def test_top_p_keeps_the_fewest_that_reach_p():
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
     logits = logs(0.1, 0.5, 0.25, 0.15)
     assert kept(keep_top_p(logits, 0.4)) == [1]
     assert kept(keep_top_p(logits, 0.6)) == [1, 2]
@@ -62,7 +62,7 @@ def test_top_p_keeps_the_fewest_that_reach_p():
     assert kept(keep_top_p(torch.zeros(4), 0.5)) == [0, 1]  # ties: the lowest ids
 
 
-def test_min_p_is_relative_to_the_likeliest():
+def test_min_p_is_relative_to_the_most_likely_token():
     logits = logs(0.5, 0.3, 0.12, 0.08)
     assert kept(keep_min_p(logits, 0.5)) == [0, 1]
     assert kept(keep_min_p(logits, 0.2)) == [0, 1, 2]
@@ -74,7 +74,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     assert penalize_repetition(logits, [0, 1, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.0, 0.5]
 
 
-def test_ngrams_that_occurred_are_ruled_out():
+def test_repeated_ngrams_are_banned():
     logits = torch.zeros(5)
     row = [1, 2, 3, 1, 2]  # "1 2" was followed by 3
     assert kept(ban_repeated_ngrams(logits, row, 3)) == [0, 1, 2, 4]
@@ -88,18 +88,18 @@ def draw_one(logits: torch.Tensor, row: list[int], sampling: Sampling, random: t
     return token
 
 
-def test_draws_follow_the_probabilities():
+def test_samples_follow_the_probabilities():
     random = torch.Generator().manual_seed(0)
     logits = logs(0.1, 0.0, 0.6, 0.3)
     counts = [0] * 4
     for _ in range(4000):
         counts[draw_one(logits, [], Sampling(), random)] += 1
-    assert counts[1] == 0  # never one of probability 0
+    assert counts[1] == 0  # probability 0 is never sampled
     for count, p in zip(counts, (0.1, 0.0, 0.6, 0.3), strict=True):
         assert abs(count / 4000 - p) < 4 * math.sqrt(0.25 / 4000)
 
 
-def test_temperature_zero_is_greedy_and_takes_the_lowest_of_ties():
+def test_temperature_zero_is_greedy_and_breaks_ties_by_lowest_id():
     random = torch.Generator()
     assert draw_one(torch.tensor([1.0, 5.0, 5.0]), [], GREEDY, random) == 1
     assert draw_one(torch.tensor([1.0, 5.0, 2.0]), [], Sampling(top_k=1), random) == 1
@@ -122,7 +122,7 @@ LOGIT = st.one_of(st.just(-math.inf), st.floats(-30, 30), st.sampled_from([-3e38
 )
 @example([-math.inf, 5.0], [1, 0, 1], 1, 1.0, 0.8, 0, 1.0, 0.0, 0.5)
 @example([-math.inf, 5.0], [0, 1], 1, 1.3, 0.8, 0, 1.0, 0.0, 0.0)
-def test_a_token_of_probability_zero_is_never_drawn(logits, row, n, penalty, temperature, top_k, top_p, min_p, uniform):
+def test_zero_probability_tokens_are_never_sampled(logits, row, n, penalty, temperature, top_k, top_p, min_p, uniform):
     possible = {i for i, logit in enumerate(logits) if logit > -math.inf}
     # find repeated n-grams by text search
     words = [f" {' '.join(map(str, row[i : i + n]))} " for i in range(len(row) - n + 1)] if n else []
@@ -136,12 +136,12 @@ def test_a_token_of_probability_zero_is_never_drawn(logits, row, n, penalty, tem
 
 
 @pytest.mark.parametrize("largest", [8905622741319680.0, 3e38])
-def test_top_k_tells_logits_apart_that_rounding_makes_equal(largest):
+def test_top_k_is_applied_before_temperature_rounds_logits_to_ties(largest):
     logits, how = torch.tensor([0.0, largest, 1.0]), Sampling(temperature=1e308, top_k=2)
     assert {draw_one(logits, [], how, torch.Generator().manual_seed(seed)) for seed in range(20)} == {1, 2}
 
 
-def test_rows_are_drawn_as_if_each_were_alone():
+def test_batched_sampling_matches_row_by_row_sampling():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     logits[1, ::2] = -math.inf
     rows = [[1, 2, 1], [3], [], [5, 5, 5, 5]]
@@ -163,7 +163,7 @@ def test_rows_are_drawn_as_if_each_were_alone():
 
 @pytest.mark.parametrize("spread", [0.01, 3.0])  # nearly uniform, or a few likely tokens
 @pytest.mark.parametrize("ties", [False, True])
-def test_filters_choose_from_a_large_vocabulary_as_if_they_had_sorted_it(spread, ties):
+def test_filters_on_a_shortlist_match_filters_on_the_full_vocabulary(spread, ties):
     for seed in range(5):
         logits = spread * torch.randn(1, 5000, generator=torch.Generator().manual_seed(seed)).double()
         logits = logits.round() if ties else logits
@@ -176,8 +176,8 @@ def test_filters_choose_from_a_large_vocabulary_as_if_they_had_sorted_it(spread,
             assert draw_one(logits[0], [], how, torch.Generator().manual_seed(seed)) == expected
 
 
-def test_sums_that_decrease_by_rounding_draw_no_token_of_probability_zero(monkeypatch):
-    """A GPU sums in parallel, so that the sum up to a token may be below that up to the token before."""
+def test_decreasing_cumulative_sums_never_sample_probability_zero(monkeypatch):
+    """A GPU sums in parallel, so rounding may make a cumulative sum smaller than the one before it."""
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
     sums = torch.tensor([[1e-17, 0.25, 0.25 + 1e-15, 1.0, 1 - 1e-15]], dtype=torch.float64)
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: sums)
@@ -186,7 +186,7 @@ def test_sums_that_decrease_by_rounding_draw_no_token_of_probability_zero(monkey
         assert inverse_transform(probs, share, in_order=False).tolist() == [expected]
 
 
-def test_both_ways_to_draw_draw_the_same_token():
+def test_both_inverse_transform_algorithms_sample_the_same_token():
     probs = torch.rand(200, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probs = probs.masked_fill(probs < 0.5, 0)
     uniform = torch.rand(200, 1, generator=torch.Generator().manual_seed(1)).double()
@@ -194,7 +194,7 @@ def test_both_ways_to_draw_draw_the_same_token():
     assert drawn[0] == drawn[1] and all(probs[i, id] > 0 for i, id in enumerate(drawn[0]))
 
 
-def test_extremes_still_draw_a_token_of_the_vocabulary():
+def test_extreme_sampling_parameters_sample_valid_tokens():
     random = torch.Generator().manual_seed(0)
     logits = torch.tensor([3.0, -2.0, 1.0])
     row = [0, 1, 2, 0, 1, 2]
@@ -211,7 +211,7 @@ def test_extremes_still_draw_a_token_of_the_vocabulary():
         draw_one(torch.tensor([1.0, math.nan]), [], GREEDY, random)
 
 
-# ---- the loop
+# ---- the generation loop
 
 
 def random_model(**changes) -> GPT:
@@ -240,14 +240,14 @@ def greedy_without_cache(model, prompt, n):
 
 
 @pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope"])
-def test_greedy_with_the_cache_is_greedy_without_beyond_the_block_size_too(pos):
+def test_greedy_decoding_with_cache_matches_without_beyond_the_block_size(pos):
     model = random_model(pos=pos, n_kv_head=1)
     for prompt in ([3], [5, 6, 7, 8, 9], list(range(30))):  # the last is longer than the block
         assert run_generate(model, [prompt], 40) == [greedy_without_cache(model, prompt, 40)]
 
 
 @pytest.mark.parametrize("pos", ["learned", "rope"])
-def test_a_batch_of_unequal_prompts_is_the_prompts_one_by_one(pos):
+def test_batched_generation_matches_generation_one_by_one(pos):
     model = random_model(pos=pos)
     prompts = [[1], [2, 3, 4, 5, 6, 7, 8], list(range(20)), [9, 9, 9]]
     for how in (GREEDY, Sampling(temperature=1.0, top_k=10)):
@@ -256,7 +256,7 @@ def test_a_batch_of_unequal_prompts_is_the_prompts_one_by_one(pos):
         assert together == alone
 
 
-def test_a_row_that_stops_leaves_the_others_alone():
+def test_stopped_row_does_not_affect_other_rows():
     model = random_model()
     how = Sampling(temperature=1.5)
     free = run_generate(model, [[1], [2]], 20, how, seeds=[1, 2])
@@ -268,26 +268,26 @@ def test_a_row_that_stops_leaves_the_others_alone():
 
 
 @pytest.mark.parametrize("changes", [dict(pos="learned"), dict(pos="rope", ngram=2)])
-def test_a_row_that_stopped_at_the_end_of_the_block_stays_there_while_others_slide(changes):
+def test_row_stopped_at_the_block_end_does_not_affect_sliding_rows(changes):
     model = random_model(block_size=8, **changes)
-    for length in (7, 11, 15):  # with one more token, the window is a whole block
+    for length in (7, 11, 15):  # with one more token, the window fills the block
         prompts = [[1] * length, [2] * 8, [3] * 5]
         rows = generate(model, prompts, 20, GREEDY, [0, 0, 0], lambda row, token, logprob: row == 0)
         assert len(rows[0]) == length + 1
         assert rows[1:] == [greedy_without_cache(model, prompt, 20) for prompt in prompts[1:]]
 
 
-def test_padded_ids_are_never_drawn():
+def test_vocabulary_padding_is_never_sampled():
     model = random_model()
     with torch.no_grad():
-        model.transformer.wte.weight[30:] *= 50  # tied: the padding's logits are by far the most extreme
+        model.transformer.wte.weight[30:] *= 50  # tied weights: the padding has by far the most extreme logits
     rows = run_generate(model, [[1], [2]], 50, Sampling(temperature=2.0), seeds=[0, 1], n_vocab=30)
     assert max(map(max, rows)) < 30
     with pytest.raises(UserError, match=r"token 40.*vocabulary"):
         run_generate(model, [[1], [2, 40, 3]], 1)
 
 
-def test_logprobs_are_the_unfiltered_models():
+def test_logprobs_come_from_the_unfiltered_distribution():
     model, seen = random_model(), []
     how = Sampling(temperature=0.5, top_k=3)
     rows = generate(model, [[4, 5]], 5, how, [3], lambda row, token, logprob: bool(seen.append((token, logprob))))
@@ -298,7 +298,7 @@ def test_logprobs_are_the_unfiltered_models():
     assert [logprob for _, logprob in seen] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_compiled_decoding_is_the_same():
+def test_compiled_decoding_gives_the_same_tokens():
     model = random_model(block_size=16)
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1))
@@ -309,7 +309,7 @@ def test_compiled_decoding_is_the_same():
 
 
 @pytest.mark.gpu
-def test_gpu_compiled_decoding_is_the_cpus():
+def test_gpu_compiled_decoding_matches_cpu():
     model = random_model(block_size=64, pos="rope", n_kv_head=1, ngram=3)
     prompts = [[1, 2], [3, 4, 5]]
     expected = run_generate(model, prompts, 30)
@@ -317,7 +317,7 @@ def test_gpu_compiled_decoding_is_the_cpus():
     assert compiled == expected
 
 
-# ---- text
+# ---- text streams and prompts
 
 
 def stream(pieces: list[str], stop: list[str]) -> tuple[list[str], str | None]:
@@ -331,36 +331,36 @@ def stream(pieces: list[str], stop: list[str]) -> tuple[list[str], str | None]:
     return [*shown, text.finish()], None
 
 
-def test_a_character_of_several_tokens_comes_out_whole():
+def test_multi_token_characters_are_streamed_whole():
     shown, _ = stream(["今天天气很好。"], [])
     assert [piece for piece in shown if piece] == list("今天天气很好。")
 
 
-def test_an_incomplete_last_character_is_dropped():
+def test_incomplete_last_character_is_dropped():
     tokenizer = get_tokenizer("byte")
     text = TextStream(tokenizer)
     shown = [text.push(token) for token in "好".encode() + "气".encode()[:2]]
     assert "".join([*shown, text.finish()]) == "好"
 
 
-def test_text_ends_before_a_stop_string_and_nothing_of_it_is_shown():
+def test_text_ends_before_the_stop_string():
     for stop in (["\n\n"], ["end", "\n\n"], ["\n\n", "zzz"]):
         shown, stopped_by = stream(["one\ntwo\n\nthree"], stop)
         assert "".join(shown) == "one\ntwo" and stopped_by == "\n\n"
-    shown, stopped_by = stream(["aab aaab"], ["aaab"])  # a beginning of the stop string that leads nowhere
+    shown, stopped_by = stream(["aab aaab"], ["aaab"])  # a partial match that does not become the stop string
     assert "".join(shown) == "aab " and stopped_by == "aaab"
     shown, stopped_by = stream(["almost aaa"], ["aaab"])
     assert "".join(shown) == "almost aaa" and stopped_by is None
 
 
-def test_end_of_text_ends_the_text():
+def test_end_of_text_token_stops_the_stream():
     tokenizer = get_tokenizer("byte")
     text = TextStream(tokenizer, [])
     assert text.push(ord("a")) == "a"
     assert text.push(tokenizer.eot) == "" and text.stopped_by == "end of text"
 
 
-def test_names_of_control_tokens_are_text_unless_asked_for():
+def test_control_token_names_are_plain_text_by_default():
     tokenizer = get_tokenizer("byte")
     chatting = add_tokens(get_tokenizer("bpe:257", ["ab"]), ["<|im_start|>"])
     assert encode_prompt(chatting, "<|im_start|>a<|endoftext|>", control=True) == [257, *chatting.encode("a"), 256]
@@ -393,7 +393,7 @@ any_logit = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.samp
 
 
 @rounds(400, 20000)
-def test_any_sampling_parameters_draw_a_token_that_they_allow(rounds):
+def test_any_sampling_parameters_sample_an_allowed_token(rounds):
     def one(how: Sampling, values: list[float], row: list[int], seed: int) -> None:
         logits = torch.tensor(values, dtype=torch.float32)
         row = [i % len(values) for i in row]

@@ -1,4 +1,4 @@
-"""`python prepare inspect`: what it counts against counting in plain Python, and what --verify finds."""
+"""`python prepare inspect`: its counts against plain Python, and the changes that --verify finds."""
 
 import json
 import random
@@ -26,8 +26,8 @@ def inspect(capsys, *words) -> str:
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 @pytest.mark.parametrize("begins, ends", [("eot", "text"), ("text", "eot")])
-def test_a_survey_counts_what_is_there(tmp_path, monkeypatch, piece, begins, ends):
-    """Documents preceded by end-of-text as here, or followed by it as in nanoGPT's files; empty ones among them."""
+def test_survey_matches_counts_in_plain_python(tmp_path, monkeypatch, piece, begins, ends):
+    """End-of-text precedes each document, or follows it as in nanoGPT's files. Some documents are empty."""
     monkeypatch.setattr(inspection, "PIECE_TOKENS", piece)
     draw = random.Random(0)
     texts = ["x" * draw.choice([0, 1, 2, 3, 5, 30]) for _ in range(40)] + ["last"]
@@ -37,7 +37,7 @@ def test_a_survey_counts_what_is_there(tmp_path, monkeypatch, piece, begins, end
     found = inspection.survey(make_tokens(tmp_path, ids, 257, shard_tokens=11), BYTE, tqdm(disable=True), BYTE.eot)
     lengths = [len(text) for text in texts]
     if begins == "text" and not lengths[0]:
-        del lengths[0]  # it cannot be told from none
+        del lengths[0]  # an empty first document is not detectable
     assert found.lengths == Counter(lengths) and found.bytes == sum(lengths)
     assert [length for length, _ in found.longest] == sorted(lengths)[-1:-4:-1]
     assert [length for length, _ in found.shortest] == sorted(lengths)[:3]
@@ -50,7 +50,7 @@ def test_a_survey_counts_what_is_there(tmp_path, monkeypatch, piece, begins, end
     assert found.length_at(0.5) == sorted(lengths)[-(-len(lengths) // 2) - 1]
 
 
-def test_a_dataset_is_described(tmp_path, capsys, monkeypatch):
+def test_inspect_describes_a_dataset(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("texts").mkdir()
     for i, text in enumerate(["short", "some text of middle length", "the longest text. " * 50]):
@@ -68,7 +68,7 @@ def test_a_dataset_is_described(tmp_path, capsys, monkeypatch):
     assert Path("here.png").exists()
 
 
-def test_a_dataset_that_is_read_only_is_described_without_a_picture(tmp_path, capsys, monkeypatch):
+def test_read_only_dataset_is_described_without_a_histogram(tmp_path, capsys, monkeypatch):
     path = tmp_path / "texts"
     make_dataset(path, BYTE)
 
@@ -82,21 +82,21 @@ def test_a_dataset_that_is_read_only_is_described_without_a_picture(tmp_path, ca
         inspect(capsys, path, "--picture=here.png")
 
 
-def test_tokens_are_shown_one_by_one():
+def test_bars_separate_tokens():
     ids = np.array([GPT2Tokenizer.eot, *GPT2Tokenizer().encode("to be\n\x1b")])
     assert inspection.with_bars(GPT2Tokenizer(), ids) == r"<|endoftext|>│to│ be│\n│\x1b"
     assert inspection.with_bars(BYTE, BYTE.encode("né")) == r"n│\xc3│\xa9"
 
 
-def test_a_name_that_is_no_formula_can_be_drawn(tmp_path):
+def test_histogram_titles_are_drawn_literally(tmp_path):
     for title in ("data/a$b_^$", "data/a\nb\x1b", "data/\udcff"):
         inspection.draw_lengths({"train": Counter({3: 2})}, title, tmp_path / "lengths.png")
-    inspection.draw_lengths({}, "x", tmp_path / "here")  # a PNG file, whatever its name
+    inspection.draw_lengths({}, "x", tmp_path / "here")  # a PNG file even without the extension
     assert {path.name for path in tmp_path.iterdir()} == {"lengths.png", "here"}
     assert (tmp_path / "here").read_bytes().startswith(b"\x89PNG")
 
 
-def test_files_of_others(tmp_path, capsys):
+def test_nanogpt_and_llmc_datasets_are_described(tmp_path, capsys):
     for name, words in (("nanogpt", "in the layout of nanoGPT"), ("llmc", "in the layout of llm.c")):
         make_tokens(tmp_path / name, [50256, 1, 2, 3, 50256, 4], 50257)
         shard = tmp_path / name / "train_000000.bin"
@@ -110,7 +110,7 @@ def test_files_of_others(tmp_path, capsys):
         assert "val" not in out
 
 
-def test_without_end_of_text_there_are_no_documents(tmp_path, capsys):
+def test_dataset_without_end_of_text_has_no_documents(tmp_path, capsys):
     make_dataset(tmp_path / "a", train_char(["hello world"]))
     out = inspect(capsys, tmp_path / "a")
     assert "document boundaries are unknown" in out and "h│e│l│l│o" in out
@@ -128,7 +128,7 @@ def test_verify_finds_a_changed_shard(tmp_path):
         inspection.verify(dataset)
 
 
-def test_verify_reads_the_text_again_where_it_still_is(tmp_path):
+def test_verify_rereads_the_source_text_if_it_exists(tmp_path):
     (tmp_path / "book.txt").write_text("A line of some length.\n" * 200)
     assert script_here("prepare", "text", "book.txt", "--name=book", "--tokenizer=byte", cwd=tmp_path).returncode == 0
     verify = ("prepare", "inspect", "book", "--verify", "--samples=0")
@@ -150,7 +150,7 @@ def test_masked_tokens_are_counted(tmp_path):
     assert next(line.split() for line in output.splitlines() if line.startswith("masked")) == ["masked", *shares]
 
 
-def test_an_id_outside_the_vocabulary_is_found(tmp_path, capsys):
+def test_token_id_outside_the_vocabulary_is_found(tmp_path, capsys):
     (tmp_path / "train.bin").write_bytes(np.full(100, 60000, dtype="<u2").tobytes())
     with pytest.raises(UserError, match="token id 60000 is outside the vocabulary of 50257"):
         inspect(capsys, tmp_path)

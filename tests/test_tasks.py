@@ -1,4 +1,4 @@
-"""`python -m acorn.evaluate`: figures and standard errors compared with hand computation, on a tiny chat model."""
+"""`python -m acorn.evaluate`: metrics and standard errors against hand computations, with a tiny chat model."""
 
 import json
 import math
@@ -33,8 +33,10 @@ COLORS = {"grass": "green", "snow": "white", "coal": "black", "sky": "blue"}
 
 @pytest.fixture(scope="module")
 def chatting(tmp_path_factory):
-    """Return a folder with a byte model that has memorized the colors of some things from one-turn conversations. The
-    other conversations are the validation split."""
+    """Return a folder with a byte model that memorized the colors of some things from one-turn conversations.
+
+    The conversations about the other things are the validation split.
+    """
     cwd = tmp_path_factory.mktemp("chatting")
     pairs = [{"prompt": f"{thing}?", "response": color} for thing, color in COLORS.items()]
     (cwd / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -60,7 +62,7 @@ def figures(result):
     return {(row["on"], row["measure"]): row for row in json.loads(result.stdout)["results"]}
 
 
-def test_answers_choices_and_text_of_a_model_that_knows_some_colors(chatting):
+def test_metrics_of_answers_choices_and_text_are_consistent(chatting):
     known = [json.loads(line) for line in (chatting / "pairs.jsonl").read_text().splitlines()]
     colors = list(COLORS.values())
     choices = [
@@ -88,19 +90,19 @@ def test_answers_choices_and_text_of_a_model_that_knows_some_colors(chatting):
     assert f"{exact['value']:10.4f}" in table.stdout and "ROUGE-L" in table.stdout
 
 
-def test_without_a_word_it_measures_what_the_run_itself_measured(chatting):
+def test_default_evaluation_reproduces_the_val_loss_of_the_run(chatting):
     lines = [json.loads(line) for line in (chatting / "o" / "metrics.jsonl").read_text().splitlines()]
     found = figures(measure("o", "--checkpoint=latest", "--json", cwd=chatting))
     assert found["d val", "loss"]["value"] == pytest.approx(lines[-1]["val_loss"], rel=1e-5)
 
 
-def test_answers_against_counts_by_hand():
+def test_answer_metrics_match_hand_counts():
     answers, references = ["the cat sat on the mat", "no"], ["the cat sat on a mat", "yes"]
     found = measure_answers(answers, references)
     # matching n-grams of the answers: 5 (the, cat, sat, on, mat) of 7, 3 of 5, 2 of 4, 1 of 3; both have 7 words
     assert found["BLEU"][0] == pytest.approx(100 * (5 / 7 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
     assert found["ROUGE-L"].value == pytest.approx(100 * (5 / 6) / 2)
-    # 3 of 5 word pairs match; the reference "yes" has no pair, so it does not count
+    # 3 of 5 bigrams match; the reference "yes" has no bigram, so it does not count
     assert found["ROUGE-2"].value == pytest.approx(60) and found["ROUGE-2"].n == 1 and found["ROUGE-L"].n == 2
     assert found["exact match"].value == 0
     same = [references[0], "a dog ran away from it"]
@@ -122,11 +124,11 @@ EXACT = {  # language: answers equal to their references, and the tokenizers tha
 
 
 @pytest.mark.parametrize("language", EXACT)
-def test_exact_answers_have_100_percent_in_any_language(language):
+def test_exact_answers_score_100_percent_in_any_language(language):
     texts, tokenizers = EXACT[language]
     for answers in (texts, texts[:1] * 3, [texts[1][0]], [texts[1][:2].strip()]):  # also one and two characters
         for name, each in measure_answers(answers, answers).items():
-            if name == "ROUGE-2" and each.value is None:  # a single word or character has no pairs
+            if name == "ROUGE-2" and each.value is None:  # a single word or character has no bigrams
                 assert each.n == 0 and "fewer than 2" in each.note
             else:
                 assert each.value == pytest.approx(100) and (each.error is None or each.error < 1e-9), (name, answers)
@@ -134,7 +136,7 @@ def test_exact_answers_have_100_percent_in_any_language(language):
     assert any(f"tok:{name}" in found["BLEU"].method for name in tokenizers) and found["ROUGE-2"].value == 100
 
 
-def test_wrong_answers_have_what_sacrebleu_and_rouge_score_give_and_what_counts_by_hand_give():
+def test_wrong_answers_match_sacrebleu_rouge_score_and_hand_counts():
     answers = ["the cats sat on the mat", "a dog is running in the old park", "no", "it's 25 degrees"]
     references = ["the cat sat on a mat", "the dog runs in a park", "yes", "it is 25 degrees here"]
     found = measure_answers(answers, references)
@@ -146,20 +148,20 @@ def test_wrong_answers_have_what_sacrebleu_and_rouge_score_give_and_what_counts_
     assert found["ROUGE-1"].value == pytest.approx(np.mean([100 * score["rouge1"].fmeasure for score in scores]))
     assert found["ROUGE-L"].value == pytest.approx(np.mean([100 * score["rougeL"].fmeasure for score in scores]))
     pairs = [100 * score["rouge2"].fmeasure for score in scores]
-    assert found["ROUGE-2"].value == pytest.approx((pairs[0] + pairs[1] + pairs[3]) / 3)  # "yes" has no pair
+    assert found["ROUGE-2"].value == pytest.approx((pairs[0] + pairs[1] + pairs[3]) / 3)  # "yes" has no bigram
 
-    # Chinese by hand: 4 of 5 characters match (1 2 3 5), the pairs 12 and 23, the triple 123, no 4-gram
+    # Chinese by hand: 4 of 5 characters match (1 2 3 5), the bigrams 12 and 23, the trigram 123, no 4-gram
     found = measure_answers(["我爱北京。"], ["我爱北上。"])
     assert found["BLEU"].value == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 3 * (1 / 2) / 2) ** 0.25)  # smoothed: 1/2
     assert found["BLEU"].value == sacrebleu.corpus_bleu(["我爱北京。"], [["我爱北上。"]], tokenize="zh").score
-    # ROUGE ignores the period: 3 of 4 characters, 2 of 3 pairs
+    # ROUGE ignores the period: 3 of 4 characters, 2 of 3 bigrams
     assert found["ROUGE-1"].value == found["ROUGE-L"].value == pytest.approx(75)
     assert found["ROUGE-2"].value == pytest.approx(100 * 2 / 3)
-    # chrF: mean over the orders 1 to 5; precision and recall are equal here
+    # chrF is the mean over the orders 1 to 5; precision and recall are equal here
     assert found["chrF"].value == pytest.approx(100 * (4 / 5 + 2 / 4 + 1 / 3 + 0 + 0) / 5)
 
 
-def test_the_tokenizer_of_bleu_is_that_of_most_letters():
+def test_bleu_tokenizer_follows_the_most_common_script():
     chinese, english = "今天天气很好。", "it is fine"
     for references, *tokenizers in (
         ([chinese, english], "13a"),  # 6 Chinese letters, 8 English ones
@@ -176,7 +178,7 @@ def test_the_tokenizer_of_bleu_is_that_of_most_letters():
     ]
 
 
-def test_what_cannot_be_computed_has_no_value_and_says_why():
+def test_undefined_metrics_have_no_value_and_give_the_reason():
     found = measure_answers(["👍", "!"], ["👍", "?"])
     assert found["BLEU"].value == pytest.approx(50) and found["exact match"].value == 50
     assert found["ROUGE-1"].value is None and "2 of 2" in found["ROUGE-1"].note
@@ -184,12 +186,12 @@ def test_what_cannot_be_computed_has_no_value_and_says_why():
     assert found["BLEU"].value is found["chrF"].value is None and "empty" in found["BLEU"].note
     assert measure_answers(["", ""], ["a b", "c"])["BLEU"].value == 0  # an empty answer is wrong
     assert all(each.value is None and each.note for each in measure_answers([], []).values())
-    found = measure_answers(["ok", ""], ["ok", ""])  # a bootstrap sample of only the empty pair is left out
+    found = measure_answers(["ok", ""], ["ok", ""])  # bootstrap samples with only empty references are left out
     assert found["BLEU"].error == pytest.approx(0, abs=1e-9) and found["chrF"].error == 0
 
 
-def test_standard_errors_of_bleu_and_chrf_are_those_of_many_samples():
-    """Compare with the spread over new draws of 30 examples, each right with probability 1/2."""
+def test_standard_errors_of_bleu_and_chrf_match_repeated_sampling():
+    """Compare with the standard deviation over samples of 30 examples, each correct with probability 1/2."""
     random, found = np.random.default_rng(1), []
     references = [" ".join(random.choice(list("abcdefgh"), 6)) for _ in range(40 * 30)]
     answers = [reference if random.random() < 0.5 else "x y z x y z" for reference in references]
@@ -202,22 +204,22 @@ def test_standard_errors_of_bleu_and_chrf_are_those_of_many_samples():
     assert [measured["BLEU"].error, measured["chrF"].error] == pytest.approx(spread, rel=0.4)
 
 
-def test_a_ratio_s_error_is_that_of_many_repetitions():
+def test_standard_error_of_a_ratio_matches_repeated_sampling():
     random, n = np.random.default_rng(0), 50
     sizes = random.integers(1, 20, size=(2000, n))
-    sums = sizes * random.normal(3, 1, size=(2000, n))  # sums of windows whose means differ
+    sums = sizes * random.normal(3, 1, size=(2000, n))  # each window has a different mean
     estimates = [ratio_and_error(a, b) for a, b in zip(sums, sizes, strict=True)]
     values, errors = np.array(estimates).T
     assert values.std() == pytest.approx(errors.mean(), rel=0.1)
 
 
-def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
+def test_choice_logprob_is_the_sum_of_its_token_logprobs():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)).eval()
     tokenizer = get_tokenizer("gpt2")
     prompt, choices = "The sky is ", ["blue", "green as grass"]
     rows = encode_record(tokenizer, prompt, choices)
-    assert [tokenizer.decode(row[1]) for row in rows] == [" blue", " green as grass"]  # tokens as in text
+    assert [tokenizer.decode(row[1]) for row in rows] == [" blue", " green as grass"]  # tokens as in running text
     found = choice_logprobs(model, rows, runtime.setup("cpu", "float32", False), 2)
     for (start, continuation), value in zip(rows, found, strict=True):
         expected, ids = 0.0, list(start)
@@ -231,18 +233,18 @@ def test_the_log_probability_of_a_choice_is_that_of_its_tokens_one_by_one():
 @pytest.mark.parametrize(
     "prompt, choices", [("I am wal", ["king", "nut"]), ("go", ["ing", "ne away"]), ("", ["a", "b"])]
 )
-def test_choices_that_merge_with_the_prompt_are_compared_by_the_whole_text(prompt, choices):
+def test_choices_that_merge_with_the_prompt_share_one_context(prompt, choices):
     tokenizer = get_tokenizer("gpt2")
     rows = encode_record(tokenizer, prompt, choices)
-    assert len({tuple(before) for before, _ in rows}) == 1  # the same context
+    assert len({tuple(before) for before, _ in rows}) == 1  # all choices share the context
     assert all(before and own for before, own in rows)
     texts = [tokenizer.decode([i for i in before + own if i != tokenizer.eot]) for before, own in rows]
     assert texts == [prompt + choice for choice in choices]
     for (before, own), text in zip(rows, texts, strict=True):
-        assert [i for i in before + own if i != tokenizer.eot] == tokenizer.encode(text).tolist()  # as in text
+        assert [i for i in before + own if i != tokenizer.eot] == tokenizer.encode(text).tolist()  # as in running text
 
 
-def test_choices_follow_what_the_template_writes_before_a_reply():
+def test_choices_follow_the_reply_prefix_of_the_template():
     tokenizer = from_dict(bpe_tokenizer().to_dict())
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]"
@@ -255,7 +257,7 @@ def test_choices_follow_what_the_template_writes_before_a_reply():
         assert tokenizer.decode(own).strip() == choice and len(before) >= (~learned).sum()
 
 
-def test_an_answer_ends_with_the_block_and_one_file_may_serve_twice(chatting):
+def test_answers_fit_the_block_and_one_file_can_have_pairs_and_choices(chatting):
     pairs = [{"prompt": "a" * n, "response": "b"} for n in (30, 40)]
     records = [pair | {"choices": ["b", "c"], "answer": 0} for pair in pairs]
     (chatting / "both.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -268,7 +270,7 @@ def test_an_answer_ends_with_the_block_and_one_file_may_serve_twice(chatting):
         assert len(record["answered"].encode()) <= 64 - len(prompt)
 
 
-def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
+def test_invalid_input_raises_a_clear_error(chatting, trained, monkeypatch):
     (chatting / "bad.jsonl").write_text('{"prompt": "a"}\n')
     (chatting / "talk.jsonl").write_text(json.dumps({"prompt": "a" * 99, "response": "b"}))
     (chatting / "half.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}')
@@ -290,13 +292,13 @@ def test_bad_input_is_one_sentence(chatting, trained, monkeypatch):
         with pytest.raises(UserError) as refusal:
             main()
         assert all(words in str(refusal.value) for words in said)
-    command = [sys.executable, "-m", "acorn.evaluate", "o", "--pairs=nowhere"]  # as a person runs it
+    command = [sys.executable, "-m", "acorn.evaluate", "o", "--pairs=nowhere"]  # in its own process, as users run it
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=chatting, env=env, timeout=120, capture_output=True, text=True)
     refused(done, "nowhere cannot be read")
 
 
-def test_tokens_that_the_model_lacks_are_named(tmp_path):
+def test_error_names_a_token_outside_the_vocabulary_of_the_model(tmp_path):
     """Some published tokenizers have more tokens than their model."""
     model, byte, r = small_model(vocab_size=200), get_tokenizer("byte"), runtime.setup("cpu", "float32", False)
     (tmp_path / "text.txt").write_bytes("aé".encode())
@@ -306,7 +308,7 @@ def test_tokens_that_the_model_lacks_are_named(tmp_path):
         choice_logprobs(model, [([1], [201]), ([1], [2])], r, 2)
 
 
-def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch, capsys):
+def test_records_longer_than_the_block_are_skipped_and_counted(chatting, monkeypatch, capsys):
     pairs = [{"prompt": "a" * 99, "response": "b"}, {"prompt": "snow?", "response": "white"}]
     choices = [{"prompt": p["prompt"], "choices": ["white", "b"], "answer": 0} for p in pairs]
     long_choice = {"prompt": "snow?", "choices": ["white", "b" * 99], "answer": 0}
@@ -335,7 +337,7 @@ def test_records_beyond_the_block_are_skipped_and_counted(chatting, monkeypatch,
     assert "tok:13a" in table and table.count("skipped 1 of 2") == 1 and "n/a" in table  # ROUGE-2 of one word
 
 
-def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns(chatting):
+def test_chat_stops_at_the_end_of_a_turn_and_drops_whole_turns(chatting):
     words = ["sample.py", "--out_dir=o", "--chat", "--temperature=0", "--max_new_tokens=20", "--device=cpu"]
     questions = [f"{thing}?" for thing in COLORS] * 2
     result = script_here(*words, cwd=chatting, input="\n".join(questions) + "\n")
@@ -360,9 +362,9 @@ def test_a_conversation_streams_stops_at_its_turns_end_and_slides_by_whole_turns
     messages = [*messages[:2], {"role": "user", "content": "a" * 99}]
     with pytest.raises(UserError):
         fit_conversation(tokenizer, messages, 64, 20)
-    assert len(messages) == 3  # a refused message does not cost the history
+    assert len(messages) == 3  # a rejected message leaves the history unchanged
 
 
-def test_a_conversation_needs_a_template(trained):
+def test_chat_needs_a_chat_template(trained):
     refused(script_here("sample.py", f"--out_dir={trained}", "--chat", cwd="/", input=""), "no chat template")
     refused(script_here("sample.py", "--chat", "--json=True", cwd="/"), "Leave out interactive")
