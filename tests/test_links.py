@@ -1,4 +1,4 @@
-"""Symbolic links and pipes: nothing is written or deleted through a link, and no pipe is waited for."""
+"""Symbolic links and FIFOs: nothing is written or deleted through a link, and no read blocks on a FIFO."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ pytestmark = [on_posix, pytest.mark.usefixtures("alarm")]
 
 
 @on_linux
-def test_links_lead_where_they_lead_and_are_checked_there(tmp_path):
-    """A shard that is a link to some other file, to a device or to nothing is no shard."""
+def test_shard_that_links_to_an_invalid_target_is_rejected(tmp_path):
+    """A shard may not be a link to an unrelated file, a device, a missing file or another shard."""
     folder = chat_dataset(tmp_path)
     for target in ("/etc/hostname", "/dev/zero", tmp_path / "nothing", folder / "val_000000.bin"):
         moved = (folder / "train_000000.bin").rename(tmp_path / "kept")
@@ -32,14 +32,14 @@ def test_links_lead_where_they_lead_and_are_checked_there(tmp_path):
 
 
 @pytest.mark.parametrize("begin", ["--init_from=resume", "--overwrite=True"])
-def test_a_run_writes_and_deletes_through_no_link(dataset, tmp_path, monkeypatch, precious, begin):
+def test_training_never_writes_or_deletes_through_links(dataset, tmp_path, monkeypatch, precious, begin):
     out, words = tmp_path / "o", [*TINY, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'o'}"]
     assert train_here(monkeypatch, *words, "--max_iters=2") == 0
     before = contents(precious)
     for name in "metrics.jsonl loss.png latest best .latest.writing .best.writing .loss.writing.png".split():
         (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(precious / "diary")
-    (out / ".metrics.jsonl.writing").symlink_to(precious / "new")  # which is not there, and is not to be made
+    (out / ".metrics.jsonl.writing").symlink_to(precious / "new")  # a missing file, which must not be created
     for name in (".writing-step_000004", ".replaced-step_000004", ".writing-step_000050", "step_000001", "step_000099"):
         (out / name).symlink_to(precious)
     (out / ".writing-step_000006").mkdir()
@@ -53,7 +53,7 @@ def test_a_run_writes_and_deletes_through_no_link(dataset, tmp_path, monkeypatch
     assert not list(out.glob(".*-step_*"))
 
 
-def test_a_lock_that_is_a_link_is_refused(dataset, tmp_path, monkeypatch, precious, capsys):
+def test_symlinked_lock_is_rejected(dataset, tmp_path, monkeypatch, precious, capsys):
     out = tmp_path / "o"
     out.mkdir()
     (out / ".lock").symlink_to(precious / "diary")
@@ -65,7 +65,7 @@ def test_a_lock_that_is_a_link_is_refused(dataset, tmp_path, monkeypatch, precio
     assert (precious / "diary").read_text() == "my own diary\n"
 
 
-def test_a_pin_that_is_a_link_is_not_written(tmp_path, precious, capsys):
+def test_symlinked_pin_is_not_written(tmp_path, precious, capsys):
     step = save_small(tmp_path / "o", 1)
     (step / checkpoint.PINNED).symlink_to(precious / "diary")
     checkpoint.pin(step, tmp_path / "adapters")
@@ -74,7 +74,7 @@ def test_a_pin_that_is_a_link_is_not_written(tmp_path, precious, capsys):
 
 
 @pytest.mark.parametrize("corpus", ["text", "chat"])
-def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corpus, monkeypatch):
+def test_preparation_never_writes_or_deletes_through_links(tmp_path, precious, corpus, monkeypatch):
     file = tmp_path / "t.jsonl"
     text = '{"prompt": "q%d", "response": "a"}\n' if corpus == "chat" else '{"text": "to be or %d not to be"}\n'
     file.write_text("".join(text % i for i in range(200)))
@@ -82,10 +82,10 @@ def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corp
     argv = [corpus, str(file), "--tokenizer=byte", f"--out={tmp_path / 'd'}", "--shard_tokens=1000"]
     partial = tmp_path / "d" / shards.PARTIAL
     for round_ in range(3):
-        if round_ == 0:  # all of it is a link
+        if round_ == 0:  # the whole folder is a link
             partial.parent.mkdir()
             partial.symlink_to(precious)
-        elif corpus == "text":  # it was stopped after some shards, and what it wrote next are links
+        elif corpus == "text":  # stopped after some shards; the files to write next are links
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(pipeline, "BATCH_CHARS", 500)
                 patch.setattr(pipeline, "_write", stopping(pipeline._write, 5))
@@ -101,14 +101,14 @@ def test_preparation_writes_and_deletes_through_no_link(tmp_path, precious, corp
             if round_ == 2:
                 (partial / "progress.json").unlink()
                 (partial / "progress.json").symlink_to(precious / "progress.json")
-        with contextlib.suppress(UserError):  # a shard that is not as long as it was
+        with contextlib.suppress(UserError):  # a shard may have a different length than recorded
             prepare_cli.prepare_corpus([*argv, "--overwrite"])
         assert contents(precious) == before
     prepare_cli.prepare_corpus([*argv, "--overwrite"])
     assert contents(precious) == before and len(load_dataset(str(tmp_path / "d")).train) > 1000
 
 
-def test_exports_examples_and_pictures_write_through_no_link(tmp_path, precious, monkeypatch):
+def test_exports_examples_and_plots_never_write_through_links(tmp_path, precious, monkeypatch):
     save_small(tmp_path / "o", 1, best=1)
     before = contents(precious)
     (tmp_path / ".writing-hf").symlink_to(precious)
@@ -143,7 +143,7 @@ def test_tensorboard_does_not_write_through_a_link(tmp_path, precious):
         report.start_tensorboard(tmp_path, 0, None)
 
 
-def test_a_folder_or_a_shard_on_another_disk_may_be_a_link(dataset, tmp_path, monkeypatch):
+def test_folders_and_shards_may_be_links(dataset, tmp_path, monkeypatch):
     (tmp_path / "disk" / "o").mkdir(parents=True)
     (tmp_path / "o").symlink_to(tmp_path / "disk" / "o")
     (tmp_path / "data").mkdir()
@@ -161,7 +161,7 @@ def test_a_folder_or_a_shard_on_another_disk_may_be_a_link(dataset, tmp_path, mo
     assert load_dataset(str(tmp_path / "data")).vocab_size == 257 and load_dataset(str(dataset)).vocab_size < 257
 
 
-def test_pipes_are_not_waited_for(tmp_path, capsys):
+def test_fifos_do_not_block(tmp_path, capsys):
     out = tmp_path / "o"
     step = save_small(out, 1, best=1)
     for name in ("best", "latest"):
@@ -201,7 +201,7 @@ def test_pipes_are_not_waited_for(tmp_path, capsys):
         prepare_cli.prepare_corpus(["text", str(data / "*.txt"), "--tokenizer=byte", f"--out={tmp_path / 'e'}"])
 
 
-def test_a_finished_preparation_moves_nothing_from_elsewhere(tmp_path, precious, monkeypatch):
+def test_finishing_a_preparation_moves_no_outside_files(tmp_path, precious, monkeypatch):
     documents, command = ["to be or not to be " * 100], dict(name="d", tokenizer="byte", source={})
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(pipeline, "BATCH_CHARS", 100)

@@ -1,4 +1,4 @@
-"""Mixtures: proportions at every prefix, each dataset's own stream untouched, and every slip of the pen a sentence."""
+"""acorn/data/mixture.py: proportions at every prefix, the streams of the datasets, and errors for invalid mixtures."""
 
 from fractions import Fraction
 
@@ -15,7 +15,7 @@ from acorn.data.tokenizer import ByteTokenizer, train_char
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Datasets a and b of one tokenizer, and c of another."""
+    """Write datasets a and b with the same tokenizer, and c with another one."""
     byte = ByteTokenizer()
     make_dataset(tmp_path / "data" / "a", byte, "first " * 300)
     make_dataset(tmp_path / "data" / "b", byte, "second and last " * 40)
@@ -28,7 +28,7 @@ def test_proportions_hold_at_every_prefix_and_each_stream_is_in_order(weights):
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     taken = [0] * len(weights)
     for i, (which, index) in enumerate(origins(0, 3000, shares)):
-        assert index == taken[which]  # none left out and none twice
+        assert index == taken[which]  # no sample is skipped or repeated
         taken[which] += 1
         for count, share in zip(taken, shares, strict=True):
             assert abs(count - (i + 1) * share) <= len(weights) / 2
@@ -38,7 +38,7 @@ def test_proportions_hold_at_every_prefix_and_each_stream_is_in_order(weights):
     assert abs(pieces[0][1] - far * shares[pieces[0][0]]) <= len(weights) / 2
 
 
-def test_samples_are_those_of_the_datasets_however_the_batch_is_split(data):
+def test_mixture_samples_match_the_datasets_for_any_batch_split(data):
     mixture = load_mixture("a:0.75, b:0.25")
     assert mixture.shares == [Fraction(3, 4), Fraction(1, 4)]
     x, y, documents = mixture.sample(16, 0, 400, seed=3)
@@ -53,19 +53,19 @@ def test_samples_are_those_of_the_datasets_however_the_batch_is_split(data):
         assert (part[0] == x[first : first + count]).all() and (part[1] == y[first : first + count]).all()
 
 
-def test_one_dataset_is_itself(data):
+def test_mixture_of_one_dataset_matches_the_dataset(data):
     one, alone = load_mixture("a"), load_dataset("a")
     assert one.identity() == alone.identity() and one.path == "data/a" and one.vocab_size == 257
     for mine, expected in zip(one.sample(16, 5, 9, 1)[:2], sample_windows(alone.train, 16, 5, 9, 1), strict=True):
         assert (mine == expected).all()
 
 
-def test_a_mixture_is_known_by_its_datasets_and_proportions(data):
+def test_mixture_identity_depends_on_datasets_and_proportions(data):
     identities = [load_mixture(spec).identity() for spec in ("a:0.8,b:0.2", "a:4,b:1", "a:.8,b:.3", "b:.2,a:.8", "a")]
     assert identities[0] == identities[1] and len(set(identities)) == 4
 
 
-def test_names_with_colons_and_commas_are_plain(data, tmp_path):
+def test_dataset_names_may_contain_colons_and_commas(data, tmp_path):
     for name in ("12:30", "to be, or not", "x:y,z"):
         make_dataset(tmp_path / "data" / name)
         assert load_mixture(name).datasets[0].name == name
@@ -86,6 +86,6 @@ def test_names_with_colons_and_commas_are_plain(data, tmp_path):
         ("a:1,b:1,c:2", "data/a has byte .* data/c has char .* --tokenizer data/a"),
     ],
 )
-def test_a_wrong_mixture_is_a_sentence(data, spec, message):
+def test_invalid_mixture_raises_a_clear_error(data, spec, message):
     with pytest.raises(UserError, match=message):
         load_mixture(spec)

@@ -1,4 +1,4 @@
-"""Pickles from others (ckpt.pt, meta.pkl, optimizer.pt): no code in them runs."""
+"""Untrusted pickles (ckpt.pt, meta.pkl, optimizer.pt): no code in them runs."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from acorn import UserError, checkpoint
 from acorn.data.shards import load_dataset
 
 
-def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
+def test_malicious_checkpoint_is_rejected_and_runs_no_code(tmp_path):
     victim = tmp_path / "created"
     torch.save({"model": Calls(open, str(victim), "w"), "model_args": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="could run code"):
@@ -26,7 +26,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
     assert not victim.exists()
 
 
-def test_a_malicious_pickle_runs_nothing(tmp_path):
+def test_malicious_meta_pickle_is_rejected_and_runs_no_code(tmp_path):
     np.zeros(10, dtype=np.uint16).tofile(tmp_path / "train.bin")
     for payload in (
         {"itos": Calls(open, str(tmp_path / "owned"), "w")},
@@ -44,7 +44,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path):
 
 
 class Builds(dict):
-    """Runs its code when its state is set."""
+    """An object whose pickle runs code when its state is set."""
 
     def __init__(self, path):
         self.path = path
@@ -69,8 +69,8 @@ def malicious(victim: Path) -> list:
     ]
 
 
-def test_malicious_pickles_create_nothing(tmp_path, monkeypatch):
-    """As ckpt.pt, meta.pkl and optimizer.pt, by torch.save and as plain pickles of every protocol."""
+def test_malicious_pickles_create_no_files(tmp_path, monkeypatch):
+    """Load each payload as ckpt.pt, meta.pkl and optimizer.pt, by torch.save and as a plain pickle of each protocol."""
     victim, n = tmp_path / "created", 0
     np.zeros(10, dtype=np.uint16).tofile(tmp_path / "train.bin")
     step = save_small(tmp_path / "run", 1, m := small_model(), optimizers=(optimizers := small_optimizers(m)))
@@ -81,7 +81,7 @@ def test_malicious_pickles_create_nothing(tmp_path, monkeypatch):
             for data in [*forms, (tmp_path / "t.pt").read_bytes()]:
                 for name in ("ckpt.pt", "meta.pkl"):
                     (tmp_path / name).write_bytes(data)
-                make_older(step, data)  # with the hash that it should have: a stranger sees to that
+                make_older(step, data)  # with a valid hash, as an attacker would write it
                 found = checkpoint.find(tmp_path / "run")
                 for load in (
                     lambda: checkpoint.load_model(str(tmp_path / "ckpt.pt")),
@@ -95,8 +95,8 @@ def test_malicious_pickles_create_nothing(tmp_path, monkeypatch):
     print(f"{n} malicious pickles, none of which ran")
 
 
-def test_a_pickle_that_asks_for_all_memory(tmp_path):
-    """Its memo has one entry, at a place that makes the unpickler in C fill 64 GB."""
+def test_pickle_that_would_exhaust_memory_is_rejected(tmp_path):
+    """Its memo has one entry, at an index for which the C unpickler allocates 64 GB."""
     np.zeros(10, dtype=np.uint16).tofile(tmp_path / "train.bin")
     (tmp_path / "meta.pkl").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
     began = time.perf_counter()

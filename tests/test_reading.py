@@ -1,4 +1,4 @@
-"""prepare/reading.py and text.py: files, folders, globs, pipes and records of every format, and bad ones."""
+"""prepare/reading.py and text.py: files, folders, globs, stdin and records of every format, and invalid input."""
 
 import argparse
 import contextlib
@@ -26,8 +26,8 @@ from prepare.encoding import binary_type
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
-def test_a_file_longer_than_a_block_is_read_exactly(monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 1001)  # cuts characters of two and three bytes
+def test_file_longer_than_a_block_is_read_exactly(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1001)  # splits characters of two and three bytes
     text = "\ufeffcafé €uro 文字 " * 2000
     Path("long.txt").write_text(text, encoding="utf-8")
     prepare("text", "long.txt", "--tokenizer=byte")
@@ -39,7 +39,7 @@ def test_a_file_longer_than_a_block_is_read_exactly(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["r.jsonl", "r.JSONL.GZ", "r.jsonl.zst", "r.parquet", "r.csv"])
-def test_records_are_documents(path):
+def test_each_record_becomes_a_document(path):
     write_records(path, "body")
     meta = prepare("text", path, "--key=body", "--tokenizer=byte")
     assert meta["documents"] == 300 and meta["val_by"] == "document"
@@ -48,10 +48,10 @@ def test_records_are_documents(path):
     assert texts["train"] | texts["val"] == set(RECORDS) and not texts["train"] & texts["val"]
     assert 10 < len(texts["val"]) < 60
     digest = {text: int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 for text in RECORDS}
-    assert texts["val"] == {text for text in RECORDS if digest[text] < 0.1}  # whatever stands around it
+    assert texts["val"] == {text for text in RECORDS if digest[text] < 0.1}  # the split depends on the text alone
 
 
-def test_records_in_a_folder_and_lines_that_are_none():
+def test_records_in_a_folder_and_invalid_records():
     os.mkdir("d")
     write_records("d/a.jsonl")
     write_records("d/b.parquet")
@@ -80,17 +80,17 @@ def test_records_in_a_folder_and_lines_that_are_none():
         prepare_fails(match, "text", name)
 
 
-def test_a_zstd_file_with_a_large_window_must_be_unpacked():
-    """Such as those of `zstd --long=31`, which are valid."""
-    window = bytes([(31 - 10) << 3])  # of 2**31 bytes
+def test_zstd_file_with_a_large_window_is_rejected_with_advice():
+    """`zstd --long=31` writes such files, which are valid, but pyarrow does not read them."""
+    window = bytes([(31 - 10) << 3])  # 2**31 bytes
     text = b"some text\n"
     block = (len(text) << 3 | 1).to_bytes(3, "little") + text  # the last block, not compressed
     Path("a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + window + block)
     prepare_fails(r"a\.txt\.zst was compressed with a larger window.*`zstd -d --long=31`", "text", "a.txt.zst")
 
 
-def test_records_too_long_to_be_held_are_refused(monkeypatch):
-    """A quote that is never closed would take in all of a large file."""
+def test_records_above_the_size_limit_are_rejected(monkeypatch):
+    """Otherwise, an unclosed quote would read all of a large file into memory."""
     monkeypatch.setattr(reading, "MAX_RECORD", 500)
     Path("a.csv").write_text('text\n"a\na"\n"' + 200 * "b,\n")
     prepare_fails(r"row 3, which begins in line 4 \(a field has more than 500 characters", "text", "a.csv")
@@ -98,8 +98,8 @@ def test_records_too_long_to_be_held_are_refused(monkeypatch):
     prepare_fails(r"line 2 of b\.jsonl has more than 500 bytes", "text", "b.jsonl")
 
 
-def test_a_text_with_commas_and_without_quotes_is_refused():
-    """Its first part alone would look like a whole text."""
+def test_csv_text_with_unquoted_commas_is_rejected():
+    """Otherwise, the part before the first comma would be taken for the whole text."""
     row = r"row 3 of t/a\.csv has 3 fields, but the header has 2\. Put texts that contain commas in double quotes"
     os.mkdir("t")
     Path("t/a.csv").write_text('text,label\n"One, two",a,,\nThree, four,b\n')
@@ -109,14 +109,14 @@ def test_a_text_with_commas_and_without_quotes_is_refused():
     prepare_fails(r"row 2 of t/a\.csv has 2 fields, but the header has 1", "text", "t", "--tokenizer=byte")
 
 
-def test_half_a_surrogate_pair_in_json():
+def test_lone_surrogate_in_json_is_replaced():
     Path("s.jsonl").write_text('{"text": "a\\ud800b' + FOX.replace("\n", " ") + '"}\n' * 1)
     prepare("text", "s.jsonl", "--tokenizer=byte", "--val_by=end")
     dataset = load_dataset("s")
     assert dataset.tokenizer.decode(ids_of(dataset.train)[:6]) == "<|endoftext|>a\ufffdb"
 
 
-def test_text_takes_folders_globs_gzip_and_stdin(monkeypatch, capsys):
+def test_text_reads_folders_gzip_files_and_stdin(monkeypatch, capsys):
     os.makedirs("d/sub/.hidden")
     Path("d/b.py").write_text("b" * 100)
     Path("d/a.txt").write_text("a" * 100)
@@ -133,7 +133,7 @@ def test_text_takes_folders_globs_gzip_and_stdin(monkeypatch, capsys):
     assert "skipped 2 files" in capsys.readouterr().err
 
 
-def test_a_glob_takes_each_file_once():
+def test_globs_and_overlapping_paths_read_each_file_once():
     os.makedirs("d/sub")
     for name in ("d/a.txt", "d/sub/b.txt"):
         Path(name).write_text(name * 100)
@@ -142,7 +142,7 @@ def test_a_glob_takes_each_file_once():
     assert prepare(*words, "--tokenizer", "byte", "--name", "t", "--overwrite")["documents"] == 2
 
 
-def test_a_linked_folder_is_left_out_with_a_note_and_read_if_named(capsys):
+def test_symlinked_folder_is_skipped_unless_named(capsys):
     os.makedirs("d")
     os.makedirs("other")
     for name in ("d/a.txt", "other/b.txt"):
@@ -153,13 +153,13 @@ def test_a_linked_folder_is_left_out_with_a_note_and_read_if_named(capsys):
     assert prepare("text", "d", "d/linked", "--tokenizer", "byte", "--name", "t", "--overwrite")["documents"] == 2
 
 
-def test_a_field_that_no_file_of_a_folder_has():
+def test_key_missing_from_every_file_is_an_error():
     os.makedirs("d")
     Path("d/a.jsonl").write_text('{"content": "a"}\n')
     prepare_fails("no .jsonl or .csv file has the field 'contnt'", "text", "d", "--key=contnt", "--name=t")
 
 
-def test_a_dataset_in_the_folder_of_its_text_is_not_read_as_text():
+def test_dataset_in_the_folder_of_its_text_is_not_read_as_text():
     os.makedirs("data/mine")
     for name in "ab":
         Path(f"data/mine/{name}.txt").write_text(name * 500)
@@ -167,7 +167,7 @@ def test_a_dataset_in_the_folder_of_its_text_is_not_read_as_text():
     assert prepare("text", "data/mine", "--tokenizer", "char", "--overwrite")["documents"] == meta["documents"] == 2
 
 
-def test_records_come_through_a_pipe_too(monkeypatch):
+def test_records_are_read_from_stdin(monkeypatch):
     lines = "".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(200))
     Path("x.jsonl").write_text(lines)
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(buffer=open("x.jsonl", "rb")))  # noqa: SIM115
@@ -176,7 +176,7 @@ def test_records_come_through_a_pipe_too(monkeypatch):
     prepare_fails("--key body.*jsonl", "text", "a.txt", "--key", "body")
 
 
-def test_errors_of_standard_input_name_it(monkeypatch):
+def test_errors_in_stdin_name_standard_input(monkeypatch):
     for data, match, *options in (
         (b'{"text": "a"}\n{bad\n', "line 2 of standard input is not valid JSON", "--key=text"),
         (gzip.compress(FOX.encode())[:50], "standard input is not a valid gzip file"),
@@ -188,14 +188,14 @@ def test_errors_of_standard_input_name_it(monkeypatch):
     prepare_fails("standard input is closed", "text", "-")
 
 
-def test_the_name_is_the_stem_of_the_first_path():
+def test_default_name_is_the_stem_of_the_first_path():
     Path("book[1].txt").write_text("")
     assert text_corpus.default_name(argparse.Namespace(files=["book[1].txt"])) == "book[1]"
     for first, name in (("~/x/mine.txt.gz", "mine"), ("mine/", "mine"), ("mine/**/*.txt", "mine"), ("-", "stdin")):
         assert text_corpus.default_name(argparse.Namespace(files=[first])) == name
 
 
-def test_bad_files():
+def test_invalid_files_are_rejected():
     os.mkdir("empty_folder")
     Path("empty.txt").write_text("")
     Path("latin.txt").write_bytes(b"caf\xe9 and more text")
@@ -224,14 +224,14 @@ def test_bad_files():
 
 
 @rounds(25, 1500)
-def test_any_bytes_are_prepared_as_they_are_or_refused_with_a_sentence(tmp_path, monkeypatch, capsys, rounds):
+def test_any_bytes_are_prepared_exactly_or_rejected_with_an_error(tmp_path, monkeypatch, capsys, rounds):
     monkeypatch.chdir(tmp_path)
 
     def one(data: bytes, errors: str) -> None:
         Path("t.txt").write_bytes(data)
         argv = ["text", "t.txt", "--tokenizer=byte", "--overwrite", "--val_fraction=0.5", f"--errors={errors}"]
         with contextlib.suppress(UserError):
-            prepare_cli.prepare_corpus(argv)  # with any detected encoding
+            prepare_cli.prepare_corpus(argv)  # with whatever encoding is detected
         argv.append("--encoding=utf-8")
         if binary_type(data):
             with pytest.raises(UserError, match="not text"):

@@ -1,4 +1,4 @@
-"""acorn/data/batches.py: which tokens each window of an epoch has. Every target comes exactly once."""
+"""acorn/data/batches.py: the tokens of each window of an epoch. Every target occurs exactly once."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ SIZES = [(n, t) for n in (2, 3, 5, 17, 64, 65, 66, 129, 1000) for t in (1, 2, 7,
 
 
 @pytest.mark.parametrize(("n_tokens", "block_size"), SIZES)
-def test_an_epoch_has_every_target_once(tmp_path, n_tokens, block_size):
+def test_epoch_has_every_target_once(tmp_path, n_tokens, block_size):
     tokens = make_tokens(tmp_path / "one", np.arange(n_tokens))
     sharded = make_tokens(tmp_path / "many", np.arange(n_tokens), shard_tokens=7 if n_tokens < 200 else 90)
     n = split_windows(tokens, block_size)
@@ -25,25 +25,25 @@ def test_an_epoch_has_every_target_once(tmp_path, n_tokens, block_size):
         assert x.shape == y.shape == (n, block_size) and x.dtype == y.dtype == np.int64
         valid = y >= 0
         assert Counter(y[valid].tolist()) == Counter(range(1, n_tokens))
-        assert (x[valid] + 1 == y[valid]).all()  # the tokens count up, so each target follows its input
+        assert (x[valid] + 1 == y[valid]).all()  # the tokens are consecutive integers, so each target is its input + 1
         x2, y2 = sample_windows(sharded, block_size, epoch * n, n, seed=5)
         assert (x == x2).all() and (y == y2).all()
 
 
 def splitmix64(x):
-    """The published generator, on Python integers."""
+    """The published generator SplitMix64, with Python integers."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     return x ^ (x >> 31)
 
 
-def test_splitmix64_is_the_published_one():
+def test_splitmix64_matches_the_published_value():
     assert splitmix64(0) == 0xE220A8397B1DCDAF
 
 
 def reference_sample(n_tokens, block_size, i, seed):
-    """Sample i of the stream, from the definition, one pair at a time. The tokens are 0, 1, 2, ..."""
+    """Compute sample i of the stream from its definition, one pair at a time. The tokens are 0, 1, 2, ..."""
     pairs = n_tokens - 1
     n = math.ceil(pairs / block_size)
     key = splitmix64(splitmix64(seed) + i // n)
@@ -69,7 +69,7 @@ def test_samples_follow_the_definition(tmp_path, n_tokens, block_size):
         assert gaps == Counter([block_size] * (n - 1) + [last])
 
 
-def test_samples_are_pure_and_may_straddle_epochs(tmp_path):
+def test_samples_depend_only_on_seed_and_position(tmp_path):
     tokens = make_tokens(tmp_path, np.arange(1000))
     n = split_windows(tokens, 64)
     x, y = sample_windows(tokens, 64, 3, 4 * n, seed=9)
@@ -78,7 +78,7 @@ def test_samples_are_pure_and_may_straddle_epochs(tmp_path):
         assert (x[i] == x1[0]).all() and (y[i] == y1[0]).all()
     again = sample_windows(tokens, 64, 3, 4 * n, seed=9)
     assert (again[0] == x).all() and (again[1] == y).all()
-    far = sample_windows(tokens, 64, 10**15, 2, seed=9)  # seeking costs nothing
+    far = sample_windows(tokens, 64, 10**15, 2, seed=9)  # seeking takes constant time
     assert far[0].shape == (2, 64)
     for seed in (10, -1, 2**64 + 3):
         assert (sample_windows(tokens, 64, 3, 4 * n, seed)[0] != x).any()
@@ -93,11 +93,11 @@ def test_epochs_differ_in_order_and_offset(tmp_path):
     assert len(orders) == 20
 
 
-def test_sequential_windows(tmp_path):
+def test_sequential_windows_cover_every_target_in_order(tmp_path):
     for n_tokens, block_size in ((2, 5), (11, 5), (13, 5), (64, 64), (65, 64), (66, 64)):
         tokens = make_tokens(tmp_path / f"{n_tokens}", np.arange(n_tokens), shard_tokens=9)
         n = split_windows(tokens, block_size)
-        x, y = sequential_windows(tokens, block_size, 0, n + 2)  # two beyond the end
+        x, y = sequential_windows(tokens, block_size, 0, n + 2)  # two windows beyond the end
         valid = y >= 0
         assert y[valid].tolist() == list(range(1, n_tokens)) and x[valid].tolist() == list(range(n_tokens - 1))
         assert not x[~valid].any() and (y[~valid] == -1).all() and not valid[n:].any() and valid[n - 1].any()
@@ -106,18 +106,18 @@ def test_sequential_windows(tmp_path):
             assert (xi[0] == x[i]).all() and (yi[0] == y[i]).all()
 
 
-def test_documents_are_numbered_from_end_of_text_and_from_the_seam_of_an_epoch(tmp_path):
+def test_documents_begin_at_end_of_text_and_at_the_wraparound(tmp_path):
     ids = [7, 8, 0, 1, 2, 0, 0, 3, 4, 5]  # the stream begins inside a document
     document_of_token = [0, 0, 1, 1, 1, 2, 3, 3, 3, 3]
     tokens = make_tokens(tmp_path, ids)
-    place = {tuple(pair): i for i, pair in enumerate(itertools.pairwise(ids))}  # each pair stands there once
+    place = {tuple(pair): i for i, pair in enumerate(itertools.pairwise(ids))}  # each pair occurs once
     assert len(place) == 9
     x, y = sample_windows(tokens, 4, 0, 300, seed=0)
     documents = number_documents(x, y, eot=0)
     seams = 0
     for row in range(300):
         at = [place[pair] for pair in zip(x[row].tolist(), y[row].tolist(), strict=True) if pair[1] != -1]
-        expected = [document_of_token[i] + 10 * (i < at[0]) for i in at]  # beyond the seam it is another document
+        expected = [document_of_token[i] + 10 * (i < at[0]) for i in at]  # after the wraparound it is another document
         numbers = documents[row, : len(at)].tolist()
         same = [[a == b for b in expected] for a in expected]
         assert [[a == b for b in numbers] for a in numbers] == same
@@ -126,7 +126,7 @@ def test_documents_are_numbered_from_end_of_text_and_from_the_seam_of_an_epoch(t
 
 
 @pytest.mark.parametrize("ids", [[], [1]])
-def test_too_few_tokens(tmp_path, ids):
+def test_too_few_tokens_raise_a_clear_error(tmp_path, ids):
     tokens = make_tokens(tmp_path, ids)
     for windows in (lambda: sample_windows(tokens, 8, 0, 1, 0), lambda: sequential_windows(tokens, 8, 0, 1)):
         with pytest.raises(UserError, match="at least 2"):
@@ -140,7 +140,7 @@ def test_permute_is_a_bijection(seed):
         assert (np.bincount(out, minlength=n) == 1).all()
 
 
-def test_permute_mixes():
+def test_permute_decorrelates_the_order():
     n = 100_000
     order = permute(np.arange(n), n, np.array([123], dtype=np.uint64))
     assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.02
