@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models, the oracle of test_huggingface.py, test_published.py and test_export.py."""
+"""Tiny random models of transformers and of this repo, and helpers to save and compare them."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ ALONE = runtime.Runtime(torch.device("cpu"), torch.float32, compile=False, notes
 
 
 def theirs(family: str, **changes):
-    """A transformers model with every parameter random, biases and norms included, so that none can be missed."""
+    """Return a transformers model with every parameter random, including biases and norms, so that none is missed."""
     if family.lower() == "gpt2":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | changes))
     elif family == "llama":
@@ -68,13 +68,13 @@ def randomize(model):
 
 
 def tokens(vocab_size=37) -> torch.Tensor:
-    """Return ids of shape (2, 12)."""
+    """Return random token ids of shape (2, 12)."""
     return torch.randint(vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def assert_same_logits(model: GPT, other, vocab_size=37) -> None:
-    """Assert that a model of transformers gives our model's logits."""
+    """Assert that a transformers model gives the same logits as our model."""
     idx = tokens(vocab_size)
     expected = other(idx).logits.float()
     logits = model(idx, idx)[0][..., : expected.size(-1)]
@@ -96,7 +96,7 @@ def greedy(model: GPT, prompt: list[int], n: int, n_vocab: int) -> list[int]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 262 ids as a Llama checkpoint for chats has it."""
+    """Write a byte-level tokenizer of 262 ids, like that of a Llama chat checkpoint."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     ids = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -111,7 +111,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def put_bos_first(folder: Path) -> None:
-    """Give a tokenizer.json a post-processor that puts <|im_start|> before a text."""
+    """Add a post-processor to a tokenizer.json that prepends <|im_start|> to a text."""
     config = json.loads((folder / "tokenizer.json").read_text())
     bos = {"id": "<|im_start|>", "ids": [260], "tokens": ["<|im_start|>"]}
     single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]

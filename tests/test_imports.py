@@ -29,7 +29,7 @@ def imports(name: str) -> set[str]:
     return found & FILES.keys()
 
 
-def test_no_module_imports_itself_through_others():
+def test_imports_have_no_cycles():
     try:
         order = list(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
     except CycleError as error:
@@ -46,7 +46,7 @@ def test_imports_point_down():
             assert not {"train", "sample"} & imports(name), name
 
 
-def test_test_files_share_helpers_and_do_not_import_each_other():
+def test_test_files_do_not_import_each_other():
     tests = {path.stem: path for path in (REPO / "tests").glob("*.py")}
     kept_apart = {name for name in tests if name.startswith("test_")} | {"conftest"}
     for name, path in tests.items():

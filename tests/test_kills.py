@@ -1,4 +1,4 @@
-"""kill -9 at random instants of training and preparation: the next run ends as if nothing had happened."""
+"""kill -9 at random times during training and preparation: the next run gives the same result as without a kill."""
 
 import json
 import random
@@ -14,8 +14,8 @@ from acorn import checkpoint
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_instants_change_nothing(trained, dataset, tmp_path):
-    """kill -9, twenty times; each time the run resumes, and its end is that of the run never killed."""
+def test_twenty_kills_do_not_change_the_result(trained, dataset, tmp_path):
+    """Kill a run twenty times by kill -9, resume it each time, and compare it with an uninterrupted run."""
     chance, kills = random.Random(0), 0
     words = [*TINY, f"--dataset={dataset}", "--out_dir=o", "--eval_interval=2", "--eval_iters=3"]
     whole = script("train.py", *words[:-3], "--out_dir=whole", "--eval_interval=2", cwd=tmp_path)
@@ -31,9 +31,7 @@ def test_twenty_kills_at_random_instants_change_nothing(trained, dataset, tmp_pa
             process.wait()
         else:
             assert process.returncode == 0, process.stdout.read()
-            if (
-                tmp_path / "o" / "latest"
-            ).read_text() == "step_000040\n":  # it reached its end: once more from the start
+            if (tmp_path / "o" / "latest").read_text() == "step_000040\n":  # the run is finished, so start again
                 assert numbers(tmp_path / "o") == numbers(tmp_path / "whole")
                 subprocess.run(["rm", "-r", tmp_path / "o"], check=True)
     resumable = (tmp_path / "o").exists() and list((tmp_path / "o").glob("step_*/state.json"))
@@ -43,8 +41,8 @@ def test_twenty_kills_at_random_instants_change_nothing(trained, dataset, tmp_pa
 
 @pytest.mark.parametrize("processes", [1, 2])
 @rounds(2, 35)
-def test_kills_at_random_instants_of_training_change_nothing(dataset, whole_run, start, tmp_path, processes, rounds):
-    """kill -9; then the run resumes, and it ends as the run never killed. With two processes, both are killed."""
+def test_kills_during_training_do_not_change_the_result(dataset, whole_run, start, tmp_path, processes, rounds):
+    """Kill a run by kill -9, resume it, and compare it with an uninterrupted run. With two processes, kill both."""
 
     def begin() -> list[Forked]:
         how = "--init_from=resume" if checkpoint.holds_run(tmp_path / "o") else "--overwrite=True"
@@ -65,7 +63,7 @@ def test_kills_at_random_instants_of_training_change_nothing(dataset, whole_run,
     whole = begin()
     assert [each.end() for each in whole] == [0] * processes, [each.said() for each in whole]
     longest = time.perf_counter() - began
-    expected = result_of(tmp_path / "o")  # two processes add up in another order than one
+    expected = result_of(tmp_path / "o")  # two processes sum in a different order than one
     if processes == 1:
         assert expected == result_of(whole_run)
     shutil.rmtree(tmp_path / "o")
@@ -74,7 +72,7 @@ def test_kills_at_random_instants_of_training_change_nothing(dataset, whole_run,
     while kills < rounds:
         run_ = begin()
         time.sleep(chance.uniform(0, longest))
-        if not all(each.process.is_alive() for each in run_):  # it reached its end: once more from the start
+        if not all(each.process.is_alive() for each in run_):  # the run is finished, so start again
             finish(run_)
             ends += 1
             continue
@@ -89,8 +87,8 @@ def test_kills_at_random_instants_of_training_change_nothing(dataset, whole_run,
 
 @pytest.mark.parametrize("corpus", ["text", "chat"])
 @rounds(2, 15)
-def test_kills_at_random_instants_of_preparation_change_nothing(start, tmp_path, corpus, rounds):
-    """kill -9; then the same command once more, and in the end the dataset has the same bytes."""
+def test_kills_during_preparation_do_not_change_the_dataset(start, tmp_path, corpus, rounds):
+    """Kill a preparation by kill -9, run the same command again, and compare the bytes of the dataset."""
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefgh", k=chance.randint(1, 9))) for _ in range(5000)]
     if corpus == "text":
@@ -113,7 +111,7 @@ def test_kills_at_random_instants_of_preparation_change_nothing(start, tmp_path,
         if kills < rounds and process.process.is_alive():
             process.kill()
             kills += 1
-            if not (tmp_path / "parts/meta.json").exists():  # else it came too late
+            if not (tmp_path / "parts/meta.json").exists():  # otherwise the kill came too late
                 continue
         else:
             assert process.end() == 0, process.said()

@@ -1,4 +1,4 @@
-"""acorn/training/losses.py: the losses equal closed forms, float64 computations, and TRL's."""
+"""acorn/training/losses.py: losses against closed forms, float64 computations and TRL."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from acorn.training import losses
 
 
 def pair_batch(seed=0, B=2, T=24, V=257):
-    """Return x, y and documents of rows with two pairs and padding; the second half of each document is an answer."""
+    """Return x, y and documents of rows with two pairs and padding. Each document ends with its answer."""
     torch.manual_seed(seed)
     x, y = torch.randint(V, (B, T)), torch.randint(V, (B, T))
     documents = torch.tensor([0] * 5 + [1] * 6 + [2] * 4 + [3] * 7 + [4] * 2).expand(B, T)
@@ -21,8 +21,8 @@ def pair_batch(seed=0, B=2, T=24, V=257):
     return x, torch.where(answers, y, -1), documents
 
 
-def test_the_values_in_chunks_are_those_of_all_logits_at_once(monkeypatch):
-    """And so are their gradients, although the backward pass computes each chunk again."""
+def test_values_and_gradients_in_chunks_match_full_logits(monkeypatch):
+    """The gradients match although the backward pass recomputes each chunk."""
     gradients, m = [], small_model(block_size=24)
     x, y, documents = pair_batch()
     weights = torch.rand(2, 24)
@@ -40,8 +40,8 @@ def test_the_values_in_chunks_are_those_of_all_logits_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_gradient_of_dpo_on_a_model_of_two_tokens(smoothing):
-    """The model says token 1 with probability sigmoid(a). Token 1 is chosen, so the margin is beta * (a - a0)."""
+def test_dpo_gradient_matches_closed_form_for_two_tokens(smoothing):
+    """Token 1, the chosen answer, has probability sigmoid(a), so the margin is beta * (a - a0)."""
     beta, a0 = 0.3, 0.4
     a = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
     logp, reference = (torch.stack((F.logsigmoid(z), F.logsigmoid(-z)))[None] for z in (a, torch.tensor(a0).double()))
@@ -56,8 +56,8 @@ def test_the_gradient_of_dpo_on_a_model_of_two_tokens(smoothing):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo"])
-def test_pairs_in_a_row_have_the_losses_of_the_papers(kind):
-    """Compare with a loop over answers in float64; rows hold pairs of unequal lengths, and padding."""
+def test_losses_of_packed_pairs_match_the_papers(kind):
+    """Compare with a loop over answers in float64. The rows have pairs of unequal lengths and padding."""
     y, documents = pair_batch()[1:]
     logp, reference = -torch.rand(2, 24) * (y != -1), -torch.rand(2, 24) * (y != -1)
     options = (y, documents, kind, 0.7, 0.0, 0.4)
@@ -82,7 +82,7 @@ def test_pairs_in_a_row_have_the_losses_of_the_papers(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_trl_has_the_same_loss_on_the_same_model_and_batch(kind, tmp_path):
+def test_preference_loss_matches_trl(kind, tmp_path):
     trl = pytest.importorskip("trl")
     import datasets
     import tokenizers
@@ -105,7 +105,7 @@ def test_trl_has_the_same_loss_on_the_same_model_and_batch(kind, tmp_path):
     rows = [dict(zip(keys, pair, strict=True)) for pair in pairs]
     options = dict(report_to=[], use_cpu=True, bf16=False, max_length=None)
     args = trl.DPOConfig(str(tmp_path / "o"), beta=0.3, loss_type=[kind], **options)
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())  # its text is only a formality
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())  # required by the trainer, but not used for the loss
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
     text = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = trl.DPOTrainer(
@@ -130,8 +130,11 @@ def test_trl_has_the_same_loss_on_the_same_model_and_batch(kind, tmp_path):
     assert own.sum().item() / 2 == pytest.approx(theirs_loss.item(), rel=1e-5)
 
 
-def test_distillation_is_the_divergence_computed_by_hand(monkeypatch):
-    """A teacher with a wider, padded vocabulary; in float64 from the logits, and with their gradient."""
+def test_distillation_loss_matches_float64_divergence(monkeypatch):
+    """Compare values and gradients with float64 computations.
+
+    The teacher has another width than the student, and a padded vocabulary.
+    """
     monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 257 * 7)
     student, teacher = small_model(1, block_size=24), small_model(2, block_size=24, vocab_size=320, n_embd=32)
     for p in (*student.parameters(), *teacher.parameters()):
@@ -155,8 +158,8 @@ def test_distillation_is_the_divergence_computed_by_hand(monkeypatch):
     assert torch.allclose(gradient, student.lm_head.weight.grad, atol=1e-5)
 
 
-def test_log_probabilities_and_entropies_at_a_temperature():
-    """Padding of the vocabulary is never sampled, so it has no share in either."""
+def test_log_probabilities_and_entropies_match_float64_at_a_temperature():
+    """Vocabulary padding is never sampled, so neither value includes it."""
     m = small_model(3, block_size=24, vocab_size=320)
     x, y, _ = pair_batch()
     values = m(x, per_token=functools.partial(losses.log_probability_and_entropy, 257, 0.7), given=(y,))[1]
@@ -168,7 +171,7 @@ def test_log_probabilities_and_entropies_at_a_temperature():
     assert not values[y == -1].any()
 
 
-def test_advantages_and_the_loss_of_grpo_by_hand():
+def test_grpo_advantages_and_loss_match_hand_computation():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
     plain = losses.advantages(rewards, std=False)
     assert plain.tolist() == [[0.0, -1.0, -1.0, 2.0], [0.0] * 4]

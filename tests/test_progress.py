@@ -1,4 +1,4 @@
-"""acorn/training/progress.py: the console lines, the progress bar and the time left of a run."""
+"""acorn/training/progress.py: the console lines, the progress bar and the estimated time left."""
 
 import io
 import itertools
@@ -12,9 +12,11 @@ from acorn.training.run import RunState
 from train import TrainSettings
 
 
-def test_the_time_left_does_not_jump():
-    """Simulate 1,000 updates of 0.1 s on average, with noise, and 5 evaluations of 10 s. Compare each estimate with the
-    true remaining time and with the previous estimate."""
+def test_estimated_time_left_is_accurate_and_smooth():
+    """Simulate 1,000 noisy updates of 0.1 s on average and 5 evaluations of 10 s.
+
+    Compare each estimate with the true remaining time and with the previous estimate.
+    """
     chance = random.Random(0)
     seconds = [0.1 * chance.choice([0.5, 0.5, 0.5, 2.5]) for _ in range(1000)]  # mean 0.1
     seconds[0] = 30.0  # compiling
@@ -39,7 +41,7 @@ def test_the_time_left_does_not_jump():
     assert uneven.estimate(2) == pytest.approx(8 + 3) and uneven.estimate(8) == pytest.approx(2 + 2)
 
 
-def test_the_console_line_leaves_out_what_is_unknown():
+def test_console_line_omits_unknown_values():
     figures = (3, 10, 1.5, 1e-3, 0.5, 12345.6)
     line = " | ".join(update_parts(*figures, None, 65))
     assert line.startswith("step 3/10 | loss 1.5000") and "12,346 tok/s" in line and line.endswith("1:05 min left")
@@ -64,7 +66,7 @@ def show(stdout, monkeypatch) -> str:
     return stdout.getvalue()
 
 
-def test_a_terminal_shows_a_bar_and_a_file_shows_lines(monkeypatch):
+def test_terminal_shows_a_bar_and_file_shows_lines(monkeypatch):
     drawn = show(Terminal(), monkeypatch)
     assert "4/4, loss 3.5" in drawn and "step 4: val loss 3.2\n" in drawn
     assert drawn.count("\n") == 1  # updates redraw one line
@@ -75,6 +77,6 @@ def test_a_terminal_shows_a_bar_and_a_file_shows_lines(monkeypatch):
 @pytest.mark.parametrize(
     "max_iters, given, expected", [(0, 0, 1), (5, 0, 1), (100, 0, 3), (2000, 0, 50), (10**6, 0, 100), (100, 7, 7)]
 )
-def test_a_run_prints_about_40_lines(max_iters, given, expected):
+def test_run_prints_about_40_lines_or_one_per_100_updates(max_iters, given, expected):
     s = TrainSettings(max_iters=max_iters, log_interval=given)
     assert Progress(s, RunState(), None, None, None).interval == expected

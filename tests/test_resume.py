@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never stopped, to the bit, and it insists on its data and settings."""
+"""Resuming is bit-exact, keeps the saved settings unless they are overridden, and requires the same data."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from acorn import files
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp_path):
-    """Stopped by --max_iters, by SIGINT and by SIGTERM at steps of no interval, on the way to the same end."""
+def test_resuming_is_bit_exact(trained, dataset, tmp_path):
+    """Stop a run by SIGINT and by SIGTERM, resume it each time, and compare it with an uninterrupted run."""
     process = start_process(
         REPO / "train.py",
         *TINY,
@@ -38,7 +38,7 @@ def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp
 
     process = start_process(
         REPO / "train.py", "--init_from=resume", "--out_dir=b", cwd=tmp_path
-    )  # the settings come along
+    )  # the settings come from the checkpoint
     for line in process.stdout:
         if line.startswith(f"step {stopped_at + 3}/"):
             process.send_signal(signal.SIGTERM)
@@ -52,14 +52,14 @@ def test_a_resumed_run_is_the_run_never_stopped_to_the_bit(trained, dataset, tmp
     assert result.returncode == 0, result.stderr
     if stopped_again < 40:
         assert numbers(tmp_path / "b") == numbers(trained)
-    else:  # a very fast machine: the runs are the same as far as both went
+    else:  # a very fast machine: compare up to the end of the shorter run
         assert numbers(tmp_path / "b")[:44] == numbers(trained)[:44]
 
     result = script_here("train.py", "--init_from=resume", "--out_dir=b", cwd=tmp_path)
     assert result.returncode == 0 and "already made its 40 updates" in result.stdout
 
 
-def test_evaluation_only_on_resume_measures_and_writes_nothing(trained, dataset, tmp_path):
+def test_eval_only_on_resume_evaluates_and_writes_nothing(trained, dataset, tmp_path):
     before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
     result = script_here("train.py", "--init_from=resume", f"--out_dir={trained}", "--eval_only=True", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -69,7 +69,7 @@ def test_evaluation_only_on_resume_measures_and_writes_nothing(trained, dataset,
 
 
 @pytest.mark.slow
-def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
+def test_mixture_with_document_mask_resumes_bit_exactly(dataset, tmp_path):
     for name in ("one", "two"):
         os.mkdir(tmp_path / name)
         for i in range(20):
@@ -92,7 +92,7 @@ def test_a_mixture_with_documents_apart_resumes_to_the_bit(dataset, tmp_path):
     refused(train(tmp_path, dataset, "--document_mask=True", "--out_dir=d"), "char tokenizer", "no end-of-text token")
 
 
-def test_settings_given_on_resume_overrule_those_of_before(dataset, tmp_path, monkeypatch):
+def test_settings_given_on_resume_override_saved_settings(dataset, tmp_path, monkeypatch):
     losses = {}
     for decay in ("0.1", "90"):
         out = f"--out_dir={tmp_path}/o{decay}"
@@ -104,10 +104,10 @@ def test_settings_given_on_resume_overrule_those_of_before(dataset, tmp_path, mo
     assert losses["0.1"][:5] == losses["90"][:5] and losses["0.1"][6:] != losses["90"][6:]
 
 
-def test_a_resumed_run_insists_on_its_data(trained, tmp_path):
+def test_resuming_requires_the_same_data(trained, tmp_path):
     (tmp_path / "t.txt").write_text("another text for the same tokenizer, quite unlike the first " * 20)
     words = ["--tokenizer", trained, "--name", "other"]
-    text = "BORIS:\nbring the key, and bring it slowly.\n\n" * 20  # no character that the tokenizer lacks
+    text = "BORIS:\nbring the key, and bring it slowly.\n\n" * 20  # has only characters of the tokenizer's vocabulary
     (tmp_path / "t.txt").write_text(text)
     assert script_here("prepare", "text", "t.txt", *words, cwd=tmp_path).returncode == 0
     result = script_here("train.py", "--init_from=resume", f"--out_dir={trained}", "--dataset=other", cwd=tmp_path)
@@ -117,8 +117,8 @@ def test_a_resumed_run_insists_on_its_data(trained, tmp_path):
     assert script_here("train.py", *words, cwd=tmp_path).returncode == 0
 
 
-def test_an_optimizer_state_of_other_shapes_is_refused(trained, tmp_path):
-    """A fused kernel that trusted it would write beyond its memory."""
+def test_optimizer_state_with_wrong_shapes_is_rejected(trained, tmp_path):
+    """Otherwise, a fused optimizer kernel would write out of bounds."""
     shutil.copytree(trained, tmp_path / "o")
     folder = tmp_path / "o" / "step_000040"
     saved = load_file(folder / "optimizer.safetensors")

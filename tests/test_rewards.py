@@ -1,4 +1,4 @@
-"""acorn/training/rewards.py and rollouts.py: rewards by hand, and the batches made of completions."""
+"""acorn/training/rewards.py and rollouts.py: rewards against expected values, and batches built from completions."""
 
 import math
 from fractions import Fraction
@@ -42,7 +42,7 @@ def test_shipped_rewards(name, completion, answer, value):
     assert SHIPPED[name]("", completion, answer) == value
 
 
-def test_a_config_file_may_define_the_reward(tmp_path):
+def test_config_file_can_define_the_reward(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("group_size = 4\ndef reward(prompt, completion, answer):\n    return 1 / len(completion)\n")
     given = settings.parse(TrainSettings, [str(path)])
@@ -59,24 +59,24 @@ def test_a_config_file_may_define_the_reward(tmp_path):
     ("text", "words"),
     [("reward = 3", "no function"), ("def reward(a): return 1", "three parameters"), ("1 / 0", "ZeroDivisionError")],
 )
-def test_a_file_without_a_reward_is_refused(text, words, tmp_path):
+def test_config_file_without_a_valid_reward_is_rejected(text, words, tmp_path):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(UserError, match=words):
         load_reward(str(tmp_path / "c.py"))
 
 
 @pytest.mark.parametrize("value", [None, "1", float("nan"), float("-inf"), 1e300, 10**400, 1j])
-def test_a_reward_that_is_no_number_is_refused(value):
+def test_reward_that_is_not_a_finite_number_is_rejected(value):
     with pytest.raises(UserError, match="a finite number"):
         call_reward(lambda prompt, completion, answer: value, "mine", "", "", "")
 
 
 @pytest.mark.parametrize("value", [True, -3, 0.5, np.float32(0.25)])
-def test_a_reward_may_be_a_number_of_any_type(value):
+def test_reward_can_have_any_numeric_type(value):
     assert call_reward(lambda prompt, completion, answer: value, "mine", "", "", "") == value
 
 
-def test_a_reward_that_ends_the_process_is_refused(tmp_path):
+def test_reward_that_exits_the_process_is_rejected(tmp_path):
     (tmp_path / "c.py").write_text("import sys\ndef reward(prompt, completion, answer): sys.exit(0)")
     function, _ = load_reward(str(tmp_path / "c.py"))
     with pytest.raises(UserError, match="SystemExit"):
@@ -95,8 +95,8 @@ def rollouts(data, reward, **changes) -> Rollouts:
     return Rollouts(s, data, model, ONE_RANK, reward)
 
 
-def test_the_batch_holds_completions_of_groups_with_their_advantages(data):
-    """Rebuild each row from what the reward saw: the prompt as `chat.render` has it, the completion, the advantage."""
+def test_batch_has_grouped_completions_with_their_advantages(data):
+    """Rebuild each row from the arguments of the reward function: prompt, completion and advantage."""
     seen = []
 
     def reward(prompt, completion, answer):
@@ -127,8 +127,8 @@ def test_the_batch_holds_completions_of_groups_with_their_advantages(data):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("most", [0, 3, 10**6])
-def test_an_evaluation_rewards_different_tasks_and_weights_datasets_by_their_shares(data, world_size, most):
-    """Over all ranks, however many are asked for. Only the second dataset, of two tasks, is rewarded."""
+def test_evaluation_uses_distinct_tasks_and_weights_datasets_by_share(data, world_size, most):
+    """Sum over all ranks, for any number of requested tasks. Only the second dataset, with two tasks, is rewarded."""
     mixture = Mixture([data.datasets[0]] * 2, [Fraction(3, 4), Fraction(1, 4)])
     seen, second, sums = [], set(), np.zeros(2)
 
@@ -144,10 +144,10 @@ def test_an_evaluation_rewards_different_tasks_and_weights_datasets_by_their_sha
         sums += own.evaluate("val", 4, most)["reward"]
     n = 2 + (3 if most == 3 else len(own.usable["val"][0]))
     assert len(seen) == world_size * math.ceil(n / world_size) and len(set(seen)) == n
-    assert sums.tolist() == pytest.approx([n, n])  # a mean of 1
+    assert sums.tolist() == pytest.approx([n, n])  # the weighted mean is 1
 
 
-def test_rollouts_depend_on_the_position_only(data):
+def test_rollouts_depend_only_on_the_position(data):
     same = [rollouts(data, SHIPPED["length"]).update(16, 8, size)[0] for size in (4, 8)]
     assert torch.equal(torch.cat([batch.y for batch in same[0]]), same[1][0].y)
     other = rollouts(data, SHIPPED["length"]).update(24, 8, 8)[0][0]

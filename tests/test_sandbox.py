@@ -1,4 +1,4 @@
-"""acorn/data/sandbox.py: chat templates render as in transformers, and endless ones end with a sentence."""
+"""acorn/data/sandbox.py: chat templates render as in transformers, and endless ones raise a clear error."""
 
 import json
 import os
@@ -33,19 +33,19 @@ pytestmark = [on_posix, pytest.mark.usefixtures("alarm")]
     ],
     ids=range(11),
 )
-def test_an_endless_template_is_a_sentence(template, monkeypatch):
+def test_endless_template_raises_a_clear_error(template, monkeypatch):
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = template
     began = time.process_time()
     with pytest.raises(UserError, match="chat template"):
         chat.render(tokenizer, PAIR[:1])
-    assert time.process_time() - began < 2  # of this process
+    assert time.process_time() - began < 2  # CPU time of this process, not of the worker
     tokenizer.chat_template = chat.CHATML + " "
     assert tokenizer.decode(chat.render(tokenizer, PAIR[:1])).startswith("<|im_start|>user\na<|im_end|>")
 
 
-def test_a_template_renders_as_it_does_in_transformers():
+def test_template_renders_as_in_transformers():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] | tojson }} {% endfor %}{{ messages | length }}"
@@ -54,7 +54,7 @@ def test_a_template_renders_as_it_does_in_transformers():
     assert sandbox.render("it", **arguments) == render_jinja_template(**arguments)[0][0]
 
 
-def test_a_forked_process_has_a_sandbox_of_its_own():
+def test_forked_process_has_its_own_sandbox():
     arguments = dict(conversations=[PAIR], chat_template="{{ messages[0]['content'] }}.")
     assert sandbox.render("it", **arguments) == "a."
     child = os.fork()
@@ -63,7 +63,7 @@ def test_a_forked_process_has_a_sandbox_of_its_own():
     assert os.waitpid(child, 0)[1] == 0 and sandbox.render("it", **arguments) == "a."
 
 
-def test_a_conversation_with_a_checkpoint_whose_template_never_ends(tmp_path, monkeypatch):
+def test_chat_with_an_endless_template_raises_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     step = save_small(tmp_path, 1, best=1)
     state = json.loads((step / "state.json").read_text())
