@@ -1,7 +1,7 @@
 """Chat templates that test_chat.py and test_prepare_chat.py render with acorn and with transformers.
 
-TEMPLATES: short templates in published formats: name -> control tokens and template.
-PUBLISHED: templates that models ship, from the package trl: file name -> control tokens.
+TEMPLATES: short templates in published formats, name -> control tokens and template.
+PUBLISHED: templates of published models in the package trl, file name -> control tokens.
 The first two control tokens of each list are BOS and EOS.
 """
 
@@ -218,7 +218,7 @@ TEMPLATES = {
     ),
 }
 
-# unsuitable for training, but works for sampling
+# the next two are unsuitable for training, but work for sampling
 DEEPSEEK_R1 = (
     ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"

@@ -1,4 +1,4 @@
-"""acorn/data/chat.py: ids and masks of conversations, token by token, against transformers' rendering."""
+"""acorn/data/chat.py: ids and masks of conversations, compared with transformers token by token."""
 
 import importlib.util
 import json
@@ -17,11 +17,11 @@ from acorn.data.records import Conversation, read_messages
 from acorn.data.tokenizer import ByteTokenizer, from_dict, get_tokenizer, load_hf, train_char
 
 
-def test_the_plain_template_byte_by_byte():
+def test_plain_template_byte_by_byte():
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = chat.choose_template(tokenizer)
     eot = [256]
-    before = [*eot, *b"System:\nBe kind.\n\nUser:\nHi<|endoftext|>!\n\nAssistant:\n"]  # what a person writes stays text
+    before = [*eot, *b"System:\nBe kind.\n\nUser:\nHi<|endoftext|>!\n\nAssistant:\n"]  # the name stays text
     between = [*b"\n\nUser:\nBye\n\nAssistant:\n"]
     ids, learned = chat.render_to_learn(tokenizer, TALK)
     assert ids.tolist() == [*before, *b"Yes?", *eot, *between, *"字".encode(), *eot]
@@ -31,7 +31,7 @@ def test_the_plain_template_byte_by_byte():
     assert chat.stop_ids(tokenizer) == {256}
 
 
-def test_templates_and_tokenizers_find_each_other(chatml):
+def test_choose_template_for_each_tokenizer(chatml):
     assert chat.choose_template(get_tokenizer("gpt2")) == chat.PLAIN
     tokenizer = load_hf(chatml)
     assert "Help." in chat.choose_template(tokenizer)
@@ -43,7 +43,7 @@ def test_templates_and_tokenizers_find_each_other(chatml):
 
 
 @pytest.mark.parametrize("talk", [TALK, PAIR, TALK[1:]])
-def test_a_tokenizers_own_template_gives_transformers_ids(chatml, talk):
+def test_own_template_of_a_tokenizer_matches_transformers(chatml, talk):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(str(chatml))
     ours = load_hf(chatml)
@@ -79,7 +79,7 @@ def test_a_message_cannot_end_its_turn(chatml):
         ("{{ 1 / 0 }}", "rejects"),
     ],
 )
-def test_a_template_that_cannot_be_learned_is_a_sentence(template, message):
+def test_unlearnable_templates_raise_user_error(template, message):
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
@@ -87,7 +87,7 @@ def test_a_template_that_cannot_be_learned_is_a_sentence(template, message):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_many_turns_are_rendered_in_a_few_renderings(name, tmp_path, monkeypatch):
+def test_many_turns_need_few_renderings(name, tmp_path, monkeypatch):
     control, template = TEMPLATES[name]
     tokenizer = load_hf(with_control(tmp_path / "t", control, template))
     calls, fill_in = [], chat._fill_in
@@ -116,7 +116,7 @@ def test_messages_that_render_to_nothing_are_refused(name, messages, tmp_path):
 
 
 @pytest.mark.parametrize("reply", ["", "<think>a</think>b"])
-def test_one_reply_that_a_template_treats_differently(reply):
+def test_prompt_ids_match_if_one_reply_is_rendered_differently(reply):
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
@@ -128,7 +128,7 @@ def test_one_reply_that_a_template_treats_differently(reply):
     assert ids == chat.render_to_learn(tokenizer, talk)[0].tolist()[: len(ids)]
 
 
-def test_templates_may_trim_and_mark_what_is_generated():
+def test_templates_may_trim_content_and_use_generation_tags():
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}"
@@ -139,8 +139,10 @@ def test_templates_may_trim_and_mark_what_is_generated():
 
 
 def assert_as_transformers(folder: Path, talks: list[tuple[list[dict], dict]]) -> None:
-    """The ids equal those of transformers. The learned mask covers each reply: it begins where transformers' prompt for
-    the reply ends, and ends after the content and the control tokens that close the reply."""
+    """Assert that the ids equal those of transformers and that the learned mask covers each reply.
+
+    A reply begins where transformers' prompt for it ends. It includes the content and the control tokens that end it.
+    """
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
     for messages, extras in talks:
@@ -183,13 +185,13 @@ def talks_of(template: str, **fields) -> list[tuple[list[dict], dict]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_published_formats_give_transformers_ids_and_learn_the_replies(tmp_path, name):
+def test_published_formats_match_transformers_and_learn_the_replies(tmp_path, name):
     control, template = TEMPLATES[name]
     assert_as_transformers(with_control(tmp_path / "t", control, template), talks_of(template))
 
 
 def published(name: str) -> str:
-    """Return a chat template that models ship. It is read without importing trl, which takes seconds."""
+    """Return a published chat template from the files of trl, without importing trl, which takes seconds."""
     trl = importlib.util.find_spec("trl")
     if trl is None:
         pytest.skip("pip install trl")
@@ -197,7 +199,7 @@ def published(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_templates_give_transformers_ids_and_learn_the_replies(tmp_path, name):
+def test_published_templates_match_transformers_and_learn_the_replies(tmp_path, name):
     template = published(name)
     fields = {"reasoning_content": "Hm."} if name in NEED_THOUGHTS else {}
     folder = with_control(tmp_path / "t", PUBLISHED[name], template)
@@ -209,13 +211,13 @@ def test_published_templates_give_transformers_ids_and_learn_the_replies(tmp_pat
 
 
 @pytest.mark.parametrize("name", CHAT_ONLY)
-def test_published_templates_that_cannot_be_learned_can_chat(tmp_path, name):
+def test_unlearnable_published_templates_can_chat(tmp_path, name):
     control, reason = CHAT_ONLY[name]
     assert_can_only_chat(with_control(tmp_path / "t", control, published(name)), reason)
 
 
 def assert_can_only_chat(folder: Path, reason: str) -> None:
-    """Prompts have the ids of transformers. Training is refused, and the message gives the reason."""
+    """Assert that prompts have transformers' ids, and that training is refused with this reason."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_hf(folder)
     for n in (1, 2, 3, 4):
@@ -231,11 +233,11 @@ def assert_can_only_chat(folder: Path, reason: str) -> None:
 
 
 @pytest.mark.parametrize(("published", "reason"), [(DEEPSEEK_R1, "<think>"), (FALCON_180B, "ends a reply")])
-def test_templates_that_cannot_be_learned_can_chat(tmp_path, published, reason):
+def test_unlearnable_templates_can_chat(tmp_path, published, reason):
     assert_can_only_chat(with_control(tmp_path / "t", *published), reason)
 
 
-def test_thinking_is_learned_as_transformers_renders_it(tmp_path):
+def test_learned_thinking_matches_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     control, template = TEMPLATES["qwen3"]
     folder = with_control(tmp_path / "t", [*control, "<think>", "</think>"], template)
@@ -253,7 +255,7 @@ def test_thinking_is_learned_as_transformers_renders_it(tmp_path):
     assert chat.render(ours, messages).tolist() == expected
 
 
-def test_a_system_message_in_the_last_user_turn_is_seen_by_each_reply(tmp_path):
+def test_each_reply_sees_a_system_message_in_the_last_user_turn(tmp_path):
     """As in Mistral's templates, the system message is absent once the last user turn has a reply."""
     template = (
         "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
@@ -288,20 +290,20 @@ def test_a_reply_may_end_with_two_tokens(tmp_path):
         assert chat.stop_ids(ours) >= {ours.control["<|END_RESPONSE|>"], ours.control["<|END_OF_TURN_TOKEN|>"]}
 
 
-@pytest.mark.parametrize("name", ["llama-3", "phi-3"])  # a reply of phi-3 is followed by two control tokens
-def test_a_conversation_is_rendered_only_as_often_as_needed(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["llama-3", "phi-3"])  # in phi-3, two control tokens follow a reply
+def test_conversation_with_one_reply_is_rendered_twice(tmp_path, monkeypatch, name):
     tokenizer = load_hf(with_control(tmp_path, *TEMPLATES[name]))
     chat.forms_to_learn(tokenizer, PAIR)
     rendered, render = [], chat._render_template
     monkeypatch.setattr(chat, "_render_template", lambda **arguments: rendered.append(arguments) or render(**arguments))
     chat.forms_to_learn(tokenizer, PAIR)
-    assert len(rendered) == 2  # the prompt, and the whole
+    assert len(rendered) == 2  # the prompt and the whole conversation
     end = next(reversed(tokenizer.control))
     tokenizer.chat_template = chat.PLAIN.replace("eos_token", f"'{end}'")
-    assert chat._stop_name(tokenizer) == end  # not that of the template before
+    assert chat._stop_name(tokenizer) == end  # not cached from the previous template
 
 
-def test_templates_that_take_lists_of_parts(tmp_path):
+def test_templates_that_need_content_as_a_list_of_parts(tmp_path):
     """Templates of multimodal models silently drop content that is a string."""
     transformers = pytest.importorskip("transformers")
     loop = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
@@ -323,7 +325,7 @@ def test_templates_that_take_lists_of_parts(tmp_path):
         chat.check_learnable(ours)
 
 
-def test_replies_that_are_marked_are_not_learned(tmp_path):
+def test_replies_excluded_by_a_flag_are_not_learned(tmp_path):
     tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["chatml"]))
     for flag in ({"weight": 0}, {"train": False}, {"loss": 0.0}, {"masked": True}):
         messages = conversation(3)
@@ -334,7 +336,7 @@ def test_replies_that_are_marked_are_not_learned(tmp_path):
         assert ids.tolist() == chat.render_to_learn(tokenizer, conversation(3))[0].tolist()
 
 
-def test_fields_the_template_lacks_are_refused_or_named(tmp_path):
+def test_fields_missing_from_the_template_are_refused_or_reported(tmp_path):
     tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["chatml"]))
     for record in (
         {"messages": CALLING},
@@ -352,7 +354,7 @@ def test_fields_the_template_lacks_are_refused_or_named(tmp_path):
     assert chat.unused_fields(tokenizer, named) == set()  # this template uses `name` for functions
 
 
-def test_arguments_as_json_text_are_not_made_json_twice(tmp_path):
+def test_arguments_given_as_json_are_not_encoded_twice(tmp_path):
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Lima"}'}}
     messages = [CALLING[0], CALLING[1] | {"tool_calls": [call]}, *CALLING[2:]]
     for name in ("qwen2.5", "llama-3.1"):

@@ -1,4 +1,4 @@
-"""prepare/chat.py: what `python prepare chat` writes is learned token by token, and bad input leaves nothing."""
+"""prepare/chat.py: tokens and masks of prepared conversations, and bad input, which leaves no dataset."""
 
 import datetime
 import json
@@ -19,7 +19,7 @@ from prepare.__main__ import prepare_corpus
 from prepare.chat import limited
 
 
-def test_a_limit_takes_the_oldest_turns_then_the_end_of_a_reply():
+def test_limit_drops_the_oldest_turns_then_the_end_of_the_reply():
     forms = [(np.arange(n), np.arange(n) >= 3) for n in (10, 8, 5)]
 
     def lengths(limit):
@@ -27,7 +27,7 @@ def test_a_limit_takes_the_oldest_turns_then_the_end_of_a_reply():
 
     assert lengths(None) == lengths(10) == [10, 8, 5]
     assert lengths(9) == lengths(8) == [8, 5] and lengths(7) == [5]
-    assert lengths(4) == [4] and lengths(3) == []  # of 0 1 2 | 3 4, limit 3 leaves no reply
+    assert lengths(4) == [4] and lengths(3) == []  # a limit of 3 leaves no reply of 0 1 2 | 3 4
     assert limited([(np.arange(2), np.array([True, False]))], None) == []  # the first token is never a target
 
 
@@ -46,7 +46,7 @@ def targets(tokens, block_size) -> list[int]:
     return sorted(y[y >= 0].tolist())
 
 
-def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
+def test_prepared_tokens_and_masks_match_the_records(pairs, capsys):
     prepare_corpus("chat pairs.jsonl --tokenizer byte --shard_tokens 1000".split())
     dataset = load_dataset("pairs")
     assert len(dataset.train.mask.shards) == len(dataset.train.shards) > 3
@@ -57,7 +57,7 @@ def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
     for line in Path("pairs.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "messages" in record:
-            ids, mask = chat.render_to_learn(tokenizer, TALK)  # see above
+            ids, mask = chat.render_to_learn(tokenizer, TALK)  # tested in test_chat.py
         else:
             prompt = [256, *f"User:\n{record['prompt']}\n\nAssistant:\n".encode()]
             reply = [*record["response"].encode(), 256]
@@ -71,7 +71,7 @@ def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
         assert dataset.meta[name]["learned"] == len(learn[name]) > 0
     assert dataset.meta["documents"] == 202 and len(dataset.val) < len(dataset.train) / 4
 
-    # an epoch of random windows has each of these targets once, and no other
+    # an epoch of random windows contains each of these targets once, and no others
     n = batches.samples_per_epoch(dataset.train, 200)
     x, y, documents = batches.sample(dataset.train, 200, 0, n, seed=1)
     assert Counter(y[y >= 0].tolist()) == Counter(learn["train"])
@@ -89,7 +89,7 @@ def test_what_is_prepared_is_learned_token_by_token(pairs, capsys):
         ({"instruction": "Say", "input": "hi", "output": "hi"}, [TWO[0] | {"content": "Say\n\nhi"}, TWO[1]]),
     ],
 )
-def test_what_is_prepared_has_transformers_ids(tmp_path, monkeypatch, record, messages):
+def test_prepared_ids_match_transformers(tmp_path, monkeypatch, record, messages):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(with_control(tmp_path / "t", *TEMPLATES["qwen2.5"]))
@@ -123,7 +123,7 @@ def test_names_of_control_tokens_in_prepared_records_stay_text(tmp_path, monkeyp
     )
 
 
-def test_the_template_travels_and_over_long_conversations_are_counted(pairs, chatml):
+def test_template_is_saved_and_overlong_conversations_are_counted(pairs, chatml):
     prepare_corpus(f"chat pairs.jsonl --tokenizer {chatml} --max_tokens 64 --val_tokens 400".split())
     dataset = load_dataset("pairs")
     assert "Help." in dataset.tokenizer.chat_template and chat.stop_ids(dataset.tokenizer) == {299, 301}
@@ -136,7 +136,7 @@ def test_the_template_travels_and_over_long_conversations_are_counted(pairs, cha
     assert left_out > 0 and again.meta["documents"] == 202 - left_out
 
 
-def test_a_learned_tokenizer_and_an_own_template(pairs):
+def test_trained_tokenizer_with_a_custom_template(pairs):
     Path("t.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}")
     prepare_corpus("chat pairs.jsonl --tokenizer bpe:300 --template t.jinja".split())
     dataset = load_dataset("pairs")
@@ -157,14 +157,14 @@ def test_a_learned_tokenizer_and_an_own_template(pairs):
         ("", "--val_tokens 5", "val_tokens=5, val has none .*change .*--val_tokens"),
     ],
 )
-def test_bad_input_leaves_nothing(pairs, line, options, message):
+def test_bad_input_leaves_no_dataset(pairs, line, options, message):
     Path("bad.jsonl").write_text(Path("pairs.jsonl").read_text() + "\n" + line)
     with pytest.raises(UserError, match=message):
         prepare_corpus(["chat", "bad.jsonl", *options.split()])
     assert not Path("data/bad").exists()
 
 
-def test_every_kind_of_file_gives_the_same_dataset(tmp_path, monkeypatch):
+def test_every_file_format_gives_the_same_dataset(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
 
@@ -186,7 +186,7 @@ def test_every_kind_of_file_gives_the_same_dataset(tmp_path, monkeypatch):
 
 
 def test_flags_in_csv_are_read_as_numbers_and_booleans(tmp_path, monkeypatch):
-    """They arrive as text there, where "0" and "false" would count as true."""
+    """CSV fields are strings, and the strings "0" and "false" would count as true."""
     monkeypatch.chdir(tmp_path)
     template = "{% if think is false %}!{% endif %}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     Path("t.jinja").write_text(template)
@@ -204,7 +204,7 @@ def test_flags_in_csv_are_read_as_numbers_and_booleans(tmp_path, monkeypatch):
         prepare_corpus([*options, "--overwrite"])
 
 
-def test_conversations_that_are_all_equal_are_split_by_their_place(tmp_path, monkeypatch, capsys):
+def test_identical_conversations_are_split_by_position(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("same.jsonl").write_text('{"instruction": "Add", "input": "2 and 3", "output": "5"}\n' * 40)
     prepare_corpus("chat same.jsonl --tokenizer byte".split())
@@ -212,10 +212,10 @@ def test_conversations_that_are_all_equal_are_split_by_their_place(tmp_path, mon
     assert len(dataset.val) * 9 == len(dataset.train) and "last 4 are" in capsys.readouterr().err
 
 
-def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypatch, capsys):
+def test_skip_bad_skips_and_counts_bad_records(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = [json.dumps({"prompt": f"{i}?", "response": "yes", "weight": 1}) for i in range(40)]
-    calling = json.dumps({"messages": CALLING})  # the plain template does not render calls
+    calling = json.dumps({"messages": CALLING})  # the plain template does not render tool calls
     bad = ["{", "[1]", '{"a": 1}', calling, '{"prompt": "a", "response": "b", "weight": 0.5}']
     Path("bad.jsonl").write_text("\n".join([*good[:20], *bad, *good[20:]]))
     Path("good.jsonl").write_text("\n".join(good))
@@ -239,7 +239,7 @@ def test_bad_records_are_skipped_where_asked_for_and_counted(tmp_path, monkeypat
     assert load_dataset("rows").meta["documents"] == 20
 
 
-def test_a_file_without_conversations_is_called_one(tmp_path, monkeypatch):
+def test_input_without_conversations_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, kind in ((".", "a folder"), ("-", "standard input")):
         with pytest.raises(UserError, match=f"{path} is {kind}, but prepare chat reads only files. Name the files"):
@@ -250,10 +250,10 @@ def test_a_file_without_conversations_is_called_one(tmp_path, monkeypatch):
     assert not Path("data/empty").exists()
 
 
-def test_masks_that_do_not_belong_are_refused(pairs):
+def test_mismatched_or_missing_masks_are_refused(pairs):
     prepare_corpus("chat pairs.jsonl --tokenizer byte".split())
     meta = json.loads(Path("data/pairs/meta.json").read_text())
-    del meta["sha256"]  # as older versions wrote it
+    del meta["sha256"]  # older versions did not write it
 
     def refused(change, message):
         changed = json.loads(json.dumps(meta))
@@ -272,13 +272,13 @@ def test_masks_that_do_not_belong_are_refused(pairs):
     mask.unlink()
     refused(lambda m: None, "missing")
     mask.write_bytes(whole)
-    Path("a.txt").write_text(TEXT)  # a dataset without masks leaves none behind
+    Path("a.txt").write_text(TEXT)  # overwriting with a dataset without masks removes the old masks
     prepare_corpus("text a.txt --name pairs --tokenizer byte --overwrite".split())
     assert load_dataset("pairs").train.mask is None and not list(Path("data/pairs").glob("*.mask"))
 
 
-def test_a_date_in_a_message_and_escapes_in_names_of_fields(tmp_path, monkeypatch, capsys):
-    """As in WildChat's parquet files, and as a stranger's file may have."""
+def test_dates_and_escape_sequences_in_messages(tmp_path, monkeypatch, capsys):
+    """WildChat's Parquet files contain dates. Field names in an untrusted file may contain escape sequences."""
     monkeypatch.chdir(tmp_path)
     day = datetime.datetime(2024, 1, 2)
     turns = [{"role": role, "content": f"{role} says so", "\x1b[2J": day} for role in ("user", "assistant")]

@@ -1,4 +1,4 @@
-"""acorn/data/tokenizer.py: tiktoken's ids, round trips of any text, BPE training, and broken saved tokenizers."""
+"""acorn/data/tokenizer.py: ids against tiktoken, round trips, BPE training, and broken saved tokenizers."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ from acorn.data.tokenizer import (
 )
 from prepare.__main__ import prepare_corpus
 
-CATEGORIES: dict[str, str] = {}  # of Unicode, with a few characters of each
+CATEGORIES: dict[str, str] = {}  # Unicode category -> some of its characters
 for code in range(0x20000):
     category = unicodedata.category(chr(code))
     if category != "Cs" and len(CATEGORIES.setdefault(category, "")) < 3 * (1 + code // 0x2000):
@@ -67,8 +67,8 @@ TEXTS = [
     "ſ'S 'LL don’t",
     "<|endoftext|",
     "lone \ud800 and \udc00\udc01 surrogates",
-    "".join(map(chr, range(0x250))),  # control characters among them
-    # three characters of each category, joined by spaces and not
+    "".join(map(chr, range(0x250))),  # includes control characters
+    # characters of each category, without and with spaces between them
     "".join(char for group in CATEGORIES.values() for char in group),
     "  ".join(" ".join(group) + "a1" for group in CATEGORIES.values()),
 ]
@@ -78,7 +78,7 @@ GPT2, BPE, LLAMA = GPT2Tokenizer(), bpe_tokenizer(), llama_tokenizer()
 
 
 @pytest.mark.parametrize("with_fastokens", [True, False])
-def test_gpt2_gives_tiktokens_ids(with_fastokens, monkeypatch, capsys):
+def test_gpt2_ids_match_tiktoken(with_fastokens, monkeypatch, capsys):
     if not with_fastokens:
         find_spec = importlib.util.find_spec
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastokens" else find_spec(name))
@@ -92,12 +92,12 @@ def test_gpt2_gives_tiktokens_ids(with_fastokens, monkeypatch, capsys):
 
 @given(st.lists(st.one_of(st.text(max_size=20), mixed), max_size=5))
 @settings(max_examples=300, deadline=None)
-def test_gpt2_gives_tiktokens_ids_of_any_text(texts):
+def test_gpt2_ids_match_tiktoken_for_any_text(texts):
     assert [ids.tolist() for ids in GPT2.encode_batch(texts)] == list(map(_gpt2_encoding().encode_ordinary, texts))
 
 
-def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
-    # text 200 is corrupted on its way to fastokens; texts 0, 100 and 200 are checked
+def test_wrong_fastokens_ids_are_reported_once(capsys):
+    # fastokens receives a corrupted text 200; the encoder checks texts 0, 100 and 200
     reference, asked = GPT2Tokenizer()._encoding.encode_ordinary, []
 
     def watched(text):
@@ -122,7 +122,7 @@ def test_a_wrong_id_from_fastokens_is_noticed_once(capsys):
     assert encoder.fast is None and capsys.readouterr().err == ""
 
 
-def test_a_long_text_is_checked_at_its_beginning(capsys):
+def test_long_texts_are_checked_at_the_start(capsys):
     text = "".join(f"word {i}\n\n  " for i in range(9000))
     encoder = Encoder(gpt2_json(), GPT2Tokenizer()._encoding.encode_ordinary, "tiktoken")
     honest, reference = encoder.fast, encoder.reference
@@ -137,7 +137,7 @@ def test_a_long_text_is_checked_at_its_beginning(capsys):
 
 
 def test_gpt2_is_the_published_tokenizer():
-    # ids known from GPT-2's paper code: "Hello world" and the end-of-text token
+    # ids from OpenAI's published code: "Hello world" and the end-of-text token
     assert GPT2Tokenizer().encode("Hello world").tolist() == [15496, 995]
     assert GPT2Tokenizer().decode([15496, 50256]) == "Hello<|endoftext|>"
 
@@ -151,7 +151,7 @@ def test_split_text_keeps_gpt2_ids(text, size):
     assert [i for part in parts for i in encode(part)] == encode(text)
 
 
-def test_split_text_keeps_the_ids_of_chinese_with_qwens_pattern():
+def test_split_text_keeps_ids_of_chinese_with_qwens_pattern():
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     text = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少？\n\n" * 40
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -166,13 +166,13 @@ def test_split_text_keeps_the_ids_of_chinese_with_qwens_pattern():
 
 
 @pytest.mark.parametrize("text", [" " * 1_100_000 + "x", "\n" * 1_100_000, "\u3000" * 1_100_000 + "z", "a" * 200_000])
-def test_gpt2_survives_long_runs(text):
+def test_gpt2_round_trips_long_runs(text):
     tokenizer = GPT2Tokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("fixed", [None, ByteTokenizer(), GPT2, BPE], ids=["char", "byte", "gpt2", "bpe"])
-def test_round_trips(fixed):
+def test_text_round_trips(fixed):
     fixed_sizes = None if fixed is None else fixed.token_bytes()
 
     @given(st.text(max_size=50))
@@ -188,7 +188,7 @@ def test_round_trips(fixed):
     round_trip()
 
 
-def test_char_ids_are_nanogpts():
+def test_char_ids_match_nanogpt():
     text = "To be, or not to be: that is the question.\nÉ😀"
     tokenizer = get_tokenizer("char", [text[:20], text[20:]])
     stoi = {char: i for i, char in enumerate(sorted(set(text)))}
@@ -196,7 +196,7 @@ def test_char_ids_are_nanogpts():
     assert tokenizer.encode(text).tolist() == [stoi[char] for char in text]
 
 
-def test_char_names_an_unknown_character():
+def test_char_error_names_the_unknown_character():
     tokenizer = train_char(["abcdef"])
     with pytest.raises(UserError, match=r"character '€' \(U\+20AC\) at position 3 is not among the 6 .* gpt2"):
         tokenizer.encode("abc€")
@@ -206,7 +206,7 @@ def test_char_names_an_unknown_character():
         train_char([""])
 
 
-def test_surrogates_survive_or_are_replaced():
+def test_surrogates_are_kept_or_replaced():
     text = "a\ud800b\udc00"
     tokenizer = from_dict(json.loads(json.dumps(train_char([text]).to_dict())))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -215,7 +215,7 @@ def test_surrogates_survive_or_are_replaced():
 
 
 @pytest.mark.parametrize("tokenizer", [train_char(["abc"]), ByteTokenizer(), GPT2, BPE, LLAMA], ids=lambda t: t.kind)
-def test_ids_outside_the_vocabulary(tokenizer):
+def test_ids_outside_the_vocabulary_are_rejected(tokenizer):
     assert tokenizer.decode([]) == ""
     for bad in ([-1], [tokenizer.n_vocab], [0, 10**12], [0.5]):
         with pytest.raises(ValueError, match="token ids"):
@@ -239,7 +239,7 @@ def test_control_tokens():
 
 
 @pytest.mark.parametrize("kind", ["byte", "gpt2", "char", "bpe:300"])
-def test_stream_decoder_never_tears_a_character(kind):
+def test_stream_decoder_never_splits_a_character(kind):
     text = "今天天气很好。 naïve 😀 ok"
     tokenizer = get_tokenizer(kind, [text])
     decoder = StreamDecoder(tokenizer)
@@ -248,20 +248,20 @@ def test_stream_decoder_never_tears_a_character(kind):
     assert decoder.finish() == ""
 
 
-def test_stream_decoder_drops_an_incomplete_tail_and_replaces_garbage():
+def test_stream_decoder_drops_an_incomplete_tail_and_replaces_invalid_bytes():
     decoder = StreamDecoder(ByteTokenizer())
     assert [decoder.push(b) for b in "é".encode()[:1]] == [""] and decoder.finish() == ""
     assert [decoder.push(b) for b in b"\xffa"] == ["\ufffd", "a"]
 
 
-def test_hash_tells_tokenizers_apart():
+def test_hash_differs_between_tokenizers():
     different = [train_char(["ab"]), train_char(["abc"]), CharTokenizer(["b", "a"]), ByteTokenizer(), GPT2, BPE, LLAMA]
     assert len({tokenizer_hash(t) for t in different}) == 7
     for tokenizer in different:
         saved = tokenizer.to_dict() | {"chat_template": "{{ messages[0].content }}"}
         again = from_dict(json.loads(json.dumps(saved)))
         assert again.to_dict() == saved and again.n_vocab == tokenizer.n_vocab
-        assert tokenizer_hash(again) == tokenizer_hash(tokenizer)  # a chat template makes no other tokenizer
+        assert tokenizer_hash(again) == tokenizer_hash(tokenizer)  # the chat template does not affect the hash
 
 
 @pytest.mark.parametrize(
@@ -294,34 +294,34 @@ def test_hash_tells_tokenizers_apart():
         {"kind": "hf", "config": sentencepiece() | {"model": sentencepiece()["model"] | {"byte_fallback": False}}},
     ],
 )
-def test_from_dict_refuses_what_is_broken(saved):
+def test_from_dict_refuses_broken_data(saved):
     with pytest.raises(UserError, match=r"broken|differ|neither|changes text"):
         from_dict(saved)
 
 
-def test_unknown_kind():
+def test_unknown_kind_is_refused():
     with pytest.raises(UserError, match="no tokenizer 'word'\\. Choose char"):
         get_tokenizer("word")
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_packages():
     heavy = {"tiktoken", "tokenizers", "fastokens", "torch", "transformers"}
     code = f"import sys, acorn.data.tokenizer; sys.exit(not {heavy}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_gpt2s_ranks_are_those_that_tiktoken_derives(tmp_path, monkeypatch):
+def test_gpt2_ranks_match_tiktoken(tmp_path, monkeypatch):
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*_gpt2_files().values(), *GPT2_FILES.values())
     assert _gpt2_ranks(_read_gpt2_file("encoder.json")) == ranks
     assert gpt2_config()["model"]["merges"][:2] == ["\u0120 t", "\u0120 a"]
     (tmp_path / "encoder.json").write_text("{}")
     monkeypatch.setattr("acorn.data.tokenizer._gpt2_files", lambda: {n: str(tmp_path / n) for n in GPT2_FILES})
-    for build in (gpt2_json, _gpt2_encoding.__wrapped__):  # one file is missing, the other has other content
+    for build in (gpt2_json, _gpt2_encoding.__wrapped__):  # one file is missing, the other has the wrong content
         with pytest.raises(UserError, match=r"is missing or damaged.*--force-reinstall"):
             build()
 
 
-def test_no_network_and_no_package_is_a_sentence(monkeypatch):
+def test_missing_network_and_package_raise_user_error(monkeypatch):
     def offline(name):
         raise ConnectionError("no route to host")
 
@@ -333,8 +333,8 @@ def test_no_network_and_no_package_is_a_sentence(monkeypatch):
         get_tokenizer("cl100k_base")
 
 
-def test_an_encoding_of_tiktokens_with_gaps_among_its_ids(monkeypatch):
-    # cl100k_base has ids that no token has, and more control tokens than one
+def test_tiktoken_encoding_with_gaps_between_ids(monkeypatch):
+    # like cl100k_base, with unused ids and several control tokens
     ranks = {bytes([b]): b for b in range(256)} | {b"he": 256, b"hel": 257}
     control = {END_OF_TEXT: 260, "<|fim_prefix|>": 262}
     encoding = tiktoken.Encoding("o200k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=control)
@@ -347,7 +347,7 @@ def test_an_encoding_of_tiktokens_with_gaps_among_its_ids(monkeypatch):
     assert tokenizer_hash(from_dict(tokenizer.to_dict())) == tokenizer_hash(tokenizer)
 
 
-def test_bpe_learns_the_same_from_the_same_texts():
+def test_bpe_training_is_deterministic():
     assert BPE.n_vocab == 340 and BPE.eot == 339 and BPE.kind == "bpe"
     assert train_bpe([TEXT], 340).to_dict() == BPE.to_dict()
     assert len(BPE.encode(TEXT)) < len(TEXT) / 3 and BPE.decode(BPE.encode(TEXT)) == TEXT
@@ -359,7 +359,7 @@ def test_bpe_learns_the_same_from_the_same_texts():
             assert BPE.encode(text).tolist() == theirs.encode(text).ids
 
 
-def test_bpe_of_a_small_text_has_fewer_tokens_and_of_none_is_refused(capsys):
+def test_bpe_of_a_small_text_has_fewer_tokens_and_empty_text_is_refused(capsys):
     n_vocab = get_tokenizer("bpe:8192", ["abab abab"]).n_vocab
     assert 257 <= n_vocab < 270 and f"only {n_vocab} tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="no text"):
@@ -370,18 +370,18 @@ def test_bpe_of_a_small_text_has_fewer_tokens_and_of_none_is_refused(capsys):
 
 
 def words(tokenizer, text: str) -> list[str]:
-    """Return the words into which the tokenizer's pre-tokenizer splits a text."""
+    """Return the words into which the pre-tokenizer splits a text."""
     return [text[start:end] for _, (start, end) in tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
-def test_words_of_chinese_end_at_punctuation_spaces_and_digits():
+def test_chinese_words_end_at_punctuation_spaces_and_digits():
     text = "床前明月光，疑是地上霜。\n举头 Python3代码2026年！？"
     expected = ["床前明月光", "，", "疑是地上霜", "。", "\n", "举头", " Python", "3", "代码", "2026", "年", "！？"]
     assert words(BPE, text) == expected
 
 
 @pytest.mark.parametrize(("digits", "groups"), [(0, ["12345678"]), (1, list("12345678")), (3, ["123", "456", "78"])])
-def test_digits_in_groups(digits, groups):
+def test_digits_are_split_into_groups(digits, groups):
     tokenizer = train_bpe([TEXT + "12345678 " * 9], 340, digits)
     assert words(tokenizer, "in 12345678") == ["in", *([" ", *groups] if digits else [" 12345678"])]
     assert max(len(tokenizer.decode([i])) for i in tokenizer.encode("12345678")) <= (digits or 8)
@@ -391,7 +391,7 @@ def test_digits_in_groups(digits, groups):
     assert from_dict(tokenizer.to_dict()).encode("a 12345678").tolist() == tokenizer.encode("a 12345678").tolist()
 
 
-def test_reserved_ids_are_control_tokens_after_the_end_of_text():
+def test_reserved_ids_are_control_tokens_after_end_of_text():
     tokenizer = train_bpe([TEXT], 340, reserved=3)
     assert (tokenizer.n_vocab, tokenizer.eot) == (340, 336)
     assert tokenizer.control == {END_OF_TEXT: 336} | {f"<|reserved_{i}|>": 337 + i for i in range(3)}
@@ -411,14 +411,14 @@ def test_training_cuts_long_words():
     assert tokenizer.decode(tokenizer.encode(word)) == word
 
 
-def test_the_sample_is_bounded_and_spread_evenly():
+def test_training_sample_is_bounded_and_evenly_spread():
     texts = [f"{i:03d}" for i in range(100)]
     assert sample_pieces(texts, 300) == texts
     assert sample_pieces(texts, 299) == texts[::2]
     assert sample_pieces(iter(texts), 40) == texts[::8]
 
 
-def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
+def test_gpt2_tokenizer_json_is_recognized(tmp_path):
     tokenizer = get_tokenizer(str(write_hf(tmp_path, gpt2_config(), tokenizer_config={"chat_template": "{{ 1 }}"})))
     assert tokenizer.kind == "gpt2" and tokenizer.chat_template == "{{ 1 }}"
     as_hf = HFTokenizer(gpt2_config(), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
@@ -427,12 +427,12 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
 
 
 @pytest.mark.parametrize("base", [GPT2, BPE, LLAMA])
-def test_new_tokens_follow_the_ids_there_are_and_change_none(base):
+def test_new_tokens_follow_existing_ids_and_change_none(base):
     tokenizer = from_dict(json.loads(json.dumps(add_tokens(base, ["<|x|>", "<|xy|>"]).to_dict())))
     new = {"<|x|>": base.n_vocab, "<|xy|>": base.n_vocab + 1}
     assert tokenizer.control == base.control | new and tokenizer.n_vocab == base.n_vocab + 2
     assert (tokenizer.eot, tokenizer.bos, tokenizer.eos) == (base.eot, base.bos, base.eos)
-    texts = [*TEXTS, "a <|x|> b<|xy|>", "<|x|><|x|>"]  # in ordinary text they stay text
+    texts = [*TEXTS, "a <|x|> b<|xy|>", "<|x|><|x|>"]  # the new names stay text in ordinary text
     for one, other in zip(tokenizer.encode_batch(texts), base.encode_batch(texts), strict=True):
         assert one.tolist() == other.tolist()
     ids = tokenizer.encode_part("a<|x|>b<|xy|>", False, control=True)
@@ -444,7 +444,7 @@ def test_new_tokens_follow_the_ids_there_are_and_change_none(base):
         assert not extends(tokenizer, other)
 
 
-def test_prepare_learns_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
+def test_prepare_trains_and_reuses_tokenizers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(TEXT)
     folder = write_hf(tmp_path / "hf", gpt2_config())
@@ -483,7 +483,7 @@ texts = st.text(max_size=40) | st.lists(
 
 @pytest.fixture(scope="module")
 def gpt2_hf(tmp_path_factory):
-    """GPT-2's tokenizer as a tokenizer.json with a token more, so that it is not known for GPT-2's own."""
+    """GPT-2's tokenizer.json with one extra token, so that it is not recognized as GPT-2's."""
     from acorn.data.tokenizer import add_tokens
 
     folder = tmp_path_factory.mktemp("hf")
@@ -493,7 +493,7 @@ def gpt2_hf(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "bpe", "hf", "sentencepiece"])
 @rounds(60, 4000)
-def test_any_text_goes_through_any_tokenizer(kind, gpt2_hf, rounds):
+def test_any_text_round_trips_in_each_tokenizer(kind, gpt2_hf, rounds):
     fixed = {"byte": ByteTokenizer(), "gpt2": GPT2, "bpe": BPE, "hf": gpt2_hf, "sentencepiece": LLAMA}.get(kind)
     again = None if fixed is None else from_dict(json.loads(json.dumps(fixed.to_dict())))
     assert again is None or tokenizer_hash(again) == tokenizer_hash(fixed)
@@ -503,7 +503,7 @@ def test_any_text_goes_through_any_tokenizer(kind, gpt2_hf, rounds):
         copy = again or from_dict(json.loads(json.dumps(tokenizer.to_dict())))
         ids = tokenizer.encode(text)
         expected = text if kind == "char" else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if kind == "sentencepiece":  # writes a space so, and puts one first where there is none
+        if kind == "sentencepiece":  # writes a space as U+2581, and adds a leading one unless there is one
             expected = expected.replace("\u2581", " ").removeprefix(" ")
         assert tokenizer.decode(ids) == expected
         assert copy.encode(text).tolist() == ids.tolist()
@@ -516,7 +516,7 @@ def test_any_text_goes_through_any_tokenizer(kind, gpt2_hf, rounds):
 
 @pytest.mark.parametrize("kind", ["byte", "gpt2", "bpe", "hf", "sentencepiece"])
 @rounds(60, 4000)
-def test_any_ids_come_out_as_the_same_text_at_once_and_one_by_one(kind, gpt2_hf, rounds):
+def test_any_ids_decode_equally_at_once_and_one_by_one(kind, gpt2_hf, rounds):
     tokenizer = {"byte": ByteTokenizer(), "gpt2": GPT2, "bpe": BPE, "hf": gpt2_hf, "sentencepiece": LLAMA}[kind]
 
     def one(numbers: list[int]) -> None:
@@ -526,7 +526,7 @@ def test_any_ids_come_out_as_the_same_text_at_once_and_one_by_one(kind, gpt2_hf,
         stream = StreamDecoder(tokenizer)
         pieces = "".join(stream.push(i) for i in ids) + stream.finish()
         whole = joined.decode("utf-8", "replace")
-        # of a last character that is not whole, at most three bytes, nothing is shown
+        # the stream omits an incomplete last character, which has at most three bytes
         assert whole.startswith(pieces) and whole.removeprefix(pieces) in ("", *("\ufffd" * n for n in (1, 2, 3)))
 
     fuzz(one, rounds, st.lists(st.integers(0, 2**20), max_size=20))

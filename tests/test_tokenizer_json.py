@@ -1,4 +1,4 @@
-"""tokenizer.json: control tokens, templates, new tokens, ids around a text as in transformers, and hostile files."""
+"""tokenizer.json files: control tokens, templates, new tokens, ids against transformers, and hostile files."""
 
 import json
 import time
@@ -34,7 +34,7 @@ BPE, LLAMA = bpe_tokenizer(), llama_tokenizer()
 
 
 @pytest.mark.parametrize("prepend", ["normalizer", "first", "always", "never"])
-def test_a_tokenizer_in_the_manner_of_sentencepiece(prepend):
+def test_sentencepiece_tokenizer_json_matches_tokenizers(prepend):
     tokenizer = HFTokenizer(sentencepiece(prepend), "</s>", "<s>", "</s>")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.config))
     assert tokenizer.control == {"<unk>": 0, "<s>": 1, "</s>": 2} and tokenizer.eot == 2
@@ -47,20 +47,20 @@ def test_a_tokenizer_in_the_manner_of_sentencepiece(prepend):
     text = "bring <s> it</s>"
     assert tokenizer.decode(tokenizer.encode(text)) == text and not {1, 2} & set(tokenizer.encode(text))
 
-    # the parts of a text, control tokens and all, are those of the whole
+    # encoded in parts, a text has the same ids as encoded as a whole, including control tokens
     parts = ["<s>take the", " letter", " slowly</s>\n<s>bring", " it"]
     whole = theirs.encode("".join(parts), add_special_tokens=False).ids
     ids = [tokenizer.encode_part(part, i > 0, control=True) for i, part in enumerate(parts)]
     assert np.concatenate(ids).tolist() == whole
 
-    decoder = StreamDecoder(tokenizer)  # it goes on from a prompt, so the first space is text
+    decoder = StreamDecoder(tokenizer)  # the preceding ids are unknown, so the leading space stays
     out = [decoder.push(i) for i in tokenizer.encode("horse 字").tolist()]
     assert "".join(out) == " " * (prepend != "never") + "horse 字"
 
 
 @pytest.mark.parametrize("prepend", ["normalizer", "first", "always", "ByteLevel", "unmarked"])
-def test_a_long_document_has_the_ids_of_the_whole(prepend, tmp_path, monkeypatch, small_steps):
-    """A tokenizer that puts a space before a text puts none where the text is cut."""
+def test_cutting_long_documents_does_not_change_ids(prepend, tmp_path, monkeypatch, small_steps):
+    """A tokenizer that adds a space before a text adds none where a document is cut."""
     monkeypatch.chdir(tmp_path)
     config = tokenizer_json() if prepend == "ByteLevel" else sentencepiece(prepend.replace("unmarked", "first"))
     if prepend == "ByteLevel":
@@ -81,7 +81,7 @@ def test_a_long_document_has_the_ids_of_the_whole(prepend, tmp_path, monkeypatch
     assert ids == [i for text in texts for i in [mark, *dataset.tokenizer.encode(text).tolist()]]
 
 
-def test_a_folder_names_its_control_tokens_and_template(tmp_path):
+def test_folder_provides_control_tokens_and_template(tmp_path):
     settings = {"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": "{{ messages }}"}
     for tokenizer in (
         get_tokenizer(str(write_hf(tmp_path / "a", LLAMA.config, tokenizer_config=settings))),
@@ -108,13 +108,13 @@ def test_a_folder_names_its_control_tokens_and_template(tmp_path):
         ({"special_tokens_map": [1]}, "is not a JSON object"),
     ],
 )
-def test_a_broken_folder_is_a_sentence(tmp_path, files, message):
+def test_broken_folder_raises_user_error(tmp_path, files, message):
     with pytest.raises(UserError, match=message) as error:
         get_tokenizer(str(write_hf(tmp_path, **files)))
     assert str(tmp_path) in str(error.value)
 
 
-def test_new_tokens_added_by_transformers_are_known_for_what_they_are(tmp_path):
+def test_new_tokens_added_by_transformers_are_recognized(tmp_path):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(BPE.config))
     theirs.add_special_tokens(["<|x|>"])
     config = json.loads(theirs.to_str())
@@ -126,11 +126,11 @@ def test_new_tokens_added_by_transformers_are_known_for_what_they_are(tmp_path):
     assert extends(load_hf(tmp_path), BPE)
     post = processor([(END_OF_TEXT, 339)], [])
     assert not extends(HFTokenizer(config | {"post_processor": post}, END_OF_TEXT, None, None), BPE)
-    config["model"]["merges"][-2:] = config["model"]["merges"][:-3:-1]  # the last two the other way around
+    config["model"]["merges"][-2:] = config["model"]["merges"][:-3:-1]  # swap the last two
     assert not extends(HFTokenizer(config, END_OF_TEXT, None, None), BPE)
 
 
-def test_what_cannot_be_a_new_token_is_a_sentence(tmp_path, monkeypatch):
+def test_invalid_new_tokens_raise_user_error(tmp_path, monkeypatch):
     gaps = json.loads(json.dumps(BPE.config))
     gaps["model"]["vocab"]["\u0120slowly"] += 1000
     for base, names, message in (
@@ -154,7 +154,7 @@ def test_what_cannot_be_a_new_token_is_a_sentence(tmp_path, monkeypatch):
 
 
 def processor(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> dict:
-    """Return a post-processor for a tokenizer.json that puts control tokens before and after a text."""
+    """Return a post-processor for a tokenizer.json that adds control tokens before and after a text."""
     special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in [*before, *after]}
     around = [[{"SpecialToken": {"id": name, "type_id": 0}} for name, _ in side] for side in (before, after)]
     single = [*around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1]]
@@ -163,7 +163,7 @@ def processor(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> di
 
 
 def with_processor(folder: Path, before: list[str], after: list[str], sequence: bool = False, **files) -> Path:
-    """Write the BPE tokenizer with `<s>` (340) and `</s>` (341), which a post-processor puts around a text."""
+    """Write the BPE tokenizer with `<s>` (340), `</s>` (341) and a post-processor that adds `before` and `after`."""
     ids = {"<s>": 340, "</s>": 341}
     added = [BPE.config["added_tokens"][0] | {"id": i, "content": name} for name, i in ids.items()]
     config = BPE.config | {"added_tokens": [*BPE.config["added_tokens"], *added]}
@@ -176,7 +176,7 @@ def with_processor(folder: Path, before: list[str], after: list[str], sequence: 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(["<s>"], []), (["<s>"], ["</s>"]), ([], ["</s>"]), ([], [])])
-def test_texts_prompts_and_documents_have_transformers_ids(tmp_path, before, after, sequence):
+def test_ids_of_texts_prompts_and_documents_match_transformers(tmp_path, before, after, sequence):
     transformers = pytest.importorskip("transformers")
     folder = with_processor(tmp_path / "t", before, after, sequence)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
@@ -217,7 +217,7 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         {"first_merge": "t h"},
     ],
 )
-def test_a_tokenizer_with_gpt2s_vocabulary_but_another_pipeline_is_kept(tmp_path, changes):
+def test_tokenizer_with_gpt2s_vocabulary_but_another_pipeline_is_kept(tmp_path, changes):
     config = gpt2_config()
     if first := changes.get("first_merge"):
         config["model"]["merges"].sort(key=lambda pair: pair != first)
@@ -238,12 +238,12 @@ def test_a_tokenizer_with_gpt2s_vocabulary_but_another_pipeline_is_kept(tmp_path
     assert any(theirs.encode(text).ids != get_tokenizer("gpt2").encode(text).tolist() for text in texts)
 
 
-def test_gpt2_is_recognized_in_each_form_that_libraries_write(tmp_path):
+def test_gpt2_is_recognized_in_all_saved_formats(tmp_path):
     transformers = pytest.importorskip("transformers")
     published = gpt2_config() | {
         "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
     }
-    del published["model"]["type"], published["pre_tokenizer"]["use_regex"]  # an older version of the library wrote it
+    del published["model"]["type"], published["pre_tokenizer"]["use_regex"]  # older versions did not write these
     names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     write_hf(tmp_path / "published", published, tokenizer_config=names)
     without_end = gpt2_config() | {"added_tokens": []}
@@ -262,7 +262,7 @@ def test_gpt2_is_recognized_in_each_form_that_libraries_write(tmp_path):
 
 @pytest.mark.parametrize("where", ["tokenizer_config", "special_tokens_map"])
 @pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token", "unk_token", "additional_special_tokens"])
-def test_a_named_token_is_special_as_in_transformers(tmp_path, role, where):
+def test_named_tokens_are_special_as_in_transformers(tmp_path, role, where):
     transformers = pytest.importorskip("transformers")
     ordinary = {"special": False, "normalized": True}
     names = [END_OF_TEXT, "</s>", "<plain>"]
@@ -273,7 +273,8 @@ def test_a_named_token_is_special_as_in_transformers(tmp_path, role, where):
     folder = write_hf(tmp_path / "t", BPE.config | {"added_tokens": added}, **files)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
     assert theirs.all_special_ids == [340] and ours.control == {"</s>": 340}
-    theirs.add_tokens(theirs.all_special_tokens, special_tokens=True)  # it only lists the additional ones as special
+    # transformers lists additional tokens as special, but encodes them as ordinary ones until they are added again
+    theirs.add_tokens(theirs.all_special_tokens, special_tokens=True)
     assert ours.eot == (340 if role == "eos_token" else None)
     for tokenizer in (ours, from_dict(json.loads(json.dumps(ours.to_dict())))):
         for text in ("a</s>b", "take</s> <plain> the", f"{END_OF_TEXT}</s>"):
@@ -281,7 +282,7 @@ def test_a_named_token_is_special_as_in_transformers(tmp_path, role, where):
             assert tokenizer.encode_part(text, False, control=True).tolist() == theirs(text)["input_ids"]
 
 
-def test_a_dataset_has_separators_if_only_tokenizer_config_makes_the_eos_special(tmp_path):
+def test_documents_are_separated_by_an_eos_from_tokenizer_config(tmp_path):
     config = json.loads(json.dumps(BPE.config))
     end = config["added_tokens"][0]
     config["added_tokens"] = [end | {"special": False}, end | {"id": 340, "content": "</s>", "special": False}]
@@ -294,8 +295,8 @@ def test_a_dataset_has_separators_if_only_tokenizer_config_makes_the_eos_special
     assert ids.count(340) == len(documents)
 
 
-def test_a_named_token_of_the_vocabulary_becomes_special(tmp_path):
-    """As transformers does it with a vocabulary that lists its control tokens as ordinary ones."""
+def test_named_vocabulary_tokens_become_special(tmp_path):
+    """As in transformers, this applies to control tokens that the vocabulary lists as ordinary tokens."""
     transformers = pytest.importorskip("transformers")
     config = sentencepiece() | {"added_tokens": []}
     names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}, "pad_token": "<missing>"}
@@ -307,7 +308,7 @@ def test_a_named_token_of_the_vocabulary_becomes_special(tmp_path):
         assert ours.encode_part(text, False, control=True).tolist() == theirs(text)["input_ids"]
 
 
-def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
+def test_every_end_token_of_a_checkpoint_ends_a_text(tmp_path):
     ends = {"generation_config": {"eos_token_id": [341, 300]}, "config": {"eos_token_id": 301}}
     tokenizer = get_tokenizer(str(with_processor(tmp_path / "t", ["<s>"], [], **ends)))
     assert tokenizer.ends == {339, 341, 300, 301}
@@ -315,7 +316,7 @@ def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
     assert again.ends == tokenizer.ends and tokenizer_hash(again) == tokenizer_hash(tokenizer)
     assert tokenizer_hash(get_tokenizer(str(with_processor(tmp_path / "u", ["<s>"], [])))) == tokenizer_hash(tokenizer)
     assert add_tokens(tokenizer, ["<|note|>"]).ends == tokenizer.ends
-    for end in (*tokenizer.ends, 340):  # and the BOS of the next document
+    for end in (*tokenizer.ends, 340):  # 340 is the BOS of the next document
         stream = TextStream(tokenizer)
         assert stream.push(65) and stream.stopped_by is None
         assert stream.push(end) == "" and stream.stopped_by == "end of text"
@@ -327,7 +328,7 @@ def test_every_end_of_a_checkpoint_ends_a_text(tmp_path):
         from_dict(old | {"more_ends": ["</s>"]})
 
 
-def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
+def test_tool_template_is_used_only_with_tools(tmp_path):
     transformers = pytest.importorskip("transformers")
     templates = [{"name": "default", "template": "\n{{ messages[0].content }}\n"}]
     templates.append({"name": "tool_use", "template": "{% for t in tools %}{{ t.name }}{% endfor %}!"})
@@ -359,25 +360,25 @@ EMPTY = dict.fromkeys(("type", "vocab", "merges"), None)
         {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}},
         {"model": {"type": "Unigram", "vocab": [], "unk_id": None}},
         {"pre_tokenizer": pattern("(a+)+$")},
-        {"pre_tokenizer": pattern(r"[\s\S]*[\x00\x01]|.")},  # the square of the text
+        {"pre_tokenizer": pattern(r"[\s\S]*[\x00\x01]|.")},  # quadratic time
         {"pre_tokenizer": {"type": []}},
-        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}},  # 64 GB
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}},  # expands to 64 GB
         {"normalizer": []},
         {"added_tokens": [{"id": 2**40, "content": "x"}]},
         {"added_tokens": {}},
         {"decoder": {"type": "Replace", "pattern": {"Regex": "((("}, "content": ""}},
     ],
 )
-def test_a_hostile_tokenizer_is_a_sentence(tmp_path, changes, monkeypatch):
+def test_hostile_tokenizers_raise_user_error(tmp_path, changes, monkeypatch):
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(**changes)))
     began = time.process_time()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_hf(tmp_path)
-    assert time.process_time() - began < 5  # the rest of it is another process's
+    assert time.process_time() - began < 5  # CPU time of the worker process does not count
 
 
-def test_usual_patterns_are_taken():
+def test_common_patterns_are_accepted():
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     llama3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for regex in (gpt2, llama3):
@@ -386,8 +387,8 @@ def test_usual_patterns_are_taken():
 
 
 @pytest.mark.usefixtures("alarm")
-def test_a_pattern_that_fails_on_a_text_is_a_sentence(monkeypatch):
-    """One that is harmless where it is tried."""
+def test_pattern_that_fails_on_a_text_raises_user_error(monkeypatch):
+    """The pattern passes the check at load time, but fails on another text."""
     tokenizer = from_dict({"kind": "hf", "config": tokenizer_json(pre_tokenizer=pattern("(?=(q+)+$)."))})
     assert len(tokenizer.encode("to be")) > 0
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_part(text, True, True)):
@@ -401,7 +402,7 @@ POEM = "\u5e8a\u524d\u660e\u6708\u5149\uff0c\n2026\u5e74  The moonlight IS \u759
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_word_piece_has_the_ids_of_transformers_and_says_what_it_loses(tmp_path, monkeypatch, capsys, as_json):
+def test_word_piece_matches_transformers_and_reports_losses(tmp_path, monkeypatch, capsys, as_json):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "bert"
     folder.mkdir()
@@ -431,7 +432,7 @@ def test_word_piece_has_the_ids_of_transformers_and_says_what_it_loses(tmp_path,
     assert meta["unknown"] == {"tokens": 20, "words": {"\u7591": 20}}
 
 
-def test_a_tokenizer_that_is_not_read_is_refused_with_a_way_out(tmp_path):
+def test_unsupported_tokenizer_files_are_refused_with_advice(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     with pytest.raises(UserError, match=r"SentencePiece.*AutoTokenizer\.from_pretrained"):
         load_hf(tmp_path) if is_hf(tmp_path) else None
