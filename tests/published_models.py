@@ -1,6 +1,6 @@
-"""Which published models load, and which are refused: the table of test_huggingface.py and docs/published-models.md.
+"""Table of published models that load or are refused, for test_huggingface.py and docs/published-models.md.
 
-Run `python tests/published_models.py` to write the page again after changing the table.
+After changing the table, run `python tests/published_models.py` to regenerate the page.
 """
 
 import sys
@@ -11,17 +11,17 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "published-models.md"
 
 
 class Supported(NamedTuple):
-    models: str  # published models of this form
-    feature: str  # what distinguishes the form, in the words of its config.json
-    kind: str  # the name of transformers' classes, or MiniMind
-    changes: dict  # of the configuration of a tiny model, which the tests load, run and export
-    exported: str = ""  # the model type of the export, if it is another
+    models: str  # names of published models with these features
+    feature: str  # what distinguishes them, in the terms of their config.json
+    kind: str  # prefix of transformers' class names, or MiniMind
+    changes: dict  # to the configuration of the tiny model that the tests load, run and export
+    exported: str = ""  # model type of the export, if it differs from `kind`
 
 
 class Refused(NamedTuple):
     models: str
-    config: dict  # what their config.json has
-    words: str  # of the message: the field and its value
+    config: dict  # fields of their config.json that cause the refusal
+    words: str  # part of the error message: the field and its value
 
 
 ODD = dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3)

@@ -1,4 +1,4 @@
-"""Linear layers for generation against torch's own, and int8 weights against the loss on real text."""
+"""acorn/inference/cpu_decode.py: decoding kernels against torch's, and the perplexity with int8 weights."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ from model import GPT, GPTConfig, KVCache
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_float32_is_torchs_linear(bias):
+def test_float32_layer_equals_torch_linear(bias):
     torch.manual_seed(0)
     linear = nn.Linear(24, 40, bias=bias)
     ours = DecodingLinear(linear.weight, linear.bias, "none")
@@ -40,9 +40,9 @@ def test_float32_is_torchs_linear(bias):
         torch.testing.assert_close(ours(x), linear(x))
 
 
-def test_int8_is_within_half_a_step_of_each_weight():
+def test_int8_weights_are_within_half_a_quantization_step():
     torch.manual_seed(0)
-    weight = torch.randn(40, 24) * torch.logspace(-3, 3, 40)[:, None]  # channels of very different size
+    weight = torch.randn(40, 24) * torch.logspace(-3, 3, 40)[:, None]  # channels of very different magnitude
     ours = DecodingLinear(weight, None, "int8")
     assert ours.weight.dtype == torch.int8
     step = weight.abs().amax(1) / 127
@@ -51,19 +51,19 @@ def test_int8_is_within_half_a_step_of_each_weight():
     assert ((ours(x)[0, 0] - weight @ x[0, 0]).abs() <= 0.501 * step * x.abs().sum()).all()
 
 
-def test_a_large_weight_moves_to_memory_that_starts_at_a_huge_page_and_keeps_its_values_and_ties():
+def test_large_weights_move_to_huge_pages_with_values_and_ties_kept():
     model = GPT(GPTConfig(block_size=8, vocab_size=8200, n_layer=1, n_head=2, n_embd=64, norm="rmsnorm"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ready = prepare_for_decoding(model, compile=False)
     for name, value in before.items():
         assert torch.equal(ready.state_dict()[name], value)
-    wte = ready.transformer.wte.weight  # of 2.1 MB, the head's too
+    wte = ready.transformer.wte.weight  # 2.1 MB, shared with the head
     assert ready.lm_head.weight.data_ptr() == wte.data_ptr()
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert wte.data_ptr() % (2 << 20) == 0
 
 
-def test_greedy_text_is_the_same():
+def test_greedy_tokens_are_unchanged():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32)).eval()
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_greedy_text_is_the_same():
     assert generate(prepare_for_decoding(model, compile=False), *call) == expected
 
 
-def test_int8_keeps_the_perplexity_of_a_trained_model_within_half_a_percent(trained, dataset):
+def test_int8_changes_perplexity_by_at_most_half_a_percent(trained, dataset):
     model, tokenizer, _ = checkpoint.load_model(str(trained))
     val, r = shards.load_dataset(str(dataset)).val, runtime.setup("cpu", "float32", False)
     before = evaluate(model, val, r, 16, 32)["perplexity"]
@@ -85,7 +85,7 @@ def test_int8_keeps_the_perplexity_of_a_trained_model_within_half_a_percent(trai
 
 @pytest.mark.parametrize("quantize", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("B", [1, 3, 70])
-def test_each_way_of_multiplying_has_the_same_result(quantize, B):
+def test_all_kernels_give_the_same_product(quantize, B):
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64), torch.randn(B, 64)
     linear = DecodingLinear(weight if quantize != "bfloat16" else weight.bfloat16(), None, quantize)
@@ -99,7 +99,7 @@ def test_each_way_of_multiplying_has_the_same_result(quantize, B):
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_the_compiled_product_is_exact_in_each_form_of_the_weight(monkeypatch, capability, dtype):
+def test_multiply_and_sum_is_accurate_for_each_weight_format(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     torch.manual_seed(0)
     forms = set()
@@ -111,12 +111,12 @@ def test_the_compiled_product_is_exact_in_each_form_of_the_weight(monkeypatch, c
             if stored is not None:
                 assert (multiply_and_sum(stored, x).double() - exact).abs().max() <= 1e-6 * exact.abs().max()
         forms.add(None if words is None else words.shape)
-    assert None in forms  # an odd number of columns does not fit into words
+    assert None in forms  # an odd number of columns cannot be viewed as words
     assert (torch.Size((48, 16)) in forms) == (dtype == torch.int8)
     assert (torch.Size((48, 32)) in forms) == (dtype == torch.bfloat16 and capability == "AVX2")
 
 
-def test_int8_logits_with_a_large_common_value_are_as_accurate_as_without():
+def test_int8_logits_with_a_large_common_offset_stay_accurate():
     torch.manual_seed(0)
     weight, x, direction = torch.randn(400, 64) / 8, torch.randn(3, 1, 64), torch.randn(64)
     plain, shifted = weight @ x[:, 0].T, (weight + direction) @ x[:, 0].T
@@ -127,7 +127,7 @@ def test_int8_logits_with_a_large_common_value_are_as_accurate_as_without():
         assert (ours(x)[:, 0].T - shifted).abs().max() < 0.02 * plain.abs().max()
 
 
-def test_compiling_pays_only_where_it_saves_seconds():
+def test_compiling_pays_back_only_with_enough_gain_and_tokens():
     assert not pays_back(gain=1e-5, n_tokens=5000) and not pays_back(gain=0.02, n_tokens=45)
     assert pays_back(gain=0.02, n_tokens=1_000_000)
 
@@ -151,13 +151,13 @@ for dtype, quantize in ((torch.float32, "none"), (torch.bfloat16, "none"), (torc
 
 
 @pytest.mark.parametrize("isa", ["native", "avx2"])
-def test_a_way_that_this_cpu_emulates_is_never_chosen(isa):
+def test_kernels_that_the_cpu_emulates_are_not_chosen(isa):
     environment = {**os.environ, **(AVX2 if isa == "avx2" else {})}
     done = subprocess.run([sys.executable, "-c", SLOWEST], cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
+def test_model_runs_uncompiled_if_compilation_fails(monkeypatch, capsys):
     def failing(*args, **kwargs):
         raise RuntimeError("no compiler")
 
@@ -169,7 +169,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "n_rows"), [("none", 1), ("int8", 1), ("int8", 3)])
-def test_compiled_decoding_is_the_same(quantize, n_rows):
+def test_compiled_decoding_matches_uncompiled(quantize, n_rows):
     torch.manual_seed(0)
     switches = dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, ngram=3, ngram_rows=64, qk_norm=True)
     switches |= dict(head_dim=12, qkv_bias=True, qk_norm_weight=True, nope_every=2, embedding_skip=True, dropout=0.5)
@@ -180,10 +180,10 @@ def test_compiled_decoding_is_the_same(quantize, n_rows):
 
     prompts = [[1, 2, 3], [4], [5, 6]][:n_rows]
 
-    def logprobs(model) -> list[float]:  # of greedy tokens, past the end of the block, where the window slides
+    def logprobs(model) -> list[float]:  # of greedy tokens, beyond block_size, so that the window slides
         for layer in model.modules():
             if isinstance(layer, DecodingLinear):
-                layer.way = layer.prompt_way = "columns"  # in float32 on every machine
+                layer.way = layer.prompt_way = "columns"  # computes in float32 on every machine
         seen = []
         how, seeds = Sampling(temperature=0), [0] * n_rows
         generate(model, prompts, 40, how, seeds, lambda *token: bool(seen.append(token[2])))
@@ -191,10 +191,10 @@ def test_compiled_decoding_is_the_same(quantize, n_rows):
 
     plain = prepare_for_decoding(copy.deepcopy(model), quantize, compile=False)
     compiled = prepare_for_decoding(model, quantize, n_rows=n_rows)
-    assert isinstance(compiled.lm_head, OneTokenCompiled)  # it did not go on without
+    assert isinstance(compiled.lm_head, OneTokenCompiled)  # compilation did not fail
     assert logprobs(compiled) == pytest.approx(logprobs(plain), abs=1e-4)
     tokens = torch.tensor([[1, 2], [3, 4], [5, 6]][:n_rows])
-    # several tokens, of which the head gets the last; one token without a cache; one token in a cache of one slot
+    # several tokens, of which the head gets only the last; one token without a cache; one token with a one-slot cache
     with torch.no_grad():
         for idx, has_cache in ((tokens, False), (tokens[:, :1], False), (tokens[:, :1], True)):
             caches = [KVCache(model.config, n_rows, 1) if has_cache else None for _ in range(2)]

@@ -1,4 +1,4 @@
-"""prepare/pipeline.py: ids, pieces, splits and limits of a prepared dataset."""
+"""prepare/pipeline.py: token ids, pieces, splits and size limits of a prepared dataset."""
 
 import hashlib
 import itertools
@@ -20,7 +20,7 @@ from prepare import text as text_corpus
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
-def test_char_ids_and_split_are_nanogpts(capsys):
+def test_char_ids_and_split_match_nanogpt(capsys):
     Path("mine.txt").write_text(FOX + "é")
     meta = prepare("text", "mine.txt", "--tokenizer", "char")
     data = FOX + "é"
@@ -65,7 +65,7 @@ def test_char_documents_are_joined_by_a_blank_line():
     assert dataset.tokenizer.decode(ids_of(dataset.train) + ids_of(dataset.val)) == "aaaa\n\nbbbb"
 
 
-def test_long_documents_have_the_ids_of_the_whole(tmp_path):
+def test_long_documents_have_the_same_ids_as_encoded_whole(tmp_path):
     text = "".join(f"line {i}\n\n    indented {i * i}  \n" for i in range(20_000))
     source = {"corpus": "test"}
     meta = pipeline.prepare([text], tmp_path / "d", name="d", tokenizer="gpt2", source=source, shard_tokens=50_000)
@@ -75,7 +75,7 @@ def test_long_documents_have_the_ids_of_the_whole(tmp_path):
     assert len(meta["train"]["shards"]) == -(-meta["train"]["tokens"] // 50_000)
 
 
-def test_a_text_comes_in_the_same_pieces_however_it_comes_in_blocks(monkeypatch):
+def test_pieces_do_not_depend_on_block_boundaries(monkeypatch):
     monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 300_000)
     rng = np.random.default_rng(0)
     words = rng.choice(["word", "  \n", " ", "x" * 30, "é", "\u3000", "\n\n", "naïve"], 400_000)
@@ -95,7 +95,7 @@ def test_val_tokens_keeps_documents_whole_and_in_order(small_steps):
     meta = prepare(*options, "--val_tokens=500")
     val, room = [], 500
     for text in candidates:
-        if len(text) < room:  # one more for the end-of-text token
+        if len(text) < room:  # the end-of-text token takes one more
             val.append(text)
             room -= len(text) + 1
     dataset = load_dataset("r")
@@ -109,7 +109,7 @@ def test_val_tokens_keeps_documents_whole_and_in_order(small_steps):
 
 
 @pytest.mark.parametrize("val_tokens", [50, 500, 5000])
-def test_val_tokens_at_the_end_are_the_last_of_the_corpus(val_tokens, small_steps):
+def test_val_tokens_takes_the_end_of_the_corpus(val_tokens, small_steps):
     for i in range(3):
         Path(f"{i}.txt").write_text(FOX + "é" * i)
     options = "text", "0.txt", "1.txt", "2.txt", "--tokenizer=byte", "--name=r", "--val_fraction=0.5", "--overwrite"
@@ -123,13 +123,13 @@ def test_val_tokens_at_the_end_are_the_last_of_the_corpus(val_tokens, small_step
         assert meta[split]["bytes"] == sum(token != 256 for token in ids_of(getattr(dataset, split)))
 
 
-def test_a_split_that_gets_nothing_says_what_to_do():
+def test_error_for_an_empty_split_says_what_to_do():
     Path("few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     prepare_fails("for val .documents read: 2.* or --val_by end", "text", "few.jsonl", "--val_by=document")
     prepare_fails("val_tokens = 1", "text", "few.jsonl", "--val_tokens=1")
 
 
-def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
+def test_text_without_whitespace_is_cut_between_tokens(monkeypatch):
     monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 5000)
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("abcXYZ0123,;)'/+\""), 60_000)) + " the end"
@@ -138,7 +138,7 @@ def test_text_without_whitespace_is_cut_where_no_token_crosses(monkeypatch):
     assert len(pieces) > 10 and [token for piece in pieces for token in encode(piece)] == encode(text)
 
 
-def test_max_tokens_are_the_first_of_the_corpus():
+def test_max_tokens_keeps_the_start_of_the_corpus():
     Path("x.jsonl").write_text("".join(json.dumps({"text": f"{i:03d}" * 10}) + "\n" for i in range(300)))
     options = ("text", "x.jsonl", "--tokenizer=byte", "--val_fraction=0.3", "--name=t", "--overwrite")
     prepare(*options)
@@ -154,7 +154,8 @@ def test_max_tokens_are_the_first_of_the_corpus():
         max_tokens=1000,
     )
     cut = load_dataset("cut")
-    assert len(cut.train) + len(cut.val) == 1000 and meta["documents"] == 33  # of 31 tokens each: 32 and a part
+    # each document has 31 tokens, so 1000 tokens are 32 documents and part of the next
+    assert len(cut.train) + len(cut.val) == 1000 and meta["documents"] == 33
     for split in ("train", "val"):
         ids = ids_of(getattr(cut, split))
         assert ids == ids_of(getattr(whole, split))[: len(ids)]
@@ -164,7 +165,7 @@ def test_max_tokens_are_the_first_of_the_corpus():
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
-def test_max_tokens_limits_what_a_tokenizer_is_trained_on(tokenizer, small_steps, monkeypatch):
+def test_max_tokens_limits_the_text_for_tokenizer_training(tokenizer, small_steps, monkeypatch):
     monkeypatch.setattr(pipeline, "MAX_PIECE_CHARS", 300)
 
     class Endless:
@@ -177,7 +178,7 @@ def test_max_tokens_limits_what_a_tokenizer_is_trained_on(tokenizer, small_steps
     assert meta["train"]["tokens"] + meta["val"]["tokens"] == 500
 
 
-def test_a_split_that_max_tokens_leaves_empty_says_what_to_do():
+def test_error_for_a_limit_that_empties_a_split_says_what_to_do():
     hub_folder()
     options = "hub", "hubset", "--tokenizer=byte", "--max_tokens=50"
     prepare_fails("--max_tokens 50 leaves .* for val .* a larger --max_tokens, or a larger --val_fraction", *options)
@@ -186,7 +187,7 @@ def test_a_split_that_max_tokens_leaves_empty_says_what_to_do():
     prepare_fails("--val_tokens 2 leaves .* for val .*. Use a larger --val_tokens, or --val_by end", *options)
 
 
-def test_a_corpus_that_changes_under_way(tmp_path):
+def test_corpus_that_changes_while_being_read_is_refused(tmp_path):
     class Changing:
         times = 0
 
@@ -199,7 +200,7 @@ def test_a_corpus_that_changes_under_way(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_few_records_are_split_at_the_end_of_their_text(capsys):
+def test_few_records_are_split_by_position(capsys):
     """The number of records is unknown before reading, and their hashes may leave a split empty."""
     lines = [json.dumps({"text": f"record {i} of few, with some text"}) for i in range(3)]
     Path("few.jsonl").write_text("\n".join(lines))
@@ -209,7 +210,7 @@ def test_few_records_are_split_at_the_end_of_their_text(capsys):
         prepare("text", "few.jsonl", "--tokenizer=byte", "--val_fraction=0.05", "--val_by=document", "--name=other")
 
 
-def test_the_split_of_few_records_resumes(monkeypatch, capsys):
+def test_preparation_of_few_records_resumes(monkeypatch, capsys):
     replace = files.replace
 
     def stop(path, text):

@@ -1,4 +1,4 @@
-"""acorn/checkpoint/save.py: a checkpoint is written whole or not at all, keeps every bit, and old ones are removed."""
+"""acorn/checkpoint/save.py: saving is atomic and bit-exact, and old checkpoints are removed."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from acorn import UserError, checkpoint, files
 from acorn.checkpoint import save as saving
 
 
-def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+def test_saved_weights_load_bit_identical(tmp_path):
     for step, changes in enumerate(
         [{}, dict(tie_weights=False, pos="rope", mlp="swiglu", norm="rmsnorm", n_kv_head=1, head_dim=6, qkv_bias=True)]
     ):
@@ -27,7 +27,7 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
 
 
 def older_state_dict(m, optimizer) -> dict:
-    """One group in the model's order, which AdamW next to Muon had in older versions."""
+    """Return a state dict with one group in the model's parameter order, as older versions saved AdamW next to Muon."""
     states = [optimizer.state[p] for p in m.parameters() if p in optimizer.state]
     return {"state": dict(enumerate(states)), "param_groups": [{"params": list(range(len(states)))}]}
 
@@ -39,7 +39,7 @@ def assert_same_moments(one: dict, other: dict):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("form", ["of now", "optimizer.pt"])
-def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
+def test_optimizer_state_loads_bit_identical(tmp_path, kind, form):
     m = small_model()
     optimizers = small_optimizers(m, kind)
     folder = save_small(tmp_path, 1, m, optimizers=optimizers)
@@ -57,12 +57,12 @@ def test_the_optimizers_remember_to_the_bit(tmp_path, kind, form):
         checkpoint.load_optimizers(folder, state, again, other)
 
 
-def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+def test_checkpoint_files_have_the_permissions_of_the_folder(tmp_path):
     folder = save_small(tmp_path, 1, small_model())
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
 
 
-def test_a_checkpoint_before_the_first_update_has_nothing_to_remember(tmp_path):
+def test_checkpoint_before_the_first_update_has_no_moments(tmp_path):
     m = small_model()
     save_small(tmp_path, 0, m, optimizers=small_optimizers(m, updates=0))
     folder, state = checkpoint.find(tmp_path)
@@ -71,8 +71,8 @@ def test_a_checkpoint_before_the_first_update_has_nothing_to_remember(tmp_path):
     assert checkpoint.named_moments(again, optimizers) == {}
 
 
-@pytest.mark.parametrize("shards", [2, 3, 40])  # some of 40 have no row of the smaller tensors
-def test_what_several_processes_wrote_is_one_model(tmp_path, shards):
+@pytest.mark.parametrize("shards", [2, 3, 40])  # some of 40 hold no rows of the smaller tensors
+def test_shards_load_as_one_model(tmp_path, shards):
     m = small_model()
     optimizers = small_optimizers(m)
     folder = save_small(tmp_path, 1, m, optimizers=optimizers)
@@ -105,8 +105,8 @@ def test_what_several_processes_wrote_is_one_model(tmp_path, shards):
         checkpoint.find(tmp_path)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """What is saved is what was there when `save` returned, whatever happens to the model after that."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The checkpoint holds the weights at the time when `save` returned, even if the model changes afterwards."""
     may_write = threading.Event()
     monkeypatch.setattr(saving, "save_file", lambda *args: may_write.wait() and save_file(*args))
     m = small_model()
@@ -118,7 +118,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
             p.add_(1)
     assert not checkpoint.step_folders(tmp_path)
     may_write.set()
-    writer.save(m, optimizers, {**STATE, "step": 2})  # once the first is done
+    writer.save(m, optimizers, {**STATE, "step": 2})  # waits for the first checkpoint
     assert writer.wait()
     first = load_file(tmp_path / "step_000001" / "model.safetensors")
     second = load_file(tmp_path / "step_000002" / "model.safetensors")
@@ -126,7 +126,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert torch.equal(p, before[name]) and torch.equal(p + 1, second[name])
 
 
-def test_a_write_that_fails_is_said_and_the_next_one_is_tried(tmp_path, monkeypatch, capsys):
+def test_failed_write_is_reported_and_the_next_save_succeeds(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -146,7 +146,7 @@ def test_a_write_that_fails_is_said_and_the_next_one_is_tried(tmp_path, monkeypa
     assert not list(tmp_path.glob(".*"))
 
 
-def test_tied_weights_are_stored_once_and_are_tied_again(tmp_path):
+def test_tied_weights_are_stored_once_and_loaded_tied(tmp_path):
     m = small_model()
     folder = save_small(tmp_path, 1, m)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
@@ -154,7 +154,7 @@ def test_tied_weights_are_stored_once_and_are_tied_again(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
-def test_the_newest_and_the_best_stay(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
         save_small(tmp_path, step, keep=2, best=best)
     assert {f.name for f in checkpoint.step_folders(tmp_path)} == {"step_000002", "step_000004", "step_000005"}
@@ -165,7 +165,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
         checkpoint.find(tmp_path, "step_000001")
 
 
-def test_what_adapters_stand_on_stays(tmp_path):
+def test_checkpoint_that_adapters_need_is_kept(tmp_path):
     base = save_small(tmp_path / "base", 1, keep=1)
     checkpoint.pin(base, tmp_path / "adapters")
     for step in (2, 3):
@@ -177,8 +177,8 @@ def test_what_adapters_stand_on_stays(tmp_path):
         checkpoint.pin(base, tmp_path / "adapters")
 
 
-def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeypatch):
-    """The process ends before the n-th call that touches the disk, for every n that there is."""
+def test_kill_at_any_point_of_saving_leaves_a_loadable_run(tmp_path, monkeypatch):
+    """Simulates a kill before the n-th call of a function that writes, syncs or renames, for every n."""
     save_small(tmp_path, 1)
     calls = 0
 
@@ -196,7 +196,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
         return call
 
     really_remove = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process does not clean up
     for module, name in ((saving, "save_file"), (files, "sync")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     for name in ("rename", "replace"):
@@ -212,11 +212,11 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_loadable_run(tmp_path, monkeyp
             checkpoint.fill(*checkpoint.build_model(folder, state))
         else:
             break
-    assert die_at > 8  # there were that many instants, and then the save went through
+    assert die_at > 8  # saving makes at least 8 such calls, and succeeds if none is interrupted
     assert checkpoint.find(tmp_path)[1]["step"] == 1 + die_at
 
 
-def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
+def test_kill_while_a_step_is_replaced_keeps_the_old_one(tmp_path, monkeypatch):
     save_small(tmp_path, 3, keep=1, best=3)
     rename = os.rename
 
@@ -232,13 +232,13 @@ def test_a_kill_while_a_step_is_saved_again_leaves_it(tmp_path, monkeypatch):
     left = {path.name for path in tmp_path.iterdir()}
     for which in ("latest", "best", "step_000003"):
         assert checkpoint.find(tmp_path, which)[1]["step"] == 3
-    assert {path.name for path in tmp_path.iterdir()} == left  # who reads changes nothing
+    assert {path.name for path in tmp_path.iterdir()} == left  # reading changes nothing
     save_small(tmp_path, 4, keep=2, best=3)
     assert checkpoint.find(tmp_path, "best")[0].name == "step_000003"
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path):
+def test_damaged_newer_checkpoint_is_removed_by_the_next_save(tmp_path):
     save_small(tmp_path, 10)
     (save_small(tmp_path, 20, best=20) / "optimizer.safetensors").write_bytes(b"x")
     assert checkpoint.find(tmp_path)[1]["step"] == 10
@@ -247,7 +247,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_was_resumed(t
     assert checkpoint.find(tmp_path)[1]["step"] == 15
 
 
-def test_a_filesystem_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
+def test_saving_works_if_folders_cannot_be_synced(tmp_path, monkeypatch):
     really_sync = os.fsync
 
     def sync(descriptor):

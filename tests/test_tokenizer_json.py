@@ -273,7 +273,7 @@ def test_named_tokens_are_special_as_in_transformers(tmp_path, role, where):
     folder = write_hf(tmp_path / "t", BPE.config | {"added_tokens": added}, **files)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
     assert theirs.all_special_ids == [340] and ours.control == {"</s>": 340}
-    # transformers lists additional tokens as special, but encodes them as ordinary ones until they are added again
+    # transformers lists additional tokens as special, but its backend treats them as special only after this call
     theirs.add_tokens(theirs.all_special_tokens, special_tokens=True)
     assert ours.eot == (340 if role == "eos_token" else None)
     for tokenizer in (ours, from_dict(json.loads(json.dumps(ours.to_dict())))):
