@@ -1,4 +1,4 @@
-"""Beam search against transformers' own, and against all texts of a small vocabulary."""
+"""acorn/inference/beam.py: beam search against transformers, and against all texts of a small vocabulary."""
 
 import itertools
 import math
@@ -16,11 +16,11 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def pair(request, tmp_path_factory):
-    """A tiny random model of transformers with room for 40 tokens, and the same model here."""
+    """A tiny random transformers model with a context of 40 tokens, and the same model loaded by acorn."""
     length = "n_positions" if request.param == "gpt2" else "max_position_embeddings"
     other = theirs(request.param, **{length: 40})
     norm = other.transformer.ln_f if request.param == "gpt2" else other.model.norm
-    with torch.no_grad():  # flat distributions, in which beams compete and end tokens are frequent
+    with torch.no_grad():  # flat distributions make beams compete and end tokens frequent
         norm.weight *= 0.3
     folder = tmp_path_factory.mktemp(request.param)
     other.save_pretrained(folder)
@@ -28,7 +28,7 @@ def pair(request, tmp_path_factory):
 
 
 def expected(other, prompts, rules: Rules, **filters) -> list[list[tuple[list[int], float]]]:
-    """Return the continuations that transformers finds for a batch of prompts, padded on the left, and their scores."""
+    """Return the continuations and scores that transformers finds for a batch of prompts, padded on the left."""
     longest = max(map(len, prompts))
     idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -53,7 +53,7 @@ def assert_equal(pair, prompts, rules, **filters):
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
-def test_equals_transformers_in_ids_and_scores(pair, early_stopping):
+def test_ids_and_scores_equal_transformers(pair, early_stopping):
     random = torch.Generator().manual_seed(0)
     ended = set()
     for num_beams, penalty, places in (
@@ -73,11 +73,11 @@ def test_equals_transformers_in_ids_and_scores(pair, early_stopping):
 
 def test_repetition_filters_equal_those_of_transformers(pair):
     for filters in (dict(no_repeat_ngram_size=2), dict(repetition_penalty=1.7, no_repeat_ngram_size=3)):
-        prompts = [[1, 2, 3], [4, 5, 6], [8, 8, 7]]  # of equal length, since transformers would count padding
+        prompts = [[1, 2, 3], [4, 5, 6], [8, 8, 7]]  # of equal length; transformers' filters would count padding
         assert_equal(pair, prompts, Rules(3, 12, ends={5, 11}), **filters)
 
 
-def test_a_batch_equals_the_prompts_one_by_one_also_where_the_window_slides():
+def test_batch_equals_single_prompts_even_if_the_window_slides():
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
     rules = Rules(3, 12, ends={3})
@@ -88,7 +88,7 @@ def test_a_batch_equals_the_prompts_one_by_one_also_where_the_window_slides():
         assert [beam.score for beam in beams] == pytest.approx([beam.score for beam in alone], abs=1e-5)
 
 
-def test_searches_that_end_early_stay_in_their_block_while_others_slide():
+def test_batch_equals_single_prompts_if_some_end_before_others_slide():
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
     for seed in range(12):
         torch.manual_seed(seed)
@@ -100,7 +100,7 @@ def test_searches_that_end_early_stay_in_their_block_while_others_slide():
 
 
 @torch.no_grad()
-def test_with_enough_beams_it_finds_the_best_of_all_texts():
+def test_enough_beams_rank_all_texts_by_score():
     torch.manual_seed(2)
     model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=2, n_embd=16, bias=True)).double().eval()
     for p in model.parameters():
@@ -108,18 +108,18 @@ def test_with_enough_beams_it_finds_the_best_of_all_texts():
     scores = {}
     for n in (1, 2, 3):
         for ids in itertools.product(range(4), repeat=n):
-            if 0 in ids[:-1] or (n < 3 and ids[-1] != 0):  # 0 ends a text, and so does its third token
+            if 0 in ids[:-1] or (n < 3 and ids[-1] != 0):  # a text ends with token 0 or after three tokens
                 continue
             x = torch.tensor([[1, *ids]])
             scores[ids] = -float(model(x[:, :-1], x[:, 1:], reduction="sum")[1]) / n**0.5
     best = sorted(scores, key=scores.get, reverse=True)
     (beams,) = beam_search(model.float(), [[1]], Rules(48, 3, 0.5, "never", {0}))
-    assert [tuple(beam.ids) for beam in beams] == best  # all of them, although 48 beams are more than there are texts
+    assert [tuple(beam.ids) for beam in beams] == best  # all of them, although there are fewer than 48
     assert [beam.score for beam in beams] == pytest.approx([scores[ids] for ids in best], abs=1e-4)
     assert all(math.isclose(sum(beam.logprobs), beam.total, abs_tol=1e-4) for beam in beams)
 
 
-def test_stopped_beams_are_finished_and_a_broken_model_is_named():
+def test_stopped_beams_are_finished_and_nan_logits_are_reported():
     torch.manual_seed(3)
     model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
     rules = Rules(3, 9, is_stopped=lambda ids: len(ids) == 4)

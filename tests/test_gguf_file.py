@@ -1,4 +1,4 @@
-"""acorn/checkpoint/gguf_file.py: llama.cpp splits text and continues it greedily as acorn does."""
+"""acorn/checkpoint/gguf_file.py: llama.cpp tokenizes text and decodes greedily as acorn does."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ END = "<|endoftext|>"
 
 
 def complete(path, prompt: str, n: int) -> tuple[list[int], int]:
-    """Return the tokens that llama.cpp appends to a prompt greedily, and the number of the prompt's tokens."""
+    """Return the n tokens or fewer that llama.cpp generates greedily, and the number of tokens in the prompt."""
     params = xllamacpp.CommonParams()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_parallel = 1
     params.verbosity, params.n_ctx, params.model.path = 0, 128, str(path)
@@ -36,7 +36,10 @@ def complete(path, prompt: str, n: int) -> tuple[list[int], int]:
 
 
 def assert_alike(source, path, prompt=TEXT, n=12) -> None:
-    """Assert that llama.cpp has as many tokens of a prompt, and continues it with the same ones up to an end."""
+    """Assert that llama.cpp and acorn agree on the number of prompt tokens and on the greedy text up to an end token.
+
+    `source` is an out_dir, and `path` is its GGUF file.
+    """
     model, tokenizer, _ = checkpoint.load_model(str(source), whole_context=True)
     ids = encode_prompt(tokenizer, prompt)
     tokens, n_prompt = complete(path, prompt, n)
@@ -58,7 +61,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_llama_cpp_is_greedy_alike_for_each_form(tmp_path, form):
+def test_llama_cpp_decodes_each_architecture_identically(tmp_path, form):
     changes, arch = FORMS[form]
     saved(tmp_path / "out", ours(**dict(block_size=128, vocab_size=320) | changes), "bpe:300", [TEXT * 20])
     assert export_gguf(str(tmp_path / "out"), tmp_path / "m.gguf") == arch
@@ -66,7 +69,7 @@ def test_llama_cpp_is_greedy_alike_for_each_form(tmp_path, form):
 
 
 def split_by(name: str) -> HFTokenizer:
-    """Train a BPE with the pre-tokenizer that llama.cpp knows by this name."""
+    """Train a BPE tokenizer with the pre-tokenizer that llama.cpp calls `name`."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if name == "smollm":
@@ -88,7 +91,7 @@ def split_by(name: str) -> HFTokenizer:
 
 
 @pytest.mark.parametrize("kind", ["byte", "smollm", "llama-bpe", "qwen2"])
-def test_llama_cpp_splits_text_alike(tmp_path, monkeypatch, kind):
+def test_llama_cpp_tokenizes_text_identically(tmp_path, monkeypatch, kind):
     tokenizer = get_tokenizer("byte") if kind == "byte" else split_by(kind)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
     monkeypatch.setattr("hf_models.get_tokenizer", lambda *_: tokenizer)
@@ -100,7 +103,7 @@ def test_llama_cpp_splits_text_alike(tmp_path, monkeypatch, kind):
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eot
 
 
-def test_merged_adapters_and_smaller_types(tmp_path, monkeypatch, capsys):
+def test_export_of_merged_adapters_in_each_dtype(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "base", ours(**MODERN | dict(block_size=128)))
     base = checkpoint.open_model("base")
@@ -128,7 +131,7 @@ def test_merged_adapters_and_smaller_types(tmp_path, monkeypatch, capsys):
     assert 0 < (torch.from_numpy(stored) - merged).abs().max() < 0.01 * merged.abs().max()
 
 
-def test_what_llama_cpp_does_not_have_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+def test_refused_or_failed_exports_leave_no_file(tmp_path, monkeypatch):
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=4, beta_fast=32, beta_slow=1)
     yarn |= dict(truncate=True, attention_factor=1.1)
     for kind, changes, words in (

@@ -1,4 +1,4 @@
-"""Adapters and freezing: what they change, what they leave, and that a run of theirs is saved, resumed and used."""
+"""acorn/training/lora.py: gradients of adapters, frozen parameters, and saving, resuming and loading LoRA runs."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def merged(model: GPT, shape, scale=2.0) -> GPT:
     return checkpoint.fill(plain, checkpoint.merge_adapters(dict(model.named_parameters()), scale))
 
 
-def test_new_adapters_and_merging_them_change_no_bit():
+def test_new_adapters_and_merging_them_are_bit_exact_no_ops():
     idx = torch.randint(37, (2, 16))
     for shape in SHAPES:
         base, model = small(shape), with_adapters(shape)
@@ -43,9 +43,11 @@ def test_new_adapters_and_merging_them_change_no_bit():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_those_of_the_weights_written_as_a_product(shape):
-    """With W' = W + alpha / rank * B A, the gradients are dA = alpha / rank * B^T dW' and dB = alpha / rank * dW' A^T.
-    dW' comes from the plain model that has W' in its place."""
+def test_adapter_gradients_match_those_of_the_merged_weights(shape):
+    """Adapter gradients follow from the gradient dW' of the merged weight W' = W + alpha / rank * B A.
+
+    They are dA = alpha / rank * B^T dW' and dB = alpha / rank * dW' A^T. A model with merged weights provides dW'.
+    """
     model = with_adapters(shape)
     for p in lora.adapters(model).values():
         p.data.normal_(std=0.1)
@@ -67,7 +69,7 @@ def test_gradients_are_those_of_the_weights_written_as_a_product(shape):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_what_is_frozen_stays_and_the_rest_moves(optimizer):
+def test_frozen_parameters_stay_and_others_are_updated(optimizer):
     for freeze in ("wte|wpe", r"\.h\.", "attn", r"h\.0\.|ln_f"):
         model = small({})
         before = {name: p.clone() for name, p in model.named_parameters()}
@@ -80,7 +82,7 @@ def test_what_is_frozen_stays_and_the_rest_moves(optimizer):
         assert stayed == set(lora.matching("freeze", freeze, list(before)))
 
 
-def test_patterns_that_mean_nothing_are_refused():
+def test_unusable_patterns_are_refused():
     for pattern, said in (
         ("(", "not a valid regular expression"),
         ("q_proj", "transformer.wte.weight"),
@@ -98,7 +100,7 @@ MACHINE = "--device=cpu --dtype=float32 --compile=False --batch_size=4 --gradien
 
 @pytest.fixture(scope="module")
 def adapted(trained, dataset, tmp_path_factory):
-    """A run of ten updates that taught adapters beside a base, and the words that made it."""
+    """The folder of a LoRA run of ten updates (`out`) and its base (`base_run`), and the arguments of the run."""
     folder = tmp_path_factory.mktemp("adapted")
     shutil.copytree(trained, folder / "base_run")
     words = [*MACHINE, *WORDS, "--init_from=base_run", f"--dataset={dataset}", "--dropout=0.1", "--warmup_iters=0"]
@@ -109,9 +111,9 @@ def adapted(trained, dataset, tmp_path_factory):
     return folder, words
 
 
-def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
+def test_lora_run_saves_only_adapters_and_resumes_bit_exactly(adapted):
     folder, words = adapted
-    assert min(losses(folder / "out")[1:]) < losses(folder / "out")[0]  # they learn something
+    assert min(losses(folder / "out")[1:]) < losses(folder / "out")[0]  # training lowers the loss
     step = folder / "out" / "step_000010"
     assert {file.name for file in step.iterdir()} == {"adapters.safetensors", "optimizer.safetensors", "state.json"}
     assert all(".lora_" in name for name in load_file(step / "adapters.safetensors"))
@@ -126,7 +128,7 @@ def test_a_run_saves_its_adapters_alone_and_resumes_to_the_bit(adapted):
     refused(script_here(*anew, "--init_from=fresh", "--out_dir=fresh", cwd=folder), "the base of the adapters")
 
 
-def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
+def test_loaded_lora_run_is_a_plain_model_with_merged_weights(adapted):
     folder, _ = adapted
     model, _, _ = checkpoint.load_model(str(folder / "out"))
     state = checkpoint.find(folder / "out", "best")[1]
@@ -139,7 +141,7 @@ def test_a_loaded_run_is_one_plain_model_that_predicts_as_measured(adapted):
 
 
 @pytest.mark.slow
-def test_adapters_refuse_another_base_and_find_one_that_moved(adapted, tmp_path, monkeypatch):
+def test_adapters_refuse_another_base_and_accept_a_moved_one(adapted, tmp_path, monkeypatch):
     folder, words = adapted
     shutil.copytree(folder / "out", tmp_path / "out")
     sample = ["sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]

@@ -1,4 +1,4 @@
-"""Loss over a whole split against a hand computation in float64, and bits per byte as summed nats over summed bytes."""
+"""acorn/evaluation/loss.py: the loss of a split and its bits per byte against a reference in float64."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def random_model(dropout=0.0):
 
 
 def by_hand(model, ids, T=16):
-    """Each token's nats from a window that starts at a multiple of T, in float64: (len(ids) - 1,)."""
+    """Return the loss of each token in nats, from windows that start at multiples of T: (len(ids) - 1,), float64."""
     model = model.double().eval()
     nats = []
     with torch.no_grad():
@@ -54,7 +54,7 @@ def by_hand(model, ids, T=16):
     return np.array(nats)
 
 
-def test_a_split_without_a_token_that_counts_is_refused(byte_tokens, tmp_path):
+def test_split_without_learned_tokens_is_refused(byte_tokens, tmp_path):
     tokens, ids, _ = byte_tokens
     with shards.MaskWriter(tmp_path, "val") as writer:
         writer.write(np.zeros(len(ids), dtype=np.int64))
@@ -64,7 +64,7 @@ def test_a_split_without_a_token_that_counts_is_refused(byte_tokens, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_whole_split_is_what_hand_computation_gives(byte_tokens, batch_size):
+def test_loss_of_the_whole_split_matches_the_reference(byte_tokens, batch_size):
     tokens, ids, tokenizer = byte_tokens
     model = random_model()
     nats = by_hand(model, ids)
@@ -76,7 +76,7 @@ def test_the_whole_split_is_what_hand_computation_gives(byte_tokens, batch_size)
     assert result["bits_per_byte"] == pytest.approx(nats[is_text].sum() / math.log(2) / is_text.sum(), rel=1e-5)
 
 
-def test_dropout_does_not_reach_evaluation_and_training_goes_on_after(byte_tokens):
+def test_evaluation_disables_dropout_and_restores_training_mode(byte_tokens):
     tokens, _, tokenizer = byte_tokens
     model = random_model(dropout=0.5).train()
     r = runtime.setup("cpu", "float32", False)
@@ -87,7 +87,7 @@ def test_dropout_does_not_reach_evaluation_and_training_goes_on_after(byte_token
     assert first == evaluate(model, tokens, r, 2, 16, 3, tokenizer.token_bytes())
 
 
-def test_as_many_windows_as_there_are_is_the_whole_split(byte_tokens):
+def test_max_windows_above_the_total_evaluates_the_whole_split(byte_tokens):
     tokens, _, _ = byte_tokens
     model, r = random_model(), runtime.setup("cpu", "float32", False)
     whole = evaluate(model, tokens, r, 2, 16)
@@ -96,8 +96,8 @@ def test_as_many_windows_as_there_are_is_the_whole_split(byte_tokens):
     assert "bits_per_byte" not in whole
 
 
-def test_with_documents_apart_no_loss_depends_on_the_document_before(byte_tokens):
-    """Each document, cut at multiples of 16 as the windows are, against the same piece alone."""
+def test_no_loss_depends_on_an_earlier_document(byte_tokens):
+    """The reference evaluates each piece of a document alone, cut at multiples of 16 as the windows are."""
     tokens, ids, tokenizer = byte_tokens
     model, nats = random_model(), []
     cuts = sorted({0, *range(0, len(ids) - 1, 16), *np.flatnonzero(ids == tokenizer.eot).tolist(), len(ids) - 1})
@@ -111,7 +111,7 @@ def test_with_documents_apart_no_loss_depends_on_the_document_before(byte_tokens
     assert result["loss"] != pytest.approx(joined["loss"], rel=1e-4)
 
 
-def test_a_mixture_counts_its_datasets_by_their_shares(byte_tokens, tmp_path):
+def test_mixture_weights_its_datasets_by_their_shares(byte_tokens, tmp_path):
     tokens, ids, tokenizer = byte_tokens
     other = np.concatenate([[tokenizer.eot], tokenizer.encode(TEXT[30:])])
     with shards.ShardWriter(tmp_path, "train", tokenizer.n_vocab) as writer:
@@ -126,7 +126,7 @@ def test_a_mixture_counts_its_datasets_by_their_shares(byte_tokens, tmp_path):
     is_text = [ids[1:] != tokenizer.eot, other[1:] != tokenizer.eot]
     means = [each.mean() for each in nats]
     assert [result["loss/a"], result["loss/b"]] == pytest.approx(means, rel=1e-5)
-    # as in training, a share is one of the windows; their numbers of targets differ
+    # as in training, shares weight windows, whose numbers of targets differ
     weights = [share / math.ceil(len(each) / 16) for share, each in zip((0.75, 0.25), nats, strict=True)]
 
     def weighted(sums: list) -> float:

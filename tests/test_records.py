@@ -1,4 +1,4 @@
-"""acorn/data/records.py: records in published forms become conversations, or a sentence says why not."""
+"""acorn/data/records.py: records in published formats become conversations, and others raise UserError."""
 
 import json
 import re
@@ -70,7 +70,7 @@ HISTORY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b
         ({"messages": None, "prompt": "a", "response": "b"}, read_messages({"prompt": "a", "response": "b"})),
     ],
 )
-def test_records_in_the_forms_that_are_published(record, messages):
+def test_records_in_published_formats_become_messages(record, messages):
     assert read_messages(record) == messages
 
 
@@ -105,6 +105,6 @@ def test_records_in_the_forms_that_are_published(record, messages):
         ),
     ],
 )
-def test_a_record_that_is_no_conversation(record, message):
+def test_invalid_records_raise_user_error(record, message):
     with pytest.raises(UserError, match=re.escape(message)):
         read_messages(record)

@@ -1,4 +1,4 @@
-"""acorn/distributed/runtime.py: what auto chooses and prints, and what raises an error."""
+"""acorn/distributed/runtime.py: `auto` settings, errors, compilation, peak FLOPs, timing and memory."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ from acorn import UserError
 from acorn.distributed import runtime
 
 
-def test_auto_chooses_something_that_works_and_says_why():
+def test_auto_choices_work_and_are_explained():
     r = runtime.setup("auto", "auto", "auto")
     assert len(r.notes) >= 2 and all("auto" in note for note in r.notes)
     with r.autocast():
@@ -26,7 +26,7 @@ def test_float16_on_a_cpu_becomes_float32_with_a_note():
 
 
 @pytest.mark.parametrize("device, word", [("cuda", "--device=auto"), ("cuda:7", "CUDA"), ("gpu", "unknown to torch")])
-def test_a_device_that_is_not_there_is_refused(device, word):
+def test_unavailable_devices_are_refused(device, word):
     if torch.cuda.is_available() and device == "cuda":
         pytest.skip("this machine has CUDA")
     with pytest.raises(UserError, match=word):
@@ -46,7 +46,7 @@ def test_one_process_uses_the_first_gpu(monkeypatch):
         assert r.dtype == torch.bfloat16
 
 
-def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning(capsys):
+def test_compile_failure_on_one_rank_disables_compilation_on_all(capsys):
     model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
 
     def failing_trial(compiled):
@@ -55,7 +55,7 @@ def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning
         raise RuntimeError("no compiler\nand a long trace")
 
     assert runtime.compile_or_eager(model, failing_trial, r) is model
-    assert model.weight.grad is None  # half a pass must not count in the first update
+    assert model.weight.grad is None  # the failed pass must not count in the first update
     said = capsys.readouterr().out
     assert said.count("warning:") == 1 and "no compiler" in said and "long trace" not in said
 
@@ -67,7 +67,7 @@ def test_a_compile_that_fails_in_one_process_is_given_up_in_all_with_one_warning
     assert capsys.readouterr().out == ""
 
 
-def test_memory_that_a_compiled_trial_lacks_is_no_failure_to_compile(capsys):
+def test_out_of_memory_is_not_a_compile_failure(capsys):
     def short(compiled):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
 
@@ -76,7 +76,7 @@ def test_memory_that_a_compiled_trial_lacks_is_no_failure_to_compile(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_peak_rates_are_known_by_name(monkeypatch):
+def test_peak_flops_depend_on_the_device_name(monkeypatch):
     r = runtime.Runtime(torch.device("cuda"), torch.bfloat16, False, [], world_size=2)
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
@@ -86,7 +86,7 @@ def test_peak_rates_are_known_by_name(monkeypatch):
     assert runtime.setup("cpu", "float32", False).peak_flops() is None
 
 
-def test_a_stopwatch_adds_up_what_lies_between_start_and_stop(monkeypatch):
+def test_stopwatch_adds_the_time_between_start_and_stop(monkeypatch):
     times = iter([1.0, 1.5, 4.0, 4.25, 9.0, 10.0])
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(times))
     watch, taken = runtime.Stopwatch(torch.device("cpu")), []
@@ -98,7 +98,7 @@ def test_a_stopwatch_adds_up_what_lies_between_start_and_stop(monkeypatch):
     assert taken == [0.75, 1.0] and watch.take() == 0
 
 
-def test_a_stopwatch_on_a_gpu_reads_what_the_device_has_passed_and_waits_for_nothing(monkeypatch):
+def test_gpu_stopwatch_adds_finished_spans_without_waiting(monkeypatch):
     passed, recorded = [0], []
 
     class Event:
@@ -129,7 +129,7 @@ def test_a_stopwatch_on_a_gpu_reads_what_the_device_has_passed_and_waits_for_not
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
-def test_freed_memory_serves_the_next_tensor_without_the_kernel():
+def test_freed_memory_is_reused_with_few_page_faults():
     code = (
         "import resource, torch; from acorn.distributed import runtime; runtime.setup('cpu', 'float32', False)\n"
         "for i in range(20):\n"
@@ -139,4 +139,4 @@ def test_freed_memory_serves_the_next_tensor_without_the_kernel():
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 10 * 2 * 4096 / 4  # of the pages of 4 KB that these tensors cover, few were asked for
+    assert int(done.stdout) < 10 * 2 * 4096 / 4  # each tensor has 4096 pages of 4 KB; most cause no page fault
