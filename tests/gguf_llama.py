@@ -28,7 +28,7 @@ NAMES = {
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Dequantize to float32, and write weights, configuration, tokenizer and chat template."""
+    """Write the weights of a GGUF file, dequantized to float32, and its configuration, tokenizer and chat template."""
     reader = gguf.GGUFReader(source)
 
     def value(key):
@@ -39,7 +39,7 @@ def convert(source: Path, folder: Path) -> None:
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         *block, short, _ = tensor.name.split(".")  # blk.0.attn_q.weight
-        if short in ("attn_q", "attn_k"):  # there rope turns neighbouring channels; here channel i and i + D/2
+        if short in ("attn_q", "attn_k"):  # GGUF's rope rotates adjacent channels, not i and i + D/2
             n = heads if short == "attn_q" else kv_heads
             weight = weight.view(n, -1, 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
         layer = f"model.layers.{block[1]}." if block else ""

@@ -1,4 +1,4 @@
-"""Control characters in names and texts from others are escaped on a terminal."""
+"""Control characters in untrusted names and texts are escaped on a terminal."""
 
 import json
 import re
@@ -22,13 +22,13 @@ def has_control(text: str) -> bool:
     return bool(re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text))
 
 
-def test_control_characters_are_escaped_and_text_is_not():
+def test_only_control_characters_are_escaped():
     assert not has_control(printable(ESCAPES)) and json.loads(f'"{printable(ESCAPES)}"') == ESCAPES
     for text in ("a\n\tb", "字é😀 👩‍👩‍👧 שלום \u00a0\u200f", r"\u001b"):
         assert printable(text) == text
 
 
-def test_an_error_that_quotes_a_stranger_is_one_plain_line(capsys):
+def test_error_messages_with_untrusted_text_are_escaped(capsys):
     def main():
         raise UserError(f"{ESCAPES}\nerror: none at all")
 
@@ -45,7 +45,7 @@ def test_an_error_that_quotes_a_stranger_is_one_plain_line(capsys):
     assert not has_control(capsys.readouterr().err)
 
 
-def test_inspection_and_comparison_show_no_control_characters(tmp_path, monkeypatch, capsys):
+def test_inspect_and_report_print_no_control_characters(tmp_path, monkeypatch, capsys):
     documents = [f"{ESCAPES} {i}, " * 20 for i in range(40)]
     source = {"corpus": ESCAPES, "arguments": {"files": [ESCAPES]}, "sha256": 1}
     pipeline.prepare(documents, tmp_path / "d", name="d", tokenizer="byte", source=source)
@@ -74,7 +74,7 @@ def test_inspection_and_comparison_show_no_control_characters(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("words", [[], ["--stream=True"], ["--json=True"], ["--logprobs=True"]])
-def test_a_terminal_gets_samples_escaped_and_a_pipe_gets_them_as_they_are(tmp_path, monkeypatch, words):
+def test_samples_are_escaped_on_a_terminal_but_not_in_a_pipe(tmp_path, monkeypatch, words):
     save_small(tmp_path, 1, best=1)
     drawn = list(ESCAPES.encode())
 

@@ -14,7 +14,7 @@ def three():
     return watches
 
 
-def test_a_process_without_signs_of_life_is_named_once_the_patience_is_over(three):
+def test_silent_rank_is_reported_after_the_timeout(three):
     for watch in three:
         watch.step = 7
         watch.beat()
@@ -29,7 +29,7 @@ def test_a_process_without_signs_of_life_is_named_once_the_patience_is_over(thre
     assert "rank 1 (process " in lost and "at step 7" in lost and "rank 2" not in lost
 
 
-def test_after_a_failed_collective_the_patience_is_short(three):
+def test_failed_collective_shortens_the_timeout(three):
     three[0].collective_failed = True
     for _ in range(FAILURE_LOOKS + 2):
         three[0].beat()
@@ -38,23 +38,23 @@ def test_after_a_failed_collective_the_patience_is_short(three):
     assert "no heartbeat from rank 2" in lost
 
 
-def test_a_process_that_lives_and_stays_behind_is_named_and_a_slow_run_is_not(three):
+def test_rank_that_falls_behind_is_reported_but_a_slow_run_is_not(three):
     def look():
         for watch in three:
             watch.beat()
         return three[0].look()
 
-    assert all(look() == "" for _ in range(MAX_LATE_LOOKS + 10))  # an update of ten minutes
+    assert all(look() == "" for _ in range(MAX_LATE_LOOKS + 10))  # one long update on all ranks
     for watch in three[:2]:
         watch.step = 4
     assert all(look() == "" for _ in range(MAX_LATE_LOOKS))
-    for watch in three:  # it came after all
+    for watch in three:  # rank 2 catches up
         watch.step = 5
     assert look() == ""
     three[0].step = three[2].step = 6
     said = []
     for i in range(MAX_LATE_LOOKS + 20):
         said.append(look())
-        if i % 50 == 0:  # who looks more often than the others beat sees the same sign twice now and then
+        if i % 50 == 0:  # an extra look sees the same heartbeats twice, which must not reset the count
             said.append(three[0].look())
     assert "rank 1" in said[-1] and "hangs at step 5" in said[-1]

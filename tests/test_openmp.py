@@ -1,4 +1,4 @@
-"""acorn/openmp.py: which OpenMP runtime torch uses."""
+"""acorn/openmp.py: the OpenMP runtime that torch uses."""
 
 import os
 import subprocess
@@ -28,11 +28,11 @@ def run(first: str, second: str, **env: str) -> str:
 
 
 @LINUX
-def test_the_yielding_runtime_is_loaded_before_torch():
+def test_llvm_runtime_is_loaded_before_torch():
     assert run("acorn", "torch") == "True True"
 
 
 @LINUX
-def test_it_is_left_alone_after_torch_or_when_the_user_chose():
+def test_llvm_runtime_is_not_loaded_after_torch_or_with_user_settings():
     assert run("torch", "acorn") == "False True"
     assert run("acorn", "torch", OMP_WAIT_POLICY="passive") == "False True"

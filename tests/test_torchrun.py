@@ -1,4 +1,4 @@
-"""Two processes under torchrun: one of them is killed or stopped, or all are told to end."""
+"""Two ranks under torchrun: one is killed or suspended, all get SIGTERM, or errors occur at the start."""
 
 import os
 import signal
@@ -27,14 +27,14 @@ def read_until(process, beginning) -> str:
 
 
 def workers(launcher) -> list[int]:
-    """The processes that it started, by rank."""
+    """Return the ids of the processes that the launcher started, in ascending order, which is that of the ranks."""
     found = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "train.py"], capture_output=True, text=True)
     return sorted(map(int, found.stdout.split()))
 
 
 @pytest.mark.parametrize("everyone", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_sigterm_saves_once_and_ends(dataset, tmp_path, everyone):
-    """To the launcher alone, or to all processes of the job, as schedulers differ."""
+def test_sigterm_saves_one_checkpoint_and_stops(dataset, tmp_path, everyone):
+    """Some schedulers send SIGTERM to the launcher alone, others to all processes of the job."""
     process = launch(tmp_path, dataset, "--max_iters=1000000", "--eval_interval=1000000")
     read_until(process, "step 6/")
     for pid in workers(process) if everyone else []:
@@ -45,12 +45,12 @@ def test_sigterm_saves_once_and_ends(dataset, tmp_path, everyone):
     assert [folder.name for folder in (tmp_path / "o").glob("step_*")] == [
         (tmp_path / "o" / "latest").read_text().strip()
     ]
-    assert 'train.py", line' not in rest  # no traceback but torchrun's own
+    assert 'train.py", line' not in rest  # no traceback except torchrun's own
 
 
 @pytest.mark.slow
-def test_an_error_is_said_once(dataset, tmp_path):
-    """One that all processes meet, and meet again after each restart; and one that the first meets alone."""
+def test_errors_are_printed_once(dataset, tmp_path):
+    """This covers an error of all ranks, which recurs after a restart, and an error of rank 0 alone."""
     said = launch(tmp_path, "none", restarts=1).communicate(timeout=120)[0]
     assert said.count("error: there is no dataset 'none'") == said.count("error: ") == 1
     (tmp_path / "o").mkdir()
@@ -60,7 +60,7 @@ def test_an_error_is_said_once(dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint(dataset, tmp_path):
+def test_killed_rank_is_reported_and_torchrun_resumes(dataset, tmp_path):
     words = ["--max_iters=60", "--dropout=0"]
     whole = script_here("train.py", *TINY, f"--dataset={dataset}", *words, "--out_dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -74,7 +74,7 @@ def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint
     said = read_until(process, "error: ")
     assert time.monotonic() - began < 20
     assert f"rank 1 (process {victim} on " in said.splitlines()[-1]
-    assert "Traceback" not in said and "with a checkpoint" not in said  # which it cannot save alone
+    assert "Traceback" not in said and "with a checkpoint" not in said  # a rank cannot save one alone
     rest = process.communicate(timeout=120)[0]
     assert process.returncode == 0, rest
     assert "from o/step_0000" in rest
@@ -83,7 +83,7 @@ def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_checkpoint
 
 
 @pytest.mark.slow
-def test_a_stopped_process_is_named(dataset, tmp_path):
+def test_suspended_rank_is_reported(dataset, tmp_path):
     process = launch(tmp_path, dataset, "--max_iters=1000000", "--eval_interval=1000000")
     read_until(process, "step 6/")
     victim = workers(process)[1]
