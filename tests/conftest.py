@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a small dataset and run made once, scripts in forked processes, folders."""
+"""Fixtures shared by several test files: a small dataset, trained runs, scripts in forked processes, and folders."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ from prepare import pipeline
 pytest.register_assert_rewrite("helpers", "forked", "hf_models")  # before they are imported
 from helpers import REPO, TEXT, TINY, script, script_here, small_bpe  # noqa: E402
 
-torch.set_num_threads(1)  # two test processes side by side on two cores
+torch.set_num_threads(1)  # two test processes run in parallel on two cores
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(dataset, tmp_path_factory) -> Path:
-    """The out_dir of a finished tiny run; read it, do not change it."""
+    """The out_dir of a finished tiny run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     result = script("train.py", *TINY, f"--dataset={dataset}", "--out_dir=out", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -42,9 +42,10 @@ def trained(dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def start():
-    """Return a function that forks a script from a process that has imported torch: `start("train.py", ..., cwd=...)`.
+    """Return a function that runs a script in a forked process: `start("train.py", ..., cwd=...)`.
 
-    So that a hundred kills take minutes.
+    The process is forked from one that has already imported torch, so a test can start and kill a hundred scripts
+    within minutes.
     """
     if sys.platform != "linux":
         pytest.skip("kills, limits and mounts as on Linux")
@@ -62,7 +63,7 @@ def start():
 
 @pytest.fixture(scope="session")
 def whole_run(dataset, start, tmp_path_factory) -> Path:
-    """The out_dir of the run RUN that nothing interrupts."""
+    """The out_dir of an uninterrupted run with the settings in RUN."""
     from forked import RUN
 
     folder = tmp_path_factory.mktemp("whole")
@@ -72,7 +73,7 @@ def whole_run(dataset, start, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chatml(tmp_path_factory) -> Path:
-    """A folder with a byte-level tokenizer.json that has ChatML's control tokens, and a template of its own."""
+    """A folder with a byte-level tokenizer that has ChatML's control tokens and a chat template based on ChatML."""
     folder = tmp_path_factory.mktemp("chatml")
     config = json.loads(small_bpe())
     for i, name in enumerate(("<|im_start|>", "<|im_end|>"), 300):
@@ -86,26 +87,26 @@ def chatml(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def in_tmp_path(tmp_path, monkeypatch):
-    """The test runs in a new folder."""
+    """Run the test in its own temporary directory."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """A run in this process draws no loss curve, which takes longer than the rest of a tiny run."""
+    """Do not draw the loss curve of a run in this process, which takes longer than the rest of a tiny run."""
     monkeypatch.setattr(report, "draw_curve", lambda *_: None)
 
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """Preparation notes its progress after each few hundred bytes."""
+    """Encode a few hundred characters at a time, so that preparing a small corpus saves progress often."""
     monkeypatch.setattr(pipeline, "BATCH_CHARS", 300)
     monkeypatch.setattr(pipeline, "PIECE_CHARS", 200)
 
 
 @pytest.fixture
 def precious(tmp_path) -> Path:
-    """A folder that nobody named to acorn, with the names that acorn writes in it."""
+    """A folder with a user's own files, which acorn must not change although it writes files of the same names."""
     folder = tmp_path / "precious"
     folder.mkdir()
     for name in ("diary", "model.safetensors", "state.json", "progress.json", "train_000000.bin", "0000.txt"):
@@ -115,7 +116,7 @@ def precious(tmp_path) -> Path:
 
 @pytest.fixture
 def alarm():
-    """A test that hangs ends after 100 seconds."""
+    """Fail a test that hangs, after 100 seconds."""
 
     def ring(*_):
         raise TimeoutError("it hangs")

@@ -1,5 +1,5 @@
-"""What several test files share: tiny settings and texts, the scripts as a person runs them, small models, datasets and
-checkpoints, and bad input.
+"""Helpers shared by several test files: settings and texts for tiny runs, functions that run the scripts, small models,
+datasets and checkpoints, and invalid input.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="file names and devices as on Linux")
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and forks as on POSIX systems")
 
-# a tiny run: some 30 thousand parameters, 40 updates of 256 tokens, a few seconds
+# a tiny run: about 30,000 parameters and 40 updates of 256 tokens; it takes a few seconds
 TINY = (
     "--block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --n_layer=2 --n_head=2 --n_embd=32 --dropout=0.1 "
     "--eval_interval=10 --log_interval=1 --eval_iters=3 --max_iters=40 --warmup_iters=5 --learning_rate=1e-3 "
     "--min_lr=1e-4 --device=cpu --dtype=float32 --compile=False"
 ).split()
-# a still smaller one; these words follow those of TINY
+# an even smaller run: pass these arguments after TINY, to override it
 SMALL = "--n_layer=1 --n_embd=16 --block_size=16 --eval_interval=2 --eval_iters=1 --keep_checkpoints=1".split()
 
 TEXT = "".join(
@@ -63,7 +63,7 @@ RECORDS = [f"Record {i}: " + FOX[: 10 + i % 60] for i in range(300)]
 
 
 def script(*words, cwd, env=None, timeout=120, **kwargs) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` of the repo from the folder `cwd`; the result has text in stdout and stderr."""
+    """Run `python SCRIPT ...` in the folder `cwd`, with a script of this repo. Captures stdout and stderr as text."""
     name, *rest = [str(word) for word in words]
     command = [sys.executable, str(REPO / name), *rest]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "NO_COLOR": "1", **(env or {})}
@@ -71,20 +71,20 @@ def script(*words, cwd, env=None, timeout=120, **kwargs) -> subprocess.Completed
 
 
 def start_process(*words, cwd) -> subprocess.Popen:
-    """Start `python ...` in the folder `cwd` and return the process, whose stdout has stderr too."""
+    """Start `python ...` in the folder `cwd` and return the process. Its stderr is redirected to stdout."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=env, **pipes)
 
 
 def torchrun(processes: int, *words) -> list[str]:
-    """Return the words after `python` that start so many processes on this machine; `words` are torchrun's own."""
+    """Return the arguments of `python` that start this number of ranks on this machine; `words` go to torchrun."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
 
 
 @contextlib.contextmanager
 def keep_signal_handlers():
-    """Restore the handlers that a run in this process replaces."""
+    """Restore the signal handlers that a run in this process replaces."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
@@ -94,7 +94,10 @@ def keep_signal_handlers():
 
 
 def release_locks(words) -> None:
-    """Release the lock of an earlier run in this process, as the end of its process would."""
+    """Release the lock that an earlier run in this process still holds.
+
+    If each run had its own process, the end of that process would release it.
+    """
     if {"--init_from=resume", "--overwrite=True"} & set(words):
         gc.collect()
 
@@ -110,7 +113,7 @@ def train_here(monkeypatch, *words) -> int:
 
 
 def run_here(main, *words, cwd: Path, input: str = "") -> subprocess.CompletedProcess:
-    """Run a script's `main` in this process, and return what `script` would return."""
+    """Run a script's `main` in this process, and return the same type of result as `script`."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     before, folder, code = (sys.argv, sys.stdin), Path.cwd(), 0
     sys.argv, sys.stdin = ["script.py", *map(str, words)], io.TextIOWrapper(io.BytesIO(input.encode()), "utf-8")
@@ -128,7 +131,7 @@ def run_here(main, *words, cwd: Path, input: str = "") -> subprocess.CompletedPr
 
 
 def script_here(name, *words, cwd, input: str = "") -> subprocess.CompletedProcess:
-    """Run a script in this process, a few seconds faster than `script`, and without a picture of the losses."""
+    """Run a script in this process, without drawing the loss curve. A few seconds faster than `script`."""
     import sample
     from train import main_or_advice
 
@@ -139,12 +142,12 @@ def script_here(name, *words, cwd, input: str = "") -> subprocess.CompletedProce
 
 
 def train(cwd, dataset, *words) -> subprocess.CompletedProcess:
-    """Run train.py in this process, with the settings TINY."""
+    """Run train.py in this process with the settings in TINY."""
     return script_here("train.py", *TINY, f"--dataset={dataset}", *words, cwd=cwd)
 
 
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert that a script refused bad input: one sentence with these words, exit code 2, no traceback."""
+    """Assert that a script refused bad input: exit code 2, no traceback, and an error message with these words."""
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -157,7 +160,7 @@ CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory", "waited")  # differ f
 
 
 def refused_here(monkeypatch, capsys, main, words: list[str], said: str) -> None:
-    """Assert the same as `refused` for a script's `main` that runs in this process."""
+    """Run a script's `main` in this process, and assert that it refuses its arguments, as `refused` does."""
     monkeypatch.setattr(sys, "argv", ["script.py", *words])
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(SystemExit) as ended:
@@ -173,17 +176,17 @@ def metrics(out_dir: Path) -> list[dict]:
 
 
 def numbers(out_dir: Path) -> list[dict]:
-    """Return all that a run measured, without what depends on the clock or the machine."""
+    """Return the lines of a run's metrics.jsonl without the values that differ from run to run (CLOCKS)."""
     return [{k: v for k, v in line.items() if k not in CLOCKS} for line in metrics(out_dir)]
 
 
 def losses(out_dir: Path) -> list[float]:
-    """Return the training and validation losses of a run, in the order in which it wrote them."""
+    """Return the training and validation losses in a run's metrics.jsonl, in the order of its lines."""
     return [line["val_loss"] if "val_loss" in line else line["loss"] for line in metrics(out_dir)]
 
 
 class Terminal(io.StringIO):
-    """A stdout that collects its text and says that it is a terminal."""
+    """A stdout that stores its text and claims to be a terminal."""
 
     def isatty(self):
         return True
@@ -206,7 +209,7 @@ def small_model(seed=0, **changes) -> GPT:
 
 
 def small_optimizers(m: GPT, kind="adamw", updates=1) -> list[torch.optim.Optimizer]:
-    """Return optimizers that made so many updates of the model."""
+    """Return optimizers for the model, after this number of updates."""
     optimizers = optim.make_optimizers(m, kind, 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
     idx = torch.arange(16).view(2, 8)
     for _ in range(updates):
@@ -218,7 +221,7 @@ def small_optimizers(m: GPT, kind="adamw", updates=1) -> list[torch.optim.Optimi
 
 
 def save_small(folder: Path, step: int, m: GPT | None = None, keep=2, best=None, optimizers=None) -> Path:
-    """Save a checkpoint of a small model and return its folder. `best` is the step of the best one."""
+    """Save a checkpoint of a small model and return its folder. `best` is the step of the best checkpoint."""
     m, writer = m or small_model(step), checkpoint.Writer(folder, keep)
     writer.save(m, optimizers or small_optimizers(m), {**STATE, "step": step, "best_step": best})
     assert writer.wait()
@@ -226,7 +229,7 @@ def save_small(folder: Path, step: int, m: GPT | None = None, keep=2, best=None,
 
 
 def make_older(folder: Path, optimizer: bytes) -> None:
-    """Give a checkpoint the form of older ones, whose optimizer.pt may hold anything."""
+    """Convert a checkpoint to format 1, with these bytes as its optimizer.pt."""
     (folder / "optimizer.safetensors").unlink(missing_ok=True)
     (folder / "optimizer.pt").write_bytes(optimizer)
     state = json.loads((folder / "state.json").read_text()) | {"format": 1}
@@ -235,7 +238,7 @@ def make_older(folder: Path, optimizer: bytes) -> None:
 
 
 def same_weights(a: GPT, b: GPT) -> bool:
-    """Return whether two models have the same tensors under the same names, to the bit."""
+    """Return whether two models have bitwise equal tensors with the same names."""
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(name == other and torch.equal(p, q) for (name, p), (other, q) in pairs)
 
@@ -252,7 +255,7 @@ def prepare(*argv) -> dict:
 
 
 def prepare_fails(match: str, *argv) -> None:
-    """Assert that `python prepare ...` is refused with a sentence that matches."""
+    """Assert that `python prepare ...` raises a UserError whose message matches."""
     with pytest.raises(UserError, match=match):
         prepare_cli.prepare_corpus([str(arg) for arg in argv])
 
@@ -268,19 +271,19 @@ def documents_of(dataset: Dataset, split: str) -> list[str]:
 
 
 def leftovers() -> list[str]:
-    """Return the files below the current folder that an interrupted preparation leaves."""
+    """Return the files in and below the current folder that an interrupted preparation leaves behind."""
     return [str(path) for path in Path(".").rglob("*") if PARTIAL in path.parts or path.suffix == ".tmp"]
 
 
 def read_all(dataset: Dataset) -> tuple:
-    """Return all that a dataset holds: tokens and masks, tokenizer, template and meta.json."""
+    """Return the contents of a dataset: tokens and masks, the tokenizer's hash, the chat template and meta.json."""
     streams = [dataset.train, dataset.val, dataset.train.mask, dataset.val.mask]
     tokens = [ids_of(stream) for stream in streams if stream is not None]
     return tokens, tokenizer_hash(dataset.tokenizer), dataset.tokenizer.chat_template, dataset.meta
 
 
 def write_records(path: str, key: str = "text") -> None:
-    """Write RECORDS in the format that the file's name says."""
+    """Write RECORDS to a file, in the format given by its suffix."""
     rows = [{"id": i, key: text} for i, text in enumerate(RECORDS)]
     if path.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=70)
@@ -291,13 +294,13 @@ def write_records(path: str, key: str = "text") -> None:
             writer.writerows(rows)
     else:
         data = "\n".join(json.dumps(row) for row in rows).encode()
-        if path.endswith(".zst"):  # in two frames, as parallel compressors write it
+        if path.endswith(".zst"):  # two frames, as written by parallel compressors
             data = b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:999], data[999:]))
         Path(path).write_bytes(gzip.compress(data) if path.endswith(".GZ") else data)
 
 
 def hub_folder() -> None:
-    """Write a dataset of the hub's form into the folder hubset: 600 records and two for validation."""
+    """Write a dataset in the hub's layout into the folder hubset: 600 training records and 2 validation records."""
     os.makedirs("hubset/data")
     write_records("hubset/data/train-00000-of-00002.parquet")
     write_records("hubset/data/train-00001-of-00002.parquet")
@@ -307,7 +310,7 @@ def hub_folder() -> None:
 
 
 def make_tokens(folder: Path, ids, vocab_size=2000, shard_tokens=10**8) -> Tokens:
-    """Write shards of these ids and open them."""
+    """Write these ids to shards, and open them."""
     folder.mkdir(parents=True, exist_ok=True)
     with ShardWriter(folder, "train", vocab_size, shard_tokens) as writer:
         writer.write(np.asarray(ids))
@@ -356,7 +359,10 @@ def bpe_tokenizer() -> HFTokenizer:
 
 
 def sentencepiece(prepend: str = "first") -> dict:
-    """A tokenizer.json in the manner of Llama 2: spaces are U+2581, one is put first, unknown characters are bytes."""
+    """Return a tokenizer.json like that of Llama 2.
+
+    Spaces become U+2581, one is prepended to the text, and unknown characters become byte tokens.
+    """
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -367,7 +373,7 @@ def sentencepiece(prepend: str = "first") -> dict:
     config = json.loads(backend.to_str())
     space = {"pattern": {"String": " "}, "content": "\u2581"}
     normalizers = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", **space}]
-    if prepend == "normalizer":  # as the older files have it
+    if prepend == "normalizer":  # as in older files
         config |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": normalizers}}
     else:
         config["pre_tokenizer"] |= {"prepend_scheme": prepend, "split": False}
@@ -380,12 +386,12 @@ def sentencepiece(prepend: str = "first") -> dict:
 
 @functools.cache
 def llama_tokenizer() -> HFTokenizer:
-    """Return a tokenizer in the manner of Llama 2."""
+    """Return a tokenizer like that of Llama 2."""
     return HFTokenizer(sentencepiece(), "</s>", "<s>", "</s>")
 
 
 def write_hf(folder: Path, config: dict | None = None, /, **files) -> Path:
-    """Write a tokenizer.json, the BPE's where none is given, and other JSON files beside it."""
+    """Write a tokenizer.json (by default that of `bpe_tokenizer`) and other JSON files into a folder."""
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(config or bpe_tokenizer().config))
     for name, content in files.items():
@@ -394,7 +400,7 @@ def write_hf(folder: Path, config: dict | None = None, /, **files) -> Path:
 
 
 def tokenizer_json(**changes) -> dict:
-    """Return the tokenizer.json of a small BPE, with changes."""
+    """Return the tokenizer.json of a small BPE with these keys replaced."""
     return train_bpe(["to be or not to be"], 270).config | changes
 
 
@@ -422,7 +428,7 @@ CALLING = [
 
 
 def conversation(n_turns: int, system: bool = False) -> list[dict]:
-    """Return a conversation of so many questions and replies."""
+    """Return a conversation of `n_turns` questions and replies."""
     messages = [{"role": "system", "content": "Be kind."}] if system else []
     for i in range(n_turns):
         messages += [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Reply {i}."}]
@@ -430,7 +436,7 @@ def conversation(n_turns: int, system: bool = False) -> list[dict]:
 
 
 def spans(tokenizer, ids, learned) -> list[str]:
-    """The text of each run of learned tokens."""
+    """Return the text of each sequence of consecutive learned tokens."""
     edges = np.flatnonzero(np.diff([0, *learned, 0]))
     return [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
@@ -442,7 +448,7 @@ def small_bpe() -> str:
 
 
 def with_control(folder: Path, control: list[str], template: str, **files) -> Path:
-    """Write a byte-level tokenizer with these control tokens (BOS and EOS first) and this template."""
+    """Write a byte-level tokenizer with these control tokens (first BOS, then EOS) and this chat template."""
     config = json.loads(small_bpe())
     first = config["added_tokens"].pop()
     for i, name in enumerate(dict.fromkeys(control), first["id"]):
@@ -461,12 +467,12 @@ def with_control(folder: Path, control: list[str], template: str, **files) -> Pa
 
 
 def rounds(few: int, many: int):
-    """Give a test the argument `rounds`: a few in the default suite, many in the slow tests."""
+    """Parametrize a test with `rounds`: `few` in the default suite, and `many` as a slow test."""
     return pytest.mark.parametrize("rounds", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def fuzz(test, rounds: int, *strategies) -> None:
-    """Call `test` with so many choices from the strategies, the same in each run, and print how many there were."""
+    """Call `test` with up to `rounds` deterministic examples from the strategies, and print the number of examples."""
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
@@ -484,7 +490,10 @@ def fuzz(test, rounds: int, *strategies) -> None:
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """The bytes with a bit flipped, a range overwritten, cut short, or grown; half of the places are at the start."""
+    """Return the bytes with one random fault: a flipped bit, an overwritten range, a truncation or an insertion.
+
+    Half of the positions are drawn from the first 2048 bytes.
+    """
     at = chance.randrange(min(len(data), 2048) if chance.random() < 0.5 else len(data))
     length = chance.choice((1, 8, 512, 4096))
     kind = chance.choice(("bit", "range", "zeros", "cut", "grown"))
@@ -499,13 +508,13 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def contents(folder: Path, without=()) -> dict[str, bytes]:
-    """Return all files below a folder by their path in it, except for those of these names."""
+    """Return the bytes of all files below a folder by relative path, without files of the names in `without`."""
     found = (file for file in folder.rglob("*") if file.is_file() and file.name not in without)
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 def stopping(function, calls: int):
-    """Return the function, which raises KeyboardInterrupt after so many calls."""
+    """Return a wrapper of `function` that raises KeyboardInterrupt after this number of calls."""
     left = iter(range(calls))
 
     def call(*arguments):
@@ -517,11 +526,11 @@ def stopping(function, calls: int):
 
 
 class Stopped(Exception):
-    """Stops a preparation as a kill does: only what is on the disk remains."""
+    """Raised to stop a preparation as a kill would: the next attempt finds only the files on disk."""
 
 
 class Calls:
-    """An object whose pickle calls a function."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments

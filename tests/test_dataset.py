@@ -1,4 +1,4 @@
-"""load_dataset: finding a dataset, nanoGPT's and llm.c's folders, and every way in which one can be broken."""
+"""load_dataset: lookup by name or path, the formats of nanoGPT and llm.c, and damaged datasets."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from acorn.data.shards import Dataset, load_dataset
 from acorn.data.tokenizer import ByteTokenizer, train_bpe
 
 
-def test_load_dataset_finds_it_by_path_and_by_name(tmp_path, monkeypatch):
+def test_dataset_is_found_by_path_and_by_name(tmp_path, monkeypatch):
     meta = make_dataset(tmp_path / "data" / "mine")
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "data/mine", str(tmp_path / "data" / "mine")):
@@ -43,7 +43,7 @@ def test_load_dataset_finds_it_by_path_and_by_name(tmp_path, monkeypatch):
         ("", "python prepare text FILES"),
     ],
 )
-def test_a_missing_dataset_says_what_makes_it(tmp_path, monkeypatch, name, command):
+def test_error_for_a_missing_dataset_suggests_the_prepare_command(tmp_path, monkeypatch, name, command):
     make_dataset(tmp_path / "data" / "other")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("acorn.data.shards.REPO", tmp_path)
@@ -63,7 +63,7 @@ def test_a_missing_dataset_says_what_makes_it(tmp_path, monkeypatch, name, comma
         ("play", "`python prepare shakespeare`"),
     ],
 )
-def test_a_misspelt_dataset_offers_the_nearest_one(tmp_path, monkeypatch, name, offered):
+def test_error_for_a_misspelled_dataset_suggests_the_closest_name(tmp_path, monkeypatch, name, offered):
     make_dataset(tmp_path / "data" / "other")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("acorn.data.shards.REPO", tmp_path)
@@ -72,14 +72,14 @@ def test_a_misspelt_dataset_offers_the_nearest_one(tmp_path, monkeypatch, name, 
     assert offered in str(error.value) and "prepare text" not in str(error.value)
 
 
-def test_an_interrupted_preparation(tmp_path):
+def test_incomplete_dataset_is_refused(tmp_path):
     make_dataset(tmp_path / "mine")
     (tmp_path / "mine" / "meta.json").unlink()
     with pytest.raises(UserError, match=r"interrupted\. Run the same `python prepare` command again"):
         load_dataset(str(tmp_path / "mine"))
 
 
-def test_meta_of_another_dataset(tmp_path):
+def test_meta_json_of_another_dataset_is_refused(tmp_path):
     make_dataset(tmp_path / "a")
     make_dataset(tmp_path / "b", text="xyz " * 500)
     make_dataset(tmp_path / "c", text="olleh dlrow " * 50)  # as long as a, with the same characters
@@ -89,7 +89,7 @@ def test_meta_of_another_dataset(tmp_path):
             load_dataset(str(tmp_path / "a"))
 
 
-def test_shards_of_another_tokenizer(tmp_path):
+def test_shards_from_another_tokenizer_are_refused(tmp_path):
     make_dataset(tmp_path / "a")
     make_dataset(tmp_path / "b", tokenizer=ByteTokenizer())
     for split in ("train", "val"):
@@ -115,14 +115,14 @@ def test_shards_of_another_tokenizer(tmp_path):
         ({"train": {"shards": [{"file": "train_000007.bin", "tokens": 5, "sha256": ""}]}}, "is missing"),
     ],
 )
-def test_a_wrong_meta_json(tmp_path, change, message):
+def test_inconsistent_meta_json_is_refused(tmp_path, change, message):
     meta = make_dataset(tmp_path / "a")
     (tmp_path / "a" / "meta.json").write_text(json.dumps(meta | change))
     with pytest.raises(UserError, match=message):
         load_dataset(str(tmp_path / "a"))
 
 
-def test_a_truncated_meta_json(tmp_path):
+def test_truncated_meta_json_is_refused(tmp_path):
     make_dataset(tmp_path / "a")
     path = tmp_path / "a" / "meta.json"
     whole = path.read_bytes()
@@ -135,13 +135,13 @@ def test_a_truncated_meta_json(tmp_path):
         load_dataset(str(tmp_path / "a"))
 
 
-def test_a_nanogpt_folder(tmp_path):
+def test_nanogpt_dataset(tmp_path):
     text = "hello world"
     chars = sorted(set(text))
     stoi = {char: i for i, char in enumerate(chars)}
     np.array([stoi[char] for char in text], dtype=np.uint16).tofile(tmp_path / "train.bin")
     dataset = load_dataset(str(tmp_path))
-    assert dataset.vocab_size == 50257 and dataset.val is None  # without meta.pkl nanoGPT takes GPT-2's vocabulary
+    assert dataset.vocab_size == 50257 and dataset.val is None  # without meta.pkl, nanoGPT assumes GPT-2's vocabulary
     (tmp_path / "val.bin").write_bytes((tmp_path / "train.bin").read_bytes())
     itos = dict(enumerate(chars))
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": itos, "stoi": stoi}))
@@ -165,7 +165,7 @@ def test_llmc_shards(tmp_path):
         load_dataset(str(tmp_path))
 
 
-def test_llmc_shards_of_one_file_and_of_another_tokenizer(tmp_path):
+def test_llmc_single_file_shards_and_another_tokenizer(tmp_path):
     for split in ("train", "val"):
         make_tokens(tmp_path, np.arange(100), 50257)
         (tmp_path / "train_000000.bin").rename(tmp_path / f"tiny_shakespeare_{split}.bin")
@@ -182,13 +182,13 @@ def test_llmc_shards_of_one_file_and_of_another_tokenizer(tmp_path):
     assert dataset.train.document_mark == dataset.tokenizer.eot == dataset.vocab_size - 1
     make_tokens(tmp_path, np.arange(300), 100_000)
     (tmp_path / "train_000000.bin").rename(tmp_path / "tiny_shakespeare_train.bin")
-    with pytest.raises(UserError, match="vocabulary"):  # an id that the tokenizer does not have
+    with pytest.raises(UserError, match="vocabulary"):  # an id that the tokenizer lacks
         tokens = load_dataset(str(tmp_path)).train
         sequential_windows(tokens, 8, 0, split_windows(tokens, 8))
 
 
 @rounds(60, 600)
-def test_a_damaged_dataset_is_never_taken_for_what_was_written(tmp_path, rounds):
+def test_damaged_dataset_is_refused_or_read_unchanged(tmp_path, rounds):
     folder = chat_dataset(tmp_path)
     expected, targets, refused = read_all(load_dataset(str(folder))), sorted(folder.iterdir()), 0
     chance = random.Random(0)
@@ -197,7 +197,7 @@ def test_a_damaged_dataset_is_never_taken_for_what_was_written(tmp_path, rounds)
         data = target.read_bytes()
         target.write_bytes(damaged(data, chance))
         try:
-            assert read_all(load_dataset(str(folder))) == expected  # as where a space of meta.json became a line break
+            assert read_all(load_dataset(str(folder))) == expected  # e.g. if a space in meta.json became a line break
         except UserError as error:
             assert str(folder) in str(error)
             refused += 1
@@ -206,7 +206,7 @@ def test_a_damaged_dataset_is_never_taken_for_what_was_written(tmp_path, rounds)
     print(f"{rounds} damages of a dataset, {refused} refused")
 
 
-def test_shards_beyond_what_is_hashed_at_each_start_are_said_to_be(tmp_path, monkeypatch):
+def test_hashing_is_limited_and_starts_with_val(tmp_path, monkeypatch):
     folder = chat_dataset(tmp_path)
     assert load_dataset(str(folder)).unhashed == 0
     monkeypatch.setattr(shards, "HASH_LIMIT", 5000)
@@ -214,7 +214,7 @@ def test_shards_beyond_what_is_hashed_at_each_start_are_said_to_be(tmp_path, mon
         f.stat().st_size - shards.HEADER_BYTES for f in folder.iterdir() if f.suffix in (".bin", ".mask", ".index")
     )
     assert sizes - 5000 <= load_dataset(str(folder)).unhashed < sizes
-    first_val = next(f for f in sorted(folder.iterdir()) if f.name.startswith("val"))  # which every figure comes from
+    first_val = next(f for f in sorted(folder.iterdir()) if f.name.startswith("val"))  # hashed first
     first_val.write_bytes(damaged(first_val.read_bytes(), random.Random(1)))
     with pytest.raises(UserError, match="damaged"):
         load_dataset(str(folder))
@@ -242,7 +242,7 @@ TRICKS = [
 
 @on_linux
 @pytest.mark.parametrize("name", TRICKS, ids=range(len(TRICKS)))
-def test_tricks_in_names_are_a_sentence_and_write_nothing_elsewhere(tmp_path, monkeypatch, dataset, name):
+def test_unsafe_names_are_refused_and_write_nothing_outside(tmp_path, monkeypatch, dataset, name):
     work = tmp_path / "a" / "b"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
@@ -264,7 +264,7 @@ def test_tricks_in_names_are_a_sentence_and_write_nothing_elsewhere(tmp_path, mo
 
 
 @rounds(100, 3000)
-def test_any_bytes_in_a_nanogpt_folder_are_tokens_or_a_sentence(tmp_path, rounds):
+def test_arbitrary_nanogpt_files_are_read_or_refused(tmp_path, rounds):
     def one(train_bin: bytes, meta_pkl: bytes | None) -> None:
         (tmp_path / "train.bin").write_bytes(train_bin)
         (tmp_path / "meta.pkl").unlink(missing_ok=True)

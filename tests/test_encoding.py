@@ -29,7 +29,7 @@ ENGLISH = "The weather is fine today.\n"
 
 
 def prepare(*argv) -> str:
-    """Run the command, and return the text of the dataset."""
+    """Run `python prepare text ...` and return the text of the dataset."""
     cli.prepare_corpus(["text", *map(str, argv), "--tokenizer=byte", "--val_by=end", "--name=x", "--overwrite"])
     dataset = load_dataset("x")
     ids = [i for part in (dataset.train, dataset.val) for i in part.read([0], len(part))[0].tolist()]
@@ -58,7 +58,7 @@ def prepare(*argv) -> str:
     ],
 )
 @pytest.mark.parametrize("times", [1, 30])
-def test_detected(text, name, times):
+def test_unambiguous_encoding_is_detected(text, name, times):
     data = (text * times).encode(name)
     found = detect(data, "f")
     decoded = data.decode(found.encoding)
@@ -85,7 +85,7 @@ def test_detected(text, name, times):
     ],
 )
 @pytest.mark.parametrize("times", [1, 100])
-def test_not_guessed_where_it_is_unsure(text, name, times):
+def test_ambiguous_encoding_is_refused(text, name, times):
     if times > 1 and name in ("gb18030", "big5"):
         text = text[:2]  # a longer text in these encodings is unambiguous
     data = (text * (times if name not in ("gb18030", "big5") else 1)).encode(name)
@@ -94,7 +94,7 @@ def test_not_guessed_where_it_is_unsure(text, name, times):
     assert detect(data, "f", "replace").encoding == "utf-8"
 
 
-def test_what_is_refused_names_likely_encodings_and_the_place():
+def test_error_names_likely_encodings_and_the_invalid_byte():
     data = ("ok\n" + FRENCH * 5).encode("cp1252")
     with pytest.raises(UserError, match=r"mine\.txt is not UTF-8: byte 13 is 0xe8 \(line 2\).*cp1252 \(confidence"):
         detect(data, "mine.txt")
@@ -102,20 +102,20 @@ def test_what_is_refused_names_likely_encodings_and_the_place():
         detect(b"hello\xe4\xbb", "f")
 
 
-def test_damaged_utf8_is_not_taken_for_another():
+def test_damaged_utf8_is_not_detected_as_another_encoding():
     data = (CHINESE * 20).encode()
     at = len(CHINESE.encode()) * 5
     with pytest.raises(UserError, match=f"not UTF-8: byte {at} is 0xff"):
         detect(data[:at] + b"\xff" + data[at:], "f")
 
 
-def test_the_ascii_beginning_of_a_file_does_not_decide():
+def test_encoding_is_detected_after_a_long_ascii_prefix():
     data = ENGLISH.encode() * 20_000 + (CHINESE * 20).encode("gb18030")
     assert len(data) > 5 * encoding.SAMPLE_BYTES and detect(data, "f").encoding == "gb18030"
 
 
 @pytest.mark.parametrize("name", ["gb18030", "big5", "shift_jis", "utf-16-le", "utf-16-be", "utf-16", "utf-8"])
-def test_prepared_and_said(name, capsys):
+def test_prepare_prints_the_detected_encoding(name, capsys):
     text = {"big5": TAIWANESE, "shift_jis": JAPANESE}.get(name, CHINESE)
     Path("a.txt").write_bytes(text.encode(name))
     assert prepare("a.txt") == text
@@ -125,7 +125,7 @@ def test_prepared_and_said(name, capsys):
     assert prepare("a.txt", f"--encoding={name}") == text and "is read as" not in capsys.readouterr().err
 
 
-def test_a_named_encoding(capsys):
+def test_encoding_option(capsys):
     Path("a.txt").write_bytes(FRENCH.encode("cp1252"))
     for name in ("cp1252", "Windows-1252", "latin-1"):
         assert prepare("a.txt", f"--encoding={name}") == FRENCH
@@ -140,7 +140,7 @@ def test_a_named_encoding(capsys):
         prepare("a.txt", "--encoding=gb18030")
 
 
-def test_a_named_encoding_that_needs_a_byte_order_mark():
+def test_encoding_option_that_cannot_decode_the_file():
     Path("a.txt").write_text("plain text")
     Path("a.jsonl").write_text('{"prompt": "a", "response": "b"}')
     prepare_fails("a.txt cannot be read with --encoding utf-16 .*BOM.*utf-16-le", "text", "a.txt", "--encoding=utf-16")
@@ -148,7 +148,7 @@ def test_a_named_encoding_that_needs_a_byte_order_mark():
     prepare_fails("a.txt cannot be read with --encoding idna", "text", "a.txt", "--encoding=idna")
 
 
-def test_records_have_an_encoding_too():
+def test_encoding_of_record_files_is_detected():
     line = json.dumps({"text": CHINESE}, ensure_ascii=False) + "\n"
     for name in ("gb18030", "utf-16", "utf-16-le"):
         Path("a.jsonl").write_bytes((line * 20).encode(name))
@@ -157,14 +157,14 @@ def test_records_have_an_encoding_too():
         assert prepare("a.csv").count(CHINESE) == 20
 
 
-def test_a_byte_order_mark_is_not_part_of_the_first_field_of_a_csv_file():
+def test_byte_order_mark_is_not_part_of_a_csv_header():
     for name in ("gb18030", "utf-8", "utf-16-le"):
         for header in ("text,id", '"text",id'):
             Path("a.csv").write_bytes(("\ufeff" + header + "\n" + f'"{CHINESE}",1\n' * 20).encode(name))
             assert prepare("a.csv", f"--encoding={name}").count(CHINESE) == 20
 
 
-def test_blocks_cut_characters(monkeypatch):
+def test_characters_that_span_blocks_are_decoded(monkeypatch):
     for size in (7, 64, 1001):
         monkeypatch.setattr(reading, "BLOCK_BYTES", size)
         for name in ("gb18030", "utf-16-le", "shift_jis", "iso2022_jp"):
@@ -173,7 +173,7 @@ def test_blocks_cut_characters(monkeypatch):
             assert "".join(reading.text_blocks("a.txt", encoding=name)) == text.replace("\r\n", "\n")
 
 
-def test_line_breaks_are_those_of_text_mode(monkeypatch, capsys):
+def test_line_breaks_are_normalized_as_in_text_mode(monkeypatch, capsys):
     Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n" * 400)
     want = Path("a.txt").read_text()
     assert "\r" not in want and prepare("a.txt") == want
@@ -193,7 +193,7 @@ def test_replaced_bytes_are_counted(capsys):
     assert "warning: " in said and f" {wrong} times" in said and "--encoding NAME" in said
 
 
-def test_replaced_bytes_of_conversations_are_counted(capsys):
+def test_replaced_bytes_in_conversations_are_counted(capsys):
     line = json.dumps({"prompt": "Which word?", "response": "caf\u00e9"}, ensure_ascii=False) + "\n"
     Path("a.jsonl").write_bytes(line.encode("cp1252") * 40)
     argv = ["chat", "a.jsonl", "--tokenizer=byte"]
@@ -206,7 +206,7 @@ def test_replaced_bytes_of_conversations_are_counted(capsys):
     assert "replaced" not in capsys.readouterr().err
 
 
-def test_conversations_have_an_encoding_too(capsys):
+def test_encoding_of_conversation_files_is_detected(capsys):
     record = {"prompt": CHINESE, "response": CHINESE}
     for name, data in (
         ("a.jsonl", (json.dumps(record, ensure_ascii=False) + "\n") * 20),
@@ -221,7 +221,7 @@ def test_conversations_have_an_encoding_too(capsys):
         assert capsys.readouterr().err.count(f"{name} is read as GB18030") == 1  # although it is read more than once
 
 
-def test_conversations_in_a_file_that_is_not_text_are_named():
+def test_conversation_file_that_is_not_text_is_refused():
     for name in ("a.jsonl", "a.csv", "a.json"):
         Path(name).write_bytes(b"%PDF-1.7\n%\xe2\xe3")
         for option in ([], ["--encoding=cp1252"], ["--errors=replace"], ["--skip_bad"]):
@@ -229,7 +229,7 @@ def test_conversations_in_a_file_that_is_not_text_are_named():
                 cli.prepare_corpus(["chat", name, "--tokenizer=byte", *option])
 
 
-def test_text_that_a_conversion_damaged_before(capsys):
+def test_replacement_and_nul_characters_in_the_input_are_reported(capsys):
     Path("a.txt").write_text(ENGLISH * 50 + "caf\ufffd\n", encoding="utf-8")
     prepare("a.txt")
     assert "already contains 1 U+FFFD" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_text_that_a_conversion_damaged_before(capsys):
         (b"text\0\0\0\0" * 500, "2,000 of its first 4,000 bytes are NUL"),
     ],
 )
-def test_what_is_not_text_is_named(data, match):
+def test_binary_file_is_refused_with_its_type(data, match):
     Path("mine.txt").write_bytes(data)
     with pytest.raises(UserError, match=rf"mine\.txt is.*{match}"):
         prepare("mine.txt")
@@ -258,7 +258,7 @@ def test_what_is_not_text_is_named(data, match):
     assert prepare("folder") == ENGLISH  # other files in a folder are skipped
 
 
-def test_markup_is_named_in_a_note(capsys):
+def test_html_is_reported_in_a_note(capsys):
     for i, page in enumerate(("<html><body><p>fine</p></body></html>\n", "\n<!DOCTYPE html>\n<p>fine weather\n")):
         Path(f"{i}.html").write_text(page * 9)
         assert prepare(f"{i}.html") == page * 9
@@ -268,7 +268,7 @@ def test_markup_is_named_in_a_note(capsys):
     assert "HTML" not in capsys.readouterr().err
 
 
-def test_a_large_file_is_not_read_whole_to_detect(monkeypatch):
+def test_encoding_of_a_large_file_is_detected_from_a_sample(monkeypatch):
     with open("a.txt", "wb") as file:
         file.write((CHINESE * 15_000).encode("gb18030"))
         file.truncate(1 << 33)
@@ -290,7 +290,7 @@ def test_a_large_file_is_not_read_whole_to_detect(monkeypatch):
 
 
 def strings(values: list[bytes], type_=None) -> pyarrow.Array:
-    """Return a string column with arbitrary bytes, as other programs may write it."""
+    """Return a string column of arbitrary bytes, as other programs may write it."""
     return pyarrow.Array.from_buffers(type_ or pyarrow.string(), len(values), pyarrow.array(values).buffers())
 
 
@@ -301,7 +301,7 @@ def write_parquet(folder: str, column, **options) -> str:
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_strings_of_parquet_that_are_not_utf8(dictionary, capsys):
+def test_parquet_strings_that_are_not_utf8(dictionary, capsys):
     folder = write_parquet("p", strings([b"good text"] * 30 + [b"caf\xe9 ok"]), use_dictionary=dictionary)
     path = f"{folder}/train.parquet"
     with pytest.raises(UserError, match=r"row 31 of p/train\.parquet is not UTF-8 in its field 'text': byte 3 is 0xe9"):
@@ -320,7 +320,7 @@ def test_strings_of_parquet_that_are_not_utf8(dictionary, capsys):
     assert "replaced by U+FFFD 1 times" in said and "--encoding" not in said
 
 
-def test_long_cells_come_in_blocks(monkeypatch):
+def test_long_parquet_cells_are_read_in_blocks(monkeypatch):
     monkeypatch.setattr(reading, "MAX_WHOLE_CELL_BYTES", 1000)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 64)
     long = CHINESE * 50
@@ -333,11 +333,11 @@ def test_long_cells_come_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_rows_of_parquet_are_decoded_in_bounded_memory(dictionary):
-    """Memory depends on the stored size, not on the total length of the rows in a batch."""
+def test_parquet_rows_are_decoded_in_bounded_memory(dictionary):
+    """Peak memory depends on the stored size, not on the total length of the rows in a batch."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(97, 123, 1 << 18, dtype=np.uint8).tobytes().decode() for _ in range(8)]
-    table = {"text": documents * 24 if dictionary else documents}  # 48 MB of text, or 2
+    table = {"text": documents * 24 if dictionary else documents}  # 50 MB of text with a dictionary, or 2 MB without
     pyarrow.parquet.write_table(pyarrow.table(table), "a.parquet", use_dictionary=dictionary)
     before, pool = pyarrow.total_allocated_bytes(), pyarrow.default_memory_pool()
     largest = n = 0
@@ -346,7 +346,7 @@ def test_rows_of_parquet_are_decoded_in_bounded_memory(dictionary):
     assert n == sum(map(len, table["text"])) and largest < 40 << 20
 
 
-def test_parquet_that_would_fill_the_memory_is_refused(monkeypatch):
+def test_parquet_that_needs_too_much_memory_is_refused(monkeypatch):
     for limit, match in (("MAX_RECORD", "rows of"), ("MAX_PAGE_BYTES", "a page of")):
         with monkeypatch.context() as patch:
             patch.setattr(reading, limit, 1 << 20)
@@ -357,7 +357,7 @@ def test_parquet_that_would_fill_the_memory_is_refused(monkeypatch):
                 cli.prepare_corpus(["hub", folder, "--tokenizer=byte"])
 
 
-def test_every_name_that_is_detected_is_an_encoding():
+def test_detectable_encodings_exist_in_python():
     for name in (
         *encoding.DETECTED,
         *encoding.COMMON_ENCODINGS,

@@ -1,4 +1,4 @@
-"""model.py against hand computations, and itself without a cache. (Hugging Face models: test_huggingface.py.)"""
+"""model.py against calculations by hand, and with a KV cache against without. (Hugging Face: test_huggingface.py.)"""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ SWITCHES = dict(
 
 
 def random_model(**changes) -> GPT:
-    """A model with every parameter random, biases and norms included, so that none can be left out unseen."""
+    """Return a model with all parameters random, even biases and norms, so that omitting one changes the output."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **changes})).eval()
     with torch.no_grad():
@@ -42,8 +42,8 @@ def tokens(B=2, T=12, V=37) -> torch.Tensor:
 
 
 @rounds(150, math.prod(map(len, SWITCHES.values())))
-def test_the_cache_changes_nothing_for_any_combination_of_switches(rounds):
-    """A prompt of 6 tokens, then one at a time, against all 10 at once."""
+def test_kv_cache_matches_full_forward_for_combined_settings(rounds):
+    """Compare a prefill of 6 tokens and 4 decoding steps with one forward pass over all 10 tokens."""
     idx = tokens(T=10)
     for values in random.Random(0).sample(list(itertools.product(*SWITCHES.values())), rounds):
         switches = dict(zip(SWITCHES, values, strict=True))
@@ -64,7 +64,7 @@ PUBLISHED |= dict(bias=False, mlp="geglu", scale_embedding=True, rope_scaling=YA
 
 
 @pytest.mark.parametrize("norm", SWITCHES["norm"])
-def test_the_cache_changes_nothing_for_the_switches_of_published_models(norm):
+def test_kv_cache_matches_full_forward_for_published_settings(norm):
     idx = tokens(T=10)
     model = random_model(**PUBLISHED, norm=norm)
     cache = KVCache(model.config, batch_size=2, size=12)
@@ -75,7 +75,7 @@ def test_the_cache_changes_nothing_for_the_switches_of_published_models(norm):
             pieces.append(model(piece, cache=cache)[0])
             cache.length += piece.size(1)
     assert (torch.cat(pieces, dim=1) - expected[:, 5:]).abs().max() < 1e-4
-    # with heads of 6 channels: 4 heads of queries, 2 of keys, 2 of values
+    # 4 query heads, 2 key heads and 2 value heads of 6 channels each
     attention, mlp = 32 * 48 + 48 + 6 + 6 + 24 * 32, 3 * 128 * 32
     assert model.config.n_hidden == 128 and sum(p.numel() for p in model.parameters() if p.dim() > 1) == (
         37 * 32 + 2 * (attention - 48 - 12 + mlp)
@@ -83,8 +83,8 @@ def test_the_cache_changes_nothing_for_the_switches_of_published_models(norm):
     assert model.flops_per_token() == 6 * model.num_params() + 12 * 2 * 4 * 6 * 16
 
 
-def test_rope_turns_nothing_in_a_block_without_it():
-    """Without rope, attention of the last token is the same for any order of the earlier tokens."""
+def test_block_without_rope_ignores_order_of_earlier_tokens():
+    """Without rope, the logits of the last token do not depend on the order of the earlier tokens."""
     idx = tokens(B=1)
     swapped = idx[:, [3, 1, 0, 2, *range(4, 12)]]
     for nope_every, same in ((1, True), (2, False), (0, False)):
@@ -95,8 +95,8 @@ def test_rope_turns_nothing_in_a_block_without_it():
 
 @pytest.mark.parametrize("pos", SWITCHES["pos"])
 @pytest.mark.parametrize("mlp", ["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu"])
-def test_no_token_sees_a_later_one(pos, mlp):
-    """The gradient of one position's loss with respect to later embeddings is exactly zero."""
+def test_attention_is_causal(pos, mlp):
+    """The gradient of one position's logits with respect to later embeddings is exactly zero."""
     model = random_model(pos=pos, mlp=mlp, n_kv_head=2, qk_norm=True)
     idx = tokens(B=1)
     seen = []
@@ -113,7 +113,7 @@ DOCUMENTS = torch.tensor([[n for n, length in enumerate(row) for _ in range(leng
 
 @pytest.mark.parametrize("pos", SWITCHES["pos"])
 @pytest.mark.parametrize("n_kv_head", [0, 2])
-def test_documents_in_a_row_are_as_each_alone(pos, n_kv_head):
+def test_documents_in_a_row_match_separate_forward_passes(pos, n_kv_head):
     model = random_model(pos=pos, n_kv_head=n_kv_head, qk_norm=True, ngram=3)
     idx = tokens()
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_documents_in_a_row_are_as_each_alone(pos, n_kv_head):
             parts = idx[row : row + 1].split(lengths, dim=1)
             alone = torch.cat([model(part, part)[0] for part in parts], dim=1)[0]
             assert (logits[row] - alone).abs().max() < 1e-5
-        assert (model(idx, idx)[0] - logits).abs().max() > 0.1  # what it comes to without
+        assert (model(idx, idx)[0] - logits).abs().max() > 0.1  # without `documents`, the logits differ
 
 
 @pytest.mark.parametrize("pos", SWITCHES["pos"])
@@ -141,7 +141,7 @@ def test_no_document_leaks_into_another(pos, dropout):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_keeps_documents_apart_as_the_mask_does(monkeypatch):
+def test_flex_attention_matches_the_document_mask(monkeypatch):
     model = random_model(pos="rope", n_kv_head=2, n_embd=64)
     idx = tokens()
     with torch.no_grad():
@@ -152,14 +152,14 @@ def test_flex_attention_keeps_documents_apart_as_the_mask_does(monkeypatch):
         assert (model(idx, idx, documents=DOCUMENTS)[0] - expected).abs().max() < 1e-5
 
 
-def test_attention_written_out_is_torchs():
+def test_plain_attention_matches_torch():
     q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0)).unbind()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(model_file.plain_attention(q, k, v, 0.0), expected)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-def test_attention_of_one_token_is_torchs(n_kv_head):
+def test_one_token_attention_matches_torch(n_kv_head):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, heads, size, 8) for heads, size in ((4, 1), (n_kv_head, 20), (n_kv_head, 20)))
     k *= 30  # weights near 0 and 1
@@ -169,8 +169,8 @@ def test_attention_of_one_token_is_torchs(n_kv_head):
     torch.testing.assert_close(model_file.one_token_attention(q, k, v, mask), expected)
 
 
-def test_training_in_bfloat16_follows_float32():
-    """The loss and its gradients, by the way that a CPU takes in training."""
+def test_bfloat16_loss_and_gradient_are_close_to_float32():
+    """Compare the loss and a gradient under autocast on a CPU with those in float32."""
     idx = tokens()
     model = random_model(pos="rope", qk_norm=True).train()
     gradients = []
@@ -185,7 +185,7 @@ def test_training_in_bfloat16_follows_float32():
     assert (gradient_bf16 - gradient).norm() < 0.05 * gradient.norm()
 
 
-def test_sinusoidal_positions_follow_the_papers_formula():
+def test_sinusoidal_positions_match_the_papers_formula():
     table = sinusoidal_positions(torch.arange(7), 6)
     for pos in range(7):
         for i in range(3):
@@ -194,7 +194,7 @@ def test_sinusoidal_positions_follow_the_papers_formula():
             assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
-def test_rotary_scores_depend_on_distance_only():
+def test_rotary_scores_depend_only_on_distance():
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = []
     for shift in (0, 3, 50):
@@ -203,8 +203,8 @@ def test_rotary_scores_depend_on_distance_only():
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [2**25, 5 * 37])  # of the 24 rows, five at a time
-def test_masked_targets_do_not_count(at_once, monkeypatch):
+@pytest.mark.parametrize("at_once", [2**25, 5 * 37])  # all 24 rows at once, or chunks of five rows
+def test_masked_targets_do_not_contribute_to_the_loss(at_once, monkeypatch):
     monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", at_once)
     model = random_model()
     idx, targets = tokens(), tokens().roll(-1, dims=1)
@@ -221,8 +221,8 @@ def test_masked_targets_do_not_count(at_once, monkeypatch):
 
 
 @pytest.mark.parametrize("switches", [{}, dict(logit_softcap=3.0, tie_weights=False)])
-def test_a_sum_over_rows_in_turn_has_the_gradients_of_one_over_all_logits(switches, monkeypatch):
-    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 5 * 37)  # of the 24 rows, five at a time
+def test_chunked_loss_has_the_same_gradients(switches, monkeypatch):
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 5 * 37)  # split the 24 rows into chunks of five
     targets, frozen = tokens().roll(-1, dims=1), random_model(**switches)
     targets[0, 2:8] = -1
     frozen.lm_head.weight.requires_grad_(False)
@@ -237,7 +237,7 @@ def test_a_sum_over_rows_in_turn_has_the_gradients_of_one_over_all_logits(switch
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_fully_masked_batch_has_loss_and_gradient_zero():
+def test_fully_masked_batch_has_zero_loss_and_gradient():
     model = random_model()
     for reduction in ("mean", "sum"):
         _, loss = model(tokens(), torch.full((2, 12), -1), reduction=reduction)
@@ -246,7 +246,7 @@ def test_a_fully_masked_batch_has_loss_and_gradient_zero():
         assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
-def test_without_targets_only_the_last_position_has_logits():
+def test_without_targets_only_one_position_has_logits():
     model = random_model()
     idx = tokens()
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_without_targets_only_the_last_position_has_logits():
     torch.testing.assert_close(chosen[:, 0], torch.stack([full[0, 3], full[1, 7]]))
 
 
-def test_dropout_is_off_in_evaluation_and_on_in_training():
+def test_dropout_is_active_in_training_only():
     model = random_model(dropout=0.5)
     idx = tokens()
     assert torch.equal(model(idx, idx)[0], model(idx, idx)[0])
@@ -267,7 +267,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_its_share_each_element_by_itself(dtype):
+def test_dropout_is_independent_per_element(dtype):
     torch.manual_seed(0)
     x = torch.full((1000, 4, 33), 2.0, dtype=dtype, requires_grad=True)
     y = dropout(x, 0.2, True)
@@ -281,8 +281,8 @@ def test_dropout_drops_its_share_each_element_by_itself(dtype):
     assert torch.equal(dropout(x, 0.2, False), x)
 
 
-def test_recomputed_blocks_have_the_gradients_of_kept_ones_to_the_bit():
-    """Dropout draws the same numbers twice."""
+def test_activation_checkpointing_gradients_are_bitwise_equal():
+    """Recomputation draws the same dropout masks again."""
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, dropout=0.3, pos="rope"))
     idx = torch.randint(11, (2, 9))
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]] * 2)
@@ -303,7 +303,7 @@ def test_softcap_bounds_the_logits():
     torch.testing.assert_close(capped, torch.tanh(free))
 
 
-def test_gpt2_has_124_million_parameters_and_gpt2s_initialization():
+def test_parameter_count_and_initialization_match_gpt2():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert model.num_params() == 124_439_808  # GPT-2 small, as published
@@ -314,20 +314,20 @@ def test_gpt2_has_124_million_parameters_and_gpt2s_initialization():
     assert std["transformer.h.3.mlp.c_proj.weight"] == pytest.approx(0.02 / 4, rel=0.03)  # sqrt(2 * 8) = 4
 
 
-def test_embedding_std_is_that_of_the_initial_token_embedding():
+def test_embedding_std_sets_initial_token_embedding():
     wte = GPT(GPTConfig(**{**SMALL, "n_embd": 512, "embedding_std": 0.3})).transformer.wte.weight
     assert 0.29 < wte.std() < 0.31
     with pytest.raises(ValueError, match="embedding_std"):
         GPTConfig(**SMALL, embedding_std=float("nan"))
 
 
-def test_zero_init_starts_every_block_as_the_identity_and_the_head_as_uniform():
+def test_zero_init_predicts_a_uniform_distribution():
     model = GPT(GPTConfig(**SMALL, zero_init=True, tie_weights=False))
     _, loss = model(tokens(), tokens())
     assert loss.item() == pytest.approx(math.log(37), rel=1e-6)
 
 
-def test_a_block_sees_a_mix_of_the_residual_stream_and_the_embedding():
+def test_embedding_skip_mixes_embeddings_into_block_inputs():
     model = random_model(pos="sinusoidal", ngram=2, embedding_skip=True)
     idx, t = tokens(), model.transformer
     embedding, ngrams, _ = model.embed(idx, torch.arange(12), None)
@@ -338,27 +338,27 @@ def test_a_block_sees_a_mix_of_the_residual_stream_and_the_embedding():
     torch.testing.assert_close(model.lm_head(t.ln_f(x)), model(idx, idx)[0])
     plain, skipping = (GPT(GPTConfig(**SMALL, embedding_skip=skip)) for skip in (False, True))
     skipping.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(plain(idx, idx)[0], skipping(idx, idx)[0])  # a new model mixes nothing in
+    assert torch.equal(plain(idx, idx)[0], skipping(idx, idx)[0])  # initially, embedding_skip has no effect
 
 
-def test_ngrams_are_told_apart_by_all_their_tokens_and_by_nothing_else():
-    """What is added at a position depends on the last 3 tokens there, and on the beginning of the sequence."""
+def test_ngram_embedding_depends_only_on_its_tokens():
+    """The n-gram embedding at a position depends on the last 3 tokens only, or on fewer at the start of a sequence."""
     embedding = random_model(ngram=3, ngram_rows=4096).transformer.ngram
     idx = torch.tensor([[5, 1, 2, 3, 7, 1, 2, 3, 0, 2, 3], [1, 2, 3, 2, 3, 1, 0, 3, 1, 2, 3]])
     with torch.no_grad():
         added = embedding(idx, torch.arange(11))
-    assert torch.equal(added[0, 3], added[0, 7]) and torch.equal(added[0, 3], added[1, 2])  # 1 2 3, wherever
-    others = [added[0, 10], added[1, 4], added[1, 7], added[1, 0]]  # 0 2 3, 3 2 3, 1 0 3, and 1 at the beginning
+    assert torch.equal(added[0, 3], added[0, 7]) and torch.equal(added[0, 3], added[1, 2])  # 1 2 3, at any position
+    others = [added[0, 10], added[1, 4], added[1, 7], added[1, 0]]  # 0 2 3, 3 2 3, 1 0 3, and 1 at the start
     assert all(not torch.allclose(added[0, 3], other) for other in others)
-    assert not torch.allclose(added[1, 0], added[0, 1])  # 1 at the beginning, and after 5
+    assert not torch.allclose(added[1, 0], added[0, 1])  # 1 at the start, and after 5
     bigrams, trigrams = (table.weight for table in embedding.tables)
-    assert len(bigrams) == 37 * 38 and len(trigrams) == 4096  # all that there are: a token, and one or none before
-    product = ((3 * 38 + 3) * 38 + 2) * 11400714819323198485 % 2**64  # with 2**64 / 1.618
+    assert len(bigrams) == 37 * 38 and len(trigrams) == 4096  # a row for each bigram: a token after one of 37, or none
+    product = ((3 * 38 + 3) * 38 + 2) * 11400714819323198485 % 2**64  # the factor is 2**64 / 1.618
     signed = product - 2**64 if product >= 2**63 else product
     torch.testing.assert_close(added[0, 3], bigrams[3 * 38 + 3] + trigrams[(signed >> 32) % 4096])
 
 
-def test_an_ngram_is_dropped_whole_and_in_training_only():
+def test_ngram_dropout_drops_whole_embeddings_in_training_only():
     embedding = random_model(ngram=2, ngram_rows=4096, ngram_dropout=0.25).transformer.ngram
     idx = torch.randint(37, (64, 128), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(128)
@@ -370,12 +370,12 @@ def test_an_ngram_is_dropped_whole_and_in_training_only():
     torch.testing.assert_close(dropped, torch.where(kept[..., None], whole / 0.75, 0))
 
 
-def test_bias_false_leaves_no_bias_anywhere():
+def test_bias_false_removes_all_biases():
     names = [name for name, _ in GPT(GPTConfig(**SMALL, bias=False)).named_parameters()]
     assert names and not [name for name in names if name.endswith("bias")]
 
 
-def test_cropping_the_block_keeps_the_logits_of_short_sequences():
+def test_crop_block_size_keeps_logits_of_short_sequences():
     model = random_model()
     idx = tokens(T=8)
     with torch.no_grad():
@@ -389,9 +389,9 @@ def test_cropping_the_block_keeps_the_logits_of_short_sequences():
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("size", [35, 39])  # within the padding of 37 rows, of which 33 are tokens, and beyond
-@pytest.mark.parametrize("ngram_rows", [50, 4096])  # hashed, and a row for each bigram
-def test_new_tokens_start_at_the_mean_and_change_no_other(tie_weights, size, ngram_rows):
+@pytest.mark.parametrize("size", [35, 39])  # of 37 rows, 33 are tokens; grow within the padding, or beyond
+@pytest.mark.parametrize("ngram_rows", [50, 4096])  # hashed, or one row per bigram
+def test_new_tokens_start_at_the_mean_of_existing_ones(tie_weights, size, ngram_rows):
     model = random_model(tie_weights=tie_weights, ngram=3, ngram_rows=ngram_rows)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     idx = tokens(V=33)
@@ -399,7 +399,7 @@ def test_new_tokens_start_at_the_mean_and_change_no_other(tie_weights, size, ngr
         logits = model(idx, idx)[0][..., :33]
         model.grow_vocab(33, size)
         grown = model(idx, idx)[0]
-        model(torch.full((1, 3), size - 1))  # n-grams of the new tokens have rows, too
+        model(torch.full((1, 3), size - 1))  # n-grams of new tokens work
     loaded = GPT(GPTConfig(**dataclasses.asdict(model.config)))
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded(idx, idx)[0], grown)
@@ -415,7 +415,7 @@ def test_new_tokens_start_at_the_mean_and_change_no_other(tie_weights, size, ngr
         assert torch.equal(p, before[name]) and p.requires_grad
 
 
-def test_weight_decay_is_on_matrices_only():
+def test_weight_decay_applies_to_matrices_only():
     model = random_model()
     decayed, free = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
@@ -423,7 +423,7 @@ def test_weight_decay_is_on_matrices_only():
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
-def test_mfu_of_gpt2_is_the_hand_computation():
+def test_mfu_of_gpt2_matches_calculation_by_hand():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50304, bias=False))
     matrices = 12 * 12 * 768**2 + 50304 * 768 + 25 * 768  # blocks, head, norms
@@ -456,13 +456,13 @@ def test_mfu_of_gpt2_is_the_hand_computation():
         (dict(n_layer=0), "at least 1"),
     ],
 )
-def test_an_impossible_shape_is_refused_with_a_sentence(change, word):
+def test_invalid_config_raises_an_error(change, word):
     with pytest.raises(ValueError, match=word):
         GPTConfig(**{**SMALL, **change})
 
 
-def test_compiled_models_with_different_angles_keep_their_own():
-    """Compiled code is shared by all models of a process, and contains the tables of angles as constants."""
+def test_compiled_models_use_their_own_rope_tables():
+    """All models in a process share compiled code, which contains the rope tables as constants."""
     idx, graphs = tokens(), []
     torch.compiler.reset()
 
@@ -481,7 +481,7 @@ def test_compiled_models_with_different_angles_keep_their_own():
 
 
 @pytest.mark.gpu
-def test_gpu_logits_are_the_cpus():
+def test_gpu_logits_match_cpu():
     model = random_model(pos="rope", n_kv_head=2, mlp="swiglu", norm="rmsnorm", bias=False)
     idx = tokens()
     with torch.no_grad():
@@ -492,8 +492,8 @@ def test_gpu_logits_are_the_cpus():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-def test_gpu_documents_are_the_cpus(compile):
-    """Flex attention on the GPU against the mask on the CPU: loss and gradients, with all that changes q and k."""
+def test_flex_attention_on_gpu_matches_mask_on_cpu(compile):
+    """Loss and gradients of flex attention on a GPU match the mask on a CPU, with rope, qk_norm and grouped heads."""
     model = random_model(pos="rope", n_embd=64, n_kv_head=2, qk_norm=True, block_size=300)
     idx = tokens(T=300)
     documents = (tokens(T=300, V=20) == 0).cumsum(1)
@@ -510,7 +510,7 @@ def test_gpu_documents_are_the_cpus(compile):
 
 
 @pytest.mark.parametrize("name, place", [("mlp", "MLP.forward"), ("norm", "Norm.forward"), ("pos", "GPT.embed")])
-def test_a_half_added_choice_names_the_place(name, place):
+def test_error_for_an_unimplemented_choice_names_the_function(name, place):
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
     setattr(config, name, "new")
     with pytest.raises(NotImplementedError, match=place):
