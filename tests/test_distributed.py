@@ -1,4 +1,4 @@
-"""Several processes, data parallel or sharded, have the losses of one: train.py started as torchrun starts it."""
+"""Training on several ranks, with DDP or FSDP, gives the losses of a single process. torchrun starts the ranks."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from helpers import REPO, TINY, metrics, script_here, torchrun
 from acorn import UserError, checkpoint, files, hub
 from train import TrainSettings, load_data, micro_batch_size
 
-# several runs one after the other in the same processes, whose start takes longer than a tiny run
+# run several trainings in the same processes, because starting processes takes longer than a tiny run
 RUNS = f"""
 import json, sys
 sys.path.insert(0, {str(REPO)!r})
@@ -28,7 +28,7 @@ for words in json.loads(sys.argv[1]):
     assert train.main() == 0
 train.runtime.shutdown(0)
 """
-# rows and matrices that two and four processes do not divide, micro-batches that they have to split
+# numbers of rows and matrices that 2 and 4 ranks do not divide evenly, and micro-batches that they must split
 SHAPE = "--n_layer=3 --n_hidden=50 --dropout=0 --eval_interval=5 --max_iters=10".split()
 ADAMW = [*SHAPE, "--document_mask=True"]
 MUON = [
@@ -46,8 +46,10 @@ OPTIMIZERS = [("adamw", ADAMW), ("muon", MUON)]
 
 
 def train(cwd, n_processes, *runs, before=""):
-    """Run train.py with each list of words on `n_processes` processes, and return their output. Each process first
-    executes the code `before`. One process without such code is this one."""
+    """Run train.py with each of the argument lists `runs` on `n_processes` ranks, and return the output.
+
+    Each rank first executes the code `before`. A single rank without such code runs in this process.
+    """
     if n_processes == 1 and not before:
         results = [script_here("train.py", *TINY, "--overwrite=True", *words, cwd=cwd) for words in runs]
         assert all(result.returncode == 0 for result in results), results
@@ -67,7 +69,7 @@ def losses(out_dir):
 
 
 def assert_same(folder, *runs, rel=1e-5):
-    """The runs have the losses of the first, but for the order of summing up."""
+    """Assert that all runs have the losses of the first, up to rounding errors from another order of summation."""
     one, *others = [losses(folder / run) for run in runs]
     for other in others:
         for a, b in zip(one, other, strict=True):
@@ -76,7 +78,7 @@ def assert_same(folder, *runs, rel=1e-5):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A folder with a text, with conversations of which only the replies count, and one process's runs on both."""
+    """A folder with a text dataset, a chat dataset, and single-process runs on a mixture of both."""
     folder = tmp_path_factory.mktemp("distributed")
     pairs = [{"prompt": f"{n} a?", "response": " ".join("a" * n)} for n in range(1, 40)]
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
@@ -92,7 +94,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_have_the_losses_of_one(alone, n):
+def test_losses_do_not_depend_on_the_number_of_ranks(alone, n):
     data = "--dataset=text:0.6,chat:0.4"
     forms = {"ddp": [], "fsdp": ["--fsdp=True"], "recomputed": ["--fsdp=True", "--activation_checkpointing=True"]}
     runs = {f"{form}-{name}-{n}": [*words, *more] for form, more in forms.items() for name, words in OPTIMIZERS}
@@ -108,8 +110,8 @@ def test_several_processes_have_the_losses_of_one(alone, n):
 
 
 @pytest.mark.slow
-def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alone):
-    """The rate is 0, so what the first update leaves is what there was; then another form takes the run up."""
+def test_sharded_run_has_same_initial_weights_and_resumes_unsharded(alone):
+    """With a learning rate of 0, the first checkpoint has the initial weights. A second run resumes in one process."""
     data = ["--dataset=text", "--max_iters=1", "--bias=True"]
     still = ["--learning_rate=0", "--min_lr=0", "--optimizer=muon", "--muon_lr=0"]
     train(alone, 1, [*SHAPE, *data, *still, "--out_dir=still"], [*ADAMW, "--dataset=text", "--out_dir=whole"])
@@ -124,7 +126,7 @@ def test_a_sharded_model_starts_from_the_same_weights_and_goes_on_unsharded(alon
     assert one == pytest.approx(other, rel=1e-5)
 
 
-# in each run, updates 3 and 6 have a non-finite gradient; with FSDP, each process holds a part of it
+# make the gradient non-finite in updates 3 and 6 of each run; with FSDP, in the shard of every rank
 POISON = """
 from acorn.training import optim
 optim.HOST_DECIDED_DEVICES = ()  # as on a GPU
@@ -142,7 +144,7 @@ torch.nn.utils.clip_grad_norm_ = poisoned
 
 
 @pytest.mark.slow
-def test_several_processes_skip_the_same_updates(alone):
+def test_ranks_skip_the_same_non_finite_updates(alone):
     forms = {"ddp": [], "fsdp": ["--fsdp=True"], "auto": ["--auto_batch=True"]}
     few = ["--max_iters=8", "--eval_interval=4", "--log_interval=3", "--dataset=text"]
     train(alone, 1, *([*words, *few, f"--out_dir=bad-{name}"] for name, words in OPTIMIZERS), before=POISON)
@@ -157,8 +159,8 @@ def test_several_processes_skip_the_same_updates(alone):
 
 
 @pytest.mark.slow
-def test_a_part_of_a_sharded_model_is_trained_as_of_a_whole_one(alone):
-    """Adapters, frozen parameters; bfloat16, which rounds what float32 carries on, and samples on the way."""
+def test_fsdp_with_lora_frozen_parameters_and_bfloat16(alone):
+    """Covers LoRA, frozen parameters, a published checkpoint, and bfloat16 (with samples, and a larger tolerance)."""
     data = ["--dataset=text", "--max_iters=6", "--eval_interval=3"]
     hub.export(str(alone / "adamw"), alone / "hf")
     forms = {
@@ -178,7 +180,7 @@ def test_a_part_of_a_sharded_model_is_trained_as_of_a_whole_one(alone):
 
 
 @pytest.mark.slow
-def test_a_sharded_model_is_compiled(alone):
+def test_compiled_fsdp_matches_eager(alone):
     words = [*MUON, "--dataset=text", "--max_iters=6", "--compile=True"]
     train(alone, 1, [*words[:-1], "--out_dir=eager"])
     out = train(
@@ -191,14 +193,14 @@ def test_a_sharded_model_is_compiled(alone):
     assert_same(alone, "eager", "compiled", "compiled-recomputed")
 
 
-def test_micro_batches_are_as_large_as_fits_and_a_batch_that_cannot_be_shared_is_refused():
+def test_micro_batch_size_divides_the_batch_among_ranks():
     def size(accumulation, batch_size, n_processes):
         s = TrainSettings(gradient_accumulation_steps=accumulation, batch_size=batch_size)
         return micro_batch_size(s, n_processes)
 
-    assert size(40, 12, 8) == 12  # nanoGPT's, which stays as it is
-    assert size(1, 12, 2) == 6 and size(1, 12, 4) == 3  # the quickstart's
-    assert size(3, 8, 2) == 6  # 12 sequences each, in two micro-batches
+    assert size(40, 12, 8) == 12  # nanoGPT's default is unchanged
+    assert size(1, 12, 2) == 6 and size(1, 12, 4) == 3  # as in config/quickstart.py
+    assert size(3, 8, 2) == 6  # 12 sequences per rank, in two micro-batches
     assert size(5, 12, 1) == 12
     for accumulation, batch_size, n_processes, nearest in (
         (1, 12, 8, 16),
@@ -211,7 +213,7 @@ def test_micro_batches_are_as_large_as_fits_and_a_batch_that_cannot_be_shared_is
         assert size(accumulation, nearest, n_processes)
 
 
-def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(dataset, monkeypatch):
+def test_data_is_hashed_once_per_machine_and_compared(dataset, monkeypatch):
     hashed, really = [], files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or really(path))
     s = TrainSettings(dataset=str(dataset))
@@ -224,7 +226,7 @@ def test_one_process_a_machine_checks_the_data_and_all_machines_have_the_same(da
 
 
 @pytest.mark.slow
-def test_tasks_measured_by_several_processes_are_those_of_one(dataset, tmp_path):
+def test_task_results_do_not_depend_on_the_number_of_ranks(dataset, tmp_path):
     prompts, words = [f"{verb} the " for verb in ("take", "bring", "leave")], ("letter", "lantern", "horse")
     for name, answer in (("c", lambda i: {"choices": words, "answer": i}), ("p", lambda i: {"response": words[i]})):
         records = [{"prompt": prompt, **answer(i)} for i, prompt in enumerate(prompts)]
@@ -241,8 +243,8 @@ def test_tasks_measured_by_several_processes_are_those_of_one(dataset, tmp_path)
 
 
 @pytest.mark.slow
-def test_every_objective_has_the_losses_of_one_process(alone):
-    """Preferences, a teacher and rewards; the completions of an update are the same ones, however they are divided."""
+def test_losses_of_every_objective_do_not_depend_on_ranks(alone):
+    """Preferences, a teacher and rewards. GRPO samples the same completions for any number of ranks."""
     pairs = [{"prompt": f"{n} a?", "chosen": "A" * (n % 5 + 1), "rejected": "b" * (n % 3 + 1)} for n in range(1, 40)]
     (alone / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     result = script_here("prepare", "preferences", "pairs.jsonl", "--tokenizer=chat", "--out=pairs", cwd=alone)

@@ -1,4 +1,4 @@
-"""Preparation that is stopped, killed or out of disk space goes on where it was and ends with the same bytes."""
+"""Preparation that is interrupted, killed or out of disk space resumes, and its result is byte-identical."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 class Interrupted:
-    """Documents, in blocks where they are long, that stop after `limit` of them."""
+    """Documents (long ones in blocks) whose iteration raises Stopped after the first `limit`."""
 
     def __init__(self, limit: int | None = None):
         self.limit = limit
@@ -45,7 +45,7 @@ class Interrupted:
         {"tokenizer": "byte", "max_tokens": 17_000},
     ],
 )
-def test_what_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, small_steps, options, capsys):
+def test_resumed_preparation_is_byte_identical(tmp_path, small_steps, options, capsys):
     def files_of(folder):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -58,7 +58,7 @@ def test_what_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, small_s
             if options.get("val_by") != "end" and options["tokenizer"] != "char":
                 documents = Interrupted(limit)
                 pipeline.prepare(documents, out, **options)
-            else:  # the corpus is read before
+            else:  # stop in the second pass over the corpus
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(pipeline, "_write_shards", stop_at(limit))
                     pipeline.prepare(documents, out, **options)
@@ -79,8 +79,8 @@ def stop_at(limit, write_shards=pipeline._write_shards):
 @pytest.mark.parametrize(
     ("module", "name"), [(pipeline.files, "replace"), (pipeline, "write_meta"), (pipeline.os, "replace")]
 )
-def test_stopped_before_any_step(tmp_path, small_steps, module, name):
-    """At each note of progress; when all is written; at each file that gets its name or is moved into its place."""
+def test_preparation_resumes_after_an_interruption_at_any_step(tmp_path, small_steps, module, name):
+    """Stop each time progress is saved, before meta.json is written, and before each file is renamed."""
     options = {"name": "d", "source": {}, "tokenizer": "byte", "shard_tokens": 1500}
     pipeline.prepare(Interrupted(), tmp_path / "whole", **options)
     attempts, call = 0, getattr(module, name)
@@ -103,7 +103,7 @@ def test_stopped_before_any_step(tmp_path, small_steps, module, name):
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_another_command_or_another_file_starts_anew(capsys, small_steps):
+def test_changed_command_or_input_starts_over(capsys, small_steps):
     write_records("r.jsonl")
     argv = ["text", "r.jsonl", "--tokenizer=byte", "--shard_tokens=1500"]
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +120,7 @@ def test_another_command_or_another_file_starts_anew(capsys, small_steps):
     assert "starting over" in capsys.readouterr().err and not leftovers()
 
 
-def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkeypatch):
+def test_full_disk_keeps_complete_shards(capsys, small_steps, monkeypatch):
     write_records("r.jsonl")
     argv = ["text", "r.jsonl", "--tokenizer=byte", "--shard_tokens=1500"]
     finish, calls = ShardWriter._finish_shard, []
@@ -142,7 +142,7 @@ def test_a_disk_that_fills_up_keeps_the_whole_shards(capsys, small_steps, monkey
     assert files == {path.name: path.read_bytes() for path in Path("data/r").iterdir()}
 
 
-def test_an_existing_dataset_stays_until_the_new_one_is_whole(monkeypatch):
+def test_existing_dataset_is_kept_until_the_new_one_is_complete(monkeypatch):
     Path("mine.txt").write_text(FOX)
     prepare("text", "mine.txt", "--tokenizer", "byte")
     before = {path.name: path.read_bytes() for path in Path("data/mine").iterdir()}
@@ -160,7 +160,7 @@ def test_an_existing_dataset_stays_until_the_new_one_is_whole(monkeypatch):
     assert load_dataset("mine").tokenizer.kind == "char"
 
 
-def test_an_interrupted_leftover_is_replaced():
+def test_leftover_files_of_an_interruption_are_replaced():
     Path("mine.txt").write_text(FOX)
     os.makedirs(f"data/mine/{PARTIAL}")
     Path(f"data/mine/{PARTIAL}/train_000005.bin.tmp").write_bytes(b"half")
@@ -172,7 +172,7 @@ def test_an_interrupted_leftover_is_replaced():
 
 
 @pytest.mark.parametrize("step", ["write", "meta"])
-def test_a_full_disk(monkeypatch, step):
+def test_full_disk_is_reported_with_the_space_needed(monkeypatch, step):
     Path("mine.txt").write_text(FOX)
 
     def full(*args, **kwargs):
@@ -188,14 +188,14 @@ def test_a_full_disk(monkeypatch, step):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_stopped_under_way(stop, code):
+def test_interrupt_removes_partial_files_and_a_kill_is_detected(stop, code):
     rng = np.random.default_rng(0)
     Path("big.txt").write_bytes(rng.integers(32, 127, 20_000_000, dtype=np.uint8).tobytes())
     process = subprocess.Popen(
         [sys.executable, REPO / "prepare", "text", "big.txt"],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
     )
     deadline = time.time() + 30
     while not Path("data/big", PARTIAL).is_dir() and time.time() < deadline:

@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, learning-rate schedules against hand computations."""
+"""Muon against the singular value decomposition, and learning-rate schedules against calculations by hand."""
 
 import copy
 import dataclasses
@@ -27,39 +27,39 @@ COMMON = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-def test_warmup_rises_in_a_line_and_never_from_zero(schedule):
+def test_warmup_is_linear_and_starts_above_zero(schedule):
     rates = [learning_rate_at(step, schedule, **COMMON) for step in range(11)]
     assert rates == pytest.approx([(step + 1) / 11 for step in range(11)])
 
 
-def test_cosine_is_nanogpts():
+def test_cosine_schedule_matches_nanogpt():
     at = lambda step: learning_rate_at(step, "cosine", **COMMON)  # noqa: E731
     assert at(60) == pytest.approx(0.55)  # half way
     assert at(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert at(110) == at(1000) == 0.1
 
 
-def test_linear_falls_in_a_line():
+def test_linear_schedule_decays_linearly():
     rates = [learning_rate_at(step, "linear", **COMMON) for step in (10, 35, 60, 85, 110, 500)]
     assert rates == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1, 0.1])
 
 
-def test_constant_does_not_fall():
+def test_constant_schedule_does_not_decay():
     assert {learning_rate_at(step, "constant", **COMMON) for step in (10, 60, 110, 1000)} == {1.0}
 
 
-def test_wsd_holds_and_then_falls_over_the_last_part():
+def test_wsd_schedule_decays_only_in_the_cooldown():
     rates = [learning_rate_at(step, "wsd", **COMMON, cooldown_frac=0.5) for step in (10, 55, 82.5, 110, 200)]
     assert rates == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
 
 
 @pytest.mark.parametrize("step", [0, 9, 10, 60, 200])
-def test_an_unknown_schedule_is_refused_at_every_step(step):
+def test_unknown_schedule_is_refused_at_every_step(step):
     with pytest.raises(UserError, match=r"sine.*learning_rate_at"):
         learning_rate_at(step, "sine", **COMMON)
 
 
-def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
+def test_unimplemented_schedule_or_optimizer_is_refused_at_start():
     """If a name is only in the Literal, the error names the function that lacks it."""
     with pytest.raises(UserError, match="learning_rate_at"):
         start.check(train.TrainSettings(lr_schedule="sine"))
@@ -71,7 +71,7 @@ def test_a_half_added_schedule_or_optimizer_stops_a_run_before_it_begins():
         make_optimizers(model, "adamw", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
 
 
-def test_every_choice_of_the_settings_is_implemented():
+def test_every_choice_in_the_settings_is_implemented():
     choices = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(train.TrainSettings).items()}
     for schedule in choices["lr_schedule"]:
         assert learning_rate_at(60, schedule, **COMMON) > 0
@@ -84,12 +84,12 @@ def test_every_choice_of_the_settings_is_implemented():
         assert make_optimizers(GPT(GPTConfig(**shape)), optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
 
 
-def test_a_change_of_the_learning_rate_on_resume_is_foretold():
+def test_resuming_reports_a_change_of_the_learning_rate():
     before = train.TrainSettings(max_iters=100, warmup_iters=0, learning_rate=1e-3, min_lr=0.0, lr_schedule="linear")
     longer = dataclasses.replace(before, max_iters=200)
     said = rate_change(before, longer, 75)
     assert "2.50e-04 to 6.25e-04" in said and "--lr_decay_iters=100" in said and "max_iters=200" in said
-    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # as suggested
+    assert rate_change(before, dataclasses.replace(longer, lr_decay_iters=100), 75) is None  # as the note suggests
     assert rate_change(before, before, 75) is rate_change(before, longer, 0) is None
     constant = [dataclasses.replace(s, decay_lr=False) for s in (before, longer)]
     assert rate_change(*constant, 75) is None
@@ -97,7 +97,7 @@ def test_a_change_of_the_learning_rate_on_resume_is_foretold():
     assert "2.50e-04 to 5.00e-04" in said and "lr_decay_iters" not in said
 
 
-def test_a_run_of_warmup_only():
+def test_warmup_may_last_until_lr_decay_iters():
     assert learning_rate_at(5, "cosine", 1.0, 0.1, warmup_iters=5, lr_decay_iters=5) == 0.1
 
 
@@ -114,8 +114,8 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(32, 128), (128, 32), (32, 64), (32, 63), (32, 32)])
-def test_orthogonalization_in_float32_is_precise_for_each_shape(rows, columns):
-    """Singular values over six decades, against the textbook iteration in float64."""
+def test_float32_orthogonalization_is_precise_for_all_shapes(rows, columns):
+    """Compare with the plain iteration on the singular values in float64. They span six orders of magnitude."""
     torch.manual_seed(0)
     n = min(rows, columns)
     left = torch.linalg.qr(torch.randn(3, rows, n, dtype=torch.float64))[0]
@@ -130,8 +130,8 @@ def test_orthogonalization_in_float32_is_precise_for_each_shape(rows, columns):
     assert error.max() < 3e-5
 
 
-def test_muon_steps_are_the_formula_matrix_by_matrix():
-    """Two updates of matrices of two shapes, stacked where equal, against one at a time."""
+def test_muon_step_matches_the_formula():
+    """Compare two updates of matrices of two shapes, which are stacked by shape, with updates of single matrices."""
     torch.manual_seed(0)
     start = [torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 8)]
     grads = [[torch.randn_like(p) for p in start] for _ in range(2)]
@@ -147,12 +147,12 @@ def test_muon_steps_are_the_formula_matrix_by_matrix():
             buffer = 0.9 * buffer + 0.1 * step[i]
             update = orthogonalize((0.1 * step[i] + 0.9 * buffer)[None].bfloat16())[0].float()
             p = p * (1 - 0.1 * 0.5) - 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5 * update
-        torch.testing.assert_close(params[i].detach(), p, rtol=0.02, atol=2e-3)  # bfloat16 inside
+        torch.testing.assert_close(params[i].detach(), p, rtol=0.02, atol=2e-3)  # orthogonalized in bfloat16
 
 
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
-def test_split_matrices_are_updated_as_if_each_part_were_a_matrix(mlp):
-    """Against a model in which queries, keys, values, gates and values are matrices of their own."""
+def test_muon_split_matches_separate_matrices(mlp):
+    """Compare with separate matrices for the queries, keys and values, and for the gates and values of the MLP."""
     torch.manual_seed(0)
     shape = dict(block_size=8, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=8, mlp=mlp, bias=False)
     model = GPT(GPTConfig(**shape))
@@ -172,7 +172,7 @@ def test_split_matrices_are_updated_as_if_each_part_were_a_matrix(mlp):
         torch.testing.assert_close(model.transformer.h.get_parameter(name), torch.cat(parts), rtol=1e-4, atol=1e-6)
 
 
-def test_muon_momentum_is_the_decay_rate_of_the_mean_gradient():
+def test_muon_momentum_is_an_exponential_moving_average():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
     muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.0, (0.9, 0.95), "cpu", torch.float32, muon_momentum=0.75)[1]
     weight = model.transformer.h[0].attn.c_proj.weight
@@ -185,7 +185,7 @@ def test_muon_momentum_is_the_decay_rate_of_the_mean_gradient():
     torch.testing.assert_close((before - weight.detach()) / 0.02, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_muon_updates_block_matrices_and_adamw_the_rest():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, tie_weights=False))
     adamw, muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), "cpu")
     matrices = {name for name, p in model.named_parameters() if any(p is q for q in muon.param_groups[0]["params"])}
@@ -197,7 +197,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert [group["peak_lr"] for group in muon.param_groups] == [0.02]
 
 
-def test_muon_state_is_restored_to_the_bit():
+def test_restored_muon_state_gives_bitwise_equal_updates():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(6, 4))
     q = torch.nn.Parameter(p.detach().clone())
@@ -214,7 +214,7 @@ def test_muon_state_is_restored_to_the_bit():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("bad, host_decides", [(float("nan"), ()), (float("inf"), ()), (float("nan"), ("cpu",))])
-def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
+def test_update_with_non_finite_gradient_changes_nothing(kind, bad, host_decides, monkeypatch):
     """Compare with an optimizer that gets the same gradients and does not step if they are non-finite."""
     monkeypatch.setattr(optim, "HOST_DECIDED_DEVICES", host_decides)
     torch.manual_seed(0)
@@ -239,5 +239,5 @@ def test_an_update_without_a_finite_gradient_changes_nothing(kind, bad, host_dec
             assert torch.equal(p, q)
         mine, expected = checkpoint.named_moments(models[0], one), checkpoint.named_moments(models[1], other)
         assert all(torch.equal(mine[name], value) for name, value in expected.items())
-        assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # absent, or zeros
+        assert expected.keys() == mine.keys() or not any(value.any() for value in mine.values())  # absent, or zero
     assert counts == [[1, 4], [0, 4], [0, 4], [1, 5], [2, 6], [0, 6], [0, 6], [1, 7]]

@@ -1,4 +1,4 @@
-"""sample.py as a person runs it."""
+"""sample.py from the command line."""
 
 import dataclasses
 import json
@@ -17,7 +17,10 @@ from model import GPT, GPTConfig
 
 @pytest.fixture(scope="module")
 def sample(trained, tmp_path_factory):
-    """Call sample.py's main on the trained model, in a folder without data: the tokenizer is in the checkpoint."""
+    """Return a function that runs sample.py on the trained model, in a folder without data.
+
+    The tokenizer comes from the checkpoint.
+    """
     cwd = tmp_path_factory.mktemp("elsewhere")
 
     def call(*words, **kwargs):
@@ -28,7 +31,7 @@ def sample(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bytes_model(tmp_path_factory):
-    """A run on bytes, where a Chinese character is three tokens."""
+    """The out_dir of a run with a byte tokenizer, in which a Chinese character is three tokens."""
     cwd = tmp_path_factory.mktemp("bytes")
     (cwd / "t.txt").write_text("今天天气很好。我们去公园。" * 60)
     assert script_here("prepare", "text", "t.txt", "--tokenizer=byte", "--out=d", cwd=cwd).returncode == 0
@@ -47,7 +50,7 @@ def as_json(result):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_the_same_seed_draws_the_same_samples_whatever_runs_beside_them(sample):
+def test_samples_depend_only_on_their_seed(sample):
     three = as_json(sample("--num_samples=3", "--max_new_tokens=30", "--json=True", "--start=ANNA"))
     one = as_json(sample("--num_samples=1", "--max_new_tokens=30", "--json=True", "--start=ANNA"))
     later = as_json(sample("--num_samples=1", "--max_new_tokens=30", "--json=True", "--start=ANNA", "--seed=1339"))
@@ -56,14 +59,14 @@ def test_the_same_seed_draws_the_same_samples_whatever_runs_beside_them(sample):
     assert all(s["n_tokens"] == 30 and s["stopped_by"] == "max_new_tokens" for s in three)
 
 
-def test_text_comes_with_its_prompt_and_streamed_text_is_the_same(sample):
+def test_output_starts_with_prompt_and_streaming_gives_the_same_text(sample):
     whole = sample("--num_samples=1", "--max_new_tokens=40", "--start=BORIS:")
     assert whole.stdout.startswith("BORIS:") and whole.stdout.endswith("\n---------------\n")
     assert sample("--num_samples=1", "--max_new_tokens=40", "--start=BORIS:", "--stream=True").stdout == whole.stdout
     assert "sliding window" in whole.stderr  # 46 tokens in a block of 32
 
 
-def test_a_file_of_prompts_is_one_batch_equal_to_one_by_one(sample, tmp_path):
+def test_batch_of_prompts_from_a_file_matches_single_prompts(sample, tmp_path):
     prompts = ["ANNA:", "take the letter, and", "B"]
     (tmp_path / "p.txt").write_text("\n".join(prompts))
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
@@ -85,7 +88,7 @@ def test_prompt_from_a_file_stop_strings_and_logprobs(sample, tmp_path):
     assert all(p <= 0 for p in result["logprobs"])
 
 
-def test_interactive_asks_until_the_end(trained):
+def test_interactive_mode_reads_prompts_until_end_of_input(trained):
     words = [f"--out_dir={trained}", "--device=cpu", "--interactive=True", "--max_new_tokens=5"]
     result = script("sample.py", *words, cwd="/", input="ANNA\nBORIS\n")
     assert result.returncode == 0
@@ -94,10 +97,10 @@ def test_interactive_asks_until_the_end(trained):
     assert [json.loads(line)["prompt"] for line in piped.stdout.splitlines()] == ["ANNA", "BORIS"]
 
 
-def test_chinese_goes_in_and_out_whole(bytes_model):
+def test_incomplete_chinese_characters_are_not_printed(bytes_model):
     prompt = "今天天气很好。"
     words = ["--device=cpu", "--json=True", "--num_samples=2", f"--start={prompt}", "--temperature=0"]
-    for n in (1, 2, 10):  # also where the last character is not complete
+    for n in (1, 2, 10):  # the last character may be incomplete
         words_n = [f"--out_dir={bytes_model}", *words, f"--max_new_tokens={n}"]
         for result in as_json(run_here(sample_script.main, *words_n, cwd="/")):
             assert result["prompt"] == prompt and "\ufffd" not in result["text"]
@@ -107,7 +110,7 @@ def test_chinese_goes_in_and_out_whole(bytes_model):
     assert streamed.stdout.startswith(prompt) and "\ufffd" not in streamed.stdout
 
 
-def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_refused(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "euro.txt").write_text("ANNA\n\n€\n")
@@ -129,7 +132,7 @@ def test_bad_input_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
         refused_here(monkeypatch, capsys, sample_script.main, words, said)
 
 
-def test_beam_search_prints_its_best_texts(trained, monkeypatch, capsys):
+def test_beam_search_prints_texts_by_descending_score(trained, monkeypatch, capsys):
     words = "--device=cpu --compile=False --start=ANNA --max_new_tokens=9 --json=True --logprobs=True --num_beams=4"
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", *words.split(), "--num_samples=3"])
     monkeypatch.setattr(sys, "stdin", None)
@@ -156,14 +159,14 @@ def test_beam_search_prints_its_best_texts(trained, monkeypatch, capsys):
         ("--early_stopping=never", "--num_beams=4"),
     ],
 )
-def test_settings_that_exclude_beam_search_are_refused(words, said):
+def test_settings_incompatible_with_beam_search_are_refused(words, said):
     given = settings.parse(sample_script.SampleSettings, words.split())
     with pytest.raises(UserError, match=said):
         sample_script.check(settings.build(sample_script.SampleSettings, given), given)
 
 
 @rounds(30, 1500)
-def test_any_sample_settings_give_text_or_a_sentence(rounds):
+def test_arbitrary_sampling_settings_work_or_are_refused(rounds):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=6, vocab_size=20, n_layer=1, n_head=2, n_embd=8, pos="rope"))
     names = [f.name for f in dataclasses.fields(Sampling)] + ["num_samples", "max_new_tokens", "seed"]
