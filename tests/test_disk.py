@@ -1,4 +1,4 @@
-"""Full disks, size limits, missing permissions, vanishing files, read errors: nothing is lost or half-written."""
+"""Full disks, file size limits, missing permissions, deleted files and read errors lose or corrupt no saved data."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from acorn.data.shards import load_dataset
 
 @contextlib.contextmanager
 def small_disk(folder: Path):
-    """A disk in memory at `folder`; yields a function that sets its size in bytes."""
+    """Mount a tmpfs at `folder`, and yield a function that sets its size."""
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
     if made.returncode:
@@ -31,8 +31,8 @@ def small_disk(folder: Path):
 
 
 @rounds(3, 30)
-def test_a_disk_that_fills_up_while_training_loses_nothing(dataset, whole_run, start, tmp_path, rounds):
-    """At every write there is: the disk's sizes go through those that a run comes to need."""
+def test_training_resumes_after_the_disk_was_full(dataset, whole_run, start, tmp_path, rounds):
+    """The disk size increases from round to round, so that the disk fills up at different writes of a run."""
     chance, full = random.Random(0), 0
     words = [*RUN, f"--dataset={dataset}", "--out_dir=disk/o"]
     needed = 2 * sum(f.stat().st_size for f in whole_run.rglob("*") if f.is_file())
@@ -42,7 +42,7 @@ def test_a_disk_that_fills_up_while_training_loses_nothing(dataset, whole_run, s
             run_ = start("train.py", *words, cwd=tmp_path)
             said = said_in_a_sentence(run_, 0, 2)
             full += "No space left" in said
-            assert "No space left" not in said or "disk/o" in said  # which disk
+            assert "No space left" not in said or "disk/o" in said  # the error names the disk
             set_size("50m")
             how = "--init_from=resume" if checkpoint.holds_run(tmp_path / "disk/o") else "--overwrite=True"
             assert start("train.py", *words, how, cwd=tmp_path).end() == 0
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_while_training_loses_nothing(dataset, whole_run, s
 
 
 @rounds(3, 30)
-def test_a_disk_that_fills_up_while_preparing_loses_nothing(start, tmp_path, rounds):
+def test_preparation_resumes_after_the_disk_was_full(start, tmp_path, rounds):
     (tmp_path / "c.txt").write_text("to be or not to be, " * 20_000)
     argv = ["text", "c.txt", "--tokenizer=byte", "--name=d", "--shard_tokens=50000"]
     assert start("prepare", *argv, "--out=whole", cwd=tmp_path).end() == 0
@@ -74,8 +74,8 @@ def test_a_disk_that_fills_up_while_preparing_loses_nothing(start, tmp_path, rou
 
 
 @rounds(2, 20)
-def test_files_that_may_not_grow_lose_nothing(dataset, whole_run, start, tmp_path, rounds):
-    """A limit on the size of a file, which needs no rights: each file in turn is the one that reaches it."""
+def test_training_resumes_after_a_file_size_limit(dataset, whole_run, start, tmp_path, rounds):
+    """Limit the size of files (RLIMIT_FSIZE), which needs no privileges. Each round, another file exceeds the limit."""
     sizes = sorted({f.stat().st_size for f in whole_run.rglob("*") if f.is_file()})
     chance, stopped = random.Random(0), 0
     for i in range(rounds):
@@ -91,8 +91,8 @@ def test_files_that_may_not_grow_lose_nothing(dataset, whole_run, start, tmp_pat
     print(f"{rounds} limits, {stopped} of which stopped the run")
 
 
-def test_no_permission_is_a_sentence(dataset, start, tmp_path):
-    """As a user who may not: to write out_dir, to read the data, the checkpoint, or the text; to write the dataset."""
+def test_missing_permission_is_reported(dataset, start, tmp_path):
+    """Run as a user without permission to write the out_dir or dataset, or to read the data, checkpoint or text."""
     work = tmp_path / "w"
     work.mkdir()
     shutil.copytree(dataset, work / "data" / "mine")
@@ -130,8 +130,8 @@ def test_no_permission_is_a_sentence(dataset, start, tmp_path):
     assert not (work / "o").exists() and not list((work / "locked").iterdir())
 
 
-def test_files_that_vanish_from_under_a_run(dataset, start, tmp_path):
-    """The out_dir, and then the dataset: the run goes on, and what it saves is whole."""
+def test_training_continues_after_its_files_are_deleted(dataset, start, tmp_path):
+    """Delete the out_dir and then the dataset of a run: training continues, and its next checkpoint is complete."""
     shutil.copytree(dataset, tmp_path / "mine")
     words = [*RUN, "--dataset=mine", "--out_dir=o", "--max_iters=100000", "--lr_decay_iters=40"]
     run_ = start("train.py", *words, cwd=tmp_path)
@@ -150,8 +150,8 @@ def test_files_that_vanish_from_under_a_run(dataset, start, tmp_path):
     assert "no dataset 'mine'" in said_in_a_sentence(again, 2)
 
 
-def test_the_errors_of_a_disk_are_sentences(tmp_path, monkeypatch):
-    """Whatever the system says of a read: a disk that fails, too many open files."""
+def test_read_errors_are_reported(tmp_path, monkeypatch):
+    """An OSError while reading becomes a UserError: I/O error, too many open files, stale file handle."""
     folder = chat_dataset(tmp_path)
     for number in (errno.EIO, errno.EMFILE, errno.ESTALE):
 

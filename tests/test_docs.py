@@ -1,4 +1,4 @@
-"""docs/: the code and commands that the pages quote exist."""
+"""README and docs/: the quoted code exists, and commands, links and figures are valid."""
 
 import argparse
 import math
@@ -24,7 +24,7 @@ def code_lines(page: str) -> list[str]:
     return [line.strip() for block in re.findall(r"```python\n(.*?)```", text, re.S) for line in block.splitlines()]
 
 
-def test_the_tour_of_the_model_quotes_lines_of_the_model():
+def test_model_page_quotes_existing_lines():
     quoted = code_lines("how-the-model-works.md")
     lines = {line.strip() for line in (REPO / "model.py").read_text(encoding="utf-8").splitlines()}
     assert len(quoted) > 15
@@ -32,7 +32,7 @@ def test_the_tour_of_the_model_quotes_lines_of_the_model():
         assert any(line.split("  # ")[0] == own.split("  # ")[0] for own in lines), line
 
 
-def test_the_page_of_objectives_quotes_lines_of_the_losses():
+def test_preferences_page_quotes_existing_lines():
     files = [REPO / "acorn" / "training" / "losses.py", REPO / "config" / "grpo_arithmetic.py"]
     lines = {line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()}
     quoted = code_lines("preferences.md")
@@ -40,12 +40,12 @@ def test_the_page_of_objectives_quotes_lines_of_the_losses():
 
 
 @pytest.mark.parametrize(("n_vocab", "loss"), [(65, "4.17"), (50257, "10.82")])
-def test_the_tour_gives_the_loss_of_a_model_that_knows_nothing(n_vocab, loss):
+def test_model_page_gives_the_loss_of_a_uniform_prediction(n_vocab, loss):
     assert f"{math.log(n_vocab):.2f}" == loss
     assert loss in (REPO / "docs" / "how-the-model-works.md").read_text(encoding="utf-8")
 
 
-def test_the_measured_tables_of_both_readmes_have_the_same_figures():
+def test_tables_of_both_readmes_have_the_same_figures():
     tables = []
     for name in ("README.md", "README.zh-CN.md"):
         text = (REPO / name).read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def parse(words: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_page_are_right(page, monkeypatch):
+def test_commands_of_each_page_are_valid(page, monkeypatch):
     monkeypatch.chdir(REPO)
     n_parsed = 0
     for words in commands(page):
@@ -117,7 +117,7 @@ def test_both_readmes_show_the_same_commands():
     assert english == chinese and len(english) > 15
 
 
-def test_links_between_pages_lead_somewhere():
+def test_links_between_pages_are_valid():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
@@ -129,7 +129,7 @@ def test_links_between_pages_lead_somewhere():
                 assert anchor in slugs, f"{page.name}: {target}#{anchor}"
 
 
-def test_the_packages_of_pyproject_are_those_of_the_requirements():
+def test_pyproject_and_requirements_list_the_same_packages():
     """Compare all packages except the dev tools, which are in requirements-dev.txt."""
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -1,4 +1,4 @@
-"""acorn/inference/inside.py against transformers' attention weights and against computations by hand."""
+"""acorn/inference/inside.py against the attention weights of transformers and calculations by hand."""
 
 import base64
 import gc
@@ -32,7 +32,7 @@ def model(request):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_attention_weights_are_those_of_transformers(tmp_path, family):
+def test_attention_weights_match_transformers(tmp_path, family):
     other = theirs(family, attn_implementation="eager")
     other.save_pretrained(tmp_path)
     model, _, _ = checkpoint.load_model(str(tmp_path))
@@ -43,7 +43,7 @@ def test_attention_weights_are_those_of_transformers(tmp_path, family):
         assert (weights - expected).abs().max() < 1e-5
 
 
-def test_the_residual_stream_is_that_of_transformers(tmp_path):
+def test_residual_stream_matches_transformers(tmp_path):
     other = theirs("llama")
     other.save_pretrained(tmp_path)
     model, _, _ = checkpoint.load_model(str(tmp_path))
@@ -54,7 +54,7 @@ def test_the_residual_stream_is_that_of_transformers(tmp_path):
     assert (model.transformer.ln_f(residual[-1]) - hidden[-1]).abs().max() < 1e-4
 
 
-def test_every_form_of_the_model_can_be_looked_into(model):
+def test_look_works_for_every_kind_of_model(model):
     found = inside.look(model, IDS)
     L, H, T = model.config.n_layer, model.config.n_head, len(IDS)
     assert found.attention.shape == (L, H, T, T) and found.residual.shape == (L + 1, T, model.config.n_embd)
@@ -64,14 +64,14 @@ def test_every_form_of_the_model_can_be_looked_into(model):
     assert math.isclose(inside.token_losses(found.logits, IDS).mean(), loss.item(), rel_tol=1e-5)
 
 
-def test_the_last_row_of_the_logit_lens_is_the_output_of_the_model(model):
+def test_logit_lens_of_the_last_layer_is_the_models_output(model):
     found = inside.look(model, IDS)
     assert torch.equal(inside.logit_lens(model, found.residual[-1]), found.logits)
     assert not torch.allclose(inside.logit_lens(model, found.residual[0]), found.logits)
 
 
-def test_a_head_is_ablated_as_by_zeros_in_the_matrix_that_reads_it(model, monkeypatch):
-    monkeypatch.setattr(inside, "LOGITS_AT_ONCE", 3 * len(IDS) * model.config.vocab_size)  # 3 of the 4 heads at once
+def test_head_ablation_matches_zeros_in_the_output_projection(model, monkeypatch):
+    monkeypatch.setattr(inside, "LOGITS_AT_ONCE", 3 * len(IDS) * model.config.vocab_size)  # chunks of 3 of the 4 heads
     found = inside.head_ablation(model, IDS)
     x, y, D = torch.tensor([IDS[:-1]]), torch.tensor([IDS[1:]]), model.config.head_dim
     with torch.no_grad():
@@ -86,16 +86,16 @@ def test_a_head_is_ablated_as_by_zeros_in_the_matrix_that_reads_it(model, monkey
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_int8_model_for_decoding_can_be_looked_into(compile):
+def test_look_and_ablation_work_for_an_int8_model(compile):
     model = ours()
     exact, losses = inside.look(model, IDS).attention, inside.head_ablation(model, IDS[:2])
     quantized = prepare_for_decoding(model, "int8", compile)
-    assert hasattr(quantized.lm_head, "versions") == compile  # it did not go on without
+    assert hasattr(quantized.lm_head, "versions") == compile  # compiling did not fail
     assert (inside.look(quantized, IDS).attention - exact).abs().max() < 0.05
     assert (inside.head_ablation(quantized, IDS[:2]) - losses).abs().max() < 0.05
 
 
-def test_neighbours_are_those_of_numpy():
+def test_neighbours_match_numpy():
     model = ours()
     table = model.transformer.wte.weight.detach().double().numpy()
     table /= np.linalg.norm(table, axis=1, keepdims=True)
@@ -107,8 +107,8 @@ def test_neighbours_are_those_of_numpy():
         assert np.allclose(similar[row], cosine[order], atol=1e-5)
 
 
-def test_the_plain_values_are_those_of_the_tensors():
-    model = ours(n_kv_head=2, pos="rope", vocab_size=272)  # the last 15 ids only pad the vocabulary
+def test_json_values_match_the_tensors():
+    model = ours(n_kv_head=2, pos="rope", vocab_size=272)  # the last 15 ids are padding
     model.train()
     values = json.loads(json.dumps(inside.look_inside(model, BYTE, IDS), allow_nan=False))
     assert model.training
@@ -133,8 +133,8 @@ def test_the_plain_values_are_those_of_the_tensors():
     assert [token for token, _ in values["neighbours"]] == list("Helo, wrd")
 
 
-def test_the_probabilities_of_one_layer_are_held_at_a_time(monkeypatch):
-    """Of a model with a large vocabulary, those of all layers would take gigabytes."""
+def test_probabilities_are_held_for_one_layer_at_a_time(monkeypatch):
+    """With a large vocabulary, the probabilities of all layers together would need gigabytes."""
     held, logit_lens = [], inside.logit_lens
 
     def counted(model, x):
@@ -147,7 +147,7 @@ def test_the_probabilities_of_one_layer_are_held_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, bpe_tokenizer(), llama_tokenizer()], ids=["byte", "bpe", "llama"])
-def test_labels_show_characters_of_several_tokens_and_bytes_that_are_none(tokenizer):
+def test_labels_of_multi_token_characters_and_incomplete_bytes(tokenizer):
     ids = tokenizer.encode("a你\x1b\n").tolist()
     shown = inside.labels(tokenizer, ids)
     assert len(shown) == len(ids)
@@ -156,12 +156,12 @@ def test_labels_show_characters_of_several_tokens_and_bytes_that_are_none(tokeni
     assert not any("\ufffd" in text for text in shown)
 
 
-def test_labels_recover_after_bytes_that_are_no_character():
+def test_labels_recover_after_invalid_bytes():
     ids = [0xE4, 0xBD, ord("x"), 0xFF, 0xE4, *"é".encode()]
     assert inside.labels(BYTE, ids) == ["⟨E4⟩", "⟨BD⟩", "x", "⟨FF⟩", "⟨E4⟩", "⟨C3⟩", "…é"]
 
 
 @pytest.mark.parametrize("ids, word", [([5], "1 tokens"), ([5] * 17, "17 tokens"), ([5, 300], "256"), ([-1, 5], "256")])
-def test_texts_that_cannot_be_looked_at_are_refused(ids, word):
+def test_texts_of_invalid_length_or_ids_are_refused(ids, word):
     with pytest.raises(UserError, match=word):
         inside.check_text(ids, BYTE.n_vocab, block_size=16)

@@ -1,4 +1,4 @@
-"""acorn/training/objective.py: preferences, teachers and rewards through train.py itself, on a tiny chat model."""
+"""acorn/training/objective.py: train.py with preferences, a teacher and rewards, on a tiny chat model."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the datasets `chat` and `pairs`, and the run `sft` of a model of them."""
+    """A folder with the datasets `chat` and `pairs`, and the run `sft`, trained on `chat`."""
     folder = tmp_path_factory.mktemp("objective")
     words = ["cat", "dog", "fox", "owl"]
     questions = [f"Say {words[i % 4]} {i}." for i in range(60)]
@@ -62,8 +62,8 @@ SLOW = [form if form in ("dpo", "grpo") else pytest.param(form, marks=pytest.mar
 
 
 @pytest.mark.parametrize("form", SLOW)
-def test_a_resumed_run_of_each_objective_is_the_run_never_stopped(form, folder, monkeypatch):
-    """To the bit, although the frozen model is opened again, and the completions are sampled again."""
+def test_resumed_run_matches_an_uninterrupted_run(form, folder, monkeypatch):
+    """All metrics are exactly equal, although resuming loads the frozen model and samples the completions again."""
     monkeypatch.chdir(folder)
     assert train_here(monkeypatch, *RUN, *FORMS[form], f"--out_dir={form}-a") == 0
     assert train_here(monkeypatch, *RUN, *FORMS[form], f"--out_dir={form}-b", "--max_iters=2") == 0
@@ -74,11 +74,11 @@ def test_a_resumed_run_of_each_objective_is_the_run_never_stopped(form, folder, 
         assert lines[0]["val_loss"] == pytest.approx(math.log(2)) and lines[0]["val_margin"] == 0
         assert lines[-1]["val_loss"] < 0.69 and lines[-1]["val_accuracy"] > 0.9 and lines[-1]["val_margin"] > 0
     if form == "kl":
-        assert (folder / "sft/step_000020/pinned").exists()  # its run must not remove the reference
+        assert (folder / "sft/step_000020/pinned").exists()  # the run sft must not remove the reference
 
 
 @pytest.mark.parametrize("form", ["dpo", *(pytest.param(form, marks=pytest.mark.slow) for form in ("distill", "grpo"))])
-def test_every_split_of_the_batch_makes_the_same_updates(form, folder, monkeypatch):
+def test_updates_do_not_depend_on_the_micro_batch_size(form, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for out, words in (("whole", []), ("pieces", ["--batch_size=2", "--gradient_accumulation_steps=4"])):
         words = [*words, "--dropout=0", "--eval_iters=0", "--max_iters=2", f"--out_dir={form}-{out}"]
@@ -88,8 +88,8 @@ def test_every_split_of_the_batch_makes_the_same_updates(form, folder, monkeypat
 
 
 @torch.no_grad()
-def test_a_pair_stays_together_and_its_loss_is_that_of_the_answers_alone(folder, monkeypatch):
-    """The loss of rows with several pairs equals a loop over pairs, each answer alone in a sequence."""
+def test_preference_loss_matches_a_loop_over_pairs(folder, monkeypatch):
+    """Compare the loss of rows of several pairs with a loop over pairs, in which each answer has its own sequence."""
     monkeypatch.chdir(folder)
     data = load_mixture("pairs")
     policy, reference = (checkpoint.load_model("sft")[0].eval() for _ in range(2))
@@ -119,7 +119,7 @@ def test_a_pair_stays_together_and_its_loss_is_that_of_the_answers_alone(folder,
     assert set(answers) == {"A", "b"}
 
 
-def test_a_run_resumes_with_a_loss_that_needs_a_reference_and_with_one_that_does_not(folder, monkeypatch, capsys):
+def test_preference_loss_may_change_on_resume(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert train_here(monkeypatch, *RUN, *FORMS["simpo"], "--out_dir=changing", "--max_iters=2") == 0
     resume = ["--init_from=resume", "--out_dir=changing", "--max_iters=3"]
@@ -131,7 +131,7 @@ def test_a_run_resumes_with_a_loss_that_needs_a_reference_and_with_one_that_does
     assert [line["step"] for line in metrics(folder / "changing") if "loss" in line] == [0, 1, 2, 3]
 
 
-def test_the_memory_of_a_dry_run_includes_the_reference(folder, monkeypatch, capsys):
+def test_dry_run_includes_the_memory_of_the_reference(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert train_here(monkeypatch, *RUN, *FORMS["dpo"], "--out_dir=none", "--dry_run=True") == 0
     assert "for the reference" in capsys.readouterr().out and not Path("none").exists()
@@ -156,20 +156,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_data_and_settings_that_do_not_fit_are_refused(words, folder, monkeypatch):
+def test_invalid_data_and_settings_are_refused(words, folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=words):
         train_here(monkeypatch, *RUN, *REFUSED[words], "--out_dir=none")
     assert not Path("none").exists()
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(folder, dataset, monkeypatch):
+def test_teacher_with_another_tokenizer_is_refused(folder, dataset, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match="another tokenizer"):
         train_here(monkeypatch, *RUN, f"--dataset={dataset}", "--objective=distill", "--teacher=sft", "--out_dir=none")
 
 
-def test_adapters_switched_off_are_the_base(folder, monkeypatch):
+def test_disabled_adapters_give_the_base_model(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert train_here(monkeypatch, *RUN, *FORMS["lora"], "--out_dir=adapted", "--max_iters=1") == 0
     found, state = checkpoint.find(Path("adapted"), "latest")

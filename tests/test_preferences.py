@@ -1,4 +1,4 @@
-"""prepare/preferences.py: pairs of answers from the forms of published data, each pair in one row."""
+"""prepare/preferences.py: read pairs of answers in published formats, and keep each pair in one row."""
 
 import json
 from pathlib import Path
@@ -29,17 +29,17 @@ FORMS = [
 
 
 @pytest.mark.parametrize("record", FORMS)
-def test_the_forms_of_published_pairs(record):
+def test_published_formats_of_pairs_are_read(record):
     assert read_pair(record) == ([ASK, reply("good")], [ASK, reply("bad")])
 
 
 @pytest.mark.parametrize("text", ["[1, 2, 3]", '{"a": 1}', '[{"a": 1}]', "[]"])
-def test_json_can_be_a_prompt_and_an_answer(text):
+def test_prompt_and_answer_may_be_json_text(text):
     pair = read_pair({"prompt": text, "chosen": text, "rejected": "bad"})
     assert [[message["content"] for message in messages] for messages in pair] == [[text, text], [text, "bad"]]
 
 
-def test_only_the_last_answers_of_a_longer_conversation_are_learned():
+def test_only_the_final_answers_are_learned():
     turns = [ASK, reply("so"), {"role": "user", "content": "And?"}]
     for messages in read_pair({"messages": turns, "chosen": "good", "rejected": "bad"}):
         assert [message.get("learn", True) for message in messages if message["role"] == "assistant"] == [False, True]
@@ -65,7 +65,7 @@ def test_bad_records_are_refused(record, words, tmp_path, monkeypatch):
     assert not Path("data/p").exists()
 
 
-def test_a_pair_stays_in_one_row_with_its_answers_as_targets(tmp_path, monkeypatch):
+def test_each_pair_is_in_one_row_with_its_answers_as_targets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}?", "chosen": "A" * (1 + i % 4), "rejected": "b" * (1 + i % 3)} for i in range(40)]
     rows.append({"prompt": "long", "chosen": "A" * 300, "rejected": "b"})
@@ -88,12 +88,12 @@ def test_a_pair_stays_in_one_row_with_its_answers_as_targets(tmp_path, monkeypat
                     prompt = chat.render(tokenizer, messages)
                     assert ids[: len(prompt)].tolist() == prompt.tolist()
     expected = {i: [row[name] + "<|endoftext|>" for name in ("chosen", "rejected")] for i, row in enumerate(rows[:40])}
-    assert found == expected  # all but the pair that is longer than a row
+    assert found == expected  # all pairs except the one that is longer than a row
     notes = " ".join(dataset.notes(200))
     assert "pairs in" in notes and ("1 left out" in notes or dataset.val.conversations.rows(200).left_out)
 
 
-def test_a_limit_that_leaves_no_pair_for_validation_is_refused(tmp_path, monkeypatch):
+def test_val_tokens_too_small_for_any_pair_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))

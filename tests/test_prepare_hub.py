@@ -1,4 +1,4 @@
-"""prepare/hub.py: datasets of the Hugging Face hub, from a local folder, and the corpora that are there."""
+"""prepare/hub.py: datasets in the format of the Hugging Face hub, from a local folder, and named corpora on the hub."""
 
 import contextlib
 import gzip
@@ -15,7 +15,7 @@ from prepare import hub
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
-def test_the_hub_goes_on_by_its_bookmark(capsys, small_steps, monkeypatch):
+def test_hub_preparation_resumes_from_its_bookmark(capsys, small_steps, monkeypatch):
     hub_folder()
     monkeypatch.setattr(hub, "MAX_ROWS", 70)
     argv = ["hub", "hubset", "--val_split=validation", "--tokenizer=byte", "--shard_tokens=1500"]
@@ -41,7 +41,7 @@ def test_the_hub_goes_on_by_its_bookmark(capsys, small_steps, monkeypatch):
             prepare(*argv)
             break
     assert {path.name: path.read_bytes() for path in Path("data/hubset").iterdir()} == want
-    assert len(bookmarks) > 3 and max(bookmarks) > 300  # it did not read all again
+    assert len(bookmarks) > 3 and max(bookmarks) > 300  # it did not restart from the first row
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -63,7 +63,7 @@ def test_hub_datasets(streaming, monkeypatch):
     assert documents_of(dataset, "train")[:-1] == RECORDS[: len(documents_of(dataset, "train")) - 1]
     prepare("hub", "hubset", f"--streaming={streaming}", "--tokenizer=byte", *options, "--val_tokens=10")
     dataset = load_dataset("hubset")
-    assert documents_of(dataset, "val") == ["val one", "v"]  # the rest of this split is not trained on
+    assert documents_of(dataset, "val") == ["val one", "v"]  # the rest of this split is not in train
     assert documents_of(dataset, "train")[0] == RECORDS[0] and len(dataset.train) == 990
 
 
@@ -77,7 +77,7 @@ def test_hub_datasets(streaming, monkeypatch):
         (ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs another --config: .*'y'"),
     ],
 )
-def test_the_hub_refuses(monkeypatch, error, match):
+def test_hub_errors_are_explained(monkeypatch, error, match):
     def ask(*args, **kwargs):
         raise error
 
@@ -99,19 +99,19 @@ def test_the_hub_refuses(monkeypatch, error, match):
         ("train.jsonl.zst", b"", "empty or cut short"),
     ],
 )
-def test_files_that_datasets_cannot_read_end_in_a_sentence(file, data, match, tokenizer):
+def test_unreadable_files_are_reported(file, data, match, tokenizer):
     Path("broken").mkdir()
     Path("broken", file).write_bytes(data)
     prepare_fails(f"datasets cannot read broken: .*{match}", "hub", "broken", f"--tokenizer={tokenizer}")
     assert not list(Path("data").glob("*"))
 
 
-def test_a_name_that_is_neither_a_folder_nor_on_the_hub():
+def test_invalid_dataset_name_is_refused():
     for name in ("./nofolder", "/no/folder", "a/b/c"):
         prepare_fails(f"'{name}' is neither a local folder nor a dataset name.*such as OWNER/NAME", "hub", name)
 
 
-def test_named_corpora_ask_the_hub_for_the_right_thing(monkeypatch):
+def test_named_corpora_load_the_expected_dataset(monkeypatch):
     asked = []
 
     def ask(*args, **kwargs):
