@@ -1,4 +1,4 @@
-"""acorn/training/autotune.py: a run chooses its arithmetic by measuring, and keeps it when it resumes."""
+"""acorn/training/autotune.py: a run measures which arithmetic is fastest, and keeps it on resume."""
 
 import dataclasses
 import json
@@ -30,10 +30,10 @@ def test_emulated_bfloat16_is_never_chosen():
     assert done.returncode == 0, done.stderr
     chosen, notes = json.loads(done.stdout)
     assert chosen["dtype"] == chosen["muon_dtype"] == "float32"
-    assert "float32" in notes[-1] and "bfloat16" in notes[-1]  # the candidates
+    assert "float32" in notes[-1] and "bfloat16" in notes[-1]  # the note names both dtypes
 
 
-def test_the_choice_is_the_fastest_and_leaves_no_trace(monkeypatch):
+def test_fastest_choice_wins_and_state_is_restored(monkeypatch):
     """Simulate a CPU on which bfloat16 takes half the time, and one on which it takes twice as long."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     monkeypatch.setattr(autotune, "bfloat16_slowdown", lambda: 1.0)
@@ -55,7 +55,7 @@ def faked(bfloat16: float):
     return fastest
 
 
-def test_a_named_dtype_is_taken_without_timing(monkeypatch):
+def test_explicit_dtype_is_used_without_timing(monkeypatch):
     monkeypatch.setattr(autotune, "fastest", None)
     for dtype in ("float32", "bfloat16"):
         r = runtime.setup("cpu", dtype, False)
@@ -63,7 +63,7 @@ def test_a_named_dtype_is_taken_without_timing(monkeypatch):
         assert chosen.dtype == chosen.muon_dtype == dtype and notes == []
 
 
-def test_a_checkpoint_keeps_the_choice_on_its_own_machine_only(monkeypatch):
+def test_choice_in_a_checkpoint_is_kept_on_the_same_machine_only(monkeypatch):
     r = runtime.setup("cpu", "auto", False)
     here = autotune.machine_name(r.device)
     monkeypatch.setattr(
@@ -81,7 +81,7 @@ def test_a_checkpoint_keeps_the_choice_on_its_own_machine_only(monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_plain_and_fused_attention_train_alike(p):
+def test_plain_and_fused_attention_give_the_same_loss_and_gradient(p):
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(SMALL, n_layer=1, attn_dropout=0.0, dropout=p))
     idx, losses = torch.randint(64, (2, 64)), []
@@ -95,7 +95,7 @@ def test_plain_and_fused_attention_train_alike(p):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_run_says_what_it_chose_and_resumes_with_it(dataset, tmp_path):
+def test_run_prints_its_choice_and_keeps_it_on_resume(dataset, tmp_path):
     words = [word for word in TINY if "dtype" not in word]
     words += [f"--dataset={dataset}", "--out_dir=o", "--dtype=auto", "--max_iters=2", "--eval_iters=1"]
     first = script_here("train.py", *words, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Two processes at once on one out_dir or dataset: one of them is told of the other."""
+"""If two processes use the same out_dir or dataset at the same time, one is refused."""
 
 import socket
 from pathlib import Path
@@ -10,7 +10,7 @@ from acorn import files
 from acorn.data.shards import load_dataset
 
 
-def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path):
+def test_out_dir_of_a_running_process_is_refused(dataset, tmp_path):
     process = start_process(
         REPO / "train.py", *TINY, f"--dataset={dataset}", "--out_dir=o", "--max_iters=100000", cwd=tmp_path
     )
@@ -24,8 +24,8 @@ def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path):
 
 
 @rounds(2, 15)
-def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start, tmp_path, rounds):
-    """Begun together, on an empty out_dir: one of them trains as if alone."""
+def test_one_of_two_simultaneous_runs_is_refused(dataset, whole_run, start, tmp_path, rounds):
+    """Start two runs on an empty out_dir at the same time: one trains as if it were alone, the other is refused."""
     told = 0
     for i in range(rounds):
         words = [*RUN, f"--dataset={dataset}", f"--out_dir=o{i}"]
@@ -46,8 +46,8 @@ def test_of_two_runs_at_once_one_is_told_of_the_other(dataset, whole_run, start,
     print(f"{rounds} times two runs at once, {told} times with the other's name")
 
 
-def test_a_system_that_does_not_remove_open_files(tmp_path, monkeypatch):
-    """Such as Windows."""
+def test_unlock_on_systems_that_cannot_remove_open_files(tmp_path, monkeypatch):
+    """As on Windows, unlink fails while the file is open."""
     lock, unlink = files.lock(tmp_path, "preparing"), Path.unlink
 
     def refuse(self, missing_ok=False):

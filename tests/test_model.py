@@ -267,7 +267,7 @@ def test_dropout_is_active_in_training_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_is_independent_per_element(dtype):
+def test_dropout_rate_scaling_and_independence(dtype):
     torch.manual_seed(0)
     x = torch.full((1000, 4, 33), 2.0, dtype=dtype, requires_grad=True)
     y = dropout(x, 0.2, True)

@@ -1,4 +1,4 @@
-"""Tasks measured at the evaluations of a run, against acorn.evaluate on its checkpoint."""
+"""Task metrics measured during a run, compared with acorn.evaluate on its checkpoint."""
 
 import json
 import sys
@@ -24,10 +24,10 @@ def files(in_tmp_path, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_a_run_measures_what_acorn_evaluate_measures(files, dataset, tmp_path, monkeypatch, capsys):
+def test_run_measures_the_same_task_metrics_as_acorn_evaluate(files, dataset, tmp_path, monkeypatch, capsys):
     assert train_here(monkeypatch, *RUN, f"--dataset={dataset}", "--out_dir=o") == 0
     said = capsys.readouterr().out
-    assert said.count("accuracy") == 2 * 3 and "skipped 1 of 5" in said  # two kinds, three evaluations
+    assert said.count("accuracy") == 2 * 3 and "skipped 1 of 5" in said  # two kinds of tasks, three evaluations
     last = [line for line in metrics(tmp_path / "o") if "val_loss" in line][-1]
     words = "o --checkpoint=latest --choices=c.jsonl --pairs=p.jsonl --device=cpu --json"
     monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *words.split()])
@@ -40,7 +40,7 @@ def test_a_run_measures_what_acorn_evaluate_measures(files, dataset, tmp_path, m
     words = [word for word in RUN if "eval_choices" not in word and "eval_pairs" not in word]
     assert train_here(monkeypatch, *words, f"--dataset={dataset}", "--out_dir=without") == 0
     alike = [{k: v for k, v in line.items() if not k.startswith(report.TASKS)} for line in numbers(tmp_path / "o")]
-    assert alike == numbers(tmp_path / "without")  # measuring changes nothing
+    assert alike == numbers(tmp_path / "without")  # measuring tasks does not change the run
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_run_measures_what_acorn_evaluate_measures(files, dataset, tmp_path, m
         ("eval_pairs", None, "bad.jsonl"),
     ],
 )
-def test_a_broken_file_is_refused_before_the_run_writes(files, dataset, tmp_path, monkeypatch, name, content, said):
+def test_invalid_task_file_is_refused_before_the_run_writes(files, dataset, tmp_path, monkeypatch, name, content, said):
     if content is not None:
         (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(UserError, match=said):

@@ -1,4 +1,4 @@
-"""A run that goes on among another number of processes, sharded or not, is the same run."""
+"""A run that resumes with another number of ranks, sharded or not, gives the same losses."""
 
 import json
 import os
@@ -13,7 +13,7 @@ WORDS = [*TINY, "--dropout=0", "--batch_size=2", "--gradient_accumulation_steps=
 
 
 def train(cwd, n_processes: int, *words) -> subprocess.CompletedProcess:
-    """train.py in so many processes; in one, without torchrun."""
+    """Run train.py on `n_processes` ranks; a single one is started without torchrun."""
     command = [sys.executable, *(torchrun(n_processes) if n_processes > 1 else []), REPO / "train.py", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=env, timeout=200, capture_output=True, text=True)
@@ -31,8 +31,8 @@ LONG = [(1, False), (2, True), (4, True), (2, False), (3, True), (1, False)]
         pytest.param("muon", LONG, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_among_any_number_of_processes(dataset, tmp_path, optimizer, chain):
-    """An update has twelve sequences, which one to four processes share evenly."""
+def test_run_resumes_with_any_number_of_ranks(dataset, tmp_path, optimizer, chain):
+    """An update has 12 sequences, which 1 to 4 ranks can divide evenly."""
     words = [*WORDS, f"--dataset={dataset}", f"--optimizer={optimizer}"]
     each = LAST // len(chain)
     words.append(f"--eval_interval={each}")
@@ -49,7 +49,7 @@ def test_a_run_goes_on_among_any_number_of_processes(dataset, tmp_path, optimize
 
 
 def read_by_the_other_commands(cwd):
-    """sample.py and init_from take a sharded checkpoint as any other."""
+    """Assert that sample.py and init_from can read a sharded checkpoint."""
     result = script_here("sample.py", "--out_dir=o", "--num_samples=1", "--max_new_tokens=5", cwd=cwd)
     assert result.returncode == 0, result.stderr
     words = ["--init_from=o", "--max_iters=1", "--out_dir=p", "--eval_only=True", "--eval_iters=0"]
@@ -59,8 +59,8 @@ def read_by_the_other_commands(cwd):
 
 
 @pytest.mark.slow
-def test_a_failed_write_is_known_to_all_processes(dataset, tmp_path):
-    """At first in the way of one step, and the run goes on; then in that of the last."""
+def test_failed_write_is_reported_once_and_known_to_all_ranks(dataset, tmp_path):
+    """If a checkpoint cannot be written, the run continues; if it is the last one, the run fails."""
     words = [*WORDS, f"--dataset={dataset}", "--fsdp=True", "--max_iters=2", "--eval_interval=2", "--out_dir=o"]
     assert train(tmp_path, 2, *words).returncode == 0
     (tmp_path / "o" / ".writing-step_000004").write_text("a file is in the way")
@@ -71,12 +71,12 @@ def test_a_failed_write_is_known_to_all_processes(dataset, tmp_path):
     result = train(tmp_path, 2, "--init_from=resume", "--out_dir=o", "--max_iters=8")
     assert result.returncode != 0
     assert result.stderr.count("error: the last updates are not saved (File exists)") == 1
-    assert f'File "{REPO}/train.py' not in result.stderr  # no traceback of ours
+    assert f'File "{REPO}/train.py' not in result.stderr  # no traceback from train.py
     assert (tmp_path / "o" / "latest").read_text() == "step_000006\n"
 
 
 @pytest.mark.slow
-def test_a_shard_that_is_lost_is_missed(dataset, tmp_path):
+def test_missing_shard_is_reported(dataset, tmp_path):
     words = [*WORDS, f"--dataset={dataset}", "--fsdp=True", "--max_iters=2", "--eval_interval=2", "--out_dir=o"]
     assert train(tmp_path, 2, *words).returncode == 0
     lost = tmp_path / "o" / "step_000002" / "optimizer-00002-of-00002.safetensors"
