@@ -43,6 +43,14 @@ def test_run_measures_the_same_task_metrics_as_acorn_evaluate(files, dataset, tm
     assert alike == numbers(tmp_path / "without")  # measuring tasks does not change the run
 
 
+def test_dry_run_times_the_records_that_fit(files, dataset, tmp_path, monkeypatch, capsys):
+    records = [{"prompt": "a" * n, "choices": ["b", "c"], "answer": 0} for n in (*[99] * 8, 9)]  # a batch has 4
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert train_here(monkeypatch, *RUN, f"--dataset={dataset}", "--dry_run=True") == 0
+    said = capsys.readouterr().out
+    assert "skipped 8 of 9" in said and "for the evaluations" in said
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [

@@ -312,7 +312,7 @@ def test_records_longer_than_the_block_are_skipped_and_counted(chatting, monkeyp
     pairs = [{"prompt": "a" * 99, "response": "b"}, {"prompt": "snow?", "response": "white"}]
     choices = [{"prompt": p["prompt"], "choices": ["white", "b"], "answer": 0} for p in pairs]
     long_choice = {"prompt": "snow?", "choices": ["white", "b" * 99], "answer": 0}
-    for name, records in {"p": pairs, "c": [*choices, long_choice], "none": pairs[:1]}.items():
+    for name, records in {"p": pairs, "c": [*choices, long_choice], "none": [pairs[0] | choices[0]]}.items():
         (chatting / f"skip_{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.chdir(chatting)
 
@@ -331,7 +331,8 @@ def test_records_longer_than_the_block_are_skipped_and_counted(chatting, monkeyp
     answered = [json.loads(line) for line in (chatting / "skip_a.jsonl").read_text().splitlines()]
     assert [record.get("answered", record.get("chosen")) is None for record in answered] == [1, 0, 1, 0, 1]
 
-    out = json.loads(run("--pairs=skip_none.jsonl", "--json"))
+    out = json.loads(run("--pairs=skip_none.jsonl", "--choices=skip_none.jsonl", "--json"))
+    assert len(out["results"]) == 8
     assert all(row["value"] is None and row["n"] == 0 and "skipped 1 of 1" in row["note"] for row in out["results"])
     table = run("--pairs=skip_p.jsonl")
     assert "tok:13a" in table and table.count("skipped 1 of 2") == 1 and "n/a" in table  # ROUGE-2 of one word

@@ -37,9 +37,11 @@ def read_tasks(
     """
     result = Tasks()
     if choices:
-        result.choices = tasks.read_choices(choices)
-        result.rows, result.lengths = tasks.encode_choices(tokenizer, result.choices)
-        report_skipped(choices, result.choices, result.lengths, block_size, log)
+        located = tasks.read_choices(choices)
+        rows, lengths = tasks.encode_choices(tokenizer, located)
+        report_skipped(choices, located, lengths, block_size, log)
+        kept = [each for each in zip(located, rows, lengths, strict=True) if each[2] <= block_size]  # each[2]: length
+        result.choices, result.rows, result.lengths = map(list, zip(*kept, strict=True))
     if pairs:
         missing = [name for name in ("sacrebleu", "rouge_score", "regex") if importlib.util.find_spec(name) is None]
         if missing:

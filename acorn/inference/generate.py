@@ -241,7 +241,7 @@ def check_prompts(model: GPT, prompts: list[list[int]]) -> None:
     """Raise UserError if a prompt contains a token that the model does not know."""
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
+    if (largest := max(map(max, prompts), default=0)) >= model.config.vocab_size:
         raise UserError(
             f"the prompt contains token {largest}, but the model's vocabulary has {model.config.vocab_size} tokens. "
             "The tokenizer has tokens that the model does not know; leave them out."
