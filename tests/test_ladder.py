@@ -48,6 +48,13 @@ def test_dry_run_forecasts_the_loss_from_runs_of_the_ladder(dataset, tmp_path, m
     reached = [line["val_loss"] for line in metrics(tmp_path / "out/step-2") if "val_loss" in line][-1]
     assert predicted == pytest.approx(reached, abs=0.05)  # for such short runs, the fitted floor is 0
     assert not (tmp_path / "out/step-9").exists()
+    tuned = [*words, "--init_from=out/step-2", "--out_dir=out/step-9", "--dry_run=True", "--max_minutes=10"]
+    assert train_here(monkeypatch, *tuned) == 0
+    said = capsys.readouterr().out
+    assert "from 3 runs" in said and "--n_layer" not in said  # the depth is that of the checkpoint
+    student = ["--objective=distill", "--teacher=out/step-2", "--out_dir=out/step-9", "--dry_run=True"]
+    assert train_here(monkeypatch, *words, *student) == 0
+    assert "forecast" not in capsys.readouterr().out  # its loss is not that of the ladder
     shutil.copytree("out/step-2", "out/step-3")
     (tmp_path / "out/step-3/step_000060/state.json").write_text("{")  # a damaged run is ignored
     (tmp_path / "dial.py").write_text("n_layer = 2\nngram = n_layer - 1")  # depth 1 is invalid

@@ -61,7 +61,8 @@ def training_flops(s: "TrainSettings", n_vocab: int) -> float:
 def finished_runs(s: "TrainSettings", identity: str) -> dict[Path, tuple["TrainSettings", float]]:
     """Return the settings and the last validation loss of the finished runs on the same ladder, by out_dir.
 
-    A run on other data (see `Mixture.identity`) does not count, nor does the run in s.out_dir itself.
+    A run on other data (see `Mixture.identity`) or with another objective does not count, nor does the run in s.out_dir
+    itself.
     """
     out_dir, runs = Path(s.out_dir), {}
     stem = re.sub(r"\d+$", "", out_dir.name)
@@ -76,7 +77,8 @@ def finished_runs(s: "TrainSettings", identity: str) -> dict[Path, tuple["TrainS
                 saved = settings.build(type(s), settings.checked(type(s), state["settings"]))
             except (checkpoint.Damaged, UserError):  # perhaps a run that is saving
                 continue
-            if state.get("evaluated_at") == state["step"] == saved.max_iters and state.get("data") == identity:
+            finished = state.get("evaluated_at") == state["step"] == saved.max_iters
+            if finished and state.get("data") == identity and saved.objective == s.objective:
                 runs[folder] = (saved, state["val_loss"])
     return runs
 
@@ -87,6 +89,8 @@ def forecast(s: "TrainSettings", argv: list[str], n_vocab: int, identity: str, f
     `argv` are the words of the command, with which other depths are tried, and `flops_per_second` is this machine's
     rate. The budget is max_minutes, or the time that this run needs.
     """
+    if s.objective != "tokens":  # the law is about losses per token; those of rewards may be negative
+        return ""
     runs = finished_runs(s, identity)
     if len(runs) < FEWEST_RUNS:
         return ""
@@ -101,6 +105,8 @@ def forecast(s: "TrainSettings", argv: list[str], n_vocab: int, identity: str, f
         f"forecast: val loss {law.loss(own):.3f}, from {len(runs)} runs beside {s.out_dir}, which the fit "
         f"{law.floor:.3f} + {law.scale:.3g} * FLOPs^-{law.exponent:.3f} meets within {max(errors):.4f}"
     ]
+    if s.init_from != "scratch":  # the checkpoint fixes the depth
+        return lines[0]
     seconds = 60 * s.max_minutes or own / flops_per_second
     sizes = {}
     for depth in range(1, 2 * s.n_layer + 3):
