@@ -275,6 +275,8 @@ def test_invalid_input_raises_a_clear_error(chatting, trained, monkeypatch):
     (chatting / "talk.jsonl").write_text(json.dumps({"prompt": "a" * 99, "response": "b"}))
     (chatting / "half.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}')
     (chatting / "array.jsonl").write_text('[{"prompt": "a", "response": "b"}]')
+    (chatting / "euro.jsonl").write_text('{"prompt": "\\u20ac", "response": "b", "choices": ["b", "c"], "answer": 0}')
+    (chatting / "euro.txt").write_text("a \u20ac", encoding="utf-8")
     (chatting / "empty.txt").write_text("")
     monkeypatch.chdir(chatting)
     for words, *said in (
@@ -287,6 +289,9 @@ def test_invalid_input_raises_a_clear_error(chatting, trained, monkeypatch):
         (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would overwrite"),
         (["o", "--text=empty.txt"], "no token to predict"),
         ([trained, "--dataset=d"], "different tokenizer"),
+        ([trained, "--pairs=euro.jsonl"], "line 1 of euro.jsonl: the character"),
+        ([trained, "--choices=euro.jsonl"], "line 1 of euro.jsonl: the character"),
+        ([trained, "--text=euro.txt"], "euro.txt: the character"),
     ):
         monkeypatch.setattr(sys, "argv", ["acorn.evaluate", *map(str, words), "--device=cpu"])
         with pytest.raises(UserError) as refusal:

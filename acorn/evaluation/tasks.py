@@ -106,8 +106,12 @@ def measure_text(
     model: GPT, tokenizer: Tokenizer, path: str, r: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
     """Apply `measure_tokens` to a UTF-8 text file, as one document of a dataset."""
-    text = tokenizer.encode(files.read_text(path))
-    ids = np.array([*tokenizer.before_document, *text, *tokenizer.after_text], dtype=np.int32)
+    text = files.read_text(path)
+    try:
+        encoded = tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    ids = np.array([*tokenizer.before_document, *encoded, *tokenizer.after_text], dtype=np.int32)
     if len(ids) < 2:
         raise UserError(f"{path} has no token to predict. Use a file with more text.")
     check_prompts(model, [ids.tolist()])
@@ -125,7 +129,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
         return chat.render(tokenizer, messages).tolist()
     if len(messages) > 1:
         raise UserError(
-            "is a conversation of several messages, but this checkpoint has no chat template. Use records with a "
+            "this conversation has several messages, but the checkpoint has no chat template. Use records with a "
             '"prompt" and a "response".'
         )
     return encode_prompt(tokenizer, messages[0]["content"], control=False)
@@ -284,7 +288,7 @@ def encode_record(tokenizer: Tokenizer, prompt: str, choices: list[str]) -> list
     n = next(n for n in range(len(start), -1, -1) if all(whole[:n] == start[:n] for whole in wholes))
     for whole, choice in zip(wholes, choices, strict=True):
         if len(whole) == n:
-            raise UserError(f"has the choice {choice!r:.50}, which this tokenizer encodes without tokens. Remove it.")
+            raise UserError(f"this tokenizer encodes the choice {choice!r:.50} without tokens. Remove it.")
     if n == 0:  # no prompt, or the first token contains all of it
         return [(encode_prompt(tokenizer, ""), whole) for whole in wholes]
     return [(whole[:n], whole[n:]) for whole in wholes]
@@ -300,7 +304,7 @@ def encode_choices(
         try:
             encoded.append(encode_record(tokenizer, record["prompt"], record["choices"]))
         except UserError as error:
-            raise UserError(f"{where} {error}") from error
+            raise UserError(f"{where}: {error}") from error
     return encoded, [max(len(prompt) + len(continuation) for prompt, continuation in rows) - 1 for rows in encoded]
 
 
@@ -484,8 +488,8 @@ def load_splits(dataset: str, split: str, document_mask: bool, tokenizer: Tokeni
     return splits
 
 
-def read_pair(tokenizer: Tokenizer, record: dict) -> tuple[list[int], str]:
-    """Return the prompt of a record (ids) and its reference, the text of the last reply."""
+def read_pair(record: dict) -> tuple[list[dict], str]:
+    """Return the messages before the last reply of a record, and the reference, which is the text of that reply."""
     messages = read_messages(record)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     if "content" not in messages[last]:
@@ -493,17 +497,22 @@ def read_pair(tokenizer: Tokenizer, record: dict) -> tuple[list[int], str]:
             "ends with a reply without text, such as a tool call. Answers are compared as text, so end it with a text "
             "reply."
         )
-    return prompt_ids(tokenizer, messages[:last]), messages[last]["content"].strip()
+    return messages[:last], messages[last]["content"].strip()
 
 
 def encode_pairs(tokenizer: Tokenizer, records: list[tuple[str, dict]]) -> list[tuple[list[int], str]]:
-    """Return `read_pair` of each record. Raises UserError, which names the record's location, for an invalid one."""
+    """Return the prompt (ids) and the reference of each record. Raises UserError, which names the record's location,
+    for an invalid one."""
     pairs = []
     for where, record in records:
         try:
-            pairs.append(read_pair(tokenizer, record))
+            messages, reference = read_pair(record)
         except UserError as error:
             raise UserError(f"{where} {error}") from error
+        try:
+            pairs.append((prompt_ids(tokenizer, messages), reference))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     return pairs
 
 
