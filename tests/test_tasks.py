@@ -1,5 +1,6 @@
 """`python -m acorn.evaluate`: metrics and standard errors against hand computations, with a tiny chat model."""
 
+import importlib.util
 import json
 import math
 import os
@@ -297,6 +298,10 @@ def test_invalid_input_raises_a_clear_error(chatting, trained, monkeypatch):
         with pytest.raises(UserError) as refusal:
             main()
         assert all(words in str(refusal.value) for words in said)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rouge_score" else sys)
+    monkeypatch.setattr(sys, "argv", ["acorn.evaluate", "o", "--pairs=talk.jsonl"])
+    with pytest.raises(UserError, match=r"--pairs needs the package rouge_score.*pip install sacrebleu"):
+        main()
     command = [sys.executable, "-m", "acorn.evaluate", "o", "--pairs=nowhere"]  # in its own process, as users run it
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=chatting, env=env, timeout=120, capture_output=True, text=True)

@@ -1,6 +1,5 @@
 """Measure answers and multiple choice at the evaluations of a training run, as `python -m acorn.evaluate` does."""
 
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,12 +42,7 @@ def read_tasks(
         kept = [each for each in zip(located, rows, lengths, strict=True) if each[2] <= block_size]  # each[2]: length
         result.choices, result.rows, result.lengths = map(list, zip(*kept, strict=True))
     if pairs:
-        missing = [name for name in ("sacrebleu", "rouge_score", "regex") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(
-                f"eval_pairs needs the package {missing[0]}, which is not installed. "
-                "Run `pip install sacrebleu rouge-score regex`, or leave out eval_pairs."
-            )
+        tasks.check_packages("eval_pairs")
         records = tasks.read_records(pairs, 0)
         encoded = tasks.encode_pairs(tokenizer, records)
         limit = block_size - 1  # leaves room for one token of the answer

@@ -12,6 +12,7 @@ block size are skipped and counted.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -212,6 +213,16 @@ def corpus_figure(metric, answers: list[str], references: list[str], reason: str
     scores = [metric._compute_score_from_stats(each).score for each in sums if each[1]]
     error = np.std(scores) if n > 1 else math.nan
     return figure(value, float(error), n, method)
+
+
+def check_packages(option: str) -> None:
+    """Raise UserError if a package that `measure_answers` needs is missing. `option` is its cause, for the message."""
+    missing = [name for name in ("sacrebleu", "rouge_score", "regex") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{option} needs the package {missing[0]}, which is not installed. "
+            f"Run `pip install sacrebleu rouge-score regex`, or leave out {option}."
+        )
 
 
 def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figure]:
@@ -447,6 +458,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("max_new_tokens = 0 leaves no room for an answer. Use at least 1.")
     if args.answers:
         check_target(Path(args.answers), [args.text, args.pairs, args.choices])
+    if args.pairs:
+        check_packages("--pairs")
     return args
 
 
