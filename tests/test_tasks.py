@@ -288,6 +288,7 @@ def test_invalid_input_raises_a_clear_error(chatting, trained, monkeypatch):
         (["o", "--pairs=array.jsonl"], "line 1 of array.jsonl is not a JSON object", "object per line"),
         (["o", "--pairs=talk.jsonl", "--answers=nowhere/a.jsonl"], "nowhere/a.jsonl cannot be written"),
         (["o", "--pairs=talk.jsonl", "--answers=talk.jsonl"], "would overwrite"),
+        (["o", "--text=t.txt", "--answers=talk.jsonl"], "talk.jsonl would be empty", "--pairs or --choices"),
         (["o", "--text=empty.txt"], "no token to predict"),
         ([trained, "--dataset=d"], "different tokenizer"),
         ([trained, "--pairs=euro.jsonl"], "line 1 of euro.jsonl: the character"),

@@ -456,6 +456,8 @@ def parse_arguments() -> argparse.Namespace:
     settings.check_bounds(vars(args) | {"block_size": args.block_size or 1})  # 0: the default
     if args.max_new_tokens == 0:
         raise UserError("max_new_tokens = 0 leaves no room for an answer. Use at least 1.")
+    if args.answers and not (args.pairs or args.choices):
+        raise UserError(f"--answers {args.answers} would be empty. Give --pairs or --choices, or leave it out.")
     if args.answers:
         check_target(Path(args.answers), [args.text, args.pairs, args.choices])
     if args.pairs:
