@@ -346,6 +346,7 @@ def test_records_longer_than_the_block_are_skipped_and_counted(chatting, monkeyp
     assert len(out["results"]) == 8
     assert all(row["value"] is None and row["n"] == 0 and "skipped 1 of 1" in row["note"] for row in out["results"])
     table = run("--pairs=skip_p.jsonl")
+    assert "skipped 1 of 2 records, which exceed 63 tokens (the first: line 1 of skip_p.jsonl, with" in table
     assert "tok:13a" in table and table.count("skipped 1 of 2") == 1 and "n/a" in table  # ROUGE-2 of one word
 
 

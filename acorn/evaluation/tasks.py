@@ -360,7 +360,7 @@ def skipped_note(records: list[tuple[str, dict]], lengths: list[int], limit: int
     if not skipped:
         return ""
     (where, length), n = skipped[0], len(skipped)
-    return f"skipped {n} of {len(records)} records, which exceed {limit} tokens; the first is {where} with {length}"
+    return f"skipped {n} of {len(records)} records, which exceed {limit} tokens (the first: {where}, with {length})"
 
 
 def read_records(path: str, limit: int) -> list[tuple[str, dict]]:
