@@ -107,6 +107,7 @@ REFUSED = [
     ),
     Refused("Llamas with biases in attention", dict(attention_bias=True), "attention_bias"),
     Refused("Llamas with biases in the MLP", dict(mlp_bias=True), "mlp_bias"),
+    Refused("text encoders made from Llamas", dict(is_causal=False), "is_causal = false"),
     Refused("models with part of the channels rotated", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     Refused("Llamas with another activation", dict(hidden_act="relu"), "hidden_act = relu"),
     Refused("GPTQ, AWQ and other quantized checkpoints", dict(quantization_config={"bits": 4}), "quantized weights"),

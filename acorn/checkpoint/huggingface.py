@@ -206,6 +206,7 @@ def from_gpt2(c, path: Path) -> GPTConfig:
             "scale_attn_weights = false": not c.scale_attn_weights,
             "scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx,
             "add_cross_attention": c.add_cross_attention,
+            "is_causal = false": not getattr(c, "is_causal", True),
             "quantized weights": getattr(c, "quantization_config", None),
         },
     )
@@ -237,6 +238,7 @@ def from_llama(c, path: Path) -> GPTConfig:
             "attention_bias": getattr(c, "attention_bias", False),
             "mlp_bias": getattr(c, "mlp_bias", False),
             "use_bidirectional_attention": getattr(c, "use_bidirectional_attention", False),
+            "is_causal = false": not getattr(c, "is_causal", True),
             "use_moe": getattr(c, "use_moe", False),  # this and the next are MiniMind's
             "inference_rope_scaling": getattr(c, "inference_rope_scaling", False),
             "quantized weights": getattr(c, "quantization_config", None),
