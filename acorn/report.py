@@ -376,9 +376,9 @@ def start_wandb(project: str, name: str, settings: dict, out_dir: Path, run_id: 
         raise UserError(
             "wandb_log=True, but wandb is not installed. Run `pip install wandb`, or use --wandb_log=False."
         ) from error
-    for name in ("wandb", ".wandb"):
-        if (out_dir / name).is_symlink():
-            raise UserError(f"{out_dir / name} is a symbolic link, through which wandb would write. Remove it.")
+    for folder in (out_dir / "wandb", out_dir / ".wandb"):
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a symbolic link, through which wandb would write. Remove it.")
     try:
         return wandb.init(
             project=project, name=name, config=settings, dir=str(out_dir), id=run_id, resume="allow" if run_id else None

@@ -72,6 +72,7 @@ def test_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
     wandb.init = lambda **options: started.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run_id = report.start_wandb("p", "n", {}, tmp_path, None).id
+    assert (started[0]["project"], started[0]["name"]) == ("p", "n")
     metrics = report.Metrics(tmp_path, 0, None, report.start_wandb("p", "n", {}, tmp_path, run_id))
     assert [(o["id"], o["resume"]) for o in started] == [(None, None), ("abc", "allow")]
     metrics.write(step=3, loss=1.5, memory=[7, 8])
