@@ -120,7 +120,7 @@ def read_config(path: str, types_of: dict, given: dict) -> dict:
         raise UserError(f"there is no config file {path}. {hint}")
     try:
         names = runpy.run_path(str(file), init_globals=given)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # from the user's code
         line = line_of(error, file)
         where = f"{path}, line {line}" if line else path
         raise UserError(f"the config file fails at {where}: {type(error).__name__}: {error}") from error

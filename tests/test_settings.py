@@ -122,6 +122,7 @@ def test_command_line_errors_say_what_is_valid(word, said):
         ("out_dir = 3", "a string"),
         ("max_iters = 3\nout_dir = undefined\n", "line 2: NameError"),
         ("max_iters = = 3", "line 1: SyntaxError"),
+        ("import sys\nsys.exit(3)", "line 2: SystemExit: 3"),
     ],
 )
 def test_config_file_errors_name_the_file(tmp_path, text, said):
