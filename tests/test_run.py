@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers import SMALL, TINY, losses, metrics, numbers, train_here
 
 from acorn import report
+from acorn.training.progress import Console
+from acorn.training.run import TIME_IS_UP, RunState, finish
+from train import TrainSettings
 
 RUN = [*TINY, *SMALL, "--max_iters=12"]
 
@@ -91,3 +95,20 @@ def test_time_limit_ends_a_run_and_resuming_continues_it(run, tmp_path):
     run("part", "--init_from=resume", "--max_minutes=9")
     own = [line for line in metrics(tmp_path / "part") if line["step"] != 1 or "val_loss" not in line]
     assert [line.get("val_loss", line.get("loss")) for line in own] == losses(tmp_path / "whole")
+
+
+def test_last_message_gives_a_command_that_works(tmp_path, capsys):
+    """A run with the reward of a file resumes only with --reward, and a run without a checkpoint not at all."""
+    s = TrainSettings(out_dir=str(tmp_path), reward="my reward.py", max_minutes=5)
+
+    def end(failure: str | None) -> int:
+        checkpoints = SimpleNamespace(finish=lambda: failure)
+        return finish(s, RunState(step=1), checkpoints, Console(True, []), TIME_IS_UP, chat=True)
+
+    assert end(None) == 0
+    assert "--reward='my reward.py' --init_from=resume --max_minutes=0" in capsys.readouterr().out
+    assert end("disk full") == 2
+    assert "Fix the cause, and start again." in capsys.readouterr().err
+    (tmp_path / "step_000001").mkdir()
+    assert end("disk full") == 2
+    assert "resume with: " in capsys.readouterr().err

@@ -260,19 +260,20 @@ def finish(
     failure = checkpoints.finish()
     console.close()
     words = f"--reward={shlex.quote(s.reward)} " if s.reward.endswith(".py") else ""
-    resume = command("train.py", f"{words}--init_from=resume", s.out_dir)
+    words += "--init_from=resume"
+    resuming = command("train.py", words, s.out_dir)
     if failure is not None:
-        text = f"the last updates are not saved ({failure}). Fix the cause, and resume with: {resume}"
-        return console.fail(text, 2)
+        advice = f"resume with: {resuming}" if checkpoint.step_folders(Path(s.out_dir)) else "start again."
+        return console.fail(f"the last updates are not saved ({failure}). Fix the cause, and {advice}", 2)
     if stop == SIGNALED:
-        console.log(f"stopped at step {state.step}, saved. Resume with: {resume}")
+        console.log(f"stopped at step {state.step}, saved. Resume with: {resuming}")
         return 128 + (console.signals[0] if console.signals else signal.SIGTERM)
     if state.step < s.max_iters:
         reason, option = f"it has trained for max_minutes={s.max_minutes:g}", "--max_minutes=0"
         if stop != TIME_IS_UP:
             reason = f"the val loss has not improved for {state.stale_evaluations} evaluations (early_stopping)"
             option = "--early_stopping=0"
-        continuing = command("train.py", f"--init_from=resume {option}", s.out_dir)
+        continuing = command("train.py", f"{words} {option}", s.out_dir)
         console.log(f"ended at step {state.step}: {reason}. Continue with: {continuing}")
     best = "none" if state.best_loss is None else f"{state.best_loss:.4f}"
     sampling = command("sample.py", "--chat=True" if chat else "", s.out_dir)
