@@ -285,6 +285,8 @@ def test_chat_streams_stops_regenerates_and_clears(visit):
     tab.press("#message", "Enter")
     reply = tab.locator(".message.assistant .words")
     tab.wait_for_function("() => document.querySelector('.message.assistant .words')?.textContent.length > 3")
+    explain = tab.locator(".message.assistant >> text=Why these tokens?")
+    assert explain.is_disabled()  # the server is busy with the reply
     tab.click("#chat_panel .stop")
     wait_until_done(tab)
     text = reply.text_content()
@@ -296,7 +298,7 @@ def test_chat_streams_stops_regenerates_and_clears(visit):
     wait_until_done(tab)
     again = reply.text_content()
     assert tab.locator(".message").count() == 2 and len(again) > len(text)
-    tab.locator(".message.assistant >> text=Why these tokens?").click()
+    explain.click()
     tab.wait_for_selector("#why_tokens button")
     assert "User:" in tab.input_value("#prompt")
     assert bytes(i for i in token_ids(tab) if i < 256).decode(errors="replace").startswith(again)

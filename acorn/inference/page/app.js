@@ -114,6 +114,8 @@ function enable() {
   const ready = { send: model?.chat, message: model?.chat, chat_again: replies, clear: conversation.length > 0 };
   Object.assign(ready, { go: true, again: tokens, copy: tokens, show_why: tokens, look: tokens, look_now: true });
   for (const [id, possible] of Object.entries(ready)) $(id).disabled = !possible || (running !== null && id !== "message");
+  // these buttons of a reply ask the server
+  for (const button of $("messages").querySelectorAll("[data-t=show_why], [data-t=look]")) button.disabled = running !== null;
   for (const stop of document.querySelectorAll(".stop")) stop.disabled = running === null;
   $("show_why").hidden = view === "why";
 }
@@ -153,6 +155,7 @@ function drawMessage(message) {
   }
   translate(box);
   $("messages").append(box);
+  enable();
   return [box, words];
 }
 
