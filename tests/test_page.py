@@ -15,7 +15,7 @@ fastapi = pytest.importorskip("fastapi", reason="the server needs `pip install f
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from acorn.data.chat import PLAIN  # noqa: E402
+from acorn.data import chat  # noqa: E402
 from acorn.data.tokenizer import ByteTokenizer, StreamDecoder, train_char  # noqa: E402
 from acorn.inference import inside, page, pictures, scheduler  # noqa: E402
 from acorn.inference.server import create_app  # noqa: E402
@@ -26,7 +26,7 @@ SOURCES = {name: (page.FOLDER / name).read_text(encoding="utf-8") for name in ("
 
 def chat_tokenizer() -> ByteTokenizer:
     tokenizer = ByteTokenizer()
-    tokenizer.chat_template = PLAIN
+    tokenizer.chat_template = chat.PLAIN
     return tokenizer
 
 
@@ -341,6 +341,31 @@ def test_unanswered_message_returns_to_the_input_field(visit):
     tab.click("#chat_panel .stop")
     wait_until_done(tab)
     assert tab.input_value("#message") == "Again\nMore" and tab.evaluate(roles) == ["user", "assistant"]
+
+
+@pytest.mark.slow
+def test_oldest_turns_are_dropped_until_the_reply_has_room(visit):
+    tab = visit("chat")
+    tab.evaluate("() => { document.getElementById('max_tokens').value = 40 }")
+    chunk = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "b" * 9}, "finish_reason": "stop"}]}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    tab.route("**/v1/**", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    lengths = []
+    for i in range(5):
+        tab.fill("#message", f"{i}" * 9)
+        with tab.expect_request("**/v1/**") as sent:
+            tab.press("#message", "Enter")
+        wait_until_done(tab)
+        messages = sent.value.post_data_json["messages"]
+        assert messages[0]["role"] == "user" and messages[-1]["content"] == f"{i}" * 9
+        assert ("left out" in tab.text_content("#chat_error")) == (len(messages) < 2 * i + 1)
+        lengths.append(len(chat.render(chat_tokenizer(), messages)))
+    assert 128 - 60 < lengths[-1] <= 128 - 40 and tab.locator(".message").count() == 10  # all stay visible
+    tab.fill("#message", "x" * 200)
+    tab.unroute("**/v1/**")
+    tab.press("#message", "Enter")
+    wait_until_done(tab)
+    assert "Shorten" in tab.text_content("#chat_error") and tab.evaluate("() => messagesToSend().length") > 3
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ let view = "complete";
 let model = null; // the response of GET inside; null after a failure: the next action asks again
 let running = null; // the AbortController of the answer that is being written
 const conversation = []; // messages: {role, content}
+let dropped = 0; // the oldest of them, which the model no longer sees
 const completion = { ids: [], text: "", ends: [], tokens: [], written: "", chosen: -1 }; // ids, text: of the prompt
 let drawn = { tokens: [], buttons: [] }; // the tokens of the completion that have buttons
 let insideIds = null; // ids to look at instead of the text, until the reader edits it
@@ -49,8 +50,8 @@ function post(path, body, signal) {
   return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
-async function ask(path, body) {
-  return (await post(path, body)).json();
+async function ask(path, body, signal) {
+  return (await post(path, body, signal)).json();
 }
 
 /** Yield the objects of a stream of server-sent events. */
@@ -167,44 +168,49 @@ function drawConversation() {
 /** The messages to send, with the system message in front. */
 function messagesToSend() {
   const system = $("system").value.trim();
-  const said = conversation.map(({ role, content }) => ({ role, content }));
+  const said = conversation.slice(dropped).map(({ role, content }) => ({ role, content }));
   return system ? [{ role: "system", content: system }, ...said] : said;
+}
+
+/** Return the messages to send. Drop the oldest turns until the reply has room, as `fit_conversation` does. */
+async function fitConversation(signal) {
+  const asked = Number($("max_tokens").value) || Infinity;
+  const room = Math.min(asked, Math.floor(model.block_size / 2));
+  for (;;) {
+    const messages = messagesToSend();
+    const { ids } = await ask("inside/tokens", { messages }, signal);
+    if (ids.length + room <= model.block_size || conversation.length < dropped + 3) return messages;
+    dropped += 2; // a message and its reply
+    $("chat_error").textContent = t("dropped");
+  }
 }
 
 /** Ask for a reply to the conversation. `undo` is called if nothing arrives: after an error, or after Stop. */
 async function reply(undo) {
-  const messages = messagesToSend();
-  const message = { role: "assistant", content: "", asked: messages, tokens: [] };
+  const message = { role: "assistant", content: "", asked: [], tokens: [] };
   const body = { ...settings(), logprobs: true, top_logprobs: N_TOP, return_tokens_as_token_ids: true };
+  const before = dropped;
   let box = null;
   await run($("chat_error"), async (signal) => {
     try {
-      for (;;) {
-        try {
-          for await (const chunk of stream("v1/chat/completions", { ...body, messages }, signal)) {
-            const choice = chunk.choices[0];
-            if (!choice) continue;
-            if (!box) {
-              conversation.push(message);
-              box = drawMessage(message);
-              box[0].classList.add("writing");
-            }
-            message.tokens.push(...tokensOfChat(choice.logprobs?.content ?? []));
-            message.content += choice.delta.content ?? "";
-            box[1].textContent = message.content;
-            if (atBottom()) window.scrollTo(0, document.body.scrollHeight);
-          }
-          return;
-        } catch (error) {
-          const first = messages[0].role === "system" ? 1 : 0;
-          if (error.code !== "context_length_exceeded" || box || messages.length < first + 3) throw error;
-          messages.splice(first, 2); // the oldest turn
-          $("chat_error").textContent = t("dropped");
+      message.asked = await fitConversation(signal);
+      for await (const chunk of stream("v1/chat/completions", { ...body, messages: message.asked }, signal)) {
+        const choice = chunk.choices[0];
+        if (!choice) continue;
+        if (!box) {
+          conversation.push(message);
+          box = drawMessage(message);
+          box[0].classList.add("writing");
         }
+        message.tokens.push(...tokensOfChat(choice.logprobs?.content ?? []));
+        message.content += choice.delta.content ?? "";
+        box[1].textContent = message.content;
+        if (atBottom()) window.scrollTo(0, document.body.scrollHeight);
       }
     } finally {
       box?.[0].classList.remove("writing");
       if (!box) {
+        dropped = before;
         undo();
         drawConversation();
       }
@@ -480,7 +486,7 @@ function start() {
   });
   $("chat_again").addEventListener("click", replyAgain);
   $("clear").addEventListener("click", () => {
-    conversation.length = 0;
+    conversation.length = dropped = 0;
     drawConversation();
     enable();
   });
