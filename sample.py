@@ -73,7 +73,6 @@ def check(s: SampleSettings, given: dict) -> None:
 
 
 def main() -> int:
-    replace_invalid(sys.stdout)  # a character that the terminal cannot encode must not end a sample
     replace_invalid(sys.stdin)  # invalid UTF-8 input must not end a conversation
     given = settings.parse(SampleSettings, sys.argv[1:])
     s = settings.build(SampleSettings, given)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 
-from acorn import UserError, checkpoint, replace_invalid, run
+from acorn import UserError, checkpoint, run
 from acorn.distributed import heartbeat, runtime
 from acorn.evaluation.monitor import measure_tasks, read_tasks
 from acorn.training import autotune
@@ -146,7 +146,6 @@ class TrainSettings:
 
 
 def main() -> int:
-    replace_invalid(sys.stdout)  # a character that the terminal cannot encode must not end a run
     # ---- settings
     s, given = read_settings(TrainSettings, sys.argv[1:])
     out_dir, resumed, writes = Path(s.out_dir), s.init_from == "resume", not (s.eval_only or s.dry_run)

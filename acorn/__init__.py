@@ -44,9 +44,12 @@ class UserError(Exception):
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, and exit with 0 or the code that it returns.
 
+    Characters that stdout cannot encode are replaced.
+
     Bad input, a failed read or write, and lack of memory print one line and exit with code 2. Other exceptions are
     programming errors and keep their traceback.
     """
+    replace_invalid(sys.stdout)
     try:
         code = main()
     except UserError as error:

@@ -18,7 +18,7 @@ if not __package__:  # run as `python prepare`: sys.path[0] is this folder, but 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would compete with the tokenizer's
 
 import acorn  # noqa: E402
-from acorn import UserError, files, printable, replace_invalid, settings  # noqa: E402
+from acorn import UserError, files, printable, settings  # noqa: E402
 from acorn.data import tokenizer as tokenizers  # noqa: E402
 from acorn.data.corpora import corpora  # noqa: E402
 from acorn.data.shards import SHARD_TOKENS, load_dataset  # noqa: E402
@@ -33,7 +33,6 @@ CONFIG_BLOCK_SIZE = {"config/dpo_style.py": 128, "config/finetune_chat.py": 256}
 
 
 def main() -> int:
-    replace_invalid(sys.stdout)  # characters that the terminal cannot encode must not be an error
     try:
         prepare_corpus(sys.argv[1:])
     except KeyboardInterrupt:

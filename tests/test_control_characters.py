@@ -1,5 +1,6 @@
 """Control characters in untrusted names and texts are escaped on a terminal."""
 
+import io
 import json
 import re
 import sys
@@ -43,6 +44,15 @@ def test_error_messages_with_untrusted_text_are_escaped(capsys):
     with pytest.raises(SystemExit):
         acorn.run(missing)
     assert not has_control(capsys.readouterr().err)
+
+
+def test_characters_that_stdout_cannot_encode_are_replaced(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as ended:
+        acorn.run(lambda: print("é你"))
+    out.flush()
+    assert ended.value.code == 0 and out.buffer.getvalue().strip() == b"\xe9?"
 
 
 def test_inspect_and_report_print_no_control_characters(tmp_path, monkeypatch, capsys):
