@@ -55,8 +55,12 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(printable("error: " + " ".join(str(error).split("\n"))), file=sys.stderr)
         code = 2
-    except MemoryError:
-        print("error: out of memory. Close other programs, or use a smaller model or file.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
+        from acorn.distributed.runtime import out_of_memory  # imports torch
+
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory. Close other programs, or use a smaller model, batch or file.", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130  # the shell convention for a program stopped by Ctrl-C

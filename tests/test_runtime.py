@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import acorn
 from acorn import UserError
 from acorn.distributed import runtime
 
@@ -74,6 +75,19 @@ def test_out_of_memory_is_not_a_compile_failure(capsys):
     model, r = torch.nn.Linear(2, 2), runtime.setup("cpu", "float32", True)
     assert runtime.compile_or_eager(model, short, r) is not model
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), torch.OutOfMemoryError()])
+def test_scripts_report_lack_of_memory_in_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        acorn.run(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory. ")
+    error = RuntimeError("sizes do not match")  # a programming error
+    with pytest.raises(RuntimeError, match="sizes"):
+        acorn.run(main)
 
 
 def test_peak_flops_depend_on_the_device_name(monkeypatch):
