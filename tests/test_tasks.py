@@ -373,9 +373,11 @@ def test_chat_stops_at_the_end_of_a_turn_and_drops_whole_turns(chatting):
     long = script_here(*words, cwd=chatting, input="a" * 99 + "\n")
     assert long.returncode == 0 and "Shorten it" in long.stderr
     messages = [*messages[:2], {"role": "user", "content": "a" * 99}]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="this message has"):
         fit_conversation(tokenizer, messages, 64, 20)
     assert len(messages) == 3  # a rejected message leaves the history unchanged
+    with pytest.raises(UserError, match="with the system message"):
+        fit_conversation(tokenizer, [{"role": "system", "content": "a" * 99}, messages[0]], 64, 20)
 
 
 def test_chat_needs_a_chat_template(trained):

@@ -99,8 +99,8 @@ def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int
     """Return the ids of a conversation up to the next reply.
 
     The oldest turns (a message and its reply) are removed from `messages` until `room` tokens of the block are free.
-    The system message stays. Raises UserError if the last message alone does not fit into the block; `messages` then
-    stays as it is.
+    The system message stays. Raises UserError if the last message, with the system message, does not fit into the
+    block; `messages` then stays as it is.
     """
     first = int(messages[0]["role"] == "system")
     start = first  # of the turns that remain
@@ -110,7 +110,8 @@ def fit_conversation(tokenizer, messages: list[dict], block_size: int, room: int
             break
         start += 2
     if len(ids) >= block_size:
-        raise UserError(f"this message has {len(ids)} tokens, but the block size is {block_size}. Shorten it.")
+        text, fix = ("this message with the system message", "one of them") if first else ("this message", "it")
+        raise UserError(f"{text} has {len(ids)} tokens, but the block size is {block_size}. Shorten {fix}.")
     del messages[first:start]
     return ids
 
