@@ -61,6 +61,9 @@ class SampleSettings:
 def check(s: SampleSettings, given: dict) -> None:
     """Raise UserError for a setting that is out of range, and for settings that exclude each other."""
     settings.check_bounds(vars(s))
+    sources = [name for name in ("start", "prompts", "interactive") if name in given and getattr(s, name)]
+    if len(sources) > 1:
+        raise UserError(f"{sources[0]} and {sources[1]} both give prompts. Leave out one of them.")
     if s.chat and (s.interactive or s.prompts or s.json or s.logprobs):
         raise UserError("chat works on the console only. Leave out interactive, prompts, json and logprobs.")
     if s.control_tokens and (s.chat or s.interactive or s.prompts):

@@ -157,9 +157,12 @@ def test_beam_search_prints_texts_by_descending_score(trained, monkeypatch, caps
         ("--num_beams=2 --length_penalty=1e9", "length_penalty"),
         ("--length_penalty=2", "--num_beams=4"),
         ("--early_stopping=never", "--num_beams=4"),
+        ("--start=a --prompts=p.txt", "start and prompts"),
+        ("--start=a --interactive", "start and interactive"),
+        ("--prompts=p.txt --interactive", "prompts and interactive"),
     ],
 )
-def test_settings_incompatible_with_beam_search_are_refused(words, said):
+def test_contradictory_settings_are_refused(words, said):
     given = settings.parse(sample_script.SampleSettings, words.split())
     with pytest.raises(UserError, match=said):
         sample_script.check(settings.build(sample_script.SampleSettings, given), given)
