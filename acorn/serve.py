@@ -7,6 +7,7 @@ From published weights: python -m acorn.serve --init_from=gpt2 --port=9000
 import gc
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,22 @@ def check(s: ServeSettings) -> None:
         raise UserError(f"port = {s.port} must be at most 65535")
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise UserError if the server cannot listen at this address. uvicorn would find out after loading the model."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            if os.name == "posix":  # as asyncio does: a port may be used again right after its server has ended
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        problem = f"cannot listen on host={host}, port={port}: {error.strerror or error}"
+        raise UserError(f"{problem}. Choose another --host or --port.") from error
+
+
 def main() -> int:
     s = settings.build(ServeSettings, settings.parse(ServeSettings, sys.argv[1:]))
     check(s)
+    check_address(s.host, s.port)
     try:
         import uvicorn
 

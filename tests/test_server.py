@@ -565,10 +565,17 @@ def test_a_second_ctrl_c_stops_the_server_immediately(trained):
 
 
 def test_invalid_server_settings_raise_user_error(trained, monkeypatch):
-    for words, match in ((["--max_batch=0"], "max_batch"), (["--cache_mb=0", "--port=70000"], "port")):
-        monkeypatch.setattr(sys, "argv", ["serve", f"--out_dir={trained}", *words])
-        with pytest.raises(UserError, match=match):
-            serve.main()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        in_use = other.getsockname()[1]
+        for words, match in (
+            (["--max_batch=0"], "max_batch"),
+            (["--cache_mb=0", "--port=70000"], "port"),
+            ([f"--port={in_use}"], f"port={in_use}: .* use"),
+            (["--host=127.0.0.1x"], "host=127.0.0.1x"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["serve", f"--out_dir={trained}", *words])
+            with pytest.raises(UserError, match=match):
+                serve.main()
 
 
 @pytest.mark.slow
