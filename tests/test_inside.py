@@ -161,6 +161,13 @@ def test_labels_recover_after_invalid_bytes():
     assert inside.labels(BYTE, ids) == ["⟨E4⟩", "⟨BD⟩", "x", "⟨FF⟩", "⟨E4⟩", "⟨C3⟩", "…é"]
 
 
+def test_non_finite_logits_are_refused():
+    model = ours()
+    model.transformer.ln_f.weight.data[0] = math.inf
+    with pytest.raises(UserError, match="non-finite"):
+        inside.look(model, IDS)
+
+
 @pytest.mark.parametrize("ids, word", [([5], "1 tokens"), ([5] * 17, "17 tokens"), ([5, 300], "256"), ([-1, 5], "256")])
 def test_texts_of_invalid_length_or_ids_are_refused(ids, word):
     with pytest.raises(UserError, match=word):

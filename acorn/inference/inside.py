@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from acorn import UserError, visible
+from acorn.inference.generate import check_finite
 from model import GPT, Block
 
 MOST_TOKENS = 256  # of a text; n tokens have n * n attention weights in each head
@@ -71,10 +72,14 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool
 
 @torch.no_grad()
 def look(model: GPT, ids: list[int]) -> Inside:
-    """Run the model on a text of at least two tokens, and return what it computed. The model is in evaluation mode."""
+    """Run the model on a text of at least two tokens, and return what it computed. The model is in evaluation mode.
+
+    Raises UserError if its logits are non-finite.
+    """
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
     with Watch(model) as watch:
         logits, _ = model(idx, idx)  # any targets: with them, the model returns the logits of all tokens
+    check_finite(logits)
     attention = torch.stack([weights[0] for weights in watch.attention])
     return Inside(logits[0], torch.stack([x[0] for x in watch.residual]), attention)
 
