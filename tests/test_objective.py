@@ -17,6 +17,7 @@ from acorn.data.mixture import load_mixture
 from acorn.distributed.runtime import ONE_RANK
 from acorn.training.lora import adapters_off
 from acorn.training.objective import Objective
+from acorn.training.start import drop_unused
 from train import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -129,6 +130,22 @@ def test_preference_loss_may_change_on_resume(folder, monkeypatch, capsys):
     assert "best checkpoint is chosen anew" in capsys.readouterr().out
     assert train_here(monkeypatch, *resume, "--preference_loss=simpo", "--max_iters=4") == 0
     assert [line["step"] for line in metrics(folder / "changing") if "loss" in line] == [0, 1, 2, 3]
+
+
+def test_objective_may_change_on_resume(folder, monkeypatch, tmp_path):
+    """Inherited settings that only the loss before used are dropped, also a reward whose code would have to run."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "r.py").write_text("def reward(prompt, completion, answer): return 1.0 * len(completion)")
+    words = [*RUN, *GRPO, f"--reward={tmp_path / 'r.py'}", "--max_iters=1", f"--out_dir={tmp_path / 'o'}"]
+    assert train_here(monkeypatch, *words) == 0
+    resume = ["--init_from=resume", f"--out_dir={tmp_path / 'o'}"]
+    assert train_here(monkeypatch, *resume, "--objective=distill", "--teacher=sft", "--max_iters=2") == 0
+    assert train_here(monkeypatch, *resume, "--objective=tokens", "--max_iters=3") == 0
+    with pytest.raises(UserError, match="teacher=sft has no effect"):
+        train_here(monkeypatch, *resume, "--teacher=sft", "--max_iters=4")
+    s = TrainSettings(objective="dpo", preference_loss="ipo", reference="sft", label_smoothing=0.1)
+    drop_unused(s, given={"preference_loss": "ipo"})
+    assert (s.reference, s.label_smoothing) == ("sft", 0.0)
 
 
 def test_dry_run_includes_the_memory_of_the_reference(folder, monkeypatch, capsys):

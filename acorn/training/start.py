@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from train import TrainSettings
 
 AUTOMATIC = ("n_kv_head", "head_dim", "n_hidden")  # shape settings that GPTConfig computes if they are 0
+USERS = {"reference": ("dpo", "grpo"), "teacher": ("distill",), "reward": ("grpo",)}  # the objectives of a setting
 
 
 def shape_settings(s: "TrainSettings") -> set[str]:
@@ -56,8 +57,7 @@ def check_objective(s: "TrainSettings") -> None:
     """Raise UserError for settings that the objective needs or excludes."""
     if s.objective in ("dpo", "grpo") and s.init_from == "scratch":
         raise UserError(f"objective={s.objective} needs weights to start from. Give --init_from.")
-    users = {"reference": ("dpo", "grpo"), "teacher": ("distill",), "reward": ("grpo",)}
-    for name, objectives in users.items():
+    for name, objectives in USERS.items():
         if getattr(s, name) and s.objective not in objectives:
             raise UserError(
                 f"{name}={getattr(s, name)} has no effect with objective={s.objective}. Leave it out, or use "
@@ -92,6 +92,16 @@ def has_reference(s: "TrainSettings") -> bool:
     return (s.objective == "dpo" and s.preference_loss != "simpo") or (s.objective == "grpo" and s.kl_beta > 0)
 
 
+def drop_unused(s: "TrainSettings", given: dict) -> None:
+    """Reset the settings in `s` that only the loss before a resume used, except for those that the user has `given`."""
+    unused = [name for name, objectives in USERS.items() if s.objective not in objectives]
+    unused += [] if has_reference(s) else ["reference"]
+    unused += ["label_smoothing"] if s.preference_loss != "dpo" else []
+    for name in unused:
+        if name not in given:
+            setattr(s, name, getattr(type(s), name))
+
+
 def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainSettings", dict]:
     """Return the settings, and those among them that the user gave.
 
@@ -110,14 +120,13 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
         s = settings.build(kind, before, not_inherited, given)
         if (out_dir / "state.json").exists():
             raise UserError(f"{out_dir} is a single checkpoint of a run. Resume with --out_dir={out_dir.parent}.")
+        drop_unused(s, given)
         if s.reward.endswith(".py") and "reward" not in given:  # a checkpoint must not name code that runs
             raise UserError(
                 f"the reward of this run is a function in {s.reward}. To run its code, resume with "
                 f"--reward={shlex.quote(s.reward)} as well."
             )
-        if "reference" not in given and not has_reference(s):
-            s.reference = ""  # the run had another loss before
-        elif has_reference(s) and not s.reference and not s.lora_rank:
+        if has_reference(s) and not s.reference and not s.lora_rank:
             raise UserError("the loss now needs a reference, which this run did not have. Give --reference=CHECKPOINT.")
     check(s)
     if s.decay_lr and s.min_lr > s.learning_rate:
