@@ -111,7 +111,7 @@ def test_resuming_requires_the_same_data(trained, tmp_path):
     (tmp_path / "t.txt").write_text(text)
     assert script_here("prepare", "text", "t.txt", *words, cwd=tmp_path).returncode == 0
     result = script_here("train.py", "--init_from=resume", f"--out_dir={trained}", "--dataset=other", cwd=tmp_path)
-    refused(result, "not the data", "--init_from=")
+    refused(result, "dataset=other is not the data", "--init_from=")
     words = [f"--init_from={trained}", "--dataset=other", "--max_iters=1", "--eval_iters=1", "--out_dir=o"]
     words += ["--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu", "--compile=False"]
     assert script_here("train.py", *words, cwd=tmp_path).returncode == 0

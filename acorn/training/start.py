@@ -166,8 +166,8 @@ def load_data(s: "TrainSettings", state: dict, dist: Runtime) -> Mixture:
             )
     if s.init_from == "resume" and state.get("data") not in (None, data.identity()):
         raise UserError(
-            f"{data.path} is not the data that {s.out_dir} was trained on, so the run cannot resume at its position. "
-            f"Start from its weights: --init_from={s.out_dir} with a new --out_dir."
+            f"dataset={s.dataset} is not the data that {s.out_dir} was trained on, so the run cannot resume at its "
+            f"position. Start from its weights: --init_from={s.out_dir} with a new --out_dir."
         )
     return data
 
