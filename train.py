@@ -251,7 +251,7 @@ def main() -> int:
             return code
 
         # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
-        ask_to_stop = dist.ask(state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))
+        ask_to_stop = dist.ask(lambda: state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))
         loss_sum, n_targets = accumulator.backward(step, state.position)
         lr = set_learning_rates(s, optimizers, step)
         grad_norm = accumulator.step(optimizers, s.grad_clip, skipped.counts)

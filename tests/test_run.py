@@ -1,10 +1,13 @@
 """Runs that end before max_iters because of early_stopping or max_minutes, and their best checkpoints."""
 
 import json
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import SMALL, TINY, losses, metrics, numbers, train_here
 
 from acorn import report
@@ -95,6 +98,19 @@ def test_time_limit_ends_a_run_and_resuming_continues_it(run, tmp_path):
     run("part", "--init_from=resume", "--max_minutes=9")
     own = [line for line in metrics(tmp_path / "part") if line["step"] != 1 or "val_loss" not in line]
     assert [line.get("val_loss", line.get("loss")) for line in own] == losses(tmp_path / "whole")
+
+
+def test_signal_ends_a_run_after_the_current_update(run, tmp_path, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(clip(*args, **kwargs))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return calls[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    assert "stopped at step 3, saved" in run("out", code=128 + signal.SIGTERM)
 
 
 def test_last_message_gives_a_command_that_works(tmp_path, capsys):

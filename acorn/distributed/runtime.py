@@ -117,14 +117,15 @@ class Runtime:
             torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
         return values[0]
 
-    def ask(self, value: int) -> Callable[[], int]:
-        """Start an asynchronous maximum of `value` over all ranks.
+    def ask(self, value: Callable[[], int]) -> Callable[[], int]:
+        """Start an asynchronous maximum of `value()` over all ranks.
 
-        Returns a function that waits for the other hosts (not for their GPUs) and returns the result.
+        Returns a function that waits for the other hosts (not for their GPUs) and returns the result. A single process
+        calls `value` only then.
         """
         if self.world_size == 1:
-            return lambda: value
-        answers, largest = np.array([value], dtype=np.int64), torch.distributed.ReduceOp.MAX
+            return value
+        answers, largest = np.array([value()], dtype=np.int64), torch.distributed.ReduceOp.MAX
         work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.hosts, async_op=True)
 
         def answer() -> int:
@@ -135,7 +136,7 @@ class Runtime:
 
     def agree(self, condition: bool) -> bool:
         """Return whether `condition` is true on every rank."""
-        return not self.ask(not condition)()
+        return not self.ask(lambda: not condition)()
 
     def average_gradients(self, model: torch.nn.Module) -> None:
         """Average the gradients over all ranks, as DistributedDataParallel does during the last backward pass."""
