@@ -113,6 +113,13 @@ def test_signal_ends_a_run_after_the_current_update(run, tmp_path, monkeypatch):
     assert "stopped at step 3, saved" in run("out", code=128 + signal.SIGTERM)
 
 
+def test_warmup_longer_than_the_run_is_noted(run):
+    assert "rises only to 1.00e-02, because warmup_iters=99 exceeds max_iters=1" in run(
+        "out", "--warmup_iters=99", "--max_iters=1", "--learning_rate=1", "--dry_run=True"
+    )
+    assert "rises only" not in run("out", "--warmup_iters=1", "--max_iters=1", "--dry_run=True")
+
+
 def test_last_message_gives_a_command_that_works(tmp_path, capsys):
     """A run with the reward of a file resumes only with --reward, and a run without a checkpoint not at all."""
     s = TrainSettings(out_dir=str(tmp_path), reward="my reward.py", max_minutes=5)

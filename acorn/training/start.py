@@ -15,7 +15,7 @@ from acorn.data.tokenizer import KINDS, Tokenizer, extends, from_dict, tokenizer
 from acorn.distributed import heartbeat, sharding
 from acorn.distributed.runtime import Runtime
 from acorn.training import lora, rewards
-from acorn.training.optim import learning_rate_at
+from acorn.training.optim import learning_rate_at, scheduled_rate
 from model import DROPOUTS, GPT, INITIALIZATION, GPTConfig, grown_rows
 
 if TYPE_CHECKING:
@@ -286,6 +286,11 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     elif not s.eval_only:
         update = f"{s.gradient_accumulation_steps * s.batch_size * s.block_size:,} tokens"
         lines += [f"run: {s.max_iters:,} updates of {update}, {' and '.join(epochs)} epochs, into {s.out_dir}"]
+    if not s.eval_only and s.decay_lr and s.warmup_iters > s.max_iters > 0:
+        lines += [
+            f"note: the learning rate rises only to {scheduled_rate(s, s.max_iters - 1):.2e}, because "
+            f"warmup_iters={s.warmup_iters} exceeds max_iters={s.max_iters}. Use --warmup_iters={s.max_iters // 10}."
+        ]
     return "\n".join(lines)
 
 
