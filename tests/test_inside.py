@@ -148,10 +148,10 @@ def test_probabilities_are_held_for_one_layer_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", [BYTE, bpe_tokenizer(), llama_tokenizer()], ids=["byte", "bpe", "llama"])
 def test_labels_of_multi_token_characters_and_incomplete_bytes(tokenizer):
-    ids = tokenizer.encode("a你\x1b\n").tolist()
+    ids = tokenizer.encode("a你\x1b\n\\n").tolist()
     shown = inside.labels(tokenizer, ids)
     assert len(shown) == len(ids)
-    assert "…你" in shown and "\\x1b" in shown and "\\n" in shown
+    assert "…你" in shown and "\\x1b" in shown and "⏎" in shown and "".join(shown).endswith("\\n")
     assert "⟨E4⟩" in shown and "⟨BD⟩" in shown
     assert not any("\ufffd" in text for text in shown)
 

@@ -154,8 +154,8 @@ def label(tokenizer, token: int) -> str:
 
 
 def escaped(text: str) -> str:
-    """Escape what is invisible, but keep the spaces inside the text."""
-    return "".join(c if c == " " or c.isprintable() else visible(c) for c in text)
+    """Escape what is invisible, except spaces. A line break becomes ⏎: code may contain a backslash and an n."""
+    return "⏎".join(map(visible, text.split("\n")))
 
 
 def labels(tokenizer, ids: list[int]) -> list[str]:

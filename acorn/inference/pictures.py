@@ -69,13 +69,13 @@ def write_pictures(data: dict, attention: np.ndarray, folder: Path) -> tuple[lis
     Returns the names of the files, and the code points that no installed font has. Removes pictures of an earlier text.
     """
     words = {*data["tokens"], *(label for row in data["lens"] for _, label, _, _ in row)}
-    families, missing = fonts_for("".join(words))
+    families, missing = fonts_for("".join(words) + "␣")
     plt = import_pyplot()
 
     def name(label: str) -> str:
         """Return a label with visible spaces; characters that no font has become U+ and their number."""
         text = "".join(f"U+{ord(c):04X}" if ord(c) in missing else c for c in label)
-        return f"{text:.14}".replace(" ", "·") or "∅"
+        return f"{text:.14}".replace(" ", "␣") or "∅"
 
     tokens = [name(label) for label in data["tokens"]]
     with plt.rc_context({"font.family": families, "text.parse_math": False, "font.size": 9}):

@@ -363,7 +363,7 @@ function drawCompletion(writing) {
     button.addEventListener("focus", () => running || showChoices(i));
     drawn.buttons.push(button);
     row.append(button);
-    if (label.includes("\\n")) row.append(make("span", { className: "break" }));
+    if (label.includes("⏎")) row.append(make("span", { className: "break" }));
   }
   showChoices(completion.chosen);
 }

@@ -9,7 +9,7 @@ function tokenRow(data, name, onChoose) {
     button.addEventListener("focus", () => onChoose(i));
     button.addEventListener("click", () => onChoose(i));
     row.append(button);
-    if (label.includes("\\n")) row.append(make("span", { className: "break" }));
+    if (label.includes("⏎")) row.append(make("span", { className: "break" }));
   });
   arrowKeys(row);
   return row;

@@ -195,9 +195,9 @@ function percent(p) {
   return `${value.toFixed(value >= 10 ? 0 : value >= 1 ? 1 : 2)}%`;
 }
 
-/** A token as people see it: a lone space and line breaks are visible. */
+/** A token as people see it: spaces at its ends are visible. */
 function shown(label) {
-  return label.replaceAll("\\n", "⏎").replace(/^ | $/g, "␣") || "∅";
+  return label.replace(/^ | $/g, "␣") || "∅";
 }
 
 /** Return an element with a token's text, in which the marks of spaces and line breaks are faint. */
