@@ -72,6 +72,22 @@ def test_page_texts_are_complete_in_both_languages():
     assert used <= keys[0], used - keys[0]
 
 
+def test_text_on_token_colours_has_enough_contrast():
+    """WCAG's level AA, https://www.w3.org/TR/WCAG22/#contrast-minimum, in the light and in the dark scheme."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = SOURCES["style.css"].split("@media (prefers-color-scheme: dark)", 1)
+    for scheme in (light, dark):
+        colours = {name: luminance(value) for name, value in re.findall(r"--([\w-]+): #(\w{6});", scheme)}
+        for text, ground in (("text", "high"), ("text", "low"), ("text", "field"), ("soft", "back"), ("soft", "field")):
+            lower, higher = sorted((colours[text], colours[ground]))
+            assert (higher + 0.05) / (lower + 0.05) >= 4.5, (text, ground)
+
+
 def test_inside_endpoints_return_model_internals_as_json(client, model):
     values = client.post("/inside", json={"text": TEXT}).json()
     assert values == inside.look_inside(model, ByteTokenizer(), list(TEXT.encode()))
