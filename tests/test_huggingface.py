@@ -146,6 +146,17 @@ def test_swish_is_an_alias_of_silu(tmp_path):
     assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
 
 
+@pytest.mark.parametrize("inside", [{}, {"original_max_position_embeddings": 16}])
+def test_the_original_context_can_be_outside_the_rope_parameters(tmp_path, inside):
+    theirs("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=100.0)
+    config["rope_parameters"] = rope | inside
+    (tmp_path / "config.json").write_text(json.dumps(config | {"original_max_position_embeddings": 4}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
 def test_end_tokens_survive_import_saving_and_export(tmp_path):
     """A run's checkpoint stores the end tokens with its tokenizer."""
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")
