@@ -297,6 +297,8 @@ def test_invalid_checkpoints_are_refused_with_the_reason(tmp_path):
         (dict(tie_word_embeddings=True), "a separate head"),
     ):
         assert words in said(config | changes), changes
+    headless = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    assert "has no head (lm_head.weight), so it cannot predict tokens" in said(config, headless)
     assert "valid JSON" in said("{")
     assert "I8, and quantized" in said(config, tensors | {up: tensors[up].to(torch.int8)})
     path = case / "model.safetensors"

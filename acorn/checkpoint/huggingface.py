@@ -95,7 +95,13 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
     shapes = {name: list(view.shape) for name, view in flatten(views).items()}
     if config.tie_weights and "lm_head.weight" in slices:
         shapes["lm_head.weight"] = [config.vocab_size, config.n_embd]
-    if missing := sorted(shapes.keys() - slices.keys()):
+    missing = sorted(shapes.keys() - slices.keys())
+    if missing == ["lm_head.weight"]:
+        raise UserError(
+            f"the checkpoint {source} has no head (lm_head.weight), so it cannot predict tokens. Use a checkpoint of a "
+            'language model. If its head is the embedding, set "tie_word_embeddings": true in its config.json.'
+        )
+    if missing:
         raise UserError(
             f"the checkpoint {source} lacks {len(missing)} tensors, {missing[0]} first. Download the checkpoint again."
         )
