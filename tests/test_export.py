@@ -114,6 +114,12 @@ def test_unsupported_and_failed_exports_leave_no_files(tmp_path, monkeypatch):
         out = saved(tmp_path / "out", ours(**changes))
         with pytest.raises(UserError, match=words):
             hub.export(str(out), tmp_path / "hf")
+    model = ours()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = -7e4
+    saved(tmp_path / "out", model)
+    with pytest.raises(UserError, match=r"c_fc.weight has values up to 7e\+04, too large for float16. Use --dtype"):
+        hub.export(str(tmp_path / "out"), tmp_path / "hf", dtype=torch.float16)
     saved(tmp_path / "out", ours())
 
     def full(*args, **kwargs):

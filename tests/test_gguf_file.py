@@ -145,6 +145,12 @@ def test_refused_or_failed_exports_leave_no_file(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words):
             export_gguf(str(tmp_path / "out"), tmp_path / "m.gguf")
     assert pre_tokenizer_name(train_bpe([TEXT * 20], 300, digits=3).config) is None
+    model = ours()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = -7e4
+    saved(tmp_path / "out", model)
+    with pytest.raises(UserError, match=r"too large for float16. Use --dtype bfloat16"):
+        export_gguf(str(tmp_path / "out"), tmp_path / "m.gguf", dtype="float16")
     saved(tmp_path / "out", ours())
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda self: tmp_path.read_bytes())
     with pytest.raises(UserError, match="could not be written"):

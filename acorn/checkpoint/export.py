@@ -79,7 +79,7 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
     name = class_name(family)
     if tokenizer:  # rows after its last id only pad the vocabulary
         cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)
-    tensors = {name: t.to(dtype).contiguous() for name, t in hf_tensors(model, family).items()}
+    tensors = {name: in_dtype(name, t, dtype).contiguous() for name, t in hf_tensors(model, family).items()}
     control = tokenizer.control if tokenizer else {}
     ids: dict = {f"{name}_token_id": control.get(getattr(tokenizer, name, "")) for name in ("bos", "eos")}
     # without ids, transformers warns of GPT-2's
@@ -112,6 +112,16 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
     return name
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor. Raises UserError if a value is too large for `dtype`, and so would become infinite."""
+    converted = tensor.detach().to(dtype)
+    if not converted.isfinite().all():
+        raise UserError(
+            f"{name} has values up to {tensor.abs().max():.3g}, too large for {str(dtype)[6:]}. Use --dtype bfloat16."
+        )
+    return converted
 
 
 def choose_family(cfg: GPTConfig, source: str) -> str:

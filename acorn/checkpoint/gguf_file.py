@@ -6,10 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.export import choose_family, hf_tensors
+from acorn.checkpoint.export import choose_family, hf_tensors, in_dtype
 from acorn.checkpoint.huggingface import is_transposed
 from acorn.checkpoint.load import load_model
 from acorn.data import chat
@@ -54,6 +55,8 @@ def export_gguf(source: str, target: Path, which: str = "best", dtype: str = "fl
         add_tokenizer(writer, tokenizer, cfg.vocab_size, vocabulary)
         for name, tensor in gguf_tensors(model, family).items():
             kind = tensor_type(name, tensor, dtype)
+            if kind == gguf.GGMLQuantizationType.F16:
+                tensor = in_dtype(name, tensor, torch.float16)
             writer.add_tensor(name, gguf.quantize(tensor.detach().float().contiguous().numpy(), kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
