@@ -138,6 +138,7 @@ def test_refused_or_failed_exports_leave_no_file(tmp_path, monkeypatch):
         ("byte", dict(mlp="relu2"), "mlp='relu2'.*gpt2"),
         ("byte", MODERN | dict(mlp="geglu"), "mlp='geglu'.*llama"),
         ("byte", MODERN | dict(rope_scaling=yarn), "rope_scaling of type yarn"),
+        ("byte", MODERN | dict(qkv_bias=True, head_dim=16), "head_dim=16.*qwen2"),
         ("byte", dict(logit_softcap=15.0), "logit_softcap"),
         ("char", dict(), r"no equivalent of the tokenizer of .*\(char\)"),
     ):

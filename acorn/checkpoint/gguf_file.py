@@ -86,6 +86,8 @@ def check_model(cfg: GPTConfig, family: str, source: str) -> None:
         wrong.append(f"mlp={cfg.mlp!r}")
     if family == "gemma" and not cfg.tie_weights:
         wrong.append("tie_weights=False")
+    if family == "qwen2" and cfg.n_head * cfg.head_dim != cfg.n_embd:
+        wrong.append(f"head_dim={cfg.head_dim}")
     if family == "smollm3" and cfg.nope_every != 4:
         wrong.append(f"nope_every={cfg.nope_every}")
     if scaling and (
