@@ -160,6 +160,8 @@ def test_refused_or_failed_exports_leave_no_file(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_text("x")
     with pytest.raises(UserError, match="already exists"):
         export_gguf(str(tmp_path / "out"), tmp_path / "m.gguf")
+    with pytest.raises(UserError, match=r"m.gguf.m.gguf could not be written"):
+        export_gguf(str(tmp_path / "out"), tmp_path / "m.gguf" / "m.gguf")
     for words, message in ((["out"], "nothing to write"), (["out", "hf", "--dtype=q8_0"], "only for GGUF")):
         monkeypatch.setattr(sys, "argv", ["hub", "export", *words])
         with pytest.raises(UserError, match=message):

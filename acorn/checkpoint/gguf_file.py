@@ -47,10 +47,10 @@ def export_gguf(source: str, target: Path, which: str = "best", dtype: str = "fl
     cfg = model.config
     cfg.vocab_size = min(cfg.vocab_size, tokenizer.n_vocab)  # the rows after the last id only pad the vocabulary
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     tmp = target.with_name(f".writing-{target.name}")
     writer = gguf.GGUFWriter(tmp, "llama" if family == "mistral" else family)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         add_shape(writer, cfg, family, dtype)
         add_tokenizer(writer, tokenizer, cfg.vocab_size, vocabulary)
         for name, tensor in gguf_tensors(model, family).items():
