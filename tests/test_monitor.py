@@ -43,6 +43,17 @@ def test_run_measures_the_same_task_metrics_as_acorn_evaluate(files, dataset, tm
     assert alike == numbers(tmp_path / "without")  # measuring tasks does not change the run
 
 
+def test_non_finite_logits_have_no_results_and_do_not_end_the_run(files, dataset, tmp_path, monkeypatch, capsys):
+    words = ["--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", f"--dataset={dataset}", "--out_dir=o"]
+    assert train_here(monkeypatch, *RUN, *words) == 2
+    said = capsys.readouterr()
+    assert "step 4: train loss nan" in said.out and "exact match n/a" in said.out
+    assert "the last updates are not saved (the val loss is not finite" in said.err
+    last = metrics(tmp_path / "o")[-1]
+    measured = [value for name, value in last.items() if name.startswith(report.TASKS)]
+    assert last["step"] == 4 and measured == [None] * 8
+
+
 def test_dry_run_times_the_records_that_fit(files, dataset, tmp_path, monkeypatch, capsys):
     records = [{"prompt": "a" * n, "choices": ["b", "c"], "answer": 0} for n in (*[99] * 8, 9)]  # a batch has 4
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

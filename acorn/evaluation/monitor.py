@@ -82,12 +82,19 @@ def measure_tasks(
                 result[f"choices/{key(name)}"] = total / n if total == total else None
         if given.prompts:
             prompts, references = given.prompts[first::step], given.references[first::step]
-            with dist.autocast():
-                answers = tasks.greedy_answers(model, tokenizer, prompts, [], MAX_NEW_TOKENS, batch_size)
-                answers = list(map(tasks.after_thinking, answers, references))
+            failed: list[int] = []  # ranks
+            try:
+                with dist.autocast():
+                    answers = tasks.greedy_answers(model, tokenizer, prompts, [], MAX_NEW_TOKENS, batch_size)
+            except UserError:  # non-finite logits must not end a run here
+                answers, references, failed = [], [], [dist.rank]
+            answers = list(map(tasks.after_thinking, answers, references))
             if not dist.fsdp:
                 answers, references = dist.gather_lists(answers), dist.gather_lists(references)
+                failed = dist.gather_lists(failed)
             if dist.is_main:
+                if failed:
+                    answers, references = [], []  # of which no measure can be computed
                 for name, figure in tasks.measure_answers(answers, references).items():
                     result[f"pairs/{key(name)}"] = figure.value
     return result
