@@ -566,6 +566,8 @@ def main() -> int:
             print(f"{name} has no complete checkpoint, so its settings are unknown")
     if per_byte:
         print("ranked by bits per byte: the tokenizers differ, so losses per token are not comparable")
+    if unlike := [name for name in ("objective", "dataset") if name in differ]:
+        print(f"note: these runs differ in {' and '.join(unlike)}, so their losses and ranks may not be comparable")
     if note:
         print(f"note: {note}")
     print(f"saved {picture}")

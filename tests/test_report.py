@@ -124,6 +124,12 @@ def test_report_compares_runs(tmp_path, monkeypatch, capsys):
     assert compare(monkeypatch, "out/a", "out/c") == 0
     table = capsys.readouterr().out
     assert "c has no complete checkpoint" in table and "n_layer" not in table and "report.png" in table
+    assert "comparable" not in table
+    for name in ("d", "e"):
+        os.makedirs(f"out/{name}")
+        make_run(tmp_path / "out" / name, {"dataset": name, "objective": {"d": "tokens", "e": "grpo"}[name]}, 1.0)
+    assert compare(monkeypatch, "out/d", "out/e") == 0
+    assert "differ in objective and dataset, so their losses and ranks may not be comparable" in capsys.readouterr().out
     before = set(tmp_path.iterdir())
     for words, said in (
         (["out/a", "out/nowhere"], "out/nowhere has no metrics.jsonl"),
