@@ -309,8 +309,14 @@ def test_invalid_checkpoints_are_refused_with_the_reason(tmp_path):
     path.rename(case / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no model.safetensors.* pickle .* python -c"):
         checkpoint.load_model(str(case))
-    with pytest.raises(UserError, match="one file of a checkpoint"):
-        checkpoint.load_model(str(case / "pytorch_model.bin"))
+    (case / "model.gguf").write_bytes(b"GGUF")
+    for name, words in (
+        ("pytorch_model.bin", "one file of a checkpoint"),
+        ("config.json", "one file of a checkpoint"),
+        ("model.gguf", "does not read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_model(str(case / name))
     (case / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing"):
         checkpoint.load_model(str(case))

@@ -29,10 +29,10 @@ def test_a_nanogpt_checkpoint_is_loaded(tmp_path):
     assert tokenizer.kind == "gpt2" and "step 5" in source
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 truncated"])
+@pytest.mark.parametrize("content", [b"", b"junk", b"{}", b"PK\x03\x04 truncated"])
 def test_a_damaged_ckpt_pt_is_refused(tmp_path, content):
     (tmp_path / "ckpt.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"ckpt\.pt"):
+    with pytest.raises(UserError, match=r"ckpt\.pt (is not|cannot be read as) a nanoGPT checkpoint"):
         checkpoint.load_model(str(tmp_path))
 
 

@@ -112,8 +112,12 @@ def open_model(
         return LazyCheckpoint(*huggingface.open_model(source), f"the published weights {source}", name)
     if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
-    if path.is_file() and path.suffix in (".safetensors", ".bin"):
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
         raise UserError(f"{source} is one file of a checkpoint. Give its folder: {path.parent}")
+    if path.is_file() and path.suffix == ".gguf":
+        raise UserError(
+            f"{source} is a GGUF file, which acorn writes but does not read. Use the model it was made from."
+        )
     if path.is_file():
         model, tensors, checkpoint = open_nanogpt(path)
         config, tokenizer = checkpoint.get("config"), None

@@ -18,7 +18,8 @@ def open_nanogpt(path: Path) -> tuple[GPT, dict, dict]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is not loaded: it holds objects other than tensors, numbers and strings, which could run code"
+            f"{path} is not a nanoGPT checkpoint, or it holds objects other than tensors, numbers and strings, which "
+            "could run code. Give a ckpt.pt, or the folder of a run or of a published model."
         ) from error
     except Exception as error:  # torch raises many types for a damaged file
         raise UserError(
