@@ -347,10 +347,10 @@ def test_hub_downloads_and_hub_errors(tmp_path, monkeypatch):
         return "copy"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    for name in ("gpt2-xl", "owner/some-model.1"):
+    for name in ("gpt2-xl", "distilgpt2", "owner/some-model.1"):
         model, _, source = checkpoint.load_model(name)
         assert model.config.n_layer == 3 and name in source
-    assert [name for name, _ in asked] == ["gpt2-xl", "owner/some-model.1"]
+    assert [name for name, _ in asked] == ["gpt2-xl", "distilgpt2", "owner/some-model.1"]
     assert not any("bin" in pattern for pattern in asked[0][1])
 
     response = errors.Response(403, request="GET")
@@ -367,7 +367,7 @@ def test_hub_downloads_and_hub_errors(tmp_path, monkeypatch):
     for slip in ("out/quikstart", "./nowhere", "nowhere"):
         with pytest.raises(UserError, match="there is no folder"):
             checkpoint.load_model(slip)
-    assert len(asked) == 6  # no mistyped path was looked up on the hub
+    assert len(asked) == 7  # no mistyped path was looked up on the hub
 
     answers.append(None)
     write_tokenizer(tmp_path / "copy")

@@ -17,7 +17,7 @@ from acorn.distributed.runtime import ONE_RANK, Runtime
 from acorn.training import lora
 from model import DROPOUTS, GPT
 
-HUB_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on the Hugging Face hub
+HUB_GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names on the Hugging Face hub
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # other names there: owner/name
 
 
