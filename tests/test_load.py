@@ -130,6 +130,14 @@ def test_errors_for_a_missing_checkpoint(tmp_path, monkeypatch):
         checkpoint.find(Path("out/mien"))
     with pytest.raises(UserError, match="out/mine"):
         checkpoint.find(Path("elsewhere/quite"))
+    with pytest.raises(UserError, match="there is no step_000009"):
+        checkpoint.load_model("out/mine", "step_000009")
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "config.json").write_text("{}")
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    for single in ("out/mine/step_000001", "published", "ckpt.pt", "gpt2"):
+        with pytest.raises(UserError, match=r"single checkpoint.*Leave out --checkpoint"):
+            checkpoint.load_model(single, "step_000009")
     with pytest.raises(UserError, match=r"out/mien.*Did you mean out/mine"):
         tasks.training_dataset("out/mien", "best")
 

@@ -107,7 +107,10 @@ def open_model(
     For a LoRA run, the result is its base with the adapters merged. `whole_context` keeps the base's block size even if
     the run's was shorter. With `plain`, a LoRA run raises UserError."""
     path = Path(source)
-    if (path / "config.json").exists() or is_on_hub(source):
+    is_published = (path / "config.json").exists() or is_on_hub(source)
+    if choice not in ("best", "latest") and (is_published or path.is_file() or (path / "state.json").exists()):
+        raise UserError(f"{source} is a single checkpoint, so {choice} cannot be chosen in it. Leave out --checkpoint.")
+    if is_published:
         name = str(path.absolute()) if path.exists() else source
         return LazyCheckpoint(*huggingface.open_model(source), f"the published weights {source}", name)
     if path.is_dir() and not step_folders(path) and (path / "ckpt.pt").exists():
