@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, safe to load, exact to resume.
 
     out_dir/step_002000/model.safetensors      the parameters (for a LoRA run: adapters.safetensors, the adapters only)
-                        optimizer.safetensors  the optimizer state by parameter: wte.weight.exp_avg and so on
+                        optimizer.safetensors  the optimizer state: transformer.wte.weight.exp_avg and so on
                         state.json             settings, shape, step, losses, the tokenizer, SHA-256 of the other files
     out_dir/latest, out_dir/best               the name of a step folder
 
