@@ -13,7 +13,7 @@ dataset = "style"
 objective = "dpo"
 dpo_beta = 0.5
 
-# 16 rows * 128 tokens; a row holds one pair or two, each with its prompt twice
+# 16 rows * 128 tokens; a row holds one pair, with its prompt twice
 block_size = 128
 batch_size = 16
 gradient_accumulation_steps = 1
