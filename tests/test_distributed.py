@@ -60,6 +60,7 @@ def train(cwd, n_processes, *runs, before=""):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "UserWarning" not in result.stderr
     return result.stdout
 
 

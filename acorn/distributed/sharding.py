@@ -6,6 +6,7 @@ the memory of one device. ZeRO, https://arxiv.org/abs/1910.02054; FSDP, https://
 
 import math
 import sys
+import warnings
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -30,6 +31,8 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
 
     on_meta = model.transformer.wte.weight.is_meta
     mesh = init_device_mesh(r.device.type, (r.world_size,))
+    # the model returns views, which nothing changes in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=r.dtype, reduce_dtype=torch.float32)
     for module in (*model.transformer.h, model):  # `model` last: it shards embeddings, final norm and head
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
