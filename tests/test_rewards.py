@@ -53,6 +53,8 @@ def test_config_file_can_define_the_reward(tmp_path):
         call_reward(function, str(path), "", "", "")
     path.write_text(path.read_text().replace("1 /", "2 /"))
     assert load_reward(str(path))[1] != sha256
+    path.write_text("_most = max_new_tokens\ndef reward(prompt, completion, answer):\n    return _most\n")
+    assert load_reward(str(path), {"max_new_tokens": 5})[0]("", "", "") == 5  # as in a config file
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def start_objective(s: "TrainSettings", data: Mixture, policy: GPT, saved: dict,
                 f"an update has {n_groups} groups of {s.group_size} completions, which {dist.world_size} processes "
                 f"cannot share evenly. Use --gradient_accumulation_steps={more}."
             )
-        reward, hashes["reward"] = load_reward(s.reward)
+        reward, hashes["reward"] = load_reward(s.reward, vars(s))
         rollouts = Rollouts(s, data, policy, dist, reward)
         task = rollouts.task("train", 0, 0)
         call_reward(reward, s.reward, task.prompt, task.answer, task.answer)  # fails before the run writes anything

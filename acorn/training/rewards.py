@@ -48,10 +48,11 @@ def length(prompt: str, completion: str, answer: str) -> float:
 SHIPPED = {function.__name__: function for function in (exact_match, arithmetic, format, length)}
 
 
-def load_reward(name: str) -> tuple[Reward, str]:
+def load_reward(name: str, variables: dict | None = None) -> tuple[Reward, str]:
     """Return a reward and the SHA-256 of its source: one of SHIPPED, or the function `reward` of a Python file.
 
-    Raises UserError if there is no such function."""
+    The file may be a config file, so it runs with the settings of the run as `variables`. Raises UserError if there is
+    no such function."""
     function: Any = SHIPPED.get(name)
     if function is None:
         file = next((f for f in (Path(name), REPO / name) if f.suffix == ".py" and f.is_file()), None)
@@ -61,7 +62,7 @@ def load_reward(name: str) -> tuple[Reward, str]:
                 "Choose one of them."
             )
         try:
-            function = runpy.run_path(str(file)).get("reward")
+            function = runpy.run_path(str(file), init_globals=variables).get("reward")
         except (Exception, SystemExit) as error:  # from the user's code
             raise UserError(f"{name} fails: {type(error).__name__}: {error}. Correct it.") from error
         function = SHIPPED.get(function) if isinstance(function, str) else function
