@@ -15,7 +15,7 @@ from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
 
-from acorn import UserError, checkpoint, run
+from acorn import UserError, checkpoint, out_of_memory, run
 from acorn.distributed import heartbeat, runtime
 from acorn.evaluation.monitor import measure_tasks, read_tasks
 from acorn.training import autotune
@@ -279,7 +279,7 @@ def main_or_advice() -> int:
     except Exception as error:
         heartbeat.explain(error)
         heartbeat.fail()
-        if isinstance(error, (MemoryError, RuntimeError)) and runtime.out_of_memory(error):  # torch raises RuntimeError
+        if isinstance(error, (MemoryError, RuntimeError)) and out_of_memory(error):  # torch raises RuntimeError
             error = UserError(
                 "out of memory. Halve --batch_size and double --gradient_accumulation_steps for the same updates, or "
                 "reduce --block_size or the model."

@@ -41,6 +41,13 @@ class UserError(Exception):
     """Bad input. The message says what is wrong (with the value), where, and what to do."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is an out-of-memory error of Python, torch (a RuntimeError), its libraries, or numpy."""
+    words = ("out of memory", "allocate memory", "not enough memory", "memory object", "alloc_failed")
+    is_torchs = type(error).__name__ == "OutOfMemoryError"  # by name, because this file does not import torch
+    return isinstance(error, MemoryError) or is_torchs or any(word in str(error).lower() for word in words)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, and exit with 0 or the code that it returns.
 
@@ -56,8 +63,6 @@ def run(main: Callable[[], int | None]) -> None:
         print(printable("error: " + " ".join(str(error).split("\n"))), file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
-        from acorn.distributed.runtime import out_of_memory  # imports torch
-
         if not out_of_memory(error):
             raise
         print("error: out of memory. Close other programs, or use a smaller model, batch or file.", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from acorn import UserError
+from acorn import UserError, out_of_memory
 from acorn.distributed import heartbeat
 
 # Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations per second, from the vendors' data sheets.
@@ -269,12 +269,6 @@ def set_malloc(lean: bool) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 20 if lean else 32 << 20)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` is an out-of-memory error of torch, its libraries, or numpy."""
-    words = ("out of memory", "allocate memory", "not enough memory", "memory object", "alloc_failed")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
 
 
 def shutdown(code: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from acorn import UserError
+from acorn import UserError, out_of_memory
 from acorn.data.loader import Batch, prefetch, updates
 from acorn.data.mixture import Mixture
 from acorn.distributed import heartbeat, runtime, sharding
@@ -163,7 +163,7 @@ def advice_on_memory(micro_batch: int, n_sequences: int):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not runtime.out_of_memory(error) or micro_batch == 1:
+        if not out_of_memory(error) or micro_batch == 1:
             raise
         raise UserError(
             f"out of memory at batch_size={micro_batch}. Use {batch_words(smaller(micro_batch), n_sequences)} for the "
