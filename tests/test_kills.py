@@ -39,7 +39,7 @@ def test_twenty_kills_do_not_change_the_result(trained, dataset, tmp_path):
     assert numbers(tmp_path / "o") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @rounds(2, 35)
 def test_kills_during_training_do_not_change_the_result(dataset, whole_run, start, tmp_path, processes, rounds):
     """Kill a run by kill -9, resume it, and compare it with an uninterrupted run. With two processes, kill both."""
