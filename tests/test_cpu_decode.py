@@ -194,7 +194,7 @@ def test_compiled_decoding_matches_uncompiled(quantize, n_rows):
     assert isinstance(compiled.lm_head, OneTokenCompiled)  # compilation did not fail
     assert logprobs(compiled) == pytest.approx(logprobs(plain), abs=1e-4)
     tokens = torch.tensor([[1, 2], [3, 4], [5, 6]][:n_rows])
-    # several tokens, of which the head gets only the last; one token without a cache; one token with a one-slot cache
+    # several tokens (the head computes only the last one); one token without a cache; one token and a one-slot cache
     with torch.no_grad():
         for idx, has_cache in ((tokens, False), (tokens[:, :1], False), (tokens[:, :1], True)):
             caches = [KVCache(model.config, n_rows, 1) if has_cache else None for _ in range(2)]

@@ -52,7 +52,7 @@ def test_training_resumes_after_the_disk_was_full(dataset, whole_run, start, tmp
             assert steps == expected or "its lines are lost" in said
             shutil.rmtree(tmp_path / "disk/o")
     assert full >= rounds / 3
-    print(f"{rounds} small disks, of which training filled {full}")
+    print(f"training filled {full} of {rounds} small disks")
 
 
 @rounds(3, 30)
@@ -71,7 +71,7 @@ def test_preparation_resumes_after_the_disk_was_full(start, tmp_path, rounds):
             assert contents(tmp_path / "disk/d", without=[".lock"]) == contents(tmp_path / "whole", without=[".lock"])
             shutil.rmtree(tmp_path / "disk/d")
     assert full >= rounds / 3
-    print(f"{rounds} small disks, of which preparation filled {full}")
+    print(f"preparation filled {full} of {rounds} small disks")
 
 
 @rounds(2, 20)
@@ -89,7 +89,7 @@ def test_training_resumes_after_a_file_size_limit(dataset, whole_run, start, tmp
         how = "--init_from=resume" if checkpoint.holds_run(tmp_path / f"o{i}") else "--overwrite=True"
         assert start("train.py", *words, how, cwd=tmp_path).end() == 0
         assert result_of(tmp_path / f"o{i}")[1] == result_of(whole_run)[1]
-    print(f"{rounds} limits, {stopped} of which stopped the run")
+    print(f"{stopped} of {rounds} limits stopped the run")
 
 
 def test_missing_permission_is_reported(dataset, start, tmp_path):

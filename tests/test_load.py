@@ -188,7 +188,7 @@ def test_damaged_data_is_never_loaded(tmp_path, capsys, rounds):
         fell_back += folder.name == "step_000001"
         target.write_bytes(data)
     assert capsys.readouterr().err.count("warning") >= fell_back > rounds / 3
-    print(f"{rounds} damages of a checkpoint, {fell_back} of which the one before was loaded after")
+    print(f"{fell_back} of {rounds} damaged checkpoints fell back to the previous one")
 
 
 def test_safetensors_headers_with_absurd_sizes_are_refused(tmp_path):

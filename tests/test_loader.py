@@ -19,7 +19,7 @@ GPU = torch.device("meta")  # prefetching uses a thread for any device except a 
 
 
 class OneStream:
-    """A fake mixture: 900 tokens in shards in `folder`, of which about a third are masked as targets."""
+    """A fake mixture: 900 tokens in shards in `folder`, with about a third of the targets masked."""
 
     has_pairs = False
 

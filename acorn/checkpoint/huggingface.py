@@ -223,7 +223,7 @@ def from_gpt2(c, path: Path) -> GPTConfig:
 
 def from_llama(c, path: Path) -> GPTConfig:
     """Convert a transformers configuration of Llama or one of its relatives that was read from `path`."""
-    c.standardize_rope_params()  # again, as transformers' model does: only now it sees fields unknown to the class
+    c.standardize_rope_params()  # again, as transformers' model does: the class set unknown fields after the first time
     rope, window = c.rope_parameters, shortest_window(c)
     if window and window < c.max_position_embeddings:
         raise UserError(

@@ -581,7 +581,7 @@ def bpe_options(spec: str) -> tuple[int, int, int]:
     size, digits, reserved = (int(part or 0) for part in parts.groups())
     if not 0 <= reserved <= size - 257:
         raise UserError(
-            f"{reserved} reserved ids do not fit into a vocabulary of {size} tokens, of which 256 are bytes and one is "
+            f"{reserved} reserved ids do not fit into a vocabulary of {size} tokens: 256 of them are bytes, and one is "
             f"{END_OF_TEXT}. Reserve between 0 and {size - 257}."
         )
     return size, digits, reserved

@@ -32,7 +32,7 @@ def read_tasks(
 ) -> Tasks:
     """Read the files `choices` and `pairs` ("": none). Records that exceed the block size are skipped, with a note.
 
-    Raises UserError for an invalid file, for a file of which no record fits, and if a package for `pairs` is missing.
+    Raises UserError for an invalid file, for one without a record that fits, and if a package for `pairs` is missing.
     """
     result = Tasks()
     if choices:
@@ -94,7 +94,7 @@ def measure_tasks(
                 failed = dist.gather_lists(failed)
             if dist.is_main:
                 if failed:
-                    answers, references = [], []  # of which no measure can be computed
+                    answers, references = [], []  # every measure is then None
                 for name, figure in tasks.measure_answers(answers, references).items():
                     result[f"pairs/{key(name)}"] = figure.value
     return result
