@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -469,14 +469,15 @@ def _encode(batch: Batch, tokenizer: Tokenizer) -> tuple[list[np.ndarray], Count
         texts.append(piece.text)
         continues.append(not piece.starts_document or is_joined)
     encoded = tokenizer.encode_batch(texts, continues)
-    for i, piece in enumerate(batch.pieces):
-        if tokenizer.unk_id is not None and tokenizer.unk_id in encoded[i]:
+    arrays, ends = [np.empty(0, dtype=np.int32)], [0]
+    for piece, ids in zip(batch.pieces, encoded, strict=True):
+        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
             unknown.update(tokenizer.unknown(piece.text))
-        if piece.starts_document:
-            encoded[i] = np.concatenate([prefix, encoded[i]])
-        if piece.ends_document:
-            encoded[i] = np.concatenate([encoded[i], ending])
-    return encoded, unknown
+        parts = [prefix] * piece.starts_document + [ids] + [ending] * piece.ends_document
+        arrays += parts
+        ends.append(ends[-1] + sum(map(len, parts)))
+    joined = np.concatenate(arrays)  # one call, because each releases the interpreter lock and waits for it
+    return [joined[start:end] for start, end in pairwise(ends)], unknown
 
 
 def _beginning(batch: Batch, ids: list[np.ndarray], room: int, tokenizer: Tokenizer) -> tuple[Batch, list[np.ndarray]]:

@@ -44,7 +44,7 @@ def open_unpacked(path: str) -> BinaryIO | gzip.GzipFile:
         import pyarrow  # unlike the package zstandard, it reports truncated files
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"), 1 << 20)
-    return open(path, "rb")
+    return open(path, "rb", buffering=1 << 20)  # each read waits for the interpreter lock
 
 
 @contextlib.contextmanager
