@@ -21,9 +21,11 @@ from acorn.distributed import runtime
 from acorn.evaluation.tasks import (
     RougeWords,
     choice_logprobs,
+    encode_choices,
     encode_record,
     main,
     measure_answers,
+    measure_choices,
     measure_text,
     ratio_and_error,
 )
@@ -229,6 +231,14 @@ def test_choice_logprob_is_the_sum_of_its_token_logprobs():
                 expected += model(torch.tensor([ids]))[0][0, -1].log_softmax(-1)[token].item()
             ids.append(token)
         assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_with_the_right_text_are_right():
+    model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)).eval()
+    records = [("line 1", {"prompt": "The sky is", "choices": ["blue", "blue"], "answer": i}) for i in range(2)]
+    encoded = encode_choices(get_tokenizer("gpt2"), records)
+    found, _ = measure_choices(model, records, *encoded, runtime.setup("cpu", "float32", False), 2)
+    assert [figure.value for figure in found.values()] == [100, 100]
 
 
 @pytest.mark.parametrize(

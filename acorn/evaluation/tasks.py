@@ -330,8 +330,8 @@ def measure_choices(
     """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
 
     `encoded` and `lengths` are the results of `encode_choices`. "accuracy" compares log-probabilities, "accuracy by
-    byte" log-probabilities per byte. A record with a choice that exceeds the block size is skipped; its chosen index is
-    None.
+    byte" log-probabilities per byte. A choice with the same text as the right one is right too. A record with a choice
+    that exceeds the block size is skipped; its chosen index is None.
     """
     fits = [length <= model.config.block_size for length in lengths]
     rows = [row for of_record, fit in zip(encoded, fits, strict=True) if fit for row in of_record]
@@ -342,13 +342,15 @@ def measure_choices(
         if not fit:
             chosen.append(None)
             continue
-        scores = logprobs[start : start + len(record["choices"])]
+        choices = record["choices"]
+        scores = logprobs[start : start + len(choices)]
         start += len(scores)
-        by_bytes = scores / [len(choice.encode()) for choice in record["choices"]]
+        by_bytes = scores / [len(choice.encode()) for choice in choices]
+        answer = choices[record["answer"]]
         finite = not np.isnan(scores).any()  # argmax would return the index of a NaN
         chosen.append(int(scores.argmax()) if finite else None)
-        right.append(100.0 * (chosen[-1] == record["answer"]) if finite else math.nan)
-        right_by_bytes.append(100.0 * (by_bytes.argmax() == record["answer"]) if finite else math.nan)
+        right.append(100.0 * (choices[scores.argmax()] == answer) if finite else math.nan)
+        right_by_bytes.append(100.0 * (choices[by_bytes.argmax()] == answer) if finite else math.nan)
     note = skipped_note(records, lengths, model.config.block_size)
     figures = {"accuracy": right, "accuracy by byte": right_by_bytes}
     return {name: figure(*mean_and_error(each), len(each), note=note) for name, each in figures.items()}, chosen
