@@ -157,6 +157,15 @@ def test_the_original_context_can_be_outside_the_rope_parameters(tmp_path, insid
     assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
 
 
+def test_yarn_without_a_factor_uses_the_ratio_of_the_contexts(tmp_path):
+    theirs("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = dict(rope_type="yarn", factor=None, original_max_position_embeddings=16, rope_theta=100.0)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert_same_logits(checkpoint.load_model(str(tmp_path))[0], model)
+
+
 def test_end_tokens_survive_import_saving_and_export(tmp_path):
     """A run's checkpoint stores the end tokens with its tokenizer."""
     theirs("llama", vocab_size=262).save_pretrained(tmp_path / "base")

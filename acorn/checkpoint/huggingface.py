@@ -266,7 +266,7 @@ def from_llama(c, path: Path) -> GPTConfig:
         nope_every=nope_every,
         scale_embedding=c.model_type == "gemma",
         rope_theta=rope["rope_theta"],
-        rope_scaling=rope_scaling(rope),
+        rope_scaling=rope_scaling(rope, c.max_position_embeddings),
     )
 
 
@@ -276,13 +276,14 @@ def shortest_window(c) -> int | None:
     return getattr(c, "sliding_window", None) if slides else None
 
 
-def rope_scaling(rope: dict) -> dict:
-    """Return GPTConfig's rope_scaling for the rope_parameters of a transformers configuration."""
+def rope_scaling(rope: dict, max_positions: int) -> dict:
+    """Return GPTConfig's rope_scaling for the rope_parameters and max_position_embeddings of a transformers config."""
     kind = rope["rope_type"]
     if kind not in ROPE_SCALING:  # "dynamic" scales only texts longer than max_position_embeddings, the block size
         return {}
     given = {name: value for name, value in rope.items() if value is not None}
     if kind == "yarn":
+        given = {"factor": max_positions / given["original_max_position_embeddings"]} | given
         scales = [
             0.1 * given.get(name, 0) * math.log(max(given["factor"], 1)) + 1 for name in ("mscale", "mscale_all_dim")
         ]
