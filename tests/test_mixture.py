@@ -82,6 +82,7 @@ def test_dataset_names_may_contain_colons_and_commas(data, tmp_path):
         ("a:1,b:0", "'b:0' should be"),
         ("a:1,b:1e999999999", "should be NAME:PROPORTION"),
         ("a:1,a:2", "names data/a twice"),
+        ("a, b", "needs their proportions, such as --dataset=a:0.5,b:0.5"),
         ("a:1,nowhere:2", "there is no dataset 'nowhere'"),
         ("a:1,b:1,c:2", "data/a has byte .* data/c has char .* --tokenizer data/a"),
     ],

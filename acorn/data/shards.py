@@ -436,6 +436,9 @@ def _no_dataset(name: str) -> str:
     """Return the error message for a missing dataset: it suggests a similar name, else a command that prepares it."""
     existing = sorted({meta.parent.name for data in (Path("data"), REPO / "data") for meta in data.glob("*/meta.json")})
     error = f"there is no dataset {name!r}" + (f" (existing datasets: {', '.join(existing)})" if existing else "")
+    if "," in name:
+        mixture = ",".join(f"{part.strip()}:0.5" for part in name.split(","))
+        return f"{error}. A mixture of datasets needs their proportions, such as --dataset={mixture}"
     known = [*existing, *dataset_names()]
     near = next(iter(difflib.get_close_matches(Path(name).name, known, 1, 0.75)), "")
     if near in existing:
