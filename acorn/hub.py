@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from acorn import UserError, run
-from acorn.checkpoint.export import export
+from acorn.checkpoint.export import check_new, export
 from acorn.checkpoint.gguf_file import TYPES, export_gguf
 
 
@@ -33,6 +33,8 @@ def main() -> None:
         raise UserError("there is nothing to write. Give a folder for transformers, or --gguf FILE for llama.cpp.")
     if args.target is not None and args.dtype == "q8_0":
         raise UserError("--dtype q8_0 is only for GGUF. Leave the folder out, or use --dtype float16.")
+    for target in filter(None, (args.target, args.gguf)):
+        check_new(target)  # both, before one of them is written
     if args.target is not None:
         name = export(args.source, args.target, args.checkpoint, getattr(torch, args.dtype))
         print(f"wrote {name} in {args.dtype} to {args.target}")

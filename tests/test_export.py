@@ -99,6 +99,10 @@ def test_the_export_command(tmp_path, trained):
     assert load_file(tmp_path / "new" / "hf" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["hf"]
     refused(run_here(hub.main, "export", trained, tmp_path / "new" / "hf", cwd=REPO), "already exists")
+    (tmp_path / "a.gguf").touch()
+    both = "export", trained, tmp_path / "second", "--gguf", tmp_path / "a.gguf"
+    refused(run_here(hub.main, *both, cwd=REPO), "a.gguf already exists")
+    assert not (tmp_path / "second").exists()
 
 
 def test_unsupported_and_failed_exports_leave_no_files(tmp_path, monkeypatch):

@@ -63,8 +63,7 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
     `source` is anything that `checkpoint.load_model` accepts. A run of adapters gets its base's context length. The
     folder is written atomically. Returns the name of the transformers class. Raises UserError if transformers has no
     equivalent model, or if `target` exists."""
-    if os.path.lexists(target):
-        raise UserError(f"{target} already exists. Choose another folder, or remove it.")
+    check_new(target)
     model, tokenizer, _ = load_model(source, choice, whole_context=True)
     cfg = model.config
     family = choose_family(cfg, source)
@@ -112,6 +111,12 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
     return name
+
+
+def check_new(target: Path) -> None:
+    """Raise UserError if `target` exists."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} already exists. Choose another name, or remove it.")
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acorn import UserError, files
-from acorn.checkpoint.export import choose_family, hf_tensors, in_dtype
+from acorn.checkpoint.export import check_new, choose_family, hf_tensors, in_dtype
 from acorn.checkpoint.huggingface import is_transposed
 from acorn.checkpoint.load import load_model
 from acorn.data import chat
@@ -36,8 +36,7 @@ def export_gguf(source: str, target: Path, which: str = "best", dtype: str = "fl
         import gguf
     except ImportError as error:
         raise UserError("--gguf needs the package gguf. Run pip install gguf.") from error
-    if os.path.lexists(target):
-        raise UserError(f"{target} already exists. Choose another file, or remove it.")
+    check_new(target)
     model, tokenizer, _ = load_model(source, which, whole_context=True)
     family = choose_family(model.config, source)
     check_model(model.config, family, source)

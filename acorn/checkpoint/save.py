@@ -114,7 +114,7 @@ class Writer:
                 files.remove(tmp_dir, ignore_errors=True)
                 print(
                     f"warning: the checkpoint of step {step} could not be written into {self.out_dir} ({failure}). "
-                    "Earlier checkpoints are intact. The next evaluation tries again.",
+                    "Any earlier checkpoint is intact. The next evaluation tries again.",
                     file=sys.stderr,
                     flush=True,
                 )
