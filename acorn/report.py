@@ -459,6 +459,9 @@ def read_run(out_dir: Path) -> dict:
     def numbers(name: str) -> list[float]:
         return [m[name] for m in metrics if isinstance(m.get(name), (int, float))]
 
+    def median(name: str) -> float | None:
+        return statistics.median(numbers(name)) if numbers(name) else None
+
     evaluations = [m for m in metrics if isinstance(m.get("val_loss"), (int, float))]
     best = min(evaluations, key=lambda m: m["val_loss"], default={})
     tokenizer.pop("chat_template", None)  # it does not affect how text is tokenized
@@ -467,8 +470,8 @@ def read_run(out_dir: Path) -> dict:
         "best val loss": best.get("val_loss"),
         "at step": best.get("step"),
         "best bits per byte": min(numbers("val_bits_per_byte"), default=None),
-        "tokens a second": statistics.median(numbers("tokens_per_second") or [0]),
-        "mfu": statistics.median(numbers("mfu")) if numbers("mfu") else None,
+        "tokens per second": median("tokens_per_second"),
+        "mfu": median("mfu"),
         "seconds": max(numbers("seconds"), default=None),
         "skipped updates": max(numbers("skipped"), default=0),
         "spikes": len(spikes(numbers("loss"))),

@@ -117,7 +117,7 @@ def test_report_compares_runs(tmp_path, monkeypatch, capsys):
     assert said["differ"] == {"n_layer": {"a": 2, "b": 4}}
     assert said["runs"]["b"]["best val loss"] == pytest.approx(0.5 + 1 / 21)
     assert said["runs"]["b"]["at step"] == 20 and said["runs"]["b"]["skipped updates"] == 3
-    assert said["runs"]["a"]["tokens a second"] == 109 and said["runs"]["a"]["steps"] == 20
+    assert said["runs"]["a"]["tokens per second"] == 109 and said["runs"]["a"]["steps"] == 20
     from matplotlib import image
 
     assert image.imread("x.png").shape[1] > 1000

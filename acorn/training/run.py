@@ -144,7 +144,7 @@ class SkippedUpdates:
         self.read_at = self.state.step + self.max_bad_steps - self.state.bad_steps
         if n_new := self.state.skipped - before:
             step = self.state.step - 1
-            self.log(f"step {step}: non-finite gradient, {n_new} updates skipped ({self.state.skipped} so far)")
+            self.log(f"step {step}: non-finite gradient, skipped updates: {n_new} ({self.state.skipped} so far)")
 
 
 def stop_at_signals(signals: list[int]) -> None:
