@@ -6,6 +6,7 @@ of the file. The settings on the command line are global variables in the file, 
 """
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import runpy
@@ -196,7 +197,11 @@ def print_help(cls: type) -> None:
 
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with `python -m`
     prog = f"python -m {spec.name}" if spec else None
-    tyro.cli(cls, prog=prog, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    texts = {field.name: field.default for field in dataclasses.fields(cls) if isinstance(field.default, str)}
+    shown = cls(**{name: repr(text)[1:-1] for name, text in texts.items()})  # a line break as \n
+    tyro.cli(
+        cls, default=shown, prog=prog, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+    )
 
 
 def checked(cls: type, values: dict) -> dict:
