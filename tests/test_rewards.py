@@ -30,6 +30,9 @@ CASES = [
     ("arithmetic", "it is .5.", "0.5", 1),
     ("arithmetic", "it is...5", "5", 1),
     ("arithmetic", "none", "5", 0),
+    ("arithmetic", "9007199254740993", "9007199254740992", 0),  # equal as floats
+    ("arithmetic", "1" * 400, "2" * 400, 0),
+    ("arithmetic", "1" * 400 + ".0", "1" * 400, 1),
     ("format", "<b>yes</b>", "<b>.*</b>", 1),
     ("format", "well, <b>yes</b>", "<b>.*</b>", 0),
     ("length", "one two three", "a b c d", 0.75),

@@ -10,6 +10,7 @@ import inspect
 import re
 import runpy
 from collections.abc import Callable
+from decimal import Decimal
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def exact_match(prompt: str, completion: str, answer: str) -> float:
 def arithmetic(prompt: str, completion: str, answer: str) -> float:
     """Return 1 if the last number in the completion equals the last number in the answer, else 0."""
     texts = [text.replace("\u2212", "-") for text in (completion, answer)]  # a minus sign
-    values = [[float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in texts]
+    values = [[Decimal(number.replace(",", "")) for number in NUMBER.findall(text)] for text in texts]  # exact
     return float(all(values) and values[0][-1] == values[1][-1])
 
 
