@@ -37,6 +37,9 @@ CASES = [
     ("format", "well, <b>yes</b>", "<b>.*</b>", 0),
     ("length", "one two three", "a b c d", 0.75),
     ("length", "", "a b", 0),
+    ("length", "我不知道。", "明月松间照，清泉。", 5 / 9),
+    ("length", "两句\n诗\u3000。", "a b c d", 1),
+    ("length", "用 GPT 写诗", "a b c d e", 0.8),
 ]
 
 

@@ -21,6 +21,8 @@ Reward = Callable[[str, str, str], float]
 
 LARGEST = 3e38  # rewards are averaged in float32
 NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\d.])\.\d+)")  # a "-" after a digit subtracts
+UNSPACED = r"\u3001-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"  # characters of Chinese and Japanese
+WORD = re.compile(f"[{UNSPACED}]|[^{UNSPACED}\\s]+")  # each of these characters, or text between spaces
 
 
 def exact_match(prompt: str, completion: str, answer: str) -> float:
@@ -41,8 +43,10 @@ def format(prompt: str, completion: str, answer: str) -> float:
 
 
 def length(prompt: str, completion: str, answer: str) -> float:
-    """Return 1 if the completion has as many words as the answer, less for another number, and 0 for none or twice."""
-    n, target = len(completion.split()), max(1, len(answer.split()))
+    """Return 1 if the completion has as many words as the answer, less for another number, and 0 for none or twice.
+
+    In Chinese and Japanese, which have no spaces, each character is a word."""
+    n, target = len(WORD.findall(completion)), max(1, len(WORD.findall(answer)))
     return max(0.0, 1 - abs(n - target) / target)
 
 
