@@ -12,7 +12,8 @@ from acorn import UserError, settings
 from acorn.data import chat
 from acorn.data.mixture import Mixture, load_mixture
 from acorn.distributed.runtime import ONE_RANK, Runtime
-from acorn.training.rewards import SHIPPED, call_reward, load_reward
+from acorn.training.losses import advantages
+from acorn.training.rewards import LARGEST, SHIPPED, call_reward, load_reward
 from acorn.training.rollouts import Rollouts
 from train import TrainSettings
 
@@ -73,10 +74,16 @@ def test_config_file_without_a_valid_reward_is_rejected(text, words, tmp_path):
         load_reward(str(tmp_path / "c.py"))
 
 
-@pytest.mark.parametrize("value", [None, "1", float("nan"), float("-inf"), 1e300, 10**400, 1j])
+@pytest.mark.parametrize("value", [None, "1", float("nan"), float("-inf"), 1e300, -1e30, 10**400, 1j])
 def test_reward_that_is_not_a_finite_number_is_rejected(value):
     with pytest.raises(UserError, match="a finite number"):
         call_reward(lambda prompt, completion, answer: value, "mine", "", "", "")
+
+
+def test_largest_rewards_have_finite_advantages():
+    values = torch.tensor([[LARGEST, -LARGEST, LARGEST, LARGEST]])
+    for std in (False, True):
+        assert advantages(values, std).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [True, -3, 0.5, np.float32(0.25)])

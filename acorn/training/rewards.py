@@ -19,7 +19,7 @@ from acorn import REPO, UserError, settings
 
 Reward = Callable[[str, str, str], float]
 
-LARGEST = 3e38  # rewards are averaged in float32
+LARGEST = 1e15  # sums of rewards and of their squares are float32, whose largest value is 3.4e38
 NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\d.])\.\d+)")  # a "-" after a digit subtracts
 UNSPACED = r"\u3001-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"  # characters of Chinese and Japanese
 WORD = re.compile(f"[{UNSPACED}]|[^{UNSPACED}\\s]+")  # each of these characters, or text between spaces
@@ -92,5 +92,6 @@ def call_reward(function: Reward, name: str, prompt: str, completion: str, answe
     if isinstance(value, Real) and abs(value) <= LARGEST:  # False for NaN
         return float(value)
     raise UserError(
-        f"the reward {name} returned {value!r:.60} ({type(value).__name__}). It must return a finite number, as 0.5."
+        f"the reward {name} returned {value!r:.60} ({type(value).__name__}). It must return a finite number of at most "
+        f"{LARGEST:.0e} in absolute value, such as 0.5."
     )
