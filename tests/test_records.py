@@ -35,6 +35,7 @@ HISTORY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b
         ),
         ({"instruction": "Say hi", "input": "", "output": "hi"}, TWO),
         ({"instruction": "Say hi", "output": "hi", "history": [["a", "b"]]}, HISTORY + TWO),
+        ({"prompt": "Say hi", "response": "hi", "history": [["a", "b"]]}, HISTORY + TWO),
         ({"instruction": "Say", "input": "hi", "output": "hi"}, [TWO[0] | {"content": "Say\n\nhi"}, TWO[1]]),
         ({"messages": [TWO[0] | {"content": [{"type": "text", "text": "Say "}, {"text": "hi"}]}, TWO[1]]}, TWO),
         ({"messages": [SYSTEM, TWO[0], TWO[0], TWO[1]]}, [SYSTEM, TWO[0], TWO[0], TWO[1]]),

@@ -10,6 +10,7 @@ Four formats are read. Other fields stay in `messages.extras`, where the chat te
     {"prompt": "...", "response": "..."}                         or "completion"; strings, or lists of messages
     {"instruction": "...", "input": "...", "output": "..."}      Alpaca
 
+The last two may have earlier turns, {"history": [["question", "answer"], ...]}.
 A reply marked with `"weight": 0`, `"train": false` or a similar flag has `"learn": False` in the result.
 """
 
@@ -153,12 +154,12 @@ def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
         return _history(record) + messages, {"instruction", "history", reply, *inputs}, record
     reply = next((name for name in ("response", "completion") if name in present), None)
     if "prompt" in present and reply:
-        messages = []
+        messages = _history(record)
         for name, role in (("prompt", "user"), (reply, "assistant")):
             value = record[name]
             is_list = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
             messages += _read_list(value, f'"{name}"') if is_list else [_message(role, _text(value, f'"{name}"'))]
-        return messages, {"prompt", reply}, record
+        return messages, {"prompt", "history", reply}, record
     wrapped = [value for value in record.values() if isinstance(value, dict) and any(name in value for name in LISTS)]
     if len(wrapped) == 1:  # such as {"body": {"messages": [...]}}
         return _turns({**record, **wrapped[0]})
@@ -170,7 +171,7 @@ def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
 
 
 def _history(record: dict) -> list[dict]:
-    """Return the turns before an Alpaca record's own, from [[question, answer], ...]."""
+    """Return the turns before a record's own question, from [[question, answer], ...]."""
     messages = []
     for pair in _parsed(record.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
