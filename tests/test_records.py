@@ -68,6 +68,7 @@ HISTORY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b
             [TWO[0] | {"name": "Ann"}, TWO[1]],
         ),
         ({"messages": HISTORY + TWO, "train": True}, HISTORY + TWO),
+        ({"messages": TWO, "tools": ""}, TWO),
         ({"messages": None, "prompt": "a", "response": "b"}, read_messages({"prompt": "a", "response": "b"})),
     ],
 )

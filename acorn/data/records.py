@@ -92,7 +92,7 @@ def read_messages(record: dict) -> Conversation:
         extras |= settings
     for name in ("tools", "documents"):
         if name in extras:
-            extras[name] = _parsed(extras[name])
+            extras[name] = _parsed(extras[name]) or []  # "" is common for no tools
             if not isinstance(extras[name], list) or not all(isinstance(item, dict) for item in extras[name]):
                 raise UserError(f'has "{name}" that is not a list of objects')
     return Conversation(messages, extras)
