@@ -110,3 +110,10 @@ def test_records_in_published_formats_become_messages(record, messages):
 def test_invalid_records_raise_user_error(record, message):
     with pytest.raises(UserError, match=re.escape(message)):
         read_messages(record)
+
+
+@pytest.mark.parametrize("tools", [[CALL], json.dumps([CALL])])
+def test_tools_of_the_system_message_become_those_of_the_conversation(tools):
+    assert read_messages({"conversations": [SYSTEM | {"tools": tools}, *TWO]}).extras == {"tools": [CALL]}
+    other = read_messages({"conversations": [SYSTEM | {"tools": tools}, *TWO], "tools": []})
+    assert other.extras == {"tools": []}

@@ -90,6 +90,8 @@ def read_messages(record: dict) -> Conversation:
             extras[name] = _parse_flag(value)
     if isinstance(settings := _parsed(extras.pop("chat_template_kwargs", None)), dict):  # vLLM's name for extras
         extras |= settings
+    if messages[0]["role"] == "system" and messages[0].get("tools"):  # as in MiniMind's data
+        extras.setdefault("tools", messages[0]["tools"])
     for name in ("tools", "documents"):
         if name in extras:
             extras[name] = _parsed(extras[name]) or []  # "" is common for no tools
