@@ -68,6 +68,7 @@ HISTORY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b
             [TWO[0] | {"name": "Ann"}, TWO[1]],
         ),
         ({"messages": HISTORY + TWO, "train": True}, HISTORY + TWO),
+        ({"instruction": "Say hi", "output": "hi", "kto_tag": True, "label": 0}, TWO),
         ({"messages": TWO, "tools": ""}, TWO),
         ({"messages": None, "prompt": "a", "response": "b"}, read_messages({"prompt": "a", "response": "b"})),
     ],
@@ -100,6 +101,8 @@ def test_records_in_published_formats_become_messages(record, messages):
         ({"messages": [PAIR[0] | {"train": True}, PAIR[1]]}, "Only replies"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": 0}]}, "nothing to learn"),
         ({"messages": PAIR, "loss": 1.7}, '"loss": 1.7'),
+        ({"prompt": "a", "completion": "b", "label": False}, '"label": false, which marks a bad reply'),
+        ({"instruction": "a", "output": "b", "kto_tag": "false"}, '"kto_tag": false'),
         ({"messages": PAIR, "tools": "weather"}, "not a list of objects"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},

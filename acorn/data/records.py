@@ -33,6 +33,7 @@ CALL_ROLES = ("function_call", "tool_call")  # roles whose content is a tool cal
 TEXT_PARTS = ("text", "input_text", "output_text")
 RESULT_ROLES = ("tool", "function", "ipython", "observation")  # roles whose content may be any JSON value
 SUBSTITUTES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # replace the content
+BAD_IF_FALSE = ("label", "kto_tag")  # in data for KTO, false marks a bad reply
 FLAGS = {  # fields that say whether a message is learned, each with the value that means yes
     "weight": True,
     "train": True,
@@ -68,6 +69,12 @@ def read_messages(record: dict) -> Conversation:
     Raises UserError if the record has another format, holds no reply to learn, or has a part that is not text. The
     message is a predicate, such as 'has no ...': the caller puts the record's location before it."""
     messages, used, record = _turns(record)
+    for name in BAD_IF_FALSE:
+        if _parse_flag(record.get(name)) is False:
+            raise UserError(
+                f'has "{name}": false, which marks a bad reply in data for KTO. Remove the record, or rename the field '
+                "if it means something else."
+            )
     system = next((name for name in ("system", "system_prompt") if record.get(name) and name not in used), None)
     if system:
         if not messages or messages[0]["role"] != "system":
@@ -117,7 +124,7 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
         prompt = [_message("user", prompt)]
     elif field:
         prompt = _read_list(prompt, f'"{field}"')
-    rest = {k: v for k, v in record.items() if k not in ("prompt", "messages", "chosen", "rejected")}
+    rest = {k: v for k, v in record.items() if k not in ("prompt", "messages", "chosen", "rejected", *BAD_IF_FALSE)}
     pair = []
     for name in ("chosen", "rejected"):
         answer = _messages_in(record[name])
