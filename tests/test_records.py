@@ -93,6 +93,7 @@ def test_records_in_published_formats_become_messages(record, messages):
         ({"messages": [PAIR[0] | {"content": 5}, PAIR[1]]}, "number 1"),
         ({"messages": {"role": ["user"], "content": []}}, "different lengths"),
         ({"messages": PAIR[:1]}, "nothing to learn"),
+        ({"messages": [PAIR[0], PAIR[1] | {"role": "bot"}]}, "(its roles: bot, user)"),
         ({"messages": PAIR[::-1]}, "before the first"),
         ({"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]}, '"weight": 0.5 in message 2'),
         ({"messages": [PAIR[0], PAIR[1] | {"train": "no"}]}, '"train": "no"'),

@@ -85,7 +85,11 @@ def read_messages(record: dict) -> Conversation:
         _apply_flag(message, i, by_default)
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise UserError('has no message with the role "assistant", so there is nothing to learn. Remove it.')
+        found = ", ".join(sorted(set(roles))) or "none"
+        raise UserError(
+            f'has no message with the role "assistant", so there is nothing to learn (its roles: {found:.100}). '
+            "Correct or remove it."
+        )
     if "user" not in roles[: roles.index("assistant")]:
         raise UserError('has a reply before the first message with the role "user". Correct or remove it.')
     if not any(message["role"] == "assistant" and message.get("learn", True) for message in messages):
