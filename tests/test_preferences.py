@@ -25,6 +25,13 @@ FORMS = [
     {"prompt": [ASK], "chosen": [reply("good")], "rejected": [reply("bad")]},
     {"prompt": "Why?", "chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")], "score_chosen": 8.5},
     {"chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")]},
+    {"messages": [ASK, reply("good")], "chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")]},
+    {"instruction": "Why?", "input": "", "chosen": "good", "rejected": "bad"},
+    {
+        "conversations": [{"from": "human", "value": "Why?"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    },
 ]
 
 
@@ -39,6 +46,16 @@ def test_prompt_and_answer_may_be_json_text(text):
     assert [[message["content"] for message in messages] for messages in pair] == [[text, text], [text, "bad"]]
 
 
+def test_pairs_keep_the_input_and_the_earlier_turns():
+    options = {"chosen": "good", "rejected": "bad", "history": [["Hi", "Yes?"]], "system": "Be kind."}
+    earlier = [{"role": "system", "content": "Be kind."}, ASK | {"content": "Hi"}, reply("Yes?") | {"learn": False}]
+    for fields in ({"prompt": "Why?\n\nSo?"}, {"instruction": "Why?", "input": "So?"}):
+        pair = read_pair(fields | options)
+        question = ASK | {"content": "Why?\n\nSo?"}
+        assert pair == ([*earlier, question, reply("good")], [*earlier, question, reply("bad")])
+        assert pair[0].extras == {}
+
+
 def test_only_the_final_answers_are_learned():
     turns = [ASK, reply("so"), {"role": "user", "content": "And?"}]
     for messages in read_pair({"messages": turns, "chosen": "good", "rejected": "bad"}):
@@ -50,7 +67,8 @@ def test_only_the_final_answers_are_learned():
     [
         ({"prompt": "a", "chosen": "b"}, 'It needs "chosen"'),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same answer"),
-        ({"chosen": "b", "rejected": "c"}, "before the first message"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "without a question .its fields: question, chosen"),
+        ({"messages": [ASK, reply("b")], "chosen": "b", "rejected": "c"}, "a reply before its chosen answer"),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "not a list"),
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, "not a string"),
         ({"chosen": [ASK, reply("b")], "rejected": [{**ASK, "content": "How?"}, reply("c")]}, "different prompts"),

@@ -114,26 +114,31 @@ def read_messages(record: dict) -> Conversation:
 def read_pair(record: dict) -> tuple[Conversation, Conversation]:
     """Return the conversations with the chosen and with the rejected answer of a record of preferences.
 
-    "prompt" (a string, or a list of messages) or "messages" precede both answers. "chosen" and "rejected" are strings
-    or lists of messages, which may also repeat the prompt, as in published data sets. Only messages after the common
-    beginning of both conversations are learned. Raises UserError as `read_messages` does.
+    "prompt" (a string, or a list of messages), "messages", ShareGPT's "conversations" or Alpaca's "instruction" and
+    "input" precede both answers. "chosen" and "rejected" are strings, messages or lists of messages, which may also
+    repeat the prompt, as in published data sets. Only messages after the common beginning of both conversations are
+    learned. Raises UserError as `read_messages` does.
     """
     for name in ("chosen", "rejected"):
         if record.get(name) is None:
             fields = ", ".join(map(str, record)) or "(none)"
             raise UserError(f'has the fields {fields}. It needs "chosen", "rejected", and "prompt" or "messages".')
-    field = next((name for name in ("messages", "prompt") if record.get(name) is not None), None)
-    prompt = _messages_in(record[field]) if field else []
-    if isinstance(prompt, str):
-        prompt = [_message("user", prompt)]
-    elif field:
-        prompt = _read_list(prompt, f'"{field}"')
-    rest = {k: v for k, v in record.items() if k not in ("prompt", "messages", "chosen", "rejected", *BAD_IF_FALSE)}
+    prompt, used = _prompt(record)
+    rest = {k: v for k, v in record.items() if k not in {*used, *LISTS, "prompt", "chosen", "rejected", *BAD_IF_FALSE}}
     pair = []
     for name in ("chosen", "rejected"):
         answer = _messages_in(record[name])
+        answer = [answer] if isinstance(answer, dict) else answer
         messages = _read_list(answer, f'"{name}"') if isinstance(answer, list) else [_message("assistant", answer)]
         begins = bool(messages) and messages[0]["role"] != "assistant"  # it repeats the prompt
+        if not begins and not prompt:
+            fields = ", ".join(map(str, record))
+            raise UserError(
+                f'has answers without a question (its fields: {fields:.200}). It needs "prompt", "messages", '
+                '"conversations" or "instruction".'
+            )
+        if not begins and prompt[-1]["role"] == "assistant":
+            raise UserError(f"has a reply before its {name} answer, where a question belongs. Correct or remove it.")
         pair.append(read_messages(rest | {"messages": messages if begins else prompt + messages}))
     chosen, rejected = pair
     shared = 0
@@ -150,6 +155,26 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
     return chosen, rejected
 
 
+def _prompt(record: dict) -> tuple[list[dict], set[str]]:
+    """Return the messages before the answers of a pair, and the names of the fields that hold them."""
+    for name in (*LISTS, "prompt"):
+        if record.get(name) is not None:
+            value = _messages_in(record[name])
+            messages = [_message("user", value)] if isinstance(value, str) else _read_list(value, f'"{name}"')
+            return _history(record) + messages, {name, "history"}
+    if record.get("instruction") is not None:
+        question, used = _question(record)
+        return [*_history(record), question], {*used, "history"}
+    return [], set()
+
+
+def _question(record: dict) -> tuple[dict, set[str]]:
+    """Return the user's message of an Alpaca record, and the names of the fields that hold it."""
+    names = ["instruction", *(name for name in ("input", "context") if record.get(name) is not None)]
+    texts = [_text(record[name], f'"{name}"') for name in names]
+    return _message("user", "\n\n".join(text for text in texts if text)), set(names)
+
+
 def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
     """Return the messages of a record, the names of the fields that hold them, and the record with these fields."""
     present = {name for name, value in record.items() if value is not None}
@@ -158,13 +183,11 @@ def _turns(record: dict) -> tuple[list[dict], set[str], dict]:
             return _read_list(record[name], f'"{name}"'), {name}, record
     if "instruction" in present:
         reply = next((name for name in ("output", "response", "completion") if name in present), None)
-        inputs = [name for name in ("input", "context") if name in present]
         if reply is None:
             raise UserError('has "instruction" without "output"')
-        texts = [_text(record[name], f'"{name}"') for name in ("instruction", *inputs)]
-        question = "\n\n".join(text for text in texts if text)
-        messages = [_message("user", question), _message("assistant", _text(record[reply], f'"{reply}"'))]
-        return _history(record) + messages, {"instruction", "history", reply, *inputs}, record
+        question, used = _question(record)
+        messages = [question, _message("assistant", _text(record[reply], f'"{reply}"'))]
+        return _history(record) + messages, {*used, "history", reply}, record
     reply = next((name for name in ("response", "completion") if name in present), None)
     if "prompt" in present and reply:
         messages = _history(record)
