@@ -214,7 +214,10 @@ def _reply_length(tokenizer: Tokenizer, reply: str) -> int:
     if len(ends) > 1:  # others may be inside the reply, such as around a tool call, or after it, such as end of text
         stop = "".join(_stop_names(tokenizer, tokenizer.chat_template))
         if stop and stop in reply:
-            return reply.rindex(stop) + len(stop)
+            length = reply.rindex(stop) + len(stop)
+            last = next((end for end in reversed(ends) if tokenizer.control[end[0]] in tokenizer.ends), None)
+            between = _any_of(tokenizer.control).sub("", reply[length : last.start()]) if last else ""
+            return last.end() if last and between.strip() else length  # in gpt-oss, `stop` also ends the thinking
         ends = [end for end in ends if tokenizer.control[end[0]] in tokenizer.ends] or ends
     return ends[-1].end()
 
