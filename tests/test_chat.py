@@ -354,6 +354,11 @@ def test_fields_missing_from_the_template_are_refused_or_reported(tmp_path):
     assert chat.unused_fields(tokenizer, named) == {"name", "thinking"}
     tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["qwen3"]))
     assert chat.unused_fields(tokenizer, named) == set()  # this template uses `name` for functions
+    others = [{"role": "developer", "content": "Be kind."}, {"role": "system", "content": "Be kind."}, *CALLING]
+    assert chat.unused_fields(tokenizer, others) == {"content of the role 'developer'"}
+    others[3] = others[3] | {"content": "I will look."}
+    tokenizer = load_hf(with_control(tmp_path / "t", *TEMPLATES["llama-3.1"]))
+    assert chat.unused_fields(tokenizer, others) == {"content beside tool_calls"}
 
 
 def test_arguments_given_as_json_are_not_encoded_twice(tmp_path):

@@ -40,6 +40,7 @@ CHATML = (
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 BREAK = "\ufdd0"  # a noncharacter, absent from real text; inserted into names of control tokens that messages contain
 PROBE = "\ufdd1"  # another noncharacter, the placeholder for a reply
+CALL = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}  # a placeholder too
 REQUIRED_FIELDS = ("tools", "tool_calls", "documents")  # dropping one would change the meaning of the conversation
 REASONING = ("reasoning_content", "reasoning", "thinking")  # synonyms for one field, as in transformers
 RESERVED_VARIABLES = {"messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
@@ -297,9 +298,8 @@ def _call_end(tokenizer: Tokenizer) -> str | None:
     """Return the name of the control token that ends a reply with a tool call; None if the template has no calls."""
     if "tool_calls" not in _template(tokenizer):
         return None
-    call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
     try:
-        reply = _last_reply(tokenizer, [_message("user", "?"), _message("assistant", "") | {"tool_calls": [call]}])
+        reply = _last_reply(tokenizer, [_message("user", "?"), _message("assistant", "") | {"tool_calls": [CALL]}])
         reply = reply[: _reply_length(tokenizer, reply)]
     except UserError:
         return None
@@ -321,10 +321,30 @@ def check_learnable(tokenizer: Tokenizer) -> None:
 
 
 def unused_fields(tokenizer: Tokenizer, messages: list[dict]) -> set[str]:
-    """Return the names of message fields that the template ignores."""
+    """Return the names of message fields that the template ignores. Contents count only if it ignores them in all
+    messages with this role, or in all replies with a tool call."""
     names = {name for message in messages for name in message} - {"role", "content", "learn"}
     template = _template(tokenizer)
-    return {name for name in names if not any(other in template for other in {name, *REASONING * (name in REASONING)})}
+    names = {name for name in names if not any(other in template for other in {name, *REASONING * (name in REASONING)})}
+    for role in {message["role"] for message in messages} - {"user", "assistant"}:
+        if _drops_content(tokenizer, template, role):
+            names.add(f"content of the role {role!r:.40}")
+    has_text = any(message.get("tool_calls") and message.get("content") for message in messages)
+    if has_text and _drops_content(tokenizer, template, "assistant", calls=True):
+        names.add("content beside tool_calls")
+    return names
+
+
+@functools.lru_cache(64)  # preparation needs it for each conversation
+def _drops_content(tokenizer: Tokenizer, template: str, role: str, calls: bool = False) -> bool:
+    """Whether the template leaves out the content of a message with this role, before and after a question. `template`
+    is the tokenizer's, as a key of the cache."""
+    question = _message("user", "?")
+    message = _message(role, PROBE) | ({"tool_calls": [CALL]} if calls else {})
+    try:
+        return all(PROBE not in _fill_in(tokenizer, talk, False) for talk in ([message, question], [question, message]))
+    except UserError:
+        return False
 
 
 def _template(tokenizer: Tokenizer) -> str:
