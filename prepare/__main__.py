@@ -253,14 +253,14 @@ def _training_command(meta: dict, dataset: str, tokenizer: str) -> str:
 
     `tokenizer` is the value of --tokenizer; if it names a checkpoint, training starts from it. Preferences need a
     model: if `tokenizer` names a dataset, that is the model in out/DATASET, which the command trains first if it does
-    not exist."""
+    not exist. With a new tokenizer, the command also prepares conversations for this model, from FILES."""
     is_hub_name = meta["tokenizer"]["kind"] == "hf" and "/" in tokenizer and not Path(tokenizer).exists()
     is_published = is_hub_name or (Path(tokenizer) / "config.json").exists()
     init_from, first_command = tokenizer if is_published or _is_run(tokenizer) else "", ""
     if "preferences" in meta:
         config = "config/dpo_style.py"
         if not init_from:
-            init_from, first_command = _preference_start(tokenizer)
+            init_from, first_command = _preference_start(tokenizer, dataset)
     elif not init_from:
         config = "config/quickstart.py"
     elif is_published and "chat" not in meta:
@@ -277,18 +277,23 @@ def _training_command(meta: dict, dataset: str, tokenizer: str) -> str:
     return f"{first_command} && {command}" if first_command else command
 
 
-def _preference_start(tokenizer: str) -> tuple[str, str]:
+def _preference_start(tokenizer: str, dataset: str) -> tuple[str, str]:
     """Return the model from which training on preferences starts, for a `tokenizer` that names no checkpoint, and the
-    command that trains this model first, or ""."""
-    is_dataset = any((folder / tokenizer / "meta.json").exists() for folder in (Path(), Path("data")))
-    if tokenizer in KINDS or not is_dataset:
-        return "gpt2" if tokenizer == "gpt2" else "CHECKPOINT", ""
-    init_from = f"out/{Path(tokenizer).name}"
+    command that trains this model first, or "". `dataset` is that of the preferences."""
+    if tokenizer == "gpt2":
+        return "gpt2", ""
+    base, first_command = tokenizer, ""
+    folders = [] if tokenizer in KINDS else [Path(tokenizer), Path("data") / tokenizer]
+    metas = [files.read_json(folder / "meta.json") for folder in folders if (folder / "meta.json").exists()]
+    if not metas or "preferences" in metas[0]:  # no text or conversations to train on
+        base = f"{Path(dataset).name}_chat"
+        first_command = f"python prepare chat FILES --tokenizer {shlex.quote(dataset)} --name {shlex.quote(base)} && "
+    init_from = f"out/{Path(base).name}"
     if _states(init_from):
         return init_from, ""
-    options = f"--dataset={shlex.quote(tokenizer)} --out_dir={shlex.quote(init_from)}"
+    options = f"--dataset={shlex.quote(base)} --out_dir={shlex.quote(init_from)}"
     block_size = CONFIG_BLOCK_SIZE["config/dpo_style.py"]
-    return init_from, f"python train.py config/quickstart.py {options} --block_size={block_size}"
+    return init_from, f"{first_command}python train.py config/quickstart.py {options} --block_size={block_size}"
 
 
 def losses(meta: dict) -> list[str]:

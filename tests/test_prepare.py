@@ -139,3 +139,21 @@ def test_train_next_for_preferences_starts_from_a_model(trained, capsys):
     cli.prepare_corpus([*options, "--tokenizer=data/mine", "--overwrite"])
     words = train_next(capsys)
     assert "--init_from=out/mine" in words and "&&" not in words and "--block_size=32" in words
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300", "pairs"])
+def test_train_next_for_preferences_with_a_new_tokenizer_trains_a_model(tokenizer, tmp_path, monkeypatch, capsys):
+    """No model has the tokenizer yet, so the commands first train one on conversations, which the user adds."""
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)
+    Path("chats.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 20)
+    options = ["preferences", "pairs.jsonl", "--overwrite"]
+    cli.prepare_corpus([*options, f"--tokenizer={'byte' if tokenizer == 'pairs' else tokenizer}"])
+    if tokenizer == "pairs":  # the tokenizer of another dataset of pairs
+        cli.prepare_corpus([*options, "--tokenizer=pairs", "--name=again"])
+    first, second, third = " ".join(train_next(capsys)).split(" && ")
+    cli.prepare_corpus([word if word != "FILES" else "chats.jsonl" for word in first.split()[2:]])
+    done = script_here(*second.split()[1:], "--dry_run=True", "--device=cpu", cwd=".")
+    assert done.returncode == 0, done.stderr
+    out_dir = next(word for word in second.split() if word.startswith("--out_dir="))
+    assert out_dir.replace("--out_dir", "--init_from") in third.split() and "config/dpo_style.py" in third
