@@ -130,7 +130,7 @@ def template_of(name: str) -> str:
     if name in chat.TEMPLATES:
         return chat.TEMPLATES[name]
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, ValueError) as error:
         known = ", ".join(chat.TEMPLATES)
         raise UserError(f"--template {name} is neither {known} nor a UTF-8 file with a Jinja template.") from error

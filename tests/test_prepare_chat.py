@@ -137,7 +137,8 @@ def test_template_is_saved_and_overlong_conversations_are_counted(pairs, chatml)
 
 
 def test_trained_tokenizer_with_a_custom_template(pairs):
-    Path("t.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}")
+    template = "\ufeff{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    Path("t.jinja").write_text(template, encoding="utf-8")  # Windows editors write a byte order mark
     prepare_corpus("chat pairs.jsonl --tokenizer bpe:300 --template t.jinja".split())
     dataset = load_dataset("pairs")
     text = dataset.tokenizer.decode(dataset.train.read([0], len(dataset.train))[0])
