@@ -67,6 +67,7 @@ BINARY_SIGNATURES = {  # first bytes: (type of the file, what to do)
     b"GIF8": ("an image", "Leave it out"),
     b"\x7fELF": ("a program", "Leave it out"),
 }
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 HTML = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.IGNORECASE)
 
 
@@ -268,7 +269,7 @@ class Faults:
     WARN = 0.001  # fraction of the characters above which the note becomes a warning
 
     def __init__(self):
-        self.chars = self.marks = self.nuls = 0
+        self.chars = self.marks = self.nuls = self.surrogates = 0
         self.first = {}  # fault -> the name of the first text with it
         self._before = _replace.count
 
@@ -281,6 +282,11 @@ class Faults:
         if "\ufffd" in text:
             self.marks += text.count("\ufffd")
             self.first.setdefault("marks", name)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.surrogates += len(LONE_SURROGATE.findall(text))
+            self.first.setdefault("surrogates", name)
         return text
 
     def notes(self, option: str = "") -> list[str]:
@@ -304,6 +310,12 @@ class Faults:
                 self.marks - replaced,
                 "the text already contains {count} U+FFFD ({share}) from an earlier conversion, first in "
                 f"{self.first['marks']}; convert the original again",
+            )
+        if self.surrogates:
+            add(
+                self.surrogates,
+                f"the text contains {{count}} lone surrogates ({{share}}), halves of a character such as an emoji, "
+                f"first in {self.first['surrogates']}; tokenizers replace them by U+FFFD",
             )
         if self.nuls:
             hint = f", or use {option} if the file has another encoding" if option else ""

@@ -236,6 +236,9 @@ def test_replacement_and_nul_characters_in_the_input_are_reported(capsys):
     Path("b.txt").write_bytes(ENGLISH.encode() * 50 + b"a\0b\n")
     prepare("b.txt")
     assert "1 NUL characters" in capsys.readouterr().err
+    Path("c.jsonl").write_text('{"prompt": "a", "response": "cut \\ud83d"}\n' * 3)  # the first half of an emoji
+    cli.prepare_corpus(["chat", "c.jsonl", "--tokenizer=byte"])
+    assert "3 lone surrogates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
