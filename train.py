@@ -181,9 +181,18 @@ def main() -> int:
     log(describe(s, data, model, source))
 
     # ---- optimizer
-    rates = (s.learning_rate, s.muon_lr, s.weight_decay, (s.beta1, s.beta2))
-    muon = (arithmetic.torch_muon_dtype, s.muon_split, s.muon_momentum)
-    optimizers = make_optimizers(model, s.optimizer, *rates, dist.device.type, *muon)
+    optimizers = make_optimizers(
+        model,
+        s.optimizer,
+        learning_rate=s.learning_rate,
+        muon_lr=s.muon_lr,
+        weight_decay=s.weight_decay,
+        betas=(s.beta1, s.beta2),
+        device_type=dist.device.type,
+        muon_dtype=arithmetic.torch_muon_dtype,
+        muon_split=s.muon_split,
+        muon_momentum=s.muon_momentum,
+    )
     if folder:
         checkpoint.load_optimizers(folder, saved, model, optimizers)
 
@@ -196,8 +205,9 @@ def main() -> int:
         return 0
     state.data = data.identity()
     n_sequences = s.gradient_accumulation_steps * s.batch_size  # per update
-    sizes = (micro_batch, n_sequences, s.block_size)
-    accumulator = Accumulator(model, data, dist, *sizes, s.seed, s.auto_batch, log, objective)
+    accumulator = Accumulator(
+        model, data, dist, micro_batch, n_sequences, s.block_size, s.seed, s.auto_batch, log, objective
+    )
     if accumulator.scaler.is_enabled() and saved.get("scaler"):
         accumulator.scaler.load_state_dict(saved["scaler"])
     accumulator.prepare(dist.compile and not s.eval_only)

@@ -65,8 +65,9 @@ class Rollouts:
         assert conversations is not None
         form = conversations.first[conversation]
         ids, targets = conversations.read_form(form, int(conversations.lengths[form]))
-        start = np.flatnonzero(np.diff(targets != -1, prepend=False) & (targets != -1))[-1]
-        return ids[:start], ids[start:][targets[start:] != -1]
+        learned = targets != -1
+        start = np.flatnonzero(np.diff(learned, prepend=False) & learned)[-1]  # of the last run of learned tokens
+        return ids[:start], ids[start:][learned[start:]]
 
     def task(self, split: Literal["train", "val"], dataset: int, conversation: int) -> Task:
         """Return the task that a conversation of a split is."""
@@ -91,13 +92,19 @@ class Rollouts:
         # with FSDP, every rank takes part in each forward pass, until the last rank has finished its completions
         finished = self.dist.agree if self.dist.fsdp else bool
         for first in range(0, len(tasks), batch_size):
-            rows, prompts = slice(first, first + batch_size), [task.ids for task in tasks[first : first + batch_size]]
-            options = (self.s.max_new_tokens, sampling, seeds[rows])
+            rows = slice(first, first + batch_size)
             with self.dist.autocast():
-                found = continue_texts(
-                    self.policy, self.tokenizer, prompts, *options, ends=self.ends, finished=finished
+                completions = continue_texts(
+                    self.policy,
+                    self.tokenizer,
+                    [task.ids for task in tasks[rows]],
+                    self.s.max_new_tokens,
+                    sampling,
+                    seeds[rows],
+                    ends=self.ends,
+                    finished=finished,
                 )
-            for task, completion in zip(tasks[rows], found, strict=True):
+            for task, completion in zip(tasks[rows], completions, strict=True):
                 text = chat.as_content(self.tokenizer, completion.text)
                 results.append((completion, call_reward(self.reward, self.s.reward, task.prompt, text, task.answer)))
         return results
@@ -165,4 +172,5 @@ class Rollouts:
         }
         weights = np.array([total * weight for _, _, weight in own])
         sums = {name: float(weights @ np.array(each, dtype=float)) for name, each in values.items()}
-        return {name: (value, float(weights.sum())) for name, value in ({"loss": 0.0 - sums["reward"]} | sums).items()}
+        sums = {"loss": 0.0 - sums["reward"]} | sums  # not -sums["reward"], which would be -0.0 for 0
+        return {name: (value, float(weights.sum())) for name, value in sums.items()}
