@@ -15,6 +15,7 @@ from acorn.data.loader import Batch, make_batch, prefetch
 from acorn.data.mixture import Mixture
 from acorn.data.shards import Dataset, Tokens
 from acorn.distributed.runtime import Runtime
+from acorn.inference.generate import evaluating
 from model import GPT
 
 WINDOW_SEED = 4242  # fixed seed for choosing windows, so that all evaluations of all runs use the same ones
@@ -66,19 +67,17 @@ def window_sums(
     document if the split numbers its documents.
     """
     sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
-    was_training = model.training
-    model.eval()
     # one list of batches per column; on the device, so that the host does not wait
     sums: list[list[Tensor]] = [[] for _ in range(4)]
-    for batch, n_rows in read_batches(tokens, runtime, batch_size, block_size, max_windows):
-        x, y, documents, _ = batch.to(runtime.device)
-        with runtime.autocast():
-            _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 at masked targets
-        n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
-        columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
-        for column, values in zip(sums, columns, strict=True):
-            column.append(values[:n_rows])
-    model.train(was_training)
+    with evaluating(model):
+        for batch, n_rows in read_batches(tokens, runtime, batch_size, block_size, max_windows):
+            x, y, documents, _ = batch.to(runtime.device)
+            with runtime.autocast():
+                _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 at masked targets
+            n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
+            columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
+            for column, values in zip(sums, columns, strict=True):
+                column.append(values[:n_rows])
     if not sums[0]:
         return torch.zeros(0, 4, dtype=torch.float64)
     return torch.stack([torch.cat(column).cpu().double() for column in sums], dim=1)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from acorn import UserError, visible
-from acorn.inference.generate import check_finite
+from acorn.inference.generate import check_finite, evaluating
 from model import GPT, Block
 
 MOST_TOKENS = 256  # of a text; n tokens have n * n attention weights in each head
@@ -218,16 +218,12 @@ def look_inside(model: GPT, tokenizer, ids: list[int], n_top: int = 6) -> dict:
         rows = enumerate(zip(tokens, values, real, strict=True))
         return [[t, named(i, t), round(v, 4), r] for i, (t, v, r) in rows]
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         inside = look(model, ids)
         # one row after the other, because the probabilities of all layers may be gigabytes
         lens = [lens_row(logit_lens(model, x)) for x in inside.residual[:-1]] + [lens_row(inside.logits)]
         distinct = list(dict.fromkeys(ids))
         similar, nearest = neighbours(model, distinct, n_vocab)
-    finally:
-        model.train(was_training)
 
     top = inside.logits[:, :n_vocab].float().softmax(-1).topk(n_top)
     triangle = torch.ones(T, T, dtype=torch.bool).tril()

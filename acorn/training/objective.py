@@ -15,6 +15,7 @@ from acorn.data.tokenizer import tokenizer_hash
 from acorn.distributed import sharding
 from acorn.distributed.runtime import Runtime
 from acorn.evaluation.loss import evaluate_mixture, read_batches, windows_to_read
+from acorn.inference.generate import evaluating
 from acorn.training import lora, losses
 from acorn.training.rewards import call_reward, load_reward
 from acorn.training.rollouts import Rollouts
@@ -64,29 +65,30 @@ class Objective:
         if self.kind == "tokens":
             return model(x, y, reduction="sum", documents=documents)[1], self.no_figures()
         if self.kind == "dpo":
-            return self.preferences(model, x, y, documents)
+            return self.preference_loss(model, x, y, documents)
         if self.kind == "distill":
-            return self.distillation(model, x, y, documents)
+            return self.distillation_loss(model, x, y, documents)
         if self.kind == "grpo":
-            return self.rewarded(model, x, y, advantage)
+            return self.policy_gradient_loss(model, x, y, advantage)
         raise NotImplementedError(f"objective={self.kind!r} has no branch in Objective.loss")
 
-    def preferences(
+    def preference_loss(
         self, model: torch.nn.Module, x: Tensor, y: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the preference loss over pairs, and its figures."""
         assert documents is not None, "rows of pairs number them"
         s, options = self.s, dict(per_token=losses.log_probability, given=(y,), documents=documents)
-        reference = None if s.preference_loss == "simpo" else self.reference(x, options)
+        reference = None if s.preference_loss == "simpo" else self.reference_logp(x, options)
         logp = model(x, **options)[1][..., 0]  # (B, T)
-        how = (s.preference_loss, s.dpo_beta, s.label_smoothing, s.simpo_gamma)
-        loss, rewards, is_pair = losses.preference_loss(logp, reference, y, documents, *how)
+        loss, rewards, is_pair = losses.preference_loss(
+            logp, reference, y, documents, s.preference_loss, s.dpo_beta, s.label_smoothing, s.simpo_gamma
+        )
         chosen, rejected = (rewards * is_pair[..., None]).unbind(-1)
         figures = {"accuracy": chosen > rejected, "margin": chosen - rejected}
         figures |= {"loss": loss, "chosen_reward": chosen, "rejected_reward": rejected}
         return loss.sum(), self.figures({name: (values.sum(), is_pair.sum()) for name, values in figures.items()})
 
-    def distillation(self, model: torch.nn.Module, x: Tensor, y: Tensor, documents) -> tuple[Tensor, Tensor]:
+    def distillation_loss(self, model: torch.nn.Module, x: Tensor, y: Tensor, documents) -> tuple[Tensor, Tensor]:
         """Return the sum of token loss and divergence from the teacher over targets, weighted, and their figures."""
         weight, temperature = self.s.distill_weight, self.s.distill_temperature
         assert self.frozen is not None
@@ -98,13 +100,15 @@ class Objective:
         loss, n = (1 - weight) * nats + weight * temperature**2 * kl, (y != -1).sum()
         return loss, self.figures({"loss": (loss, n), "kl": (kl, n), "token_loss": (nats, n)})
 
-    def rewarded(self, model: torch.nn.Module, x: Tensor, y: Tensor, advantage: Tensor | None) -> tuple[Tensor, Tensor]:
+    def policy_gradient_loss(
+        self, model: torch.nn.Module, x: Tensor, y: Tensor, advantage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the sum of GRPO's loss over the tokens of completions, and its figures."""
         assert advantage is not None, "Rollouts.batch sets it"
-        sampling = (self.data.tokenizer.n_vocab, self.s.rollout_temperature)
-        per_token = functools.partial(losses.log_probability_and_entropy, *sampling)
+        n_vocab, temperature = self.data.tokenizer.n_vocab, self.s.rollout_temperature
+        per_token = functools.partial(losses.log_probability_and_entropy, n_vocab, temperature)
         options = dict(per_token=per_token, given=(y,))
-        reference = self.reference(x, options) if self.s.kl_beta else None
+        reference = self.reference_logp(x, options) if self.s.kl_beta else None
         logp, entropy = model(x, **options)[1].unbind(-1)  # (B, T)
         loss, n = losses.grpo_loss(logp, advantage, reference, self.s.kl_beta).sum(), (y != -1).sum()
         return loss, self.figures({"loss": (loss, n), "entropy": (entropy.sum(), n)})
@@ -118,16 +122,15 @@ class Objective:
         return result
 
     @torch.no_grad()
-    def reference(self, x: Tensor, options: dict) -> Tensor:
-        """Return the first of the values of `GPT.in_chunks` under the reference: (B, T)."""
+    def reference_logp(self, x: Tensor, options: dict) -> Tensor:
+        """Return the log-probabilities (B, T) of the targets under the reference.
+
+        `options` are those of the policy's forward pass. The first value of their `per_token` is the log-probability.
+        """
         if self.frozen is not None:
             return self.frozen(x, **options)[1][..., 0]
-        was_training = self.policy.training
-        self.policy.eval()
-        with lora.adapters_off(self.policy):
-            values = self.policy(x, **options)[1][..., 0]
-        self.policy.train(was_training)
-        return values
+        with evaluating(self.policy), lora.adapters_off(self.policy):
+            return self.policy(x, **options)[1][..., 0]
 
     def no_figures(self) -> Tensor:
         """Return the figures of no batch: zeros (K, 2)."""
@@ -159,20 +162,19 @@ class Objective:
             values = self.rollouts.evaluate(split, batch_size, max_windows)
             means = self.means(self.figures(values))
             return {name: means[name] for name in values}
-        was_training, weighted = self.policy.training, self.no_figures().double().cpu()
-        self.policy.eval()
-        for dataset, share in zip(data.datasets, data.shares, strict=True):
-            n = windows_to_read(dataset, split, block_size, max_windows)
-            figures, total = self.no_figures(), torch.zeros((), dtype=torch.float64)
-            for batch, n_rows in read_batches(getattr(dataset, split), self.dist, batch_size, block_size, n):
-                if not n_rows:  # a dummy row
-                    batch.y.fill_(-1)
-                total += n_rows
-                with self.dist.autocast():
-                    figures += self.loss(self.policy, batch.to(self.dist.device))[1]
-            # the shares are those of rows, as in training
-            weighted += float(share) / self.dist.sum(total) * self.dist.sum(figures).double().cpu()
-        self.policy.train(was_training)
+        weighted = self.no_figures().double().cpu()
+        with evaluating(self.policy):
+            for dataset, share in zip(data.datasets, data.shares, strict=True):
+                n = windows_to_read(dataset, split, block_size, max_windows)
+                figures, total = self.no_figures(), torch.zeros((), dtype=torch.float64)
+                for batch, n_rows in read_batches(getattr(dataset, split), self.dist, batch_size, block_size, n):
+                    if not n_rows:  # a dummy row
+                        batch.y.fill_(-1)
+                    total += n_rows
+                    with self.dist.autocast():
+                        figures += self.loss(self.policy, batch.to(self.dist.device))[1]
+                # the shares are those of rows, as in training
+                weighted += float(share) / self.dist.sum(total) * self.dist.sum(figures).double().cpu()
         sums, counts = weighted.unbind(1)
         return dict(zip(self.names, torch.where(counts > 0, sums / counts, 0).tolist(), strict=True))
 
