@@ -82,16 +82,16 @@ def main() -> int:
     check(s, given)
 
     # ---- machine; only samples go to stdout, so that they can be piped
-    r = runtime.setup(s.device, s.dtype, s.compile)
-    if s.dtype == "auto" and r.device.type == "cpu":
-        r.dtype = torch.float32
+    dist = runtime.setup(s.device, s.dtype, s.compile)
+    if s.dtype == "auto" and dist.device.type == "cpu":
+        dist.dtype = torch.float32
     # ---- model
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
     model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
-    model.to(r.device, r.dtype)
-    if s.quantize != "none" and r.device.type != "cpu":
-        raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {r.device}.")
-    summary = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    model.to(dist.device, dist.dtype)
+    if s.quantize != "none" and dist.device.type != "cpu":
+        raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {dist.device}.")
+    summary = f"{model.num_params():,} parameters, on {dist.device} in {str(dist.dtype)[6:]}"
     print(printable(f"{source}: {summary}"), file=sys.stderr)
 
     # ---- prompts
@@ -111,7 +111,7 @@ def main() -> int:
             file=sys.stderr,
         )
     compile = s.compile is True
-    if r.device.type == "cpu" and (s.compile or s.quantize != "none"):
+    if dist.device.type == "cpu" and (s.compile or s.quantize != "none"):
         n_rows = (1 if s.interactive or s.chat else len(prompts)) * s.num_beams
         n_tokens = (num_samples if s.num_beams == 1 else 1) * s.max_new_tokens
         model = prepare_for_decoding(model, s.quantize, s.compile, n_rows, n_tokens)

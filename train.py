@@ -164,7 +164,7 @@ def main() -> int:
     log("; ".join(dist.notes))
 
     # ---- data and model
-    folder, saved = checkpoint.find(out_dir, r=dist) if resumed else (None, {})
+    folder, saved = checkpoint.find(out_dir, dist=dist) if resumed else (None, {})
     data = load_data(s, saved, dist)
     token_bytes = data.tokenizer.token_bytes()
     model, values, source, adapters = start_model(s, given, folder, saved, data, dist)

@@ -80,15 +80,15 @@ def main() -> int:
         raise UserError(f"the server needs {error.name}. Install it: pip install fastapi uvicorn") from error
 
     # ---- model, as in sample.py
-    r = runtime.setup(s.device, s.dtype, False)
-    if s.dtype == "auto" and r.device.type == "cpu":
-        r.dtype = torch.float32
+    dist = runtime.setup(s.device, s.dtype, False)
+    if s.dtype == "auto" and dist.device.type == "cpu":
+        dist.dtype = torch.float32
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
     model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
-    model.to(r.device, r.dtype)
-    if r.device.type != "cpu" and s.quantize != "none":
-        raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {r.device}.")
-    print(printable(f"{source}: {model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"))
+    model.to(dist.device, dist.dtype)
+    if dist.device.type != "cpu" and s.quantize != "none":
+        raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {dist.device}.")
+    print(printable(f"{source}: {model.num_params():,} parameters, on {dist.device} in {str(dist.dtype)[6:]}"))
     model = scheduler.prepare(model, s.max_batch, s.quantize, s.compile, N_TOKENS)
 
     # ---- server

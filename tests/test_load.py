@@ -38,7 +38,7 @@ def test_ranks_divide_the_hashing_and_agree_on_a_checkpoint(tmp_path, monkeypatc
     def process(rank):
         r = dataclasses.replace(ONE_RANK, rank=rank, world_size=2)
         r.gather = functools.partial(gather, rank)
-        return checkpoint.find(tmp_path, r=r)[0].name
+        return checkpoint.find(tmp_path, dist=r)[0].name
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         assert list(pool.map(process, range(2))) == ["step_000001"] * 2

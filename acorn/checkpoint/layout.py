@@ -216,24 +216,24 @@ def _runs_near(out_dir: Path) -> str:
     return f"Existing runs: {', '.join(sorted(runs)[:10])}" if runs else "Train first, or give the out_dir of a run."
 
 
-def find(out_dir: Path, choice: str = "latest", r: Runtime = ONE_RANK) -> tuple[Path, dict]:
+def find(out_dir: Path, choice: str = "latest", dist: Runtime = ONE_RANK) -> tuple[Path, dict]:
     """Return the folder and state of the first intact checkpoint in `in_order`, with a warning for each damaged one
     before it. Files are only read, because a run may be saving. Raises UserError if none is intact.
 
     The ranks divide the files among them, so that each file is hashed once. All must see the same `out_dir`.
     """
     folders, pointer = in_order(out_dir, choice), out_dir / choice
-    if r.is_main and choice in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
+    if dist.is_main and choice in ("latest", "best") and pointer.exists() and not read_pointer(pointer):
         print(f"warning: {pointer} names a checkpoint that does not exist", file=sys.stderr)
     for folder in folders:
         state, is_intact = {}, True
         try:
             state = read_state(folder)
-            check_files(folder, state, r.rank, r.world_size)
+            check_files(folder, state, dist.rank, dist.world_size)
         except Damaged as damage:
             is_intact = False
             print(printable(f"warning: {damage}; trying another checkpoint"), file=sys.stderr)
-        reports = r.gather([state.get("step", -1), is_intact])
+        reports = dist.gather([state.get("step", -1), is_intact])
         if len({step for step, _ in reports}) > 1:
             raise UserError(f"the ranks see different checkpoints in {out_dir}. Put out_dir on a shared file system.")
         if all(is_intact for _, is_intact in reports):

@@ -31,7 +31,7 @@ class LazyCheckpoint(typing.NamedTuple):
     name: str  # an absolute path or hub name, by which adapters refer to their base
 
 
-def build_model(folder: Path, state: dict, r: Runtime = ONE_RANK, whole_context: bool = False) -> tuple[GPT, dict]:
+def build_model(folder: Path, state: dict, dist: Runtime = ONE_RANK, whole_context: bool = False) -> tuple[GPT, dict]:
     """Return the model of a checkpoint on the meta device and its parameters, not read yet, for `fill` or
     `sharding.shard`.
 
@@ -52,10 +52,10 @@ def build_model(folder: Path, state: dict, r: Runtime = ONE_RANK, whole_context:
     name = name or adapters["base"]
     advice = f"If the base was moved, write its path into the file {base_file}."
     try:
-        base = open_model(name, plain=True, r=r)  # plain: adapters could be their own base
+        base = open_model(name, plain=True, dist=dist)  # plain: adapters could be their own base
     except UserError as error:
         raise UserError(f"{folder} holds adapters for {name}, which cannot be loaded ({error}). {advice}") from error
-    if not r.agree(not r.is_main or lora.fingerprint(base.model, base.values) == adapters["sha256"]):
+    if not dist.agree(not dist.is_main or lora.fingerprint(base.model, base.values) == adapters["sha256"]):
         raise UserError(
             f"{folder} holds adapters for {adapters['base']}, but the weights of {base.source} differ from those they "
             f"were trained on. {advice}"
@@ -99,7 +99,7 @@ def load_with_tokenizer(source: str, choice: str = "best") -> tuple[GPT, tokeniz
 
 
 def open_model(
-    source: str, choice: str = "best", plain: bool = False, r: Runtime = ONE_RANK, whole_context: bool = False
+    source: str, choice: str = "best", plain: bool = False, dist: Runtime = ONE_RANK, whole_context: bool = False
 ) -> LazyCheckpoint:
     """Open an acorn out_dir or step folder, a nanoGPT `ckpt.pt` or a folder with one, or a Hugging Face checkpoint by
     its name or folder.
@@ -138,14 +138,14 @@ def open_model(
             )
         description = f"{path}, a nanoGPT checkpoint of step {checkpoint.get('iter_num')}"
         return LazyCheckpoint(model, tensors, tokenizer, description, str(path.absolute()))
-    folder, state = find(path, choice, r)
+    folder, state = find(path, choice, dist)
     adapters = state.get("lora")
     if adapters and plain:
         raise UserError(
             f"{source} is a LoRA run, which cannot be the base of other adapters. First merge it with "
             f"`python -m acorn.hub export {source} FOLDER`, then use --init_from=FOLDER."
         )
-    model, values = build_model(folder, state, r, whole_context)
+    model, values = build_model(folder, state, dist, whole_context)
     if adapters:
         model = empty_model({**state["config"], "block_size": model.config.block_size}, str(folder))
         values = merge_adapters(values, adapters["alpha"] / adapters["rank"])

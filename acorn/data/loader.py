@@ -47,7 +47,7 @@ def pinned(array: np.ndarray) -> Tensor:
 
 def updates(
     data: Mixture,
-    r: Runtime,
+    dist: Runtime,
     block_size: int,
     seed: int,
     n_sequences: int,
@@ -61,9 +61,9 @@ def updates(
     """
     for start in itertools.count(position, n_sequences):
         batches, n_targets = [], 0
-        for first in range(start + r.rank * micro_batch, start + n_sequences, r.world_size * micro_batch):
+        for first in range(start + dist.rank * micro_batch, start + n_sequences, dist.world_size * micro_batch):
             arrays = data.sample(block_size, first, micro_batch, seed)
-            batches.append(make_batch(arrays, r.device))
+            batches.append(make_batch(arrays, dist.device))
             n_targets += count_targets(arrays[1], arrays[2], data.has_pairs)
         yield batches, n_targets
 

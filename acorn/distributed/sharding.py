@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
+def shard(model: GPT, dist: Runtime, values: dict | None = None) -> GPT:
     """Shard the parameters of `model` over the ranks, on their devices, and return it.
 
     If the model is on the meta device, no rank ever holds the whole model in memory. Each rank copies its own rows from
@@ -30,14 +30,14 @@ def shard(model: GPT, r: Runtime, values: dict | None = None) -> GPT:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     on_meta = model.transformer.wte.weight.is_meta
-    mesh = init_device_mesh(r.device.type, (r.world_size,))
+    mesh = init_device_mesh(dist.device.type, (dist.world_size,))
     # the model returns views, which nothing changes in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    policy = MixedPrecisionPolicy(param_dtype=r.dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dist.dtype, reduce_dtype=torch.float32)
     for module in (*model.transformer.h, model):  # `model` last: it shards embeddings, final norm and head
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if on_meta:
-        model.to_empty(device=r.device)
+        model.to_empty(device=dist.device)
         if model.config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
         for name, p in model.named_parameters():

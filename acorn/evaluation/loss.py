@@ -22,7 +22,7 @@ WINDOW_SEED = 4242  # fixed seed for choosing windows, so that all evaluations o
 
 
 def read_batches(
-    tokens: Tokens, runtime: Runtime, batch_size: int, block_size: int, max_windows: int = 0
+    tokens: Tokens, dist: Runtime, batch_size: int, block_size: int, max_windows: int = 0
 ) -> Iterator[tuple[Batch, int]]:
     """Yield this rank's batches of an evaluation, and the number of rows in each that count.
 
@@ -35,22 +35,22 @@ def read_batches(
     windows = batches.in_order if whole else functools.partial(batches.sample, seed=WINDOW_SEED)
 
     def read():
-        for start in range(0, count, batch_size * runtime.world_size):
-            first = start + batch_size * runtime.rank
+        for start in range(0, count, batch_size * dist.world_size):
+            first = start + batch_size * dist.rank
             n_rows = max(0, min(batch_size, count - first))
-            if not n_rows and not runtime.fsdp:
+            if not n_rows and not dist.fsdp:
                 break
             arrays = windows(tokens, block_size, first if n_rows else 0, n_rows or 1)
-            yield make_batch(arrays, runtime.device), n_rows
+            yield make_batch(arrays, dist.device), n_rows
 
-    return prefetch(read(), runtime.device)
+    return prefetch(read(), dist.device)
 
 
 @torch.no_grad()
 def window_sums(
     model: GPT,
     tokens: Tokens,
-    runtime: Runtime,
+    dist: Runtime,
     batch_size: int,
     block_size: int,
     max_windows: int = 0,
@@ -66,13 +66,13 @@ def window_sums(
     `max_windows` of these, the same ones every time. The windows are divided among the ranks. Attention stays inside a
     document if the split numbers its documents.
     """
-    sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(runtime.device)
+    sizes = None if token_bytes is None else torch.from_numpy(token_bytes).to(dist.device)
     # one list of batches per column; on the device, so that the host does not wait
     sums: list[list[Tensor]] = [[] for _ in range(4)]
     with evaluating(model):
-        for batch, n_rows in read_batches(tokens, runtime, batch_size, block_size, max_windows):
-            x, y, documents, _ = batch.to(runtime.device)
-            with runtime.autocast():
+        for batch, n_rows in read_batches(tokens, dist, batch_size, block_size, max_windows):
+            x, y, documents, _ = batch.to(dist.device)
+            with dist.autocast():
                 _, nats = model(x, y, reduction="none", documents=documents)  # (B, T), 0 at masked targets
             n_bytes = torch.zeros_like(y) if sizes is None else torch.where(y != -1, sizes[y.clamp(min=0)], 0)  # (B, T)
             columns = [(y != -1).sum(1), nats.sum(1), torch.where(n_bytes > 0, nats, 0).sum(1), n_bytes.sum(1)]
@@ -86,7 +86,7 @@ def window_sums(
 def evaluate(model: GPT, tokens: Tokens, *options) -> dict[str, float]:
     """Return "loss" (nats per token), "perplexity" and, if `token_bytes` is given, "bits_per_byte" of a split.
 
-    Every target has the same weight. `options` are the arguments of `window_sums` from `runtime` on.
+    Every target has the same weight. `options` are the arguments of `window_sums` from `dist` on.
     """
     return _figures(_mean_sums(model, tokens, *options))
 
@@ -103,7 +103,7 @@ def evaluate_mixture(
     model: GPT,
     data: Mixture,
     split: Literal["train", "val"],
-    runtime: Runtime,
+    dist: Runtime,
     batch_size: int,
     block_size: int,
     max_windows: int = 0,
@@ -117,7 +117,7 @@ def evaluate_mixture(
     sums = []
     for dataset in data.datasets:
         n = windows_to_read(dataset, split, block_size, max_windows)
-        sums.append(_mean_sums(model, getattr(dataset, split), runtime, batch_size, block_size, n, token_bytes))
+        sums.append(_mean_sums(model, getattr(dataset, split), dist, batch_size, block_size, n, token_bytes))
     weighted = [float(share) * each for share, each in zip(data.shares, sums, strict=True)]
     result = _figures(np.sum(weighted, axis=0))
     if len(sums) > 1:
@@ -126,10 +126,10 @@ def evaluate_mixture(
     return result
 
 
-def _mean_sums(model: GPT, tokens: Tokens, runtime: Runtime, *options) -> np.ndarray:
+def _mean_sums(model: GPT, tokens: Tokens, dist: Runtime, *options) -> np.ndarray:
     """Return the means of `window_sums` over the windows of all ranks: (4,)."""
-    own = window_sums(model, tokens, runtime, *options)
-    n_windows, *sums = runtime.sum(torch.cat((own.new_tensor([len(own)]), own.sum(0)))).tolist()
+    own = window_sums(model, tokens, dist, *options)
+    n_windows, *sums = dist.sum(torch.cat((own.new_tensor([len(own)]), own.sum(0)))).tolist()
     check_targets(sums[0], tokens)
     return np.array(sums) / n_windows
 

@@ -87,10 +87,10 @@ def ratio_and_error(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def measure_tokens(
-    model: GPT, tokenizer: Tokenizer, tokens: Tokens, r: runtime.Runtime, batch_size: int, block_size: int
+    model: GPT, tokenizer: Tokenizer, tokens: Tokens, dist: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
     """Measure loss (nats per token), perplexity and bits per byte over adjacent windows of `block_size` tokens."""
-    sums = window_sums(model, tokens, r, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
+    sums = window_sums(model, tokens, dist, batch_size, block_size, 0, tokenizer.token_bytes()).numpy()
     n_tokens, n_bytes = int(sums[:, 0].sum()), int(sums[:, 3].sum())
     check_targets(n_tokens, tokens)
     loss, error = ratio_and_error(sums[:, 1], sums[:, 0])
@@ -104,7 +104,7 @@ def measure_tokens(
 
 
 def measure_text(
-    model: GPT, tokenizer: Tokenizer, path: str, r: runtime.Runtime, batch_size: int, block_size: int
+    model: GPT, tokenizer: Tokenizer, path: str, dist: runtime.Runtime, batch_size: int, block_size: int
 ) -> dict[str, Figure]:
     """Apply `measure_tokens` to a UTF-8 text file, as one document of a dataset."""
     text = files.read_text(path)
@@ -121,7 +121,7 @@ def measure_text(
             writer.write(ids)
         shards = [open_shard(shard) for shard in sorted(Path(folder).glob("*.bin"))]
         tokens = Tokens(shards, tokenizer.n_vocab, "val")
-        return measure_tokens(model, tokenizer, tokens, r, batch_size, block_size)
+        return measure_tokens(model, tokenizer, tokens, dist, batch_size, block_size)
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
@@ -259,7 +259,7 @@ def measure_answers(answers: list[str], references: list[str]) -> dict[str, Figu
 
 @torch.no_grad()
 def choice_logprobs(
-    model: GPT, rows: list[tuple[list[int], list[int]]], r: runtime.Runtime, batch_size: int
+    model: GPT, rows: list[tuple[list[int], list[int]]], dist: runtime.Runtime, batch_size: int
 ) -> np.ndarray:
     """Return the log-probability (nats) of each continuation given its prompt: (len(rows),).
 
@@ -276,8 +276,8 @@ def choice_logprobs(
             ids = np.array(prompt + continuation)
             x[i, : len(ids) - 1] = ids[:-1]
             y[i, len(prompt) - 1 : len(ids) - 1] = continuation
-        with r.autocast():
-            _, nats = model(r.to_device(x), r.to_device(y), reduction="none")
+        with dist.autocast():
+            _, nats = model(dist.to_device(x), dist.to_device(y), reduction="none")
         result += (-nats.double().sum(1)).tolist()
     return np.array(result)
 
@@ -324,7 +324,7 @@ def measure_choices(
     records: list[tuple[str, dict]],
     encoded: list[list[tuple[list[int], list[int]]]],
     lengths: list[int],
-    r: runtime.Runtime,
+    dist: runtime.Runtime,
     batch_size: int,
 ) -> tuple[dict[str, Figure], list[int | None]]:
     """Measure the accuracy, in percent, of the most likely choice, and return the chosen index of each record too.
@@ -335,7 +335,7 @@ def measure_choices(
     """
     fits = [length <= model.config.block_size for length in lengths]
     rows = [row for of_record, fit in zip(encoded, fits, strict=True) if fit for row in of_record]
-    logprobs = choice_logprobs(model, rows, r, batch_size)
+    logprobs = choice_logprobs(model, rows, dist, batch_size)
     right, right_by_bytes, start = [], [], 0
     chosen: list[int | None] = []
     for (_, record), fit in zip(records, fits, strict=True):
@@ -469,16 +469,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def load_evaluated(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, runtime.Runtime, int]:
     """Return the model on its device, its tokenizer, its description, the runtime and the block size."""
-    r = runtime.setup(args.device, args.dtype, False)
+    dist = runtime.setup(args.device, args.dtype, False)
     model, tokenizer, source = checkpoint.load_with_tokenizer(args.source, args.checkpoint)
-    model.to(r.device).eval()
+    model.to(dist.device).eval()
     limit = model.config.block_size
     block_size = args.block_size or min(limit, 1024)
     if block_size > limit:
         raise UserError(f"--block_size {block_size} exceeds the model's {limit}. Use --block_size {limit} or less.")
-    summary = f"{model.num_params():,} parameters, on {r.device} in {str(r.dtype)[6:]}"
+    summary = f"{model.num_params():,} parameters, on {dist.device} in {str(dist.dtype)[6:]}"
     print(printable(f"{source}: {summary}"), file=sys.stderr)
-    return model, tokenizer, source, r, block_size
+    return model, tokenizer, source, dist, block_size
 
 
 def load_splits(dataset: str, split: str, document_mask: bool, tokenizer: Tokenizer, source: str) -> dict[str, Tokens]:
@@ -537,7 +537,7 @@ def measure_pairs(
     model: GPT,
     tokenizer: Tokenizer,
     records: list[tuple[str, dict]],
-    r: runtime.Runtime,
+    dist: runtime.Runtime,
     batch_size: int,
     max_new_tokens: int,
     stop: list[str],
@@ -550,7 +550,7 @@ def measure_pairs(
     lengths = [len(prompt) for prompt, _ in pairs]
     limit = model.config.block_size - 1  # leaves room for one token of the answer
     fitting = [i for i, length in enumerate(lengths) if length <= limit]
-    with r.autocast():
+    with dist.autocast():
         prompts = [pairs[i][0] for i in fitting]
         answers = greedy_answers(model, tokenizer, prompts, stop, max_new_tokens, batch_size)
     references = [pairs[i][1] for i in fitting]
@@ -583,20 +583,22 @@ def main() -> int:
     choices = read_choices(args.choices, args.limit) if args.choices else []
 
     # ---- measurements
-    model, tokenizer, source, r, block_size = load_evaluated(args)
+    model, tokenizer, source, dist, block_size = load_evaluated(args)
     figures: list[tuple[str, dict[str, Figure]]] = []  # of each input
     answered = []
     if dataset:
         for name, tokens in load_splits(dataset, args.split, document_mask, tokenizer, source).items():
-            figures.append((name, measure_tokens(model, tokenizer, tokens, r, args.batch_size, block_size)))
+            figures.append((name, measure_tokens(model, tokenizer, tokens, dist, args.batch_size, block_size)))
     if args.text:
-        figures.append((args.text, measure_text(model, tokenizer, args.text, r, args.batch_size, block_size)))
+        figures.append((args.text, measure_text(model, tokenizer, args.text, dist, args.batch_size, block_size)))
     if pairs:
-        measured, answers = measure_pairs(model, tokenizer, pairs, r, args.batch_size, args.max_new_tokens, args.stop)
+        measured, answers = measure_pairs(
+            model, tokenizer, pairs, dist, args.batch_size, args.max_new_tokens, args.stop
+        )
         figures.append((args.pairs, measured))
         answered += [record | {"answered": answer} for (_, record), answer in zip(pairs, answers, strict=True)]
     if choices:
-        measured, chosen = measure_choices(model, choices, *encode_choices(tokenizer, choices), r, args.batch_size)
+        measured, chosen = measure_choices(model, choices, *encode_choices(tokenizer, choices), dist, args.batch_size)
         figures.append((args.choices, measured))
         answered += [record | {"chosen": choice} for (_, record), choice in zip(choices, chosen, strict=True)]
 

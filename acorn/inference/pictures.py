@@ -219,11 +219,11 @@ def main() -> int:
         raise UserError(f"--out {args.out} is a file. Give a folder.")
     text = files.read_text(args.text[5:]) if args.text.startswith("FILE:") else args.text
 
-    r = runtime.setup(args.device, "float32", False)
+    dist = runtime.setup(args.device, "float32", False)
     model, tokenizer, source = checkpoint.load_with_tokenizer(args.source, args.checkpoint)
     ids = encode(tokenizer, text, args.control_tokens, source)
     inside.check_text(ids, min(tokenizer.n_vocab, model.config.vocab_size), model.config.block_size)
-    model.to(r.device).eval().requires_grad_(False)
+    model.to(dist.device).eval().requires_grad_(False)
 
     data = inside.look_inside(model, tokenizer, ids)
     attention = inside.look(model, ids).attention.cpu().numpy()

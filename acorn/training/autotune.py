@@ -56,23 +56,23 @@ def set_attention(model: GPT, attention: str) -> None:
 
 
 def choose(
-    dtype: str, config: GPTConfig, batch_size: int, muon: bool, r: Runtime, saved_values: dict | None = None
+    dtype: str, config: GPTConfig, batch_size: int, muon: bool, dist: Runtime, saved_values: dict | None = None
 ) -> tuple[Arithmetic, list[str]]:
     """Return the arithmetic of a run and notes about it, equal on all ranks.
 
     `saved_values`, the arithmetic in a checkpoint, is kept if it was chosen on the same kind of machine. Otherwise it
     is measured if `dtype` is "auto" on a CPU, and fixed in all other cases.
     """
-    machine = machine_name(r.device)
+    machine = machine_name(dist.device)
     kept = read_saved(saved_values)
     if kept and kept.machine == machine and dtype in ("auto", kept.dtype):
         return kept, [f"dtype {kept.dtype} (from the checkpoint)"] if dtype == "auto" else []
-    if dtype != "auto" or r.device.type != "cpu":
-        return fix_arithmetic(r.dtype, config, r.device), []
-    chosen, notes = measure(config, batch_size, muon) if r.is_main else (None, [])
+    if dtype != "auto" or dist.device.type != "cpu":
+        return fix_arithmetic(dist.dtype, config, dist.device), []
+    chosen, notes = measure(config, batch_size, muon) if dist.is_main else (None, [])
     if kept:
         notes.append("measured again because the machine has changed: losses may differ in the last digits")
-    return r.broadcast(chosen), notes
+    return dist.broadcast(chosen), notes
 
 
 def read_saved(values: object) -> Arithmetic | None:

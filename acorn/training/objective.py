@@ -248,7 +248,7 @@ def check_data(s: "TrainSettings", data: Mixture) -> None:
 def open_frozen(s: "TrainSettings", source: str, setting: str, data: Mixture, dist: Runtime) -> tuple[str, GPT, str]:
     """Open the frozen model that the `setting` names. Returns its absolute name, the model, and its SHA-256."""
     try:
-        opened = checkpoint.open_model(source, r=dist)
+        opened = checkpoint.open_model(source, dist=dist)
     except UserError as error:
         raise UserError(f"the {setting} cannot be loaded: {error}") from error
     if opened.model.config.vocab_size < data.vocab_size:

@@ -209,7 +209,7 @@ def load_initial(
                     f"{name} = {getattr(s, name)!r} differs from the run's setting. Leave it out to resume."
                 )
     else:
-        model, values, tokenizer, source, base = checkpoint.open_model(s.init_from, plain=s.lora_rank > 0, r=dist)
+        model, values, tokenizer, source, base = checkpoint.open_model(s.init_from, plain=s.lora_rank > 0, dist=dist)
         if s.lora_rank:
             if s.lora_rank > model.config.n_embd:
                 raise UserError(
