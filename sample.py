@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
-import torch
 
 from acorn import UserError, checkpoint, files, printable, replace_invalid, run, settings
 from acorn.data.tokenizer import END_OF_TEXT
@@ -83,15 +82,13 @@ def main() -> int:
 
     # ---- machine; only samples go to stdout, so that they can be piped
     dist = runtime.setup(s.device, s.dtype, s.compile)
-    if s.dtype == "auto" and dist.device.type == "cpu":
-        dist.dtype = torch.float32
     # ---- model
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
     model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
     model.to(dist.device, dist.dtype)
     if s.quantize != "none" and dist.device.type != "cpu":
         raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {dist.device}.")
-    summary = f"{model.num_params():,} parameters, on {dist.device} in {str(dist.dtype)[6:]}"
+    summary = f"{model.num_params():,} parameters, on {dist.device} in {runtime.dtype_name(dist.dtype)}"
     print(printable(f"{source}: {summary}"), file=sys.stderr)
 
     # ---- prompts

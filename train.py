@@ -261,12 +261,12 @@ def main() -> int:
             return code
 
         # update; up to the log line, the host does not wait for a GPU, so that the GPU always has work queued
-        ask_to_stop = dist.ask(lambda: state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))
+        agreed_stop = dist.start_max(lambda: state.reason_to_stop(s.max_minutes if dist.is_main else 0, signals))
         loss_sum, n_targets = accumulator.backward(step, state.position)
         lr = set_learning_rates(s, optimizers, step)
         grad_norm = accumulator.step(optimizers, s.grad_clip, skipped.counts)
         state.step, state.position = step + 1, state.position + n_sequences
-        stop = ask_to_stop()  # all processes stop at the same step
+        stop = agreed_stop()  # the same on all ranks
         if stop == SIGNALED and dist.world_size > 1:  # only now, as torchrun also signals when another rank has died
             log("stopping after this update, with a checkpoint")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
-import torch
+
 
 from acorn import UserError, checkpoint, printable, run, settings
 from acorn.distributed import runtime
@@ -81,14 +81,13 @@ def main() -> int:
 
     # ---- model, as in sample.py
     dist = runtime.setup(s.device, s.dtype, False)
-    if s.dtype == "auto" and dist.device.type == "cpu":
-        dist.dtype = torch.float32
     load_from = s.out_dir if s.init_from == "resume" else s.init_from
     model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
     model.to(dist.device, dist.dtype)
     if dist.device.type != "cpu" and s.quantize != "none":
         raise UserError(f"quantize={s.quantize} works on CPUs only. Leave it out on {dist.device}.")
-    print(printable(f"{source}: {model.num_params():,} parameters, on {dist.device} in {str(dist.dtype)[6:]}"))
+    summary = f"{model.num_params():,} parameters, on {dist.device} in {runtime.dtype_name(dist.dtype)}"
+    print(printable(f"{source}: {summary}"))
     model = scheduler.prepare(model, s.max_batch, s.quantize, s.compile, N_TOKENS)
 
     # ---- server

@@ -30,6 +30,7 @@ from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
 from acorn.data import chat
 from acorn.data import tokenizer as tokenizers
+from acorn.distributed.runtime import dtype_name
 from model import GPT, GPTConfig, attention_dropout
 
 
@@ -83,7 +84,7 @@ def export(source: str, target: Path, choice: str = "best", dtype: torch.dtype =
     ids: dict = {f"{name}_token_id": control.get(getattr(tokenizer, name, "")) for name in ("bos", "eos")}
     # without ids, transformers warns of GPT-2's
     config = to_gpt2(cfg, **ids) if family == "gpt2" else to_llama(cfg, family, **ids)
-    config.update(dict(architectures=[name], dtype=str(dtype)[6:]))
+    config.update(dict(architectures=[name], dtype=dtype_name(dtype)))
     ends = [ids["eos_token_id"], *sorted(tokenizer.ends if tokenizer else ())]  # ends of texts and of turns
     if tokenizer and tokenizer.chat_template:
         with contextlib.suppress(UserError):  # the template ends a turn without a control token
@@ -124,7 +125,8 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     converted = tensor.detach().to(dtype)
     if not converted.isfinite().all():
         raise UserError(
-            f"{name} has values up to {tensor.abs().max():.3g}, too large for {str(dtype)[6:]}. Use --dtype bfloat16."
+            f"{name} has values up to {tensor.abs().max():.3g}, too large for {dtype_name(dtype)}. "
+            "Use --dtype bfloat16."
         )
     return converted
 

@@ -149,15 +149,15 @@ class Watch:
 
 
 _watch: Watch | None = None  # of this rank; None in a single process
-hosts: "torch.distributed.ProcessGroup | None" = None  # all ranks over gloo, between CPUs; None: the default group
+cpu_group: "torch.distributed.ProcessGroup | None" = None  # all ranks over gloo, for CPU tensors; None: the default
 
 
 def start(rank: int, world_size: int) -> None:
     """Start the heartbeat thread of this rank."""
-    global _watch, hosts
+    global _watch, cpu_group
     if torch.distributed.is_gloo_available():
         try:
-            hosts = torch.distributed.new_group(backend="gloo")
+            cpu_group = torch.distributed.new_group(backend="gloo")
         except RuntimeError as error:
             raise UserError(
                 f"gloo cannot connect the ranks ({str(error).splitlines()[0]:.200}). Set GLOO_SOCKET_IFNAME to the "

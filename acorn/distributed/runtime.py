@@ -18,6 +18,7 @@ import torch
 
 from acorn import UserError, out_of_memory
 from acorn.distributed import heartbeat
+from model import HAS_TRITON
 
 # Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations per second, from the vendors' data sheets.
 # The first key that is part of the device's name applies.
@@ -90,7 +91,7 @@ class Runtime:
         The host does not wait for a GPU. CPU tensors are exchanged between the CPUs.
         """
         if self.world_size > 1:
-            torch.distributed.all_reduce(values, group=heartbeat.hosts if values.is_cpu else None)
+            torch.distributed.all_reduce(values, group=heartbeat.cpu_group if values.is_cpu else None)
         return values
 
     def gather(self, values: list[float]) -> list[list[float]]:
@@ -99,7 +100,7 @@ class Runtime:
             return [values]
         local_values = torch.tensor(values, dtype=torch.float64)
         gathered = [torch.empty_like(local_values) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, local_values, group=heartbeat.hosts)
+        torch.distributed.all_gather(gathered, local_values, group=heartbeat.cpu_group)
         return torch.stack(gathered).tolist()
 
     def gather_lists(self, values: list) -> list:
@@ -107,26 +108,26 @@ class Runtime:
         if self.world_size == 1:
             return values
         parts: list = [None] * self.world_size
-        torch.distributed.all_gather_object(parts, values, group=heartbeat.hosts)
+        torch.distributed.all_gather_object(parts, values, group=heartbeat.cpu_group)
         return [value for part in parts for value in part]
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on all ranks."""
         values = [value]
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(values, group=heartbeat.hosts)
+            torch.distributed.broadcast_object_list(values, group=heartbeat.cpu_group)
         return values[0]
 
-    def ask(self, value: Callable[[], int]) -> Callable[[], int]:
+    def start_max(self, value: Callable[[], int]) -> Callable[[], int]:
         """Start an asynchronous maximum of `value()` over all ranks.
 
-        Returns a function that waits for the other hosts (not for their GPUs) and returns the result. A single process
+        Returns a function that waits for the other ranks (not for their GPUs) and returns the result. A single process
         calls `value` only then.
         """
         if self.world_size == 1:
             return value
         answers, largest = np.array([value()], dtype=np.int64), torch.distributed.ReduceOp.MAX
-        work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.hosts, async_op=True)
+        work = torch.distributed.all_reduce(torch.from_numpy(answers), largest, heartbeat.cpu_group, async_op=True)
 
         def answer() -> int:
             work.wait()
@@ -136,7 +137,7 @@ class Runtime:
 
     def agree(self, condition: bool) -> bool:
         """Return whether `condition` is true on every rank."""
-        return not self.ask(lambda: not condition)()
+        return not self.start_max(lambda: not condition)()
 
     def average_gradients(self, model: torch.nn.Module) -> None:
         """Average the gradients over all ranks, as DistributedDataParallel does during the last backward pass."""
@@ -334,16 +335,18 @@ def choose_dtype(dtype: str, device: torch.device, notes: list[str]) -> torch.dt
     return torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as in the settings, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_compile(compile: str | bool, device: torch.device, notes: list[str]) -> bool:
     if compile != "auto":
         notes.append("compiled" if compile else "not compiled")
         return bool(compile)
     if device.type == "cuda":
-        import importlib.util
-
-        has_triton = importlib.util.find_spec("triton") is not None
-        notes.append("compiled (auto)" if has_triton else "not compiled (auto: triton is not installed)")
-        return has_triton
+        notes.append("compiled (auto)" if HAS_TRITON else "not compiled (auto: triton is not installed)")
+        return HAS_TRITON
     if device.type == "cpu":
         notes.append("not compiled (auto: on a CPU it gains about a tenth, and takes half a minute to start)")
         return False

@@ -476,7 +476,7 @@ def load_evaluated(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, runti
     block_size = args.block_size or min(limit, 1024)
     if block_size > limit:
         raise UserError(f"--block_size {block_size} exceeds the model's {limit}. Use --block_size {limit} or less.")
-    summary = f"{model.num_params():,} parameters, on {dist.device} in {str(dist.dtype)[6:]}"
+    summary = f"{model.num_params():,} parameters, on {dist.device} in {runtime.dtype_name(dist.dtype)}"
     print(printable(f"{source}: {summary}"), file=sys.stderr)
     return model, tokenizer, source, dist, block_size
 

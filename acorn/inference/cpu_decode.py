@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from acorn.distributed.runtime import dtype_name
 from acorn.timing import fastest, seconds_per_call
 from model import GPT, KVCache
 
@@ -244,7 +245,7 @@ def prepare_for_decoding(
                 is_head = child is model.lm_head
                 setattr(module, name, DecodingLinear(child.weight, child.bias, quantize, n_rows, is_head))
     seconds, reading = choose_ways(model, n_rows)
-    kind = quantize if quantize != "none" else str(model.lm_head.weight.dtype)[6:]
+    kind = quantize if quantize != "none" else dtype_name(model.lm_head.weight.dtype)
     auto = compile == "auto"
     if auto:
         compile = n_rows <= MAX_COMPILED_ROWS and pays_back(seconds - reading, n_tokens)

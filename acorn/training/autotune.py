@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from acorn.distributed.runtime import Runtime
+from acorn.distributed.runtime import Runtime, dtype_name
 from acorn.timing import fastest
 from acorn.training.optim import orthogonalize
 from model import GPT, CausalSelfAttention, GPTConfig, attend, attention_dropout
@@ -100,10 +100,10 @@ def machine_name(device: torch.device) -> str:
 
 def fix_arithmetic(dtype: torch.dtype, config: GPTConfig, device: torch.device) -> Arithmetic:
     """Return the arithmetic for a known dtype. Nothing is timed, so the result is the same in every run."""
-    attention = usual_attention(config, name(dtype)) if device.type == "cpu" else "fused"
+    attention = usual_attention(config, dtype_name(dtype)) if device.type == "cpu" else "fused"
     muon_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     threads = torch.get_num_threads()
-    return Arithmetic(name(dtype), name(muon_dtype), attention, threads, machine_name(device))
+    return Arithmetic(dtype_name(dtype), dtype_name(muon_dtype), attention, threads, machine_name(device))
 
 
 def measure(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic, list[str]]:
@@ -244,7 +244,3 @@ def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> C
 def orthogonalization(matrices: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Return a function that runs one step of Muon's iteration over matrices (N, rows, columns)."""
     return lambda: orthogonalize(matrices, steps=1)
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
