@@ -20,11 +20,11 @@ from acorn.inference.cpu_decode import (
     DecodingLinear,
     OneTokenCompiled,
     in_words,
+    kernels,
     multiply_and_sum,
     pays_back,
     prepare_for_decoding,
     product,
-    ways,
 )
 from acorn.inference.generate import Sampling, generate
 from model import GPT, GPTConfig, KVCache
@@ -91,10 +91,10 @@ def test_all_kernels_give_the_same_product(quantize, B):
     linear = DecodingLinear(weight if quantize != "bfloat16" else weight.bfloat16(), None, quantize)
     exact = x.double() @ linear.weight.double().T
     unit = exact.abs().max()
-    assert len(ways(linear.weight)) == 2
-    for way in ways(linear.weight):
-        error = (product(linear.weight, x, way).double() - exact).abs().max()
-        assert error <= (1e-6 if linear.weight.dtype == torch.float32 or way == "columns" else 0.02) * unit
+    assert len(kernels(linear.weight)) == 2
+    for kernel in kernels(linear.weight):
+        error = (product(linear.weight, x, kernel).double() - exact).abs().max()
+        assert error <= (1e-6 if linear.weight.dtype == torch.float32 or kernel == "columns" else 0.02) * unit
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
@@ -122,8 +122,8 @@ def test_int8_logits_with_a_large_common_offset_stay_accurate():
     plain, shifted = weight @ x[:, 0].T, (weight + direction) @ x[:, 0].T
     assert (shifted - plain).abs().max() > 5
     ours = DecodingLinear(weight + direction, None, "int8", n_rows=3, centered=True)
-    for way in ways(ours.weight):
-        ours.way = way
+    for kernel in kernels(ours.weight):
+        ours.kernel = kernel
         assert (ours(x)[:, 0].T - shifted).abs().max() < 0.02 * plain.abs().max()
 
 
@@ -134,17 +134,17 @@ def test_compiling_pays_back_only_with_enough_gain_and_tokens():
 
 SLOWEST = """
 import acorn, torch
-from acorn.inference.cpu_decode import choose_ways, prepare_for_decoding, product, ways
+from acorn.inference.cpu_decode import choose_kernels, prepare_for_decoding, product, kernels
 from acorn.timing import seconds_per_call
 from model import GPT, GPTConfig
 torch.set_num_threads(1)
 for dtype, quantize in ((torch.float32, "none"), (torch.bfloat16, "none"), (torch.float32, "int8")):
     model = GPT(GPTConfig(block_size=64, vocab_size=1024, n_layer=1, n_head=4, n_embd=256)).to(dtype).eval()
     layer = prepare_for_decoding(model, quantize, compile=False).transformer.h[0].mlp.c_fc
-    for rows, chosen in ((1, layer.way), (64, layer.prompt_way)):
+    for rows, chosen in ((1, layer.kernel), (64, layer.prompt_kernel)):
         x = torch.ones(rows, 256, dtype=dtype)
-        work = {way: lambda way=way: product(layer.weight, x, way) for way in ways(layer.weight)}
-        times = {way: min(seconds_per_call(work[way]) for _ in range(7)) for way in work}
+        work = {kernel: lambda kernel=kernel: product(layer.weight, x, kernel) for kernel in kernels(layer.weight)}
+        times = {kernel: min(seconds_per_call(work[kernel]) for _ in range(7)) for kernel in work}
         print(f"{quantize} {dtype} x {rows}: {chosen} of {times}")
         assert times[chosen] < 5 * min(times.values())
 """
@@ -183,7 +183,7 @@ def test_compiled_decoding_matches_uncompiled(quantize, n_rows):
     def logprobs(model) -> list[float]:  # of greedy tokens, beyond block_size, so that the window slides
         for layer in model.modules():
             if isinstance(layer, DecodingLinear):
-                layer.way = layer.prompt_way = "columns"  # computes in float32 on every machine
+                layer.kernel = layer.prompt_kernel = "columns"  # computes in float32 on every machine
         seen = []
         how, seeds = Sampling(temperature=0), [0] * n_rows
         generate(model, prompts, 40, how, seeds, lambda *token: bool(seen.append(token[2])))

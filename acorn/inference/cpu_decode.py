@@ -42,7 +42,7 @@ class DecodingLinear(nn.Module):
     weight, the head's, is stored without the mean of its rows, whose product is added in float32: a large value that
     all logits share would make both int8 and bfloat16, in which one of the kernels returns its results, too coarse.
 
-    `way` is the kernel (one of `ways`) for up to `n_rows` rows, and `prompt_way` the kernel for more rows.
+    `kernel`, one of `kernels`, computes up to `n_rows` rows, and `prompt_kernel` more rows.
     """
 
     weight: Tensor
@@ -68,7 +68,7 @@ class DecodingLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("words", in_words(self.weight), persistent=False)
         self.n_rows = n_rows
-        self.way = self.prompt_way = ways(self.weight)[0]
+        self.kernel = self.prompt_kernel = kernels(self.weight)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., columns) -> (..., rows), in the dtype of x."""
@@ -76,7 +76,7 @@ class DecodingLinear(nn.Module):
         if torch.compiler.is_compiling() and len(rows) <= MAX_COMPILED_ROWS:
             y = multiply_and_sum(self.weight if self.words is None else self.words, rows.float())
         else:
-            y = product(self.weight, rows, self.way if len(rows) <= self.n_rows else self.prompt_way)
+            y = product(self.weight, rows, self.kernel if len(rows) <= self.n_rows else self.prompt_kernel)
         y = y if self.scale is None else y * self.scale
         y = y if self.mean is None else y + (rows.float() @ self.mean)[:, None]
         y = y.view(*x.shape[:-1], -1)
@@ -84,7 +84,7 @@ class DecodingLinear(nn.Module):
         return y.to(x.dtype)
 
 
-def ways(weight: Tensor) -> list[str]:
+def kernels(weight: Tensor) -> list[str]:
     """Return the names of the eager kernels that can multiply by this weight, the default first.
 
     linear: torch's F.linear, in the dtype of the weight
@@ -98,11 +98,11 @@ def ways(weight: Tensor) -> list[str]:
     return ["linear", "columns"]
 
 
-def product(weight: Tensor, x: Tensor, way: str) -> Tensor:
-    """Multiply x (B, columns) by weight (rows, columns) with the kernel `way` -> (B, rows)."""
-    if way == "int8pack":
+def product(weight: Tensor, x: Tensor, kernel: str) -> Tensor:
+    """Multiply x (B, columns) by weight (rows, columns) with a kernel from `kernels` -> (B, rows)."""
+    if kernel == "int8pack":
         return torch._weight_int8pack_mm(x.bfloat16(), weight, torch.ones(len(weight), dtype=torch.bfloat16)).float()
-    if way == "linear":
+    if kernel == "linear":
         return F.linear(x.to(weight.dtype), weight)
     if weight.dtype == torch.float32:
         return (weight @ x.float().T).T.contiguous()
@@ -244,7 +244,7 @@ def prepare_for_decoding(
             if isinstance(child, nn.Linear):
                 is_head = child is model.lm_head
                 setattr(module, name, DecodingLinear(child.weight, child.bias, quantize, n_rows, is_head))
-    seconds, reading = choose_ways(model, n_rows)
+    seconds, reading = choose_kernels(model, n_rows)
     kind = quantize if quantize != "none" else dtype_name(model.lm_head.weight.dtype)
     auto = compile == "auto"
     if auto:
@@ -311,8 +311,8 @@ def add_compiled(model: GPT, row_counts: tuple[int, ...]) -> bool:
     return True
 
 
-def choose_ways(model: GPT, n_rows: int) -> tuple[float, float]:
-    """Set `way` and `prompt_way` of each DecodingLinear to the fastest of its `ways`, timed once per weight shape.
+def choose_kernels(model: GPT, n_rows: int) -> tuple[float, float]:
+    """Set `kernel` and `prompt_kernel` of each DecodingLinear to its fastest ones, timed once per weight shape.
 
     Returns two times in seconds: of all matrix products of one token, and of reading all weights once with torch. Takes
     about 0.15 s.
@@ -324,19 +324,19 @@ def choose_ways(model: GPT, n_rows: int) -> tuple[float, float]:
             groups.setdefault(layer.weight.shape, []).append(layer)
     total, reading = 0.0, 0.0
     for layers in groups.values():
-        way, times, seconds = time_ways(layers, n_rows, dtype, 0.1 / len(groups))
+        kernel, times, seconds = time_kernels(layers, n_rows, dtype, 0.1 / len(groups))
         for layer in layers:
-            layer.way = way
-        total, reading = total + times[way], reading + seconds
+            layer.kernel = kernel
+        total, reading = total + times[kernel], reading + seconds
     in_blocks = [layers for layers in groups.values() if model.lm_head not in layers]
     largest = max(in_blocks or groups.values(), key=lambda layers: layers[0].weight.numel())
-    prompt_way, _, _ = time_ways(largest, PROMPT_ROWS, dtype, 0.05)
+    prompt_kernel, _, _ = time_kernels(largest, PROMPT_ROWS, dtype, 0.05)
     for layer in itertools.chain(*groups.values()):
-        layer.prompt_way = prompt_way if prompt_way in ways(layer.weight) else ways(layer.weight)[0]
+        layer.prompt_kernel = prompt_kernel if prompt_kernel in kernels(layer.weight) else kernels(layer.weight)[0]
     return total, reading
 
 
-def time_ways(
+def time_kernels(
     layers: list[DecodingLinear], n_rows: int, dtype: torch.dtype, seconds: float
 ) -> tuple[str, dict[str, float], float]:
     """Return the fastest kernel for `n_rows` rows and layers of one shape, with times in seconds.
@@ -347,9 +347,9 @@ def time_ways(
     pieces = [piece for piece in pieces if len(piece) == len(pieces[0])]
     turn = itertools.cycle(pieces)  # as in decoding, the next weight is not in the CPU cache
     x = torch.ones(n_rows, layers[0].weight.size(1), dtype=dtype)
-    candidates = {way: lambda way=way: product(next(turn), x, way) for way in ways(pieces[0])}
+    candidates = {kernel: lambda kernel=kernel: product(next(turn), x, kernel) for kernel in kernels(pieces[0])}
     # kernels differ in the last bits, so noise must not decide
-    way, times = fastest(candidates, seconds, margin=1.3)
+    kernel, times = fastest(candidates, seconds, margin=1.3)
 
     def read() -> Tensor:  # the sum is memory-bound; the values, reinterpreted as float32, do not matter
         piece = next(turn).flatten()
@@ -357,7 +357,7 @@ def time_ways(
 
     reading = min(seconds_per_call(read) for _ in range(5))
     n_pieces = len(layers) * len(layers[0].weight) / len(pieces[0])
-    return way, {name: n_pieces * time for name, time in times.items()}, n_pieces * reading
+    return kernel, {name: n_pieces * time for name, time in times.items()}, n_pieces * reading
 
 
 def pays_back(gain: float, n_tokens: int) -> bool:

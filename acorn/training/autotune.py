@@ -5,6 +5,7 @@ slower. Each candidate is therefore timed on the run's own shapes, for a few ten
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -114,15 +115,15 @@ def measure(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic,
     """
     notes, threads = [], torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
-        narrow, tokens = reduce_config(config, batch_size)
+        narrow, shape = reduce_config(config, batch_size)
         model = GPT(narrow).train()
         if "OMP_NUM_THREADS" not in os.environ:
-            threads, note = choose_threads(model, tokens)
+            threads, note = choose_threads(model, shape)
             notes.append(note)
         torch.set_num_threads(1)  # thread_time counts one thread, without the time of other programs
         slowdown = bfloat16_slowdown()
         dtypes = ["float32", "bfloat16"] if slowdown < 2 else ["float32"]  # emulated updates would take seconds
-        updates = {dtype: update(model, tokens, dtype, usual_attention(config, dtype)) for dtype in dtypes}
+        updates = {dtype: make_update(model, shape, dtype, usual_attention(config, dtype)) for dtype in dtypes}
         dtype, times = fastest(updates, TIMING_SECONDS, clock=time.thread_time)
         if len(dtypes) == 1:
             notes.append(f"dtype float32 (auto: bfloat16 takes {slowdown:.0f}x as long on this CPU)")
@@ -132,7 +133,7 @@ def measure(config: GPTConfig, batch_size: int, muon: bool) -> tuple[Arithmetic,
         muon_dtype = "float32"
         if muon and len(dtypes) > 1:
             matrix = torch.randn(2, config.n_hidden, config.n_embd)[:, :512, :512]
-            products = {kind: orthogonalization(matrix.to(getattr(torch, kind))) for kind in dtypes}
+            products = {kind: functools.partial(orthogonalize, matrix.to(getattr(torch, kind)), 1) for kind in dtypes}
             muon_dtype, times = fastest(products, TIMING_SECONDS, clock=time.thread_time)
             notes.append(f"Muon dtype {muon_dtype} (auto)")
         attention = choose_attention(config, dtype)
@@ -167,13 +168,13 @@ def bfloat16_slowdown() -> float:
     return times["bfloat16"] / times["float32"]
 
 
-def choose_threads(model: GPT, tokens: tuple[int, int]) -> tuple[int, str]:
-    """Return the number of threads per operation, and a note about the choice.
+def choose_threads(model: GPT, shape: tuple[int, int]) -> tuple[int, str]:
+    """Return the number of threads per operation for batches of `shape` (rows, tokens), and a note about the choice.
 
     It is torch's own number, unless fewer threads are at least 1.5 times as fast, as for a small model on many cores.
     """
     max_threads = torch.get_num_threads()
-    work = update(model, tokens, "float32", "fused")
+    work = make_update(model, shape, "float32", "fused")
 
     def with_threads(n: int) -> Callable[[], None]:
         def timed() -> None:
@@ -227,9 +228,9 @@ def plain_fits(config: GPTConfig) -> bool:
     return config.block_size * config.n_head <= 16 * config.n_embd
 
 
-def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> Callable[[], None]:
-    """Return a function that runs a forward and backward pass of `model` over a batch of shape (rows, tokens)."""
-    idx = torch.randint(model.config.vocab_size, tokens)
+def make_update(model: GPT, shape: tuple[int, int], dtype: str, attention: str) -> Callable[[], None]:
+    """Return a function that runs a forward and backward pass of `model` over a batch of `shape` (rows, tokens)."""
+    idx = torch.randint(model.config.vocab_size, shape)
 
     def work() -> None:
         set_attention(model, attention)
@@ -239,8 +240,3 @@ def update(model: GPT, tokens: tuple[int, int], dtype: str, attention: str) -> C
         model.zero_grad(set_to_none=True)
 
     return work
-
-
-def orthogonalization(matrices: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Return a function that runs one step of Muon's iteration over matrices (N, rows, columns)."""
-    return lambda: orthogonalize(matrices, steps=1)
