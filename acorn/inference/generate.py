@@ -4,6 +4,7 @@ The loop owns the KV cache: `GPT.forward` writes into it, and only the loop adva
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -131,10 +132,10 @@ def check_finite(logits: Tensor) -> None:
 def draw(logits: Tensor, rows: list[list[int]], sampling: Sampling, random: list[torch.Generator]) -> Tensor:
     """Sample the tokens (B,) that follow `rows` (ids) from their logits (B, V).
 
-    The host waits for a GPU a few times, and once more per row if a repetition filter is on.
-
     `random` are the rows' generators on the CPU, so that a seed gives the same tokens on every device. A token's
     probability after the filters is above 0. The token is -1 if a logit of its row is NaN or +inf, or if all are -inf.
+
+    The host waits for a GPU a few times, and once more per row if a repetition filter is on.
     """
     finite = logits.amax(-1).isfinite()  # the maximum propagates NaN
     logits = logits.double()
@@ -192,7 +193,7 @@ def context(row: list[int], block_size: int) -> list[int]:
     if len(row) <= block_size:
         return row
     stride = max(1, block_size // 2)
-    return row[-(-(len(row) - block_size) // stride) * stride :]
+    return row[stride * math.ceil((len(row) - block_size) / stride) :]
 
 
 @torch.no_grad()
@@ -223,13 +224,13 @@ def generate(
     with evaluating(model):
         for _ in range(max_new_tokens):
             logits = decoder.logits(rows, active)[:, :n_vocab].float()  # (B, V)
-            going = [i for i in range(len(rows)) if active[i]]
-            if going:
-                logits = logits if len(going) == len(rows) else logits[going]
-                ids = draw(logits, [rows[i] for i in going], sampling, [random[i] for i in going])
+            running = [i for i in range(len(rows)) if active[i]]
+            if running:
+                logits = logits if len(running) == len(rows) else logits[running]
+                ids = draw(logits, [rows[i] for i in running], sampling, [random[i] for i in running])
                 logprobs = logits.log_softmax(-1).gather(-1, ids.clamp(min=0)[:, None])[:, 0]
                 drawn, values = torch.stack((ids.double(), logprobs.double())).tolist()  # in one transfer
-                for i, token, logprob in zip(going, checked([int(id) for id in drawn]), values, strict=True):
+                for i, token, logprob in zip(running, checked([int(id) for id in drawn]), values, strict=True):
                     rows[i].append(token)
                     active[i] = not on_token(i, token, logprob)
             if finished(not any(active)):
@@ -275,7 +276,7 @@ class Decoder:
         self.uses_graphs = weight.is_cuda and not is_sharded(weight)  # sharded weights are gathered in each pass
         self.graph: GraphedStep | None = None
         self.cache: KVCache | None = None
-        self.windows_start: list[int] = []  # of each row in the cache
+        self.window_starts: list[int] = []  # of each row in the cache
 
     def logits(self, rows: list[list[int]], active: list[bool]) -> Tensor:
         """Return the logits (B, V) of the token after each row: all ids so far. Each call adds one id per active row.
@@ -284,8 +285,8 @@ class Decoder:
         """
         windows = [context(row, self.model.config.block_size) for row in rows]
         start = [len(row) - len(window) for row, window in zip(rows, windows, strict=True)]
-        if self.cache is None or start != self.windows_start:  # initially, and whenever a window slides
-            self.windows_start = start
+        if self.cache is None or start != self.window_starts:  # initially, and whenever a window slides
+            self.window_starts = start
             size = min(self.model.config.block_size, max(map(len, windows)) + self.n_left)
             if self.cache is not None and self.cache.size == size and len(self.cache.length) == len(rows):
                 self.cache.length.zero_()  # keeps the graph, which writes to this cache
@@ -306,20 +307,27 @@ class Decoder:
 
     def select_rows(self, rows: list[int]) -> None:
         """Continue with these rows of the cache, in this order. A row may be given several times, or left out."""
-        if rows == list(range(len(self.windows_start))):
+        if rows == list(range(len(self.window_starts))):
             return
         source = self.cache
         assert source is not None, "`logits` fills it first"
-        target = source if len(rows) == len(self.windows_start) else self.new_cache(len(rows), source.size)
+        target = source if len(rows) == len(self.window_starts) else self.new_cache(len(rows), source.size)
         target.copy_rows(source, torch.tensor(rows, device=source.length.device))
         self.cache = target
-        self.windows_start = [self.windows_start[row] for row in rows]
+        self.window_starts = [self.window_starts[row] for row in rows]
 
     def new_cache(self, n_rows: int, size: int) -> KVCache:
-        embedding = self.model.transformer.wte.weight
-        # on a CPU, attention over bfloat16 keys and values takes several times as long as over float32
-        dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
-        return KVCache(self.model.config, n_rows, size, embedding.device, dtype)
+        device = self.model.transformer.wte.weight.device
+        return KVCache(self.model.config, n_rows, size, device, cache_dtype(self.model))
+
+
+def cache_dtype(model: GPT) -> torch.dtype:
+    """Return the dtype of keys and values in a cache: that of the model, but float32 on a CPU.
+
+    There, attention over bfloat16 keys and values takes several times as long.
+    """
+    weight = model.transformer.wte.weight
+    return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
 class GraphedStep:
@@ -386,9 +394,8 @@ class TextStream:
     ):
         self.decoder = StreamDecoder(tokenizer, before)
         self.ends, self.stop = ends, [s for s in stop if s]
-        self.text_ends = tokenizer.ends | set(
-            tokenizer.before_document[:1]
-        )  # the start of another document ends it too
+        # the start of another document ends the text too
+        self.text_ends = tokenizer.ends | set(tokenizer.before_document[:1])
         self.pending = ""  # decoded text that may be the start of a stop string
         self.stopped_by: str | None = None
 

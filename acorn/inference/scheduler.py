@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acorn import UserError
 from acorn.inference.cpu_decode import prepare_for_decoding
-from acorn.inference.generate import Sampling, checked, context, decode, draw, prefill
+from acorn.inference.generate import Sampling, cache_dtype, checked, context, decode, draw, prefill
 from model import GPT, KVCache
 
 SIZE_STEP = 128  # tokens per row of the smallest cache
@@ -104,10 +104,9 @@ class Scheduler:
         self, model: GPT, max_batch: int = 8, max_queue: int = 64, cache_bytes: int = 0, n_vocab: int | None = None
     ):
         self.model, self.max_batch, self.max_queue, self.n_vocab = model.eval(), max_batch, max_queue, n_vocab
-        cfg, embedding = model.config, model.transformer.wte.weight
-        self.device = embedding.device
-        # as in `generate`: on a CPU, attention is fastest with float32 keys and values
-        self.dtype = torch.float32 if self.device.type == "cpu" else embedding.dtype
+        cfg = model.config
+        self.device = model.transformer.wte.weight.device
+        self.dtype = cache_dtype(model)
         self.token_bytes = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * self.dtype.itemsize
         self.row_counts, self.sizes = equal_shapes(model, max_batch, self.dtype)
         block_bytes = self.sizes[-1] * self.token_bytes
@@ -204,7 +203,10 @@ class Scheduler:
                 future.set_exception(error)
         n_before = self.n_tokens
         self._admit()
-        decoding = [sequence for sequence in self.running if not self._slid(sequence)]
+        decoding = []
+        for sequence in self.running:
+            if not self._slide_window(sequence):
+                decoding.append(sequence)
         if decoding:
             cache = self._fit_cache(decoding)
             tokens, active = [0] * len(cache.length), [False] * len(cache.length)
@@ -214,9 +216,9 @@ class Scheduler:
                 logits = self._usable(decode(self.model, cache, tokens, active))
             for sequence in decoding:
                 self._sample(sequence, logits[sequence.row])
-        self._note_rate(self.n_tokens - n_before)
+        self._record_rate(self.n_tokens - n_before)
 
-    def _leave(self) -> None:
+    def _drop_cancelled(self) -> None:
         """Drop cancelled sequences, waiting ones too, which would take places in the queue and memory."""
         with self.changed:
             running = [s for s in self.running if not s.cancelled]
@@ -227,19 +229,19 @@ class Scheduler:
     def _admit(self) -> None:
         """Drop cancelled sequences, and start waiting ones in their order while they fit.
 
-        Each prefill gives the first new token. While sequences run, they wait for at most one prefill per step: else
-        those that arrive could hold them up for as long as they like.
+        Each prefill gives the first new token. While sequences run, at most one prefill is made per step. Otherwise a
+        stream of new sequences could stall the running ones.
         """
-        most, n_prefills, last_key = (1 if self.running else self.max_batch), 0, None
+        max_prefills, n_prefills, last_key = (1 if self.running else self.max_batch), 0, None
         while True:
-            self._leave()  # each time, because a prefill takes a while
+            self._drop_cancelled()  # each time, because a prefill takes a while
             with self.changed:
                 if not self.waiting or not self._has_room(self.waiting[0]):
                     return
                 sequence = self.waiting[0]
                 # sequences with the same prompt, such as the n choices of a request, share its prefill
                 key = (tuple(sequence.prompt), sequence.on_prompt and sequence.n_top)
-                if key != last_key and n_prefills == most:
+                if key != last_key and n_prefills == max_prefills:
                     return
                 self.running.append(self.waiting.popleft())
             self.n_prompt_tokens += len(sequence.prompt)
@@ -292,8 +294,11 @@ class Scheduler:
             scores += [score(p, id, sequence.n_top) for p, id in zip(logprobs, window[first + 1 :], strict=False)]
         return cache, logits, scores
 
-    def _slid(self, sequence: Sequence) -> bool:
-        """If the text no longer fits into the block, move the window, refill the cache, sample, and return True."""
+    def _slide_window(self, sequence: Sequence) -> bool:
+        """If the text no longer fits into the block, move the window, and sample from a new prefill.
+
+        Returns whether it did so.
+        """
         start = len(sequence.ids) - len(context(sequence.ids, self.model.config.block_size))
         if start == sequence.start:
             return False
@@ -351,7 +356,7 @@ class Scheduler:
 
     # ---- figures
 
-    def _note_rate(self, n_tokens: int) -> None:
+    def _record_rate(self, n_tokens: int) -> None:
         now = time.monotonic()
         self.recent.append((now, n_tokens))
         while self.recent[0][0] < now - RATE_WINDOW:
