@@ -231,12 +231,12 @@ class GPT(nn.Module):
             p.zero_()
         elif p.dim() == 1:  # the scale of a norm, or of the residual stream
             p.fill_(1.0)
-        elif name.endswith("c_proj.weight"):
-            p.zero_() if self.config.zero_init else p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-        elif name == "lm_head.weight" and self.config.zero_init:  # an untied head; a tied one has the name of wte
-            p.zero_()
         elif name.startswith("transformer.ngram."):
             p.zero_()  # so that an n-gram unseen in training adds nothing
+        elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+            p.zero_()  # only an untied head has a name of its own
+        elif name.endswith("c_proj.weight"):
+            p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
         else:
             p.normal_(std=self.config.embedding_std if name == "transformer.wte.weight" else 0.02)
 
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         cache: "KVCache | None" = None,
         last: Tensor | None = None,
         per_token: Callable | None = None,
-        given: tuple[Tensor, ...] = (),
+        per_token_args: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the token after each token of `idx` (B, T). Returns (logits, loss).
 
@@ -259,7 +259,8 @@ class GPT(nn.Module):
         (B, T), 0 at masked targets) return None for the logits, which saves memory and time.
 
         Without targets: logits (B, 1, V) at position `last` (B,) of each row, by default the final one, and None. With
-        a function `per_token` instead: None, and its values (B, T, K) (see `in_chunks`).
+        a function `per_token` instead: None, and its values (B, T, K) for the head's input and `per_token_args` (see
+        `in_chunks`).
 
         `documents` (B, T) numbers the documents in each row; attention stays within a document, and positions restart
         in it. With a `cache`, idx continues the cached rows: row b starts at position cache.length[b]. These two cannot
@@ -280,18 +281,20 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
 
         if per_token is not None:
-            return None, self.in_chunks(per_token, x, given)
+            return None, self.in_chunks(per_token, x, per_token_args)
         if targets is None:  # compute only the logits that predict the next token
             x = x[:, -1:] if last is None else x[torch.arange(B, device=x.device), last][:, None]
             return self.logits(x), None
-        if reduction == "sum" and self.chunks_logits(x):
+        if reduction == "sum" and self.uses_head_loss(x):
             softcap = self.config.logit_softcap
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), softcap)
         if reduction == "none" and not torch.compiler.is_compiling():  # the compiler would unroll the loop over chunks
             return None, self.in_chunks(token_loss, x, (targets,))[..., 0]
         logits = self.logits(x)  # (B, T, V)
-        flat, kind = logits.view(B * T, -1).float(), "none" if reduction == "none" else "sum"
-        loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction=kind)
+        flat = logits.view(B * T, -1).float()
+        # torch's own mean is NaN if all targets are masked
+        torch_reduction = "sum" if reduction == "mean" else reduction
+        loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1, reduction=torch_reduction)
         if reduction == "mean":
             return logits, loss / (targets != -1).sum().clamp(min=1)
         return None, loss.view(B, T) if reduction == "none" else loss
@@ -301,7 +304,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None, tuple | None]:
         """Embed tokens idx (B, T) at `positions` (T,) or (B, T).
 
-        Returns x (B, T, C), the n-gram embeddings in it (B, T, C) or None, and rope's angles or None.
+        Returns x (B, T, C), the n-gram embeddings in it (B, T, C) or None, and rope's cos and sin or None.
         """
         cfg, ngrams, rotary = self.config, None, None
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -358,20 +361,20 @@ class GPT(nn.Module):
             logits = softcap * torch.tanh(logits.float() / softcap)
         return logits
 
-    def chunks_logits(self, x: Tensor) -> bool:
+    def uses_head_loss(self, x: Tensor) -> bool:
         """Return whether `HeadLoss` should compute the loss of x (B, T, C): it pays in eager mode on CPUs only."""
         eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
         large = x.size(0) * x.size(1) * self.config.vocab_size > LOGITS_AT_ONCE
         return large and eager_cpu and torch.is_grad_enabled()
 
-    def in_chunks(self, per_token: Callable, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:
-        """Return `per_token`(model, x (n, C), *given (n, ...)) -> (n, K) for all tokens of x (B, T, C): (B, T, K).
+    def in_chunks(self, per_token: Callable, x: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+        """Return `per_token`(model, x (n, C), *args (n, ...)) -> (n, K) for all tokens of x (B, T, C): (B, T, K).
 
         The function may compute logits: it gets chunks of n tokens, and the backward pass computes each chunk again,
-        so the logits of all tokens never exist at once. `given` are tensors (B, T, ...).
+        so the logits of all tokens never exist at once. `args` are tensors (B, T, ...).
         """
         n = math.ceil(LOGITS_AT_ONCE / self.config.vocab_size)  # tokens per chunk
-        chunks = list(zip(*(tensor.flatten(0, 1).split(n) for tensor in (x, *given)), strict=True))
+        chunks = list(zip(*(tensor.flatten(0, 1).split(n) for tensor in (x, *args)), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             values = [per_token(self, *chunk) for chunk in chunks]
         else:
@@ -549,14 +552,15 @@ class NgramEmbedding(nn.Module):
 
         `positions` (T,) or (B, T): those of the tokens in their documents. Tokens before a document do not count.
         """
-        at, index = positions.expand_as(idx), torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+        positions, index = positions.expand_as(idx), torch.arange(idx.size(1), device=idx.device).expand_as(idx)
         if cache is not None:  # earlier tokens are in the cache
             cache.idx.scatter_(1, positions, idx)
             idx, index = cache.idx, positions
         key, embedded = idx.gather(1, index), torch.zeros((), device=idx.device)
         for back, (table, possible) in enumerate(zip(self.tables, self.possible, strict=True), start=1):
-            before = torch.where(at >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
-            key = key * (self.config.ngram_vocab + 1) + before  # int64; overflow wraps around
+            # the id plus 1 of the token this far back, or 0 if it is before the document
+            earlier = torch.where(positions >= back, idx.gather(1, (index - back).clamp(min=0)) + 1, 0)
+            key = key * (self.config.ngram_vocab + 1) + earlier  # int64; overflow wraps around
             # Fibonacci hashing if there are fewer rows than n-grams: the upper half of a product with 2**64 / 1.618
             n_rows = min(self.config.ngram_rows, possible)
             row = key if n_rows == possible else key * -7046029254386353131 >> 32
@@ -679,6 +683,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    # each int16, from -2**15 to 2**15 - 1, is below the threshold with probability p
     keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
     return x * (keep.to(x.dtype) / (1 - p))
 

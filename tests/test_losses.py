@@ -28,7 +28,7 @@ def test_values_and_gradients_in_chunks_match_full_logits(monkeypatch):
     weights = torch.rand(2, 24)
     for at_once in (2**25, 257 * 7):  # 7 tokens per chunk
         monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
-        logp = m(x, per_token=losses.log_probability, given=(y,), documents=documents)[1][..., 0]
+        logp = m(x, per_token=losses.log_probability, per_token_args=(y,), documents=documents)[1][..., 0]
         (logp * weights).sum().backward()
         gradients.append([p.grad.clone() for p in m.parameters()])
         m.zero_grad()
@@ -124,7 +124,8 @@ def test_preference_loss_matches_trl(kind, tmp_path):
             documents[row, start:end] = number
             start = end
     logp, reference = (
-        ours[name](x, per_token=losses.log_probability, given=(y,), documents=documents)[1][..., 0] for name in models
+        ours[name](x, per_token=losses.log_probability, per_token_args=(y,), documents=documents)[1][..., 0]
+        for name in models
     )
     own = losses.preference_loss(logp, reference, y, documents, {"sigmoid": "dpo"}.get(kind, kind), 0.3)[0]
     assert own.sum().item() / 2 == pytest.approx(theirs_loss.item(), rel=1e-5)
@@ -142,7 +143,7 @@ def test_distillation_loss_matches_float64_divergence(monkeypatch):
     x, y, documents = pair_batch()
     hidden = teacher(x, per_token=losses.hidden, documents=documents)[1].detach()
     per_token = functools.partial(losses.divergence, teacher, 257, 1.5)
-    values = student(x, per_token=per_token, given=(hidden, y), documents=documents)[1]
+    values = student(x, per_token=per_token, per_token_args=(hidden, y), documents=documents)[1]
     values[..., 0].sum().backward()
     kept = y != -1
     logits = student(x, y, documents=documents)[0].double()
@@ -162,7 +163,7 @@ def test_log_probabilities_and_entropies_match_float64_at_a_temperature():
     """Vocabulary padding is never sampled, so neither value includes it."""
     m = small_model(3, block_size=24, vocab_size=320)
     x, y, _ = pair_batch()
-    values = m(x, per_token=functools.partial(losses.log_probability_and_entropy, 257, 0.7), given=(y,))[1]
+    values = m(x, per_token=functools.partial(losses.log_probability_and_entropy, 257, 0.7), per_token_args=(y,))[1]
     p = (m(x, x)[0][..., :257].double() / 0.7).softmax(-1)
     for row, column in (y != -1).nonzero().tolist():
         logp, entropy = values[row, column].tolist()

@@ -77,7 +77,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the preference loss over pairs, and its figures."""
         assert documents is not None, "rows of pairs number them"
-        s, options = self.s, dict(per_token=losses.log_probability, given=(y,), documents=documents)
+        s, options = self.s, dict(per_token=losses.log_probability, per_token_args=(y,), documents=documents)
         reference = None if s.preference_loss == "simpo" else self.reference_logp(x, options)
         logp = model(x, **options)[1][..., 0]  # (B, T)
         loss, rewards, is_pair = losses.preference_loss(
@@ -95,7 +95,7 @@ class Objective:
         with torch.no_grad():
             hidden = self.frozen(x, per_token=losses.hidden, documents=documents)[1]  # (B, T, C)
         per_token = functools.partial(losses.divergence, self.frozen, self.data.vocab_size, temperature)
-        kl, nats = model(x, per_token=per_token, given=(hidden, y), documents=documents)[1].sum((0, 1))
+        kl, nats = model(x, per_token=per_token, per_token_args=(hidden, y), documents=documents)[1].sum((0, 1))
         # the gradient of the divergence is proportional to 1 / temperature^2
         loss, n = (1 - weight) * nats + weight * temperature**2 * kl, (y != -1).sum()
         return loss, self.figures({"loss": (loss, n), "kl": (kl, n), "token_loss": (nats, n)})
@@ -107,7 +107,7 @@ class Objective:
         assert advantage is not None, "Rollouts.batch sets it"
         n_vocab, temperature = self.data.tokenizer.n_vocab, self.s.rollout_temperature
         per_token = functools.partial(losses.log_probability_and_entropy, n_vocab, temperature)
-        options = dict(per_token=per_token, given=(y,))
+        options = dict(per_token=per_token, per_token_args=(y,))
         reference = self.reference_logp(x, options) if self.s.kl_beta else None
         logp, entropy = model(x, **options)[1].unbind(-1)  # (B, T)
         loss, n = losses.grpo_loss(logp, advantage, reference, self.s.kl_beta).sum(), (y != -1).sum()
