@@ -190,12 +190,8 @@ def load_initial(
     """Open the checkpoint or weights from which a run starts.
 
     Returns the model on the meta device, its parameters (lazy, not yet read), a description of the source, and the
-    description of its LoRA adapters, or None.
-
-    The shape settings in `s` are set to those of the model. A different value that the user gave raises UserError, and
-    so does a dataset with an incompatible tokenizer. Exceptions: dropouts may differ, settings of
-    the initialization are ignored, block_size may be smaller, and the vocabulary grows by control tokens that the
-    dataset adds to the tokenizer.
+    description of its LoRA adapters, or None. Raises UserError if they do not fit the settings or the data: see
+    `extend_vocabulary` and `adopt_shape`.
     """
     adapters = None
     tokenizer: Tokenizer | None  # None if the source does not say
@@ -211,45 +207,70 @@ def load_initial(
     else:
         model, values, tokenizer, source, base = checkpoint.open_model(s.init_from, plain=s.lora_rank > 0, dist=dist)
         if s.lora_rank:
-            if s.lora_rank > model.config.n_embd:
-                raise UserError(
-                    f"lora_rank = {s.lora_rank} exceeds the {model.config.n_embd} channels of {source}. "
-                    "8 or 16 is usual."
-                )
-            if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
-                raise UserError(f"overwrite would remove {base}, the base of the adapters. Give another --out_dir.")
-            sha256 = lora.fingerprint(model, values) if dist.is_main else None  # reads everything; only rank 0 needs it
-            adapters = dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
-            lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
-            values |= lora.initial_adapters(model, s.seed)
-    if tokenizer is None or tokenizer_hash(tokenizer) == tokenizer_hash(data.tokenizer):
-        pass  # the data fits the model
-    elif s.init_from != "resume" and extends(data.tokenizer, tokenizer):
-        n_new = data.vocab_size - tokenizer.n_vocab
-        frozen = lora.matching("freeze", s.freeze, [name for name, _ in model.named_parameters()]) if s.freeze else []
-        if s.lora_rank or {"transformer.wte.weight", "lm_head.weight"} & set(frozen):
-            setting = "lora_rank" if s.lora_rank else "this freeze"
-            raise UserError(
-                f"{data.path} has {n_new} tokens that are new to {source}, but with {setting} their embeddings would "
-                f"not be trained. Leave {setting} out, or first train a base without it for --init_from."
-            )
-        n_before = min(tokenizer.n_vocab, model.config.vocab_size)
-        model.grow_vocab(n_before, data.vocab_size)
-        for name in {"transformer.wte.weight", "lm_head.weight"} & {name for name, _ in model.named_parameters()}:
-            values[name] = grown_rows(values[name][...].float(), n_before, data.vocab_size)
+            adapters = add_new_adapters(s, model, values, source, base, dist)
+    if tokenizer is not None and tokenizer_hash(tokenizer) != tokenizer_hash(data.tokenizer):
+        n_new = extend_vocabulary(s, model, values, source, tokenizer, data)
         source += f", with {n_new} new tokens"
-    else:
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{data.path} has {data.vocab_size} token ids, but {source} has only {model.config.vocab_size}. Prepare "
+            "the data with the model's tokenizer. If you did, it has tokens that the model lacks: remove these tokens."
+        )
+    adopt_shape(s, given, model, source)
+    return model, values, source, adapters
+
+
+def add_new_adapters(s: "TrainSettings", model: GPT, values: dict, source: str, base: str, dist: Runtime) -> dict:
+    """Add untrained LoRA adapters to a model and to its parameters `values`. Returns their description."""
+    if s.lora_rank > model.config.n_embd:
+        raise UserError(
+            f"lora_rank = {s.lora_rank} exceeds the {model.config.n_embd} channels of {source}. 8 or 16 is usual."
+        )
+    if s.overwrite and Path(base).resolve().parent == Path(s.out_dir).resolve():
+        raise UserError(f"overwrite would remove {base}, the base of the adapters. Give another --out_dir.")
+    sha256 = lora.fingerprint(model, values) if dist.is_main else None  # reads everything; only rank 0 needs it
+    lora.add_adapters(model, lora.choose_targets(model, s.lora_targets), s.lora_rank, s.lora_alpha)
+    values.update(lora.initial_adapters(model, s.seed))
+    return dict(rank=s.lora_rank, alpha=s.lora_alpha, base=base, sha256=sha256)
+
+
+def extend_vocabulary(
+    s: "TrainSettings", model: GPT, values: dict, source: str, tokenizer: Tokenizer, data: Mixture
+) -> int:
+    """Add to a model the control tokens that the dataset adds to the model's `tokenizer`. Returns their number.
+
+    Raises UserError if the tokenizers differ in other ways, or if the embeddings of the new tokens are frozen.
+    """
+    if s.init_from == "resume" or not extends(data.tokenizer, tokenizer):
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
         raise UserError(
             f"{data.path} uses another tokenizer ({data.tokenizer.kind}, {data.tokenizer.n_vocab} tokens) than "
             f"{source} ({tokenizer.kind}, {tokenizer.n_vocab} tokens). Prepare the data with the model's tokenizer: "
             f"python prepare text FILES --tokenizer {shlex.quote(name)}"
         )
-    if data.vocab_size > model.config.vocab_size:
+    n_new = data.vocab_size - tokenizer.n_vocab
+    names = [name for name, _ in model.named_parameters()]
+    tables = {"transformer.wte.weight", "lm_head.weight"} & set(names)
+    frozen = lora.matching("freeze", s.freeze, names) if s.freeze else []
+    if s.lora_rank or tables & set(frozen):
+        setting = "lora_rank" if s.lora_rank else "this freeze"
         raise UserError(
-            f"{data.path} has {data.vocab_size} token ids, but {source} has only {model.config.vocab_size}. Prepare "
-            "the data with the model's tokenizer. If you did, it has tokens that the model lacks: remove these tokens."
+            f"{data.path} has {n_new} tokens that are new to {source}, but with {setting} their embeddings would "
+            f"not be trained. Leave {setting} out, or first train a base without it for --init_from."
         )
+    n_before = min(tokenizer.n_vocab, model.config.vocab_size)
+    model.grow_vocab(n_before, data.vocab_size)
+    for name in tables:
+        values[name] = grown_rows(values[name][...].float(), n_before, data.vocab_size)
+    return n_new
+
+
+def adopt_shape(s: "TrainSettings", given: dict, model: GPT, source: str) -> None:
+    """Set the shape settings in `s` to those of the model.
+
+    A different value that the user gave raises UserError. Exceptions: dropouts may differ, settings of the
+    initialization are ignored, and block_size may be smaller.
+    """
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, value = getattr(model.config, name), given.get(name)
         matches = value in (None, actual) or name in INITIALIZATION or (name in AUTOMATIC and value == 0)
@@ -260,13 +281,12 @@ def load_initial(
         setattr(s, name, getattr(model.config, name))
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
-    return model, values, source, adapters
 
 
 def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
     """Describe the data, the model and the updates of a run for the console."""
     lines, epochs = [], []
-    windows = s.max_iters * s.gradient_accumulation_steps * s.batch_size
+    n_sequences = s.max_iters * s.gradient_accumulation_steps * s.batch_size
     for dataset, share in zip(data.datasets, data.shares, strict=True):
         assert dataset.val is not None, "load_data checks this"
         name = f"{float(share):.1%} {dataset.path}" if share < 1 else dataset.path
@@ -274,15 +294,16 @@ def describe(s: "TrainSettings", data: Mixture, model: GPT, source: str) -> str:
         lines += [f"note: {note}" for note in dataset.notes(s.block_size)]
         if dataset.train.conversations is None and s.block_size >= len(dataset.train):
             lines += [f"note: block_size={s.block_size} exceeds {dataset.path}, so part of each sequence is masked"]
-        epochs += [f"{windows * float(share) / samples_per_epoch(dataset.train, s.block_size):.3g}"]
+        epochs += [f"{n_sequences * float(share) / samples_per_epoch(dataset.train, s.block_size):.3g}"]
     lines += [f"model: {model.num_params():,} parameters, vocabulary of {model.config.vocab_size:,}, from {source}"]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if n_trained < model.num_params():
         lines += [f"trained: {n_trained:,} parameters ({'adapters' if s.lora_rank else 'the others are frozen'})"]
     if not s.eval_only and s.objective == "grpo":
-        n, groups = sum(len(dataset.train.conversations or ()) for dataset in data.datasets), windows // s.group_size
+        n_prompts = sum(len(dataset.train.conversations or ()) for dataset in data.datasets)
+        n_epochs = n_sequences // s.group_size / n_prompts
         update = f"{s.gradient_accumulation_steps * s.batch_size:,} completions in groups of {s.group_size}"
-        lines += [f"run: {s.max_iters:,} updates of {update}, {groups / n:.3g} epochs, into {s.out_dir}"]
+        lines += [f"run: {s.max_iters:,} updates of {update}, {n_epochs:.3g} epochs, into {s.out_dir}"]
     elif not s.eval_only:
         update = f"{s.gradient_accumulation_steps * s.batch_size * s.block_size:,} tokens"
         lines += [f"run: {s.max_iters:,} updates of {update}, {' and '.join(epochs)} epochs, into {s.out_dir}"]
@@ -299,15 +320,15 @@ def micro_batch_size(s: "TrainSettings", world_size: int) -> int:
 
     Raises UserError if the ranks cannot share an update's sequences evenly.
     """
-    windows = s.gradient_accumulation_steps * s.batch_size
-    if windows % world_size:
+    n_sequences = s.gradient_accumulation_steps * s.batch_size
+    if n_sequences % world_size:
         unit = world_size // math.gcd(world_size, s.gradient_accumulation_steps)
         nearest = unit * max(1, round(s.batch_size / unit))
         raise UserError(
             f"an update has gradient_accumulation_steps x batch_size = {s.gradient_accumulation_steps} x "
             f"{s.batch_size} sequences, which {world_size} processes cannot share evenly. Use --batch_size={nearest}."
         )
-    return max(n for n in range(1, s.batch_size + 1) if windows // world_size % n == 0)
+    return max(n for n in range(1, s.batch_size + 1) if n_sequences // world_size % n == 0)
 
 
 def start_model(
