@@ -241,7 +241,7 @@ def main() -> int:
             train = objective.evaluate(data, "train", size, s.block_size, n, token_bytes)
             val = objective.evaluate(data, "val", size, s.block_size, n, token_bytes)
             measured = measure_tasks(tasks, model, data.tokenizer, dist, size)
-            best, failed = checkpoints.evaluated(val["loss"])
+            best, failed = checkpoints.record_evaluation(val["loss"])
             log(evaluation_line(step, train, val, measured))
             if s.eval_only:
                 return 0

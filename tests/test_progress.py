@@ -24,8 +24,8 @@ def test_estimated_time_left_is_accurate_and_smooth():
     said = []
     for step in range(1000):
         if step % 250 == 0:
-            left.evaluated(10.0)
-        left.updated(1, seconds[step])
+            left.add_evaluation(10.0)
+        left.add_updates(1, seconds[step])
         to_come = sum(seconds[step + 1 :]) + 10 * (4 - step // 250)
         said.append((left.estimate(step + 1), to_come))
     for estimate, to_come in said[50:]:
@@ -35,9 +35,9 @@ def test_estimated_time_left_is_accurate_and_smooth():
     assert max(abs(after - before) for before, after in itertools.pairwise(errors)) < 6
     assert said[-1][0] == pytest.approx(10.0)  # the final evaluation remains
     uneven = TimeLeft(max_iters=10, eval_interval=4)  # evaluations at 4, 8 and 10
-    uneven.evaluated(1.0)
-    uneven.updated(1, 9.0)
-    uneven.updated(2, 2.0)
+    uneven.add_evaluation(1.0)
+    uneven.add_updates(1, 9.0)
+    uneven.add_updates(2, 2.0)
     assert uneven.estimate(2) == pytest.approx(8 + 3) and uneven.estimate(8) == pytest.approx(2 + 2)
 
 

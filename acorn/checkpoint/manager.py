@@ -34,7 +34,7 @@ class CheckpointManager:
         self.saved_at = state.step if resumed else None
         self.best_before = state.best_step, state.best_loss  # without the checkpoint that is being written
 
-    def evaluated(self, val_loss: float) -> tuple[bool, bool]:
+    def record_evaluation(self, val_loss: float) -> tuple[bool, bool]:
         """Record the validation loss of this step.
 
         Returns whether it is the best one, and whether the previous checkpoint failed, so that this one is needed. The

@@ -35,13 +35,13 @@ class Accumulator:
         block_size: int,
         seed: int,
         auto_batch: bool,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         objective: Objective,
     ):
         self.raw_model = model
         self.model: torch.nn.Module = model  # compiled and distributed
         self.objective, self.figures = objective, objective.no_figures()
-        self.data, self.dist, self.say = data, dist, say
+        self.data, self.dist, self.log = data, dist, log
         self.micro_batch, self.n_sequences, self.block_size = micro_batch, n_sequences, block_size
         self.seed, self.auto_batch = seed, auto_batch
         # without scaling, small float16 gradients underflow to 0
@@ -55,7 +55,7 @@ class Accumulator:
             self.raw_model.zero_grad(set_to_none=True)
             self._shrink()
         if compile:
-            self.say("compiling ...")
+            self.log("compiling ...")
             self.model = runtime.compile_or_eager(self.model, self._trial, self.dist)
         if self.dist.world_size > 1 and not self.dist.fsdp:
             device_ids = [self.dist.device.index] if self.dist.device.type == "cuda" else None
@@ -69,7 +69,7 @@ class Accumulator:
         """
         dist = self.dist
         while True:
-            batches, n_own, figures = self._next(position)
+            batches, n_own, figures = self._next_update(position)
             heartbeat.report_step(step)
             self.waited.start()
             n_targets = dist.sum(torch.full((), n_own, device=dist.device))  # torch.tensor would wait for the GPU
@@ -79,16 +79,16 @@ class Accumulator:
             loss_sum, self.figures = torch.zeros((), device=dist.device), figures
             if not self.auto_batch:
                 with advice_on_memory(self.micro_batch, self.n_sequences):
-                    self._passes(batches, scale, loss_sum)
+                    self._forward_backward(batches, scale, loss_sum)
                 return loss_sum, n_targets
-            if dist.try_or_oom(self._passes, batches, scale, loss_sum):  # contains no collectives
+            if dist.try_or_oom(self._forward_backward, batches, scale, loss_sum):  # contains no collectives
                 dist.average_gradients(self.raw_model)
                 return loss_sum, n_targets
             self.raw_model.zero_grad(set_to_none=True)
             self._shrink()
             self.stream = None
 
-    def _next(self, position: int) -> tuple[list[Batch], int, Tensor]:
+    def _next_update(self, position: int) -> tuple[list[Batch], int, Tensor]:
         """Return this rank's micro-batches of the update at `position`, the number of their targets, and figures."""
         if self.objective.rollouts is not None:
             batches, n_targets, values = self.objective.rollouts.update(position, self.n_sequences, self.micro_batch)
@@ -114,14 +114,14 @@ class Accumulator:
         self.raw_model.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _passes(self, batches: list[Batch], scale: Tensor, loss_sum: Tensor) -> None:
+    def _forward_backward(self, batches: list[Batch], scale: Tensor, loss_sum: Tensor) -> None:
         """Run forward and backward passes over all micro-batches.
 
         DDP averages the gradients in the last backward pass. With auto_batch it does not, because another rank may be
-        out of memory; `backward` averages them afterwards.
+        out of memory; `backward` averages them afterwards. FSDP averages them in every backward pass, so that no rank
+        has to keep the gradients of the whole model.
         """
         for i, batch in enumerate(batches):
-            # FSDP averages in every pass; otherwise each rank would keep the gradients of the whole model
             if isinstance(self.model, DistributedDataParallel):
                 self.model.require_backward_grad_sync = i == len(batches) - 1 and not self.auto_batch
             with self.dist.autocast():
@@ -142,7 +142,7 @@ class Accumulator:
         if self.micro_batch == 1:
             raise UserError("out of memory at batch size 1. Reduce --block_size or the model.")
         self.micro_batch = smaller(self.micro_batch)
-        self.say(
+        self.log(
             f"out of memory; using {batch_words(self.micro_batch, self.n_sequences)}, which does not change the updates"
         )
 

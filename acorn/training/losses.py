@@ -33,7 +33,9 @@ def hidden(model: GPT, x: Tensor) -> Tensor:
     return x
 
 
-def divergence(teacher: GPT, n_vocab: int, temperature: float, model: GPT, x: Tensor, hidden: Tensor, y: Tensor):
+def divergence(
+    teacher: GPT, n_vocab: int, temperature: float, model: GPT, x: Tensor, hidden: Tensor, y: Tensor
+) -> Tensor:
     """Return, for n tokens, KL(teacher || model) and the token loss, both in nats: (n, 2); 0 if masked.
 
     Distillation, https://arxiv.org/abs/1503.02531: the `temperature` softens both distributions, which are those over

@@ -97,13 +97,13 @@ class TimeLeft:
         self.seconds, self.updates, self.measured = 0.0, 0.0, 0
         self.evaluations: list[float] = []
 
-    def updated(self, n: int, seconds: float) -> None:
-        """Add a measurement: `n` updates took `seconds`. The second one replaces the first, which was the warm-up."""
+    def add_updates(self, n: int, seconds: float) -> None:
+        """Add a measurement: `n` updates took `seconds`. The second one replaces the first, which included warm-up."""
         decay = math.exp(-seconds / self.WINDOW) if self.measured > 1 else 0.0
         self.seconds, self.updates = decay * self.seconds + seconds, decay * self.updates + n
         self.measured += 1
 
-    def evaluated(self, seconds: float) -> None:
+    def add_evaluation(self, seconds: float) -> None:
         """Add an evaluation that took `seconds`, including its checkpoint, plot and sample."""
         self.evaluations.append(seconds)
 
@@ -136,9 +136,9 @@ class Progress:
         self.clock, self.clock_step = time.perf_counter(), state.step  # start of the interval of the next line
 
     def restart_clock(self) -> None:
-        """Leave the time since the last line, in which the run evaluated, out of the updates' time."""
+        """Exclude the time since the last line, in which the run evaluated, from the time of the updates."""
         now = time.perf_counter()
-        self.time_left.evaluated(now - self.clock)
+        self.time_left.add_evaluation(now - self.clock)
         self.clock, self.clock_step = now, self.state.step
 
     def is_due(self, step: int) -> bool:
@@ -152,7 +152,7 @@ class Progress:
         now = time.perf_counter()
         n_updates, seconds = state.step - self.clock_step, now - self.clock
         self.clock, self.clock_step = now, state.step
-        self.time_left.updated(n_updates, seconds)
+        self.time_left.add_updates(n_updates, seconds)
         loss, norm = dist.sum(loss_sum).item() / max(n_targets.item(), 1), grad_norm.item()
         n_sequences = self.accumulator.n_sequences
         rate = n_updates * n_sequences * self.s.block_size / seconds
@@ -201,7 +201,7 @@ def update_parts(
 
     An unknown `mfu` or `left` (None) is omitted. `figures` are those of the objective, by name.
     """
-    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", *words_of(figures or {})]
+    parts = [f"step {step}/{max_iters}", f"loss {loss:.4f}", *format_figures(figures or {})]
     parts += [f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
     parts += [f"{rate:,.0f} tok/s"]
     parts += [] if mfu is None else [f"mfu {mfu:.1%}"]
@@ -209,7 +209,7 @@ def update_parts(
     return parts
 
 
-def words_of(figures: dict[str, float]) -> list[str]:
+def format_figures(figures: dict[str, float]) -> list[str]:
     """Return figures for the console, such as "chosen reward 0.123"."""
     return [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()]
 
@@ -225,7 +225,7 @@ def evaluation_line(
     per_byte = f", {val['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in val else ""
     tasks = "".join(f", {task_name(name)} {'n/a' if x is None else f'{x:.1f}%'}" for name, x in measured.items())
     if "perplexity" not in val:
-        words = ", ".join(words_of({name: value for name, value in val.items() if name != "loss"}))
+        words = ", ".join(format_figures({name: value for name, value in val.items() if name != "loss"}))
         return f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f} ({words}){tasks}"
     return (
         f"step {step}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}{f' ({each})' if each else ''}, "

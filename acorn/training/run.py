@@ -82,7 +82,7 @@ class RunState:
         return 0 < early_stopping <= self.stale_evaluations and self.evaluated_at == self.step
 
     def ended(self, s: "TrainSettings") -> str | None:
-        """Return why a resumed run has nothing left to do, and the setting that continues it; None if it has."""
+        """Return why a resumed run has nothing left to do, and the setting that continues it; else None."""
         evaluated = self.evaluated_at == self.step
         if self.step > s.max_iters or (evaluated and self.step == s.max_iters):
             return f"has already made its {self.step} updates. Use a larger --max_iters to continue."
@@ -344,11 +344,11 @@ def estimate(
     n_sequences = rows_to_read(data, "train", s.block_size, most) + rows_to_read(data, "val", s.block_size, most)
     evaluating = (per_sequence * n_sequences + measuring) * (math.ceil(n_updates / s.eval_interval) + 1)
     held = [(p, sharding.local(p).nbytes) for p in model.parameters()]
-    fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held)
+    # a trained parameter has a gradient and up to two moments; the moments are saved, and with LoRA no frozen weights
+    fixed = sum(n_bytes * (4 if p.requires_grad else 1) for p, n_bytes in held) + frozen
     copied = sum(n_bytes * (3 if p.requires_grad else 0 if s.lora_rank else 1) for p, n_bytes in held)
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     peak_memory = runtime.peak_memory(next(model.parameters()).device)
-    fixed += frozen
     # with rewards, most of the time is spent on sampling completions, whose lengths differ
     rate = "" if s.objective == "grpo" else f", {tokens / dt:,.0f} tokens/s"
     included = f", including {report.size(frozen)} for the {'teacher' if s.teacher else 'reference'}" if frozen else ""
