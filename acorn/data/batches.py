@@ -118,14 +118,14 @@ class Conversations:
         self.tokens, self.pairs = tokens, pairs
         self.dropped, self.head, self.middle, self.tail, self.prompt = index.T
         self.starts = np.cumsum(self.middle) - self.middle  # where each form's middle starts in the stream
-        self.first = np.flatnonzero(self.dropped == 0)  # form 0 of each conversation
-        self.whole = self.first[np.cumsum(self.dropped == 0) - 1] if len(self.first) else self.first  # form 0, per form
         self.lengths = self.head + self.middle + self.tail
-        sizes = self.middle[self.whole] if len(self.first) else self.middle
-        broken = (index < 0).any() or self.middle.sum() != len(tokens) or (len(index) and self.dropped[0] != 0)
         is_whole = self.dropped == 0
+        self.first = np.flatnonzero(is_whole)  # form 0 of each conversation
+        self.whole = self.first[np.cumsum(is_whole) - 1] if len(self.first) else self.first  # form 0, per form
+        sizes = self.middle[self.whole] if len(self.first) else self.middle  # of the whole conversation, per form
+        broken = (index < 0).any() or self.middle.sum() != len(tokens) or (len(index) and not is_whole[0])
         broken = broken or (self.head[is_whole] + self.tail[is_whole]).any()
-        broken = broken or (pairs and (len(index) % 2 or self.dropped.any()))
+        broken = broken or (pairs and (len(index) % 2 or not is_whole.all()))
         if broken or (np.maximum(self.head, self.tail) > sizes).any() or (self.prompt >= self.lengths).any():
             raise ValueError("the index does not match the tokens")
         self._rows: dict[int, Rows] = {}
@@ -147,10 +147,11 @@ class Conversations:
         if block_size not in self._rows:
             n = len(self.lengths)
             fitting_forms = np.where(self.lengths - 1 <= block_size, np.arange(n), n)
+            # the first form of each conversation that fits, or n if none fits
             chosen = np.minimum.reduceat(fitting_forms, self.first) if n else self.first
-            ends = np.append(self.first[1:], n)  # where each conversation's forms end
-            too_long = chosen >= ends
-            chosen = np.where(too_long, ends - 1, chosen)
+            too_long = chosen == n
+            last_forms = np.append(self.first[1:], n) - 1  # of each conversation
+            chosen = np.where(too_long, last_forms, chosen)
             learns = self.prompt[chosen] <= block_size
             kept = chosen[learns]
             needs = np.clip(self.lengths[kept] - 1, 1, block_size)
@@ -159,10 +160,10 @@ class Conversations:
             self._rows[block_size] = Rows(
                 starts,
                 kept[members],
-                1 - float(used),
-                int((learns & (self.dropped[chosen] > 0)).sum()),
-                int((learns & too_long).sum()),
-                int((~learns).sum()),
+                padding=1 - float(used),
+                dropped=int((learns & (self.dropped[chosen] > 0)).sum()),
+                cut=int((learns & too_long).sum()),
+                left_out=int((~learns).sum()),
             )
         return self._rows[block_size]
 
@@ -173,7 +174,7 @@ class Conversations:
         starts, members = pack(needs[fitting], block_size)
         forms = (2 * fitting[members][:, None] + np.arange(2)).ravel()
         used = needs[fitting].sum() / (max(len(starts) - 1, 1) * block_size)
-        return Rows(2 * starts, forms, 1 - float(used), 0, 0, len(needs) - len(fitting))
+        return Rows(2 * starts, forms, 1 - float(used), dropped=0, cut=0, left_out=len(needs) - len(fitting))
 
     def read_form(self, form: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first `max_tokens` ids of a form, and their targets: the ids, or -1 where they are not learned."""
@@ -199,7 +200,9 @@ class Conversations:
         documents = np.zeros((len(rows), block_size), dtype=np.int64)
         for i, row in enumerate(rows.tolist()):
             start = 0
-            for form in packed.members[slice(*packed.starts[row : row + 2])] if row < len(packed.starts) - 1 else ():
+            if row >= len(packed.starts) - 1:  # after the last row
+                continue
+            for form in packed.members[packed.starts[row] : packed.starts[row + 1]]:
                 ids, targets = self.read_form(form, block_size + 1)
                 end = start + len(ids) - 1
                 x[i, start:end], y[i, start:end] = ids[:-1], targets[1:]
@@ -220,7 +223,8 @@ def pack(needs: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         need = int(needs[item])
         row, left = len(rows), size
         if fitting := open_sizes >> need:
-            left = need + (fitting & -fitting).bit_length() - 1  # best fit: the lowest set bit
+            lowest_bit = fitting & -fitting  # best fit: the row with the fewest places left
+            left = need + lowest_bit.bit_length() - 1
             row = free[left].pop()
             if not free[left]:
                 open_sizes ^= 1 << left

@@ -229,7 +229,7 @@ class Tokens:
         self._ends = np.cumsum(counts, dtype=np.int64)  # where each shard ends in the stream
         self._starts = (self._ends - counts).tolist()
         self._maps: dict[int, tuple[BinaryIO, np.ndarray]] = {}
-        self._brought_in = 0
+        self._resident = 0  # tokens that are in memory through the maps, estimated
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
@@ -292,9 +292,9 @@ class Tokens:
         return mapped
 
     def _drop_maps(self, windows: np.ndarray) -> None:
-        self._brought_in += windows.size + 2**15 * len(windows)  # the kernel maps up to 64 KB around each page fault
-        if self._brought_in > self.DROP_AFTER:
-            self._maps, self._brought_in = {}, 0
+        self._resident += windows.size + 2**15 * len(windows)  # the kernel maps up to 64 KB around each page fault
+        if self._resident > self.DROP_AFTER:
+            self._maps, self._resident = {}, 0
 
 
 _ADVICE = "continue the run from its last checkpoint with --init_from=resume"
@@ -463,10 +463,11 @@ def _load_prepared(name: str, path: Path, to_hash: int) -> Dataset:
         tokenizer, vocab_size = from_dict(meta["tokenizer"]), meta["vocab_size"]
         same = meta["tokenizer_hash"] == tokenizer_hash(tokenizer) and vocab_size == tokenizer.n_vocab
         counts = {split: meta[split].get("tokens") for split in ("train", "val")}
+        no_chat_files: dict[str, list] = {"masks": [], "index": []}
         listed = {
             (split, key): [(str(entry["file"]), int(entry["tokens"]), str(entry["sha256"])) for entry in entries]
             for split in ("val", "train")
-            for key, entries in ((key, {"masks": [], "index": [], **meta[split]}[key]) for key in KINDS)
+            for key, entries in ((key, {**no_chat_files, **meta[split]}[key]) for key in KINDS)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
