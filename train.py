@@ -167,7 +167,7 @@ def main() -> int:
     folder, saved = checkpoint.find(out_dir, dist=dist) if resumed else (None, {})
     data = load_data(s, saved, dist)
     token_bytes = data.tokenizer.token_bytes()
-    model, values, source, adapters = start_model(s, given, folder, saved, data, dist)
+    model, weights, source, adapters = start_model(s, given, folder, saved, data, dist)
     tasks = read_tasks(s.eval_choices, s.eval_pairs, data.tokenizer, model.config.block_size, log)
     has_muon = s.optimizer == "muon"
     arithmetic, notes = autotune.choose(s.dtype, model.config, micro_batch, has_muon, dist, saved.get("arithmetic"))
@@ -175,8 +175,8 @@ def main() -> int:
         log("; ".join(notes))
     dist.dtype = arithmetic.torch_dtype
     arithmetic.apply(model)
-    model = materialize(model, values, dist)
-    del values  # otherwise the file of the weights would stay open
+    model = materialize(model, weights, dist)
+    del weights  # otherwise their file would stay open
     objective = start_objective(s, data, model, saved, dist)
     log(describe(s, data, model, source))
 

@@ -1,4 +1,4 @@
-"""Write the checkpoints of a run while it goes on training."""
+"""Write the checkpoints of a run while it trains."""
 
 import concurrent.futures
 import contextlib
@@ -83,6 +83,7 @@ class Writer:
         return self.failure is None
 
     def run(self, writing: concurrent.futures.Future, *args) -> None:
+        """Run `write` in the thread, and set its result in `writing`."""
         if sys.platform == "linux":
             os.nice(10)  # on Linux this applies to the calling thread only; training has priority
         try:
@@ -91,8 +92,10 @@ class Writer:
             writing.set_exception(error)
 
     def write(self, parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str | None:
-        """Write this rank's files. Rank 0 then waits for the others and completes the folder. Returns the reason of a
-        failure, None on success."""
+        """Write this rank's files. Rank 0 then waits for the others and completes the folder.
+
+        `parts` are the tensors of each file. Returns the reason of a failure, or None on success.
+        """
         step = state["step"]
         tmp_dir = self.out_dir / f".writing-step_{step:06d}"
         hashes, failure = {}, check_finite(parts, state)

@@ -62,8 +62,8 @@ def lazy_cat(pieces: list[LazyTensor], name: str, source: str) -> LazyTensor:
             for piece, n in zip(pieces, lengths, strict=True):
                 if max(start, 0) < min(stop, n):
                     chunks.append(piece[max(start, 0) : min(stop, n)])
-                start, stop = start - n, stop - n
-            tensor = torch.cat(chunks) if len(chunks) > 1 else chunks[0] if chunks else pieces[0][0:0]
+                start, stop = start - n, stop - n  # relative to the next piece
+            tensor = chunks[0] if len(chunks) == 1 else torch.cat(chunks or [pieces[0][0:0]])
         check_tensors({name: tensor}, source)
         return tensor
 

@@ -33,9 +33,10 @@ class ScalingLaw:
 
 
 def fit(flops: list[float], losses: list[float]) -> ScalingLaw:
-    """Return the law with the smallest squared error. For each of many floors, scale and exponent are a line's.
+    """Return the law with the smallest squared error over many candidate floors.
 
-    Raises ValueError if there are fewer than three sizes, or if the losses do not fall with the FLOPs.
+    For a given floor, log(loss - floor) is linear in log(FLOPs), and the line's fit gives exponent and scale. Raises
+    ValueError if there are fewer than three sizes, or if the losses do not fall with the FLOPs.
     """
     x, y = np.log(np.array(flops)), np.array(losses)
     if len(set(flops)) < FEWEST_RUNS:

@@ -109,11 +109,10 @@ def step_if_finite(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor, s
         del optimizer.found_inf  # type: ignore[attr-defined]  # as above
 
 
-class StartsFast(torch.optim.Optimizer):
-    """A base class that keeps torch's compiler out of optimizers.
+class UncompiledOptimizer(torch.optim.Optimizer):
+    """A base class whose methods do not import torch's compiler, which takes a second at the start of a run.
 
-    torch decorates these methods with code that imports the compiler, which takes a second at the start of a run. It
-    only matters to programs that compile their optimizer.
+    torch decorates them for programs that compile their optimizer.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -122,11 +121,11 @@ class StartsFast(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
-class AdamW(StartsFast, torch.optim.AdamW):
+class AdamW(UncompiledOptimizer, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-class Muon(StartsFast):
+class Muon(UncompiledOptimizer):
     """Momentum with orthogonalized updates, for matrices: https://kellerjordan.github.io/posts/muon/
 
     The update moves all directions of a weight equally far, even those with a small gradient. Matrices of the same
@@ -162,8 +161,9 @@ class Muon(StartsFast):
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
             for (rows, columns), params in same_shape.items():
-                momenta = [self.state[p]["momentum"] for p in params]
-                shards, grads, buffers = ([local(x) for x in xs] for xs in (params, [p.grad for p in params], momenta))
+                shards = [local(p) for p in params]
+                grads = [local(p.grad) for p in params]
+                buffers = [local(self.state[p]["momentum"]) for p in params]
                 decay = 1 - group["lr"] * group["weight_decay"]
                 if skip is not None:
                     grads = [torch.where(skip, *pair) for pair in zip(buffers, grads, strict=True)]  # keeps momentum
@@ -249,8 +249,8 @@ def orthogonalize_parts(x: Tensor, parts: tuple[int, ...]) -> Tensor:
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     """Approximate the nearest orthogonal matrix to each matrix of x (N, rows, columns).
 
-    The singular values of the result are between about 0.7 and 1.2. A quintic Newton-Schulz iteration with the
-    coefficients of Muon's authors.
+    A quintic Newton-Schulz iteration, X <- aX + b(XXᵀ)X + c(XXᵀ)²X, with the coefficients of Muon's authors. The
+    singular values of the result are between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.size(1) > x.size(2)
@@ -259,8 +259,10 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     wide = x.size(2) >= 2 * x.size(1)
     if wide and x.dtype == torch.float32 and x.device.type == "cpu":
-        for n in [3] * (steps // 3) + [steps % 3]:
-            x = gram_polynomial(x, (a, b, c), n) @ x if n else x
+        while steps > 0:
+            n = min(steps, 3)
+            x = gram_polynomial(x, (a, b, c), n) @ x
+            steps -= n
     else:
         for _ in range(steps):
             gram = x @ x.mT

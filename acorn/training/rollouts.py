@@ -116,18 +116,20 @@ class Rollouts:
         """
         s, dist = self.s, self.dist
         groups = range(position // s.group_size, (position + n_sequences) // s.group_size)[dist.rank :: dist.world_size]
-        tasks = [self.tasks("train", group, 1, s.seed)[0] for group in groups for _ in range(s.group_size)]
+        group_tasks = [self.tasks("train", group, 1, s.seed)[0] for group in groups]
+        tasks = [task for task in group_tasks for _ in range(s.group_size)]
         seeds = [
             (s.seed * 1_000_003 + group * s.group_size + i) % 2**63 for group in groups for i in range(s.group_size)
         ]
         results = self.complete(tasks, self.sampling, seeds, batch_size)
         rewards = torch.tensor([reward for _, reward in results], dtype=torch.float32).view(-1, s.group_size)
         weights = advantages(rewards, s.advantage_std).flatten().tolist()
-        rows = [(task.ids, result[0].ids, weight) for task, result, weight in zip(tasks, results, weights, strict=True)]
+        completions = [completion for completion, _ in results]
+        rows = [(task.ids, each.ids, weight) for task, each, weight in zip(tasks, completions, weights, strict=True)]
         n, lengths = len(rows), [len(ids) for _, ids, _ in rows]
         figures = {
             "reward": (rewards.sum(), n),
-            "clipped": (sum(completion.stopped_by is None for completion, _ in results), n),
+            "clipped": (sum(each.stopped_by is None for each in completions), n),
             "no_signal": ((rewards == rewards[:, :1]).all(1).sum(), len(rewards)),
             "length": (sum(lengths), n),
         }

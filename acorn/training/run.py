@@ -109,7 +109,8 @@ def resume(s: "TrainSettings", saved: dict, dist: Runtime) -> tuple[RunState, li
     """
     before = settings.build(type(s), settings.checked(type(s), saved["settings"]))
     state = RunState(**{f.name: saved[f.name] for f in dataclasses.fields(RunState) if f.name in saved})
-    notes = [change] if (change := rate_change(before, s, state.step)) else []
+    change = rate_change(before, s, state.step)
+    notes = [] if change is None else [change]
     out_dir = Path(s.out_dir)
     if "best_step" not in saved and (best := checkpoint.read_pointer(out_dir / "best")):  # saved by an older version
         state.best_step = checkpoint.step_of(best)
