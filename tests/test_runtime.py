@@ -92,11 +92,18 @@ def test_scripts_report_lack_of_memory_in_one_line(error, capsys):
 
 def test_peak_flops_depend_on_the_device_name(monkeypatch):
     r = runtime.Runtime(torch.device("cuda"), torch.bfloat16, False, [], world_size=2)
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L40S", 362e12)):
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L4", 121e12),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert r.peak_flops() == 2 * peak
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Unknown GPU")
-    assert r.peak_flops() is None
+    for name in ("An Unknown GPU", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA RTX A4000"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert r.peak_flops() is None
     assert runtime.setup("cpu", "float32", False).peak_flops() is None
 
 

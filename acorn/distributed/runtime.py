@@ -6,6 +6,7 @@ The run prints every `auto` choice with its reason.
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from acorn.distributed import heartbeat
 from model import HAS_TRITON
 
 # Peak rate of dense matrix products with 16-bit inputs, in 1e12 operations per second, from the vendors' data sheets.
-# The first key that is part of the device's name applies.
+# The first key whose words occur in the device's name applies.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
+    "GH200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
@@ -35,6 +37,7 @@ PEAK_TFLOPS = {
     "A30": 165,
     "A10": 125,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "V100": 125,
     "T4": 65,
@@ -83,7 +86,10 @@ class Runtime:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((1e12 * peak * self.world_size for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        for key, peak in PEAK_TFLOPS.items():
+            if re.search(rf"\b{key}\b", name):  # whole words: L4 is not an L40, and A100 not an RTX A1000
+                return 1e12 * peak * self.world_size
+        return None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` over all ranks in place, and return them.
