@@ -102,7 +102,7 @@ class TrainSettings:
     preference_loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # the loss of objective=dpo; simpo needs no reference
     dpo_beta: float = 0.1  # the larger, the closer the model stays to the reference; for simpo, 2 to 10 is usual
     label_smoothing: float = 0.0  # dpo: the assumed fraction of pairs whose answers are swapped
-    simpo_gamma: float = 1.0  # simpo: the margin between the answers from which on the loss falls off
+    simpo_gamma: float = 1.0  # simpo: the target margin between the rewards of the two answers
     teacher: str = ""  # distill: the checkpoint to imitate, with the same tokenizer
     distill_temperature: float = 2.0  # distill: of both distributions, when the student is compared with the teacher
     distill_weight: float = 0.5  # distill: 1: only the teacher; 0: only the tokens
@@ -121,7 +121,7 @@ class TrainSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices in the blocks, AdamW for the rest
     muon_lr: float = 0.02  # peak learning rate of Muon, scheduled like learning_rate
     muon_momentum: float = 0.95  # Muon's decay rate for the mean of gradients; shorter runs need less
-    muon_split: bool = False  # orthogonalize queries, keys, values, and gates apart, although stored as one matrix
+    muon_split: bool = False  # orthogonalize queries, keys, values and gates separately, although stored as one matrix
     learning_rate: float = 6e-4  # peak learning rate
     max_iters: int = 600000  # total number of updates
     weight_decay: float = 1e-1  # on matrices and embeddings; with optimizer=muon, on the matrices in the blocks only
@@ -160,7 +160,7 @@ def main() -> int:
     log = console.log
     micro_batch = micro_batch_size(s, dist.world_size)
     if micro_batch < s.batch_size:
-        dist.notes.append(f"micro-batches of {micro_batch} sequences, so that all processes have equally many")
+        dist.notes.append(f"micro-batches of {micro_batch} sequences, so that all processes get the same number")
     log("; ".join(dist.notes))
 
     # ---- data and model

@@ -1,4 +1,4 @@
-"""Open a model from wherever it lies: a run, a nanoGPT checkpoint, a Hugging Face checkpoint."""
+"""Open a model: from a run, a nanoGPT checkpoint or a Hugging Face checkpoint."""
 
 import contextlib
 import re

@@ -209,7 +209,7 @@ def fail() -> None:
 
 
 def stop() -> None:
-    """Stop watching, because the other ranks may exit from here on."""
+    """Stop the heartbeat thread, because the other ranks may exit from here on."""
     if _watch is not None:
         _watch.stopped.set()
         _watch.thread.join(timeout=5)

@@ -331,7 +331,7 @@ def cache_dtype(model: GPT) -> torch.dtype:
 
 
 class GraphedStep:
-    """A CUDA graph of the model's step by one token per row, with a certain cache.
+    """A CUDA graph of the model's step by one token per row, for one particular cache.
 
     A replay launches all kernels at once. Launching them one by one takes longer than the kernels of a small model run.
     """
@@ -347,7 +347,7 @@ class GraphedStep:
                 model(self.idx, cache=cache)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: in a training run, the loader's thread may use the GPU meanwhile
+        # thread_local: in a training run, the loader's thread may use the GPU at the same time
         with torch.cuda.device(device), torch.cuda.graph(self.graph, None, stream, "thread_local"):
             self.logits, _ = model(self.idx, cache=cache)
 

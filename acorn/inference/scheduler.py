@@ -184,7 +184,7 @@ class Scheduler:
                     return
             try:
                 self.step()
-            except Exception as error:  # the server must answer what runs, and go on
+            except Exception as error:  # report it to the running sequences, and keep serving
                 traceback.print_exc()
                 for sequence in self.running:
                     self._end(sequence, error)
@@ -263,10 +263,11 @@ class Scheduler:
         return self._count(len(self.running) + 1) * longest * self.token_bytes <= self.cache_bytes
 
     def _size(self, length: int) -> int:
-        """Return the smallest size of a cache that has room for so many tokens, or for a block."""
+        """Return the smallest size of a cache that has room for `length` tokens, or for a block."""
         return next((size for size in self.sizes if size >= length), self.sizes[-1])
 
     def _count(self, n_rows: int) -> int:
+        """Return the smallest row count of a cache that has room for `n_rows` rows."""
         return next(count for count in self.row_counts if count >= n_rows)
 
     def _prefill(self, sequence: Sequence) -> tuple[KVCache, Tensor, list[Scored]]:

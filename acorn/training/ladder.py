@@ -40,7 +40,7 @@ def fit(flops: list[float], losses: list[float]) -> ScalingLaw:
     """
     x, y = np.log(np.array(flops)), np.array(losses)
     if len(set(flops)) < FEWEST_RUNS:
-        raise ValueError(f"a scaling law has {FEWEST_RUNS} parameters, and needs runs of as many sizes")
+        raise ValueError(f"a scaling law has {FEWEST_RUNS} parameters, and needs runs of {FEWEST_RUNS} sizes")
     best, smallest = None, np.inf
     for floor in np.linspace(0, y.min(), 2000, endpoint=False):
         slope, intercept = np.polyfit(x, np.log(y - floor), 1)

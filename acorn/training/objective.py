@@ -25,7 +25,7 @@ from model import GPT
 if TYPE_CHECKING:
     from train import TrainSettings
 
-FIGURES = {  # what is reported for each objective, besides the loss
+FIGURES = {  # what each objective reports, besides the loss
     "tokens": (),
     "dpo": ("accuracy", "margin", "chosen_reward", "rejected_reward"),
     "distill": ("kl", "token_loss"),
@@ -235,8 +235,8 @@ def check_data(s: "TrainSettings", data: Mixture) -> None:
             )
         if s.objective != "dpo" and pairs:
             raise UserError(
-                f"{dataset.path} holds pairs of a chosen and a rejected answer, which objective={s.objective} would "
-                "learn alike. Use --objective=dpo."
+                f"{dataset.path} holds pairs of a chosen and a rejected answer, and objective={s.objective} would "
+                "learn both. Use --objective=dpo."
             )
         if s.objective == "grpo" and dataset.train.conversations is None:
             raise UserError(

@@ -58,8 +58,8 @@ def make_optimizers(
 def muon_groups(model: GPT, split: bool) -> list[dict]:
     """Return Muon's parameter groups: the matrices in the blocks.
 
-    With `split`, the matrices that acorn stores as one, but which act apart, are orthogonalized apart: queries, keys
-    and values, and the gates and values of a gated MLP.
+    With `split`, matrices that acorn stores as one are orthogonalized separately: queries, keys and values, and the
+    gates and values of a gated MLP.
     """
     groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for block in model.transformer.h:
@@ -131,7 +131,7 @@ class Muon(UncompiledOptimizer):
     The update moves all directions of a weight equally far, even those with a small gradient. Matrices of the same
     shape are stacked and orthogonalized together, which keeps it cheap for small models. The ranks divide the matrices
     among them. If a matrix is sharded, each rank stores the momentum of its own rows. A parameter group may have
-    "parts", the numbers of rows of the parts of its matrices that are orthogonalized apart.
+    "parts", the numbers of rows of the parts of its matrices that are orthogonalized separately.
 
     `dtype` is the dtype of the orthogonalization. bfloat16 is precise enough for training, but amplifies rounding
     differences, such as those from the order in which ranks sum gradients. As with torch's fused optimizers, `step` is
@@ -234,7 +234,7 @@ def pad(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def orthogonalize_parts(x: Tensor, parts: tuple[int, ...]) -> Tensor:
-    """Orthogonalize x (N, rows, columns), or its parts of so many rows, which are also multiplied by `size_factor`."""
+    """Orthogonalize x (N, rows, columns), or separately each of `parts`, numbers of rows, times its `size_factor`."""
     if not parts:
         return orthogonalize(x)
     pieces = list(x.split(parts, dim=1))

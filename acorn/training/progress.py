@@ -72,7 +72,7 @@ class Console:
             self.bar.update()
 
     def update(self, parts: list[str]) -> None:
-        """Show the figures of an update: beside the bar on a terminal, otherwise as a line."""
+        """Show the figures of an update: next to the bar on a terminal, otherwise as a line."""
         if self.bar is None:
             self.log(" | ".join(parts))
         else:

@@ -87,7 +87,7 @@ class Rollouts:
     def complete(
         self, tasks: list[Task], sampling: Sampling, seeds: list[int], batch_size: int
     ) -> list[tuple[Continuation, float]]:
-        """Return a completion of each task and its reward. All ranks must call it with equally many tasks."""
+        """Return a completion of each task and its reward. All ranks must call it with the same number of tasks."""
         results = []
         # with FSDP, every rank takes part in each forward pass, until the last rank has finished its completions
         finished = self.dist.agree if self.dist.fsdp else bool
@@ -163,7 +163,7 @@ class Rollouts:
             n = min(max_tasks or len(self.usable["val"][k]), usable)
             drawn += [(k, int(i), float(share) / n) for i in batches.shuffled(0, n, usable, WINDOW_SEED)]
         total = len(drawn)
-        drawn += [(*drawn[0][:2], 0.0)] * (-total % self.dist.world_size)  # equally many tasks on all ranks
+        drawn += [(*drawn[0][:2], 0.0)] * (-total % self.dist.world_size)  # the same number of tasks on all ranks
         own = drawn[self.dist.rank :: self.dist.world_size]
         tasks = [self.task(split, k, i) for k, i, _ in own]
         results = self.complete(tasks, Sampling(temperature=0.0), [0] * len(tasks), batch_size)

@@ -64,7 +64,7 @@ class RunState:
         return self.seconds
 
     def reason_to_stop(self, max_minutes: float, signals: list[int]) -> int:
-        """Return SIGNALED, TIME_IS_UP (0 minutes: no limit), or 0 if the run goes on."""
+        """Return SIGNALED, TIME_IS_UP (0 minutes: no limit), or 0 if the run continues."""
         if signals:
             return SIGNALED
         return TIME_IS_UP if max_minutes and self.tick() >= 60 * max_minutes else 0
