@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -549,6 +550,11 @@ def _encode(tokenizer: Tokenizer, text: str, continues: bool) -> np.ndarray:
     return np.concatenate(ids)
 
 
-def _any_of(names) -> re.Pattern:
+def _any_of(names: Iterable[str]) -> re.Pattern:
+    return _alternatives(tuple(names))
+
+
+@functools.lru_cache(16)
+def _alternatives(names: tuple[str, ...]) -> re.Pattern:
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches

@@ -9,6 +9,7 @@ applies.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ CPU_SECONDS = 5  # CPU time of one call; a conversation takes milliseconds
 WALL_SECONDS = 60  # seconds of wall-clock time per call, for a busy machine or a system without the other limits
 MEMORY = 1 << 30  # bytes
 MAX_CHARS = 1 << 26  # characters of a rendered conversation
+MAX_REMEMBERED = 1 << 17  # bytes of a request whose answer is kept for a repetition
 RUN_LENGTH = 1 << 16  # length of the runs of one character that patterns are tested on
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
@@ -97,11 +99,17 @@ class _Worker:
 
 
 def _call(subject: str, task: str, arguments: dict) -> str:
+    request = json.dumps([task, arguments, CPU_SECONDS], default=str).encode() + b"\n"
+    return (_answer if len(request) <= MAX_REMEMBERED else _answer.__wrapped__)(subject, request)
+
+
+@functools.lru_cache(256)  # the forms of a conversation share many renderings
+def _answer(subject: str, request: bytes) -> str:
     global _worker
     with _lock:
         if _worker is None or _worker.owner != os.getpid():  # a forked process must not share its parent's worker
             _worker = _Worker()
-        answer = _worker.ask(json.dumps([task, arguments, CPU_SECONDS], default=str).encode() + b"\n")
+        answer = _worker.ask(request)
         if answer is None:
             _worker.stop()
             _worker = None
