@@ -66,6 +66,16 @@ def show(stdout, monkeypatch) -> str:
     return stdout.getvalue()
 
 
+def test_bar_shows_the_time_left_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stdout := Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(is_main=True, signals=[])
+    console.start_bar(1872, 2000)
+    console.update(update_parts(1872, 2000, 1.8, 1e-3, 0.5, 12345.0, None, 45.0))
+    console.close()
+    assert "45 s left | loss 1.8000" in stdout.getvalue()
+
+
 def test_terminal_shows_a_bar_and_file_shows_lines(monkeypatch):
     drawn = show(Terminal(), monkeypatch)
     assert "4/4, loss 3.5" in drawn and "step 4: val loss 3.2\n" in drawn

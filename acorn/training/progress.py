@@ -76,7 +76,8 @@ class Console:
         if self.bar is None:
             self.log(" | ".join(parts))
         else:
-            self.bar.set_postfix_str(" | ".join(parts[1:]))  # the bar itself shows the step
+            # the bar itself shows the step; 80 columns are too few for all figures, so the time left comes first
+            self.bar.set_postfix_str(" | ".join(sorted(parts[1:], key=lambda part: not part.endswith(" left"))))
 
     def close(self) -> None:
         if self.bar is not None:
