@@ -194,7 +194,8 @@ def choose_threads(model: GPT, shape: tuple[int, int]) -> tuple[int, str]:
     torch.set_num_threads(max_threads)
     if int(best) == max_threads:
         return max_threads, f"{max_threads} threads"
-    return int(best), f"{best} threads (auto: {times[str(max_threads)] / times[best]:.1f}x as fast as {max_threads})"
+    unit = "thread" if best == "1" else "threads"
+    return int(best), f"{best} {unit} (auto: {times[str(max_threads)] / times[best]:.1f}x as fast as {max_threads})"
 
 
 def usual_attention(config: GPTConfig, dtype: str) -> str:
