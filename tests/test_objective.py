@@ -186,6 +186,12 @@ def test_teacher_with_another_tokenizer_is_refused(folder, dataset, monkeypatch)
         train_here(monkeypatch, *RUN, f"--dataset={dataset}", "--objective=distill", "--teacher=sft", "--out_dir=none")
 
 
+def test_error_about_the_tokenizer_names_the_command_for_conversations(folder, trained, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="python prepare chat FILES"):
+        train_here(monkeypatch, *RUN, "--dataset=chat", f"--init_from={trained}", "--out_dir=none")
+
+
 def test_disabled_adapters_give_the_base_model(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert train_here(monkeypatch, *RUN, *FORMS["lora"], "--out_dir=adapted", "--max_iters=1") == 0

@@ -182,8 +182,9 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(trained, dataset, tm
     assert torch.equal(new["transformer.wpe.weight"], old["transformer.wpe.weight"][:16])
     assert torch.equal(new["transformer.wte.weight"], old["transformer.wte.weight"])
     words = [*TINY, f"--dataset={dataset}", f"--init_from={trained}", f"--out_dir={tmp_path}/p"]
-    for word, said in (("--block_size=64", "block_size = 64"), ("--n_layer=3", "n_layer = 3")):
-        refused_here(monkeypatch, capsys, train_script.main_or_advice, [*words, word], said)
+    words += ["--block_size=64", "--n_layer=3"]
+    said = "block_size = 64, n_layer = 3. Use --block_size=32 --n_layer=2,"
+    refused_here(monkeypatch, capsys, train_script.main_or_advice, words, said)
     assert not (tmp_path / "p").exists()
 
 

@@ -243,10 +243,11 @@ def extend_vocabulary(
     """
     if s.init_from == "resume" or not extends(data.tokenizer, tokenizer):
         name = tokenizer.kind if tokenizer.kind in KINDS and tokenizer.kind != "char" else s.init_from
+        corpus = "preferences" if data.has_pairs else "chat" if data.has_conversations else "text"
         raise UserError(
             f"{data.path} uses another tokenizer ({data.tokenizer.kind}, {data.tokenizer.n_vocab} tokens) than "
             f"{source} ({tokenizer.kind}, {tokenizer.n_vocab} tokens). Prepare the data with the model's tokenizer: "
-            f"python prepare text FILES --tokenizer {shlex.quote(name)}"
+            f"python prepare {corpus} FILES --tokenizer {shlex.quote(name)}"
         )
     n_new = data.vocab_size - tokenizer.n_vocab
     names = [name for name, _ in model.named_parameters()]
@@ -271,14 +272,19 @@ def adopt_shape(s: "TrainSettings", given: dict, model: GPT, source: str) -> Non
     A different value that the user gave raises UserError. Exceptions: dropouts may differ, settings of the
     initialization are ignored, and block_size may be smaller.
     """
+    differing = []  # given values that the model does not have
     for name in sorted(shape_settings(s) - set(DROPOUTS)):
         actual, value = getattr(model.config, name), given.get(name)
         matches = value in (None, actual) or name in INITIALIZATION or (name in AUTOMATIC and value == 0)
         if name == "block_size" and value is not None and value < actual:
             model.crop_block_size(value)
         elif not matches:
-            raise UserError(f"{name} = {value}, but {source} has {actual}. Leave {name} out, or train from scratch.")
+            differing.append(name)
         setattr(s, name, getattr(model.config, name))
+    if differing:
+        wanted = ", ".join(f"{name} = {given[name]}" for name in differing)
+        fix = " ".join(f"--{name}={getattr(s, name)}" for name in differing)
+        raise UserError(f"the shape of {source} differs from {wanted}. Use {fix}, or train from scratch.")
     for name in DROPOUTS:
         setattr(model.config, name, getattr(s, name))
 
