@@ -38,6 +38,7 @@ def test_dataset_is_found_by_path_and_by_name(tmp_path, monkeypatch):
         ("shakespeare", "python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare`"),
         ("plays", "python prepare shakespeare`"),
         ("stdlib", "python prepare stdlib`"),
+        ("sums", "python -m acorn.examples data/examples && python prepare chat data/examples/sums.jsonl"),
         ("novel", "python prepare text FILES --name novel`"),
         ("../../etc", "python prepare text FILES"),
         ("", "python prepare text FILES"),

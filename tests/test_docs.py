@@ -13,6 +13,7 @@ from helpers import REPO
 import sample
 import train
 from acorn import examples, hub, report, serve, settings
+from acorn.data.corpora import prepare_command
 from acorn.evaluation import tasks
 from acorn.inference import pictures
 from prepare import __main__ as prepare
@@ -140,3 +141,11 @@ def test_pyproject_and_requirements_list_the_same_packages():
 
     required = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert names(project["dependencies"] + extras) == names(required)
+
+
+def test_error_for_a_missing_dataset_gives_the_command_in_the_config_files():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((REPO / "config").glob("*.py")))
+    datasets = set(re.findall(r'^dataset = "(\w+)"', text, re.M))
+    assert {"answers", "sums", "style", "plays", "poems", "shakespeare"} < datasets
+    for name in datasets - {"openwebtext"}:
+        assert "$ " + prepare_command(name).strip("`").split(" && ")[-1] in text

@@ -5,11 +5,16 @@ from pathlib import Path
 from acorn import REPO
 
 HELPERS = {"__init__", "__main__", "encoding", "inspection", "pipeline", "reading"}  # modules that are no corpus
-# Datasets that are not named like their corpus -> arguments of `python prepare`. nanoGPT has the first two.
+CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Datasets that are not named like their corpus -> arguments of `python prepare`. nanoGPT has the first two; the config
+# files of the recipes use those in data/examples, which `python -m acorn.examples` makes.
 RENAMED = {
     "shakespeare": "tinyshakespeare --tokenizer gpt2 --name shakespeare",
     "shakespeare_char": "tinyshakespeare --name shakespeare_char",
     "plays": "shakespeare",
+    "answers": f"chat data/examples/answers.jsonl --tokenizer {CHAT_MODEL} --name answers",
+    "sums": "chat data/examples/sums.jsonl --tokenizer byte --name sums",
+    "style": "preferences data/examples/style.jsonl --tokenizer out/sums --name style",
 }
 
 
@@ -27,7 +32,8 @@ def dataset_names() -> list[str]:
 def prepare_command(dataset: str) -> str:
     """Return the command that makes a dataset of this name, in backquotes."""
     if dataset in RENAMED:
-        return f"`python prepare {RENAMED[dataset]}`"
+        first = "python -m acorn.examples data/examples && " if "data/examples/" in RENAMED[dataset] else ""
+        return f"`{first}python prepare {RENAMED[dataset]}`"
     if dataset in dataset_names():
         return f"`python prepare {dataset}`"
     return f"`python prepare text FILES --name {Path(dataset).name or 'NAME'}`"
