@@ -262,7 +262,7 @@ def _training_command(meta: dict, dataset: str, tokenizer: str) -> str:
         if not init_from:
             init_from, first_command = _preference_start(tokenizer, dataset)
     elif not init_from:
-        config = "config/quickstart.py"
+        config = "config/poems.py" if meta["source"]["corpus"] == "poems" else "config/quickstart.py"
     elif is_published and "chat" not in meta:
         config = "config/finetune_lora.py"
     else:

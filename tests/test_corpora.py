@@ -153,6 +153,8 @@ def test_poems_end_to_end(package, capsys):
     meta = prepare("poems", "--file", str(package), "--script", "traditional", "--min_count", "1")
     assert meta["documents"] == 2 and meta["tokenizer"]["kind"] == "char"
     assert "python train.py config/poems.py" in capsys.readouterr().out
+    cli.prepare_corpus(["poems", "--file", str(package), "--min_count", "1", "--tokenizer", "byte", "--name", "bytes"])
+    assert "config/poems.py --dataset=bytes" in capsys.readouterr().out
 
 
 def test_poems_errors_say_what_to_do(package, monkeypatch):
