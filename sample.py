@@ -17,7 +17,7 @@ from acorn import UserError, checkpoint, files, printable, replace_invalid, run,
 from acorn.data.tokenizer import END_OF_TEXT
 from acorn.distributed import runtime
 from acorn.inference import beam
-from acorn.inference.console import continue_prompts, converse, for_stdout, read_line, read_prompts
+from acorn.inference.console import continue_prompts, converse, explain_keys, for_stdout, read_line, read_prompts
 from acorn.inference.cpu_decode import prepare_for_decoding
 from acorn.inference.generate import encode_prompt
 
@@ -147,6 +147,7 @@ def main() -> int:
     if not s.interactive:
         answer(prompts, num_samples, control)
         return 0
+    explain_keys("a prompt")
     while True:
         try:
             answer([read_line()], num_samples if "num_samples" in given else 1, False)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sample as sample_script
 from acorn import UserError, settings
+from acorn.inference.console import explain_keys
 from acorn.inference.generate import Sampling, generate
 from model import GPT, GPTConfig
 
@@ -95,6 +96,13 @@ def test_interactive_mode_reads_prompts_until_end_of_input(trained):
     assert result.stdout.count("---------------") == 2 and "ANNA" in result.stdout and "BORIS" in result.stdout
     piped = script_here("sample.py", *words, "--json=True", cwd="/", input="ANNA\n€\nBORIS\n")
     assert [json.loads(line)["prompt"] for line in piped.stdout.splitlines()] == ["ANNA", "BORIS"]
+    assert "to exit" not in result.stderr + piped.stderr
+
+
+def test_a_terminal_shows_how_to_exit(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    explain_keys("a prompt")
+    assert capsys.readouterr().err.startswith("Type a prompt and press Enter; Ctrl-")
 
 
 def test_incomplete_chinese_characters_are_not_printed(bytes_model):

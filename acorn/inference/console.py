@@ -56,6 +56,13 @@ def read_line() -> str:
     return input()
 
 
+def explain_keys(what: str) -> None:
+    """Say on a terminal how to enter `what`, and how to exit."""
+    if sys.stdin.isatty():
+        exit_keys = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        print(f"Type {what} and press Enter; {exit_keys} to exit.", file=sys.stderr)
+
+
 def continue_prompts(
     model: GPT,
     tokenizer,
@@ -131,6 +138,7 @@ def converse(model: GPT, tokenizer, s: "SampleSettings", opening: str | None, co
     def show_piece(row: int, piece: str) -> None:
         print(for_stdout(piece), end="", flush=True)
 
+    explain_keys("a message")
     while True:
         try:
             said = opening if opening is not None else read_line()
