@@ -46,7 +46,7 @@ class GPTConfig:
     zero_init: bool = False  # every block, and an untied head, initially outputs zero
     embedding_std: float = 0.02  # standard deviation of the initial token embedding
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens to the token embedding
-    ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
+    ngram_rows: int = 16384  # maximum rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
     ngram_vocab: int = 0  # vocabulary size by which n-grams are numbered, kept when tokens are added; 0: vocab_size
     embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding

@@ -32,18 +32,18 @@ class SampleSettings:
     start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> alone starts a document, as in nanoGPT
     control_tokens: bool = False  # True: names such as <|im_end|> in start are control tokens; False: they are text
     prompts: str = ""  # a file of prompts to continue as one batch: one per line, or jsonl objects with "prompt"
-    num_samples: int = 10  # samples per prompt (default for a file of prompts: 1)
-    max_new_tokens: int = 500  # most tokens per sample
+    num_samples: int = 10  # samples per prompt; 1 if not given with --prompts, --interactive or --num_beams
+    max_new_tokens: int = 500  # maximum tokens per sample
     temperature: float = 0.8  # below 1: more predictable; above 1: more random; 0: greedy
     top_k: int = 200  # sample from the k most likely tokens only; 0: from all
     top_p: float = 1.0  # sample from the most likely tokens that together reach this probability; 1: from all
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the most likely one
     repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
     no_repeat_ngram_size: int = 0  # n > 0: no n-gram occurs twice
-    num_beams: int = 1  # above 1: beam search for the num_samples (default 1) likeliest texts, instead of sampling
+    num_beams: int = 1  # above 1: beam search for the num_samples most likely texts, instead of sampling
     length_penalty: float = 1.0  # beams are ranked by log-probability / length^length_penalty; above 0 favors long ones
     early_stopping: Literal[True, False, "never"] = False  # end at num_beams texts; never: when no better one can come
-    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
+    stop: list[str] = field(default_factory=list)  # end before this text
     seed: int = 1337  # sample k uses seed + k, so the same seed gives the same samples
     stream: Literal["auto", True, False] = "auto"  # print text as it is generated; auto: for one sample on a terminal
     logprobs: bool = False  # also print each token's log-probability

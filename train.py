@@ -55,8 +55,8 @@ class TrainSettings:
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, in addition to the best
     sample_interval: int = 0  # updates between samples on the console; 0: none
     init_from: str = "scratch"  # scratch | resume | an out_dir | a nanoGPT ckpt.pt | gpt2, OWNER/NAME (hub), a folder
-    max_minutes: float = 0.0  # end after this much training, with resumed parts; 0: off; the lr schedule is unaffected
-    early_stopping: int = 0  # end after this many evaluations without a better val loss; 0: off; lr schedule as above
+    max_minutes: float = 0.0  # end after this many minutes, including those before a resume; 0: off
+    early_stopping: int = 0  # end after this many evaluations without a better val loss; 0: off
     dry_run: bool = False  # time a few updates, print the memory and time that the run would need, and write nothing
     # logging; metrics.jsonl is always written
     tensorboard_log: bool = False  # also log to TensorBoard, in out_dir/tensorboard
@@ -93,7 +93,7 @@ class TrainSettings:
     zero_init: bool = False  # blocks, and an untied head, initially output zero
     embedding_std: float = 0.02  # standard deviation of the initial token embedding
     ngram: int = 1  # n > 1: add hashed embeddings of the last 2, 3, ..., n tokens; for small models
-    ngram_rows: int = 16384  # most rows per n-gram table; if there are more n-grams, they share rows
+    ngram_rows: int = 16384  # maximum rows per n-gram table; if there are more n-grams, they share rows
     ngram_dropout: float = 0.0  # dropout of whole n-gram embeddings, against memorizing a small dataset
     embedding_skip: bool = False  # each block's input is a learned mix of its usual input and the embedding
     # objective: docs/preferences.md
@@ -104,7 +104,7 @@ class TrainSettings:
     label_smoothing: float = 0.0  # dpo: the assumed fraction of pairs whose answers are swapped
     simpo_gamma: float = 1.0  # simpo: the target margin between the rewards of the two answers
     teacher: str = ""  # distill: the checkpoint to imitate, with the same tokenizer
-    distill_temperature: float = 2.0  # distill: of both distributions, when the student is compared with the teacher
+    distill_temperature: float = 2.0  # distill: softens both distributions before they are compared; 1: unchanged
     distill_weight: float = 0.5  # distill: 1: only the teacher; 0: only the tokens
     reward: str = ""  # grpo: exact_match | arithmetic | format | length | a Python file with a function `reward`
     group_size: int = 8  # grpo: completions of the same prompt, whose rewards are compared

@@ -34,11 +34,11 @@ class ServeSettings:
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all, so that other machines can connect
     port: int = 8000  # 0: any free one
     api_key: str = ""  # key that clients must send; default: the environment variable ACORN_API_KEY, else none
-    cors_origin: list[str] = field(default_factory=list)  # web site that may use the API, or *; may be repeated
-    max_batch: int = 8  # most sequences that are decoded at once
-    max_queue: int = 64  # most sequences that wait; further requests get status 429
-    cache_mb: int = 0  # memory of the KV cache, twice this while it grows; 0: enough for max_batch whole blocks
-    max_new_tokens: int = 4096  # most tokens that a request may ask for, per choice
+    cors_origin: list[str] = field(default_factory=list)  # web site that may use the API, or *
+    max_batch: int = 8  # maximum number of sequences decoded at once
+    max_queue: int = 64  # maximum number of waiting sequences; further requests get status 429
+    cache_mb: int = 0  # MB for the KV cache, twice this while it grows; 0: enough for max_batch whole blocks
+    max_new_tokens: int = 4096  # maximum tokens that a request may ask for, per choice
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
     quantize: Literal["none", "int8"] = "none"  # int8: one byte per weight, on CPUs only; faster, slightly less exact

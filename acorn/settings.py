@@ -192,16 +192,15 @@ def convert(value, kind, name: str):
 
 
 def print_help(cls: type) -> None:
-    """Print the fields of `cls` with their comments, and exit."""
+    """Print the fields of `cls` with their comments, and exit. A line break in a default is printed as \\n."""
     import tyro
 
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with `python -m`
     prog = f"python -m {spec.name}" if spec else None
-    texts = {field.name: field.default for field in dataclasses.fields(cls) if isinstance(field.default, str)}
-    shown = cls(**{name: repr(text)[1:-1] for name, text in texts.items()})  # a line break as \n
-    tyro.cli(
-        cls, default=shown, prog=prog, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-    )
+    texts = {f.name: f.default for f in dataclasses.fields(cls) if isinstance(f.default, str)}
+    default = cls(**{name: text.replace("\n", "\\n") for name, text in texts.items()})
+    config = (tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction)
+    tyro.cli(cls, default=default, prog=prog, args=["--help"], use_underscores=True, config=config)
 
 
 def checked(cls: type, values: dict) -> dict:

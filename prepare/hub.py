@@ -32,9 +32,13 @@ def add_options(
 ) -> None:
     """Add the options of every corpus on the hub, with these defaults."""
     add = parser.add_argument
-    add("--config", default=config, help="the configuration (subset), if the dataset has several; default: %(default)s")
+    add(
+        "--config",
+        default=config,
+        help=f"the configuration (subset), if there are several; default: {config or 'none'}",
+    )
     add("--split", default=split, help="the split to read; default: %(default)s")
-    add("--val_split", default=val_split, help="a split to use only for validation; default: %(default)s")
+    add("--val_split", default=val_split, help=f"a split to use only for validation; default: {val_split or 'none'}")
     add("--key", default="text", metavar="FIELD", help="the field with the text; default: %(default)s")
     add("--revision", help="a branch, tag or commit of the dataset")
     add("--max_tokens", type=int, metavar="N", help="stop after N tokens")

@@ -180,6 +180,13 @@ def test_build_ignores_unknown_names():
     assert build(Settings, {"max_iters": 3, "from_the_future": 1}) == Settings(max_iters=3)
 
 
+def test_help_shows_line_breaks_and_lists_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        parse(SampleSettings, ["--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert r"(default: '\n')" in words and "--stop STR end" in words
+
+
 def test_help_shows_the_command_of_a_module():
     words = [sys.executable, "-m", "acorn.serve", "--help"]
     result = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=100)

@@ -210,7 +210,7 @@ def main() -> int:
         "--control_tokens", action="store_true", help="names such as <|im_end|> in the text are control tokens"
     )
     parser.add_argument(
-        "--no_ablation", action="store_true", help="do not measure which heads matter, which takes long"
+        "--no_ablation", action="store_true", help="skip the measurement of which heads matter, which is slow"
     )
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps")
     args = parser.parse_args()
