@@ -249,8 +249,9 @@ class HubDocuments:
             return UserError(f"{self.name} needs another --split: {text:.300}")
         if isinstance(error, ConnectionError | TimeoutError | httpx.HTTPError):
             return UserError(
-                f"the Hugging Face hub cannot be reached ({text:.200}). Run this again with a network, or use a corpus "
-                "that needs none: `python prepare text FILES` or `python prepare stdlib`."
+                f"the Hugging Face hub cannot be reached ({text:.200}). Run this again with a network, set the "
+                "environment variable HF_ENDPOINT to the address of a mirror, or use a corpus that needs no network: "
+                "`python prepare text FILES` or `python prepare stdlib`."
             )
         if isinstance(error, MemoryError):
             return error

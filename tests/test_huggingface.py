@@ -367,7 +367,7 @@ def test_hub_downloads_and_hub_errors(tmp_path, monkeypatch):
         (errors.GatedRepoError("no", response=response), "is gated"),
         (errors.RepositoryNotFoundError("no", response=response), "no such model"),
         (errors.HfHubHTTPError("no", response=response), "cannot be reached"),
-        (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
+        (errors.LocalEntryNotFoundError("no"), "cannot be reached.*HF_ENDPOINT"),
     ):
         answers.append(answer)
         with pytest.raises(UserError, match=f"owner/model.*{words}|{words}.*owner/model"):

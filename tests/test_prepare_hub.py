@@ -73,7 +73,7 @@ def test_hub_datasets(streaming, monkeypatch):
         (RuntimeError("Dataset scripts are no longer supported, but found x.py"), "--revision refs/convert/parquet"),
         (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "hf auth login"),
         (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "there is no dataset a/b"),
-        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "cannot be reached.*python prepare stdlib"),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "cannot be reached.*HF_ENDPOINT.*python prepare stdlib"),
         (ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs another --config: .*'y'"),
     ],
 )

@@ -163,7 +163,8 @@ def download(name: str, patterns: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
     except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
             f"there is no folder {name}, and the Hugging Face hub cannot be reached to look for a model of this name. "
-            f"Without a network, give the folder of a local copy of {page}."
+            "Set the environment variable HF_ENDPOINT to the address of a mirror, or give the folder of a local copy "
+            f"of {page}."
         ) from error
 
 
