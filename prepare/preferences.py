@@ -1,8 +1,9 @@
 """pairs of answers: .jsonl, .json, .parquet or .csv with {"prompt" or "messages", "chosen", "rejected"} records
 
-For `objective = "dpo"` of train.py. The chat template of the checkpoint renders both conversations, and only the
-answers are learned. The two conversations of a pair are stored one after the other, and training keeps them in one row:
-a pair that is longer than block_size is left out. A hash of the prompt decides whether a pair is for validation.
+For `objective = "dpo"` of train.py. The prompt may also be ShareGPT's "conversations", or Alpaca's "instruction" with
+"input". The chat template of the checkpoint renders both conversations, and only the answers are learned. The two
+conversations of a pair are stored one after the other, and training keeps them in one row: a pair that is longer than
+block_size is left out. A hash of the prompt decides whether a pair is for validation.
 """
 
 import argparse
