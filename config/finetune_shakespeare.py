@@ -1,5 +1,6 @@
 # Fine-tune GPT-2 XL to write like Shakespeare.
 # $ python prepare tinyshakespeare --tokenizer gpt2 --name shakespeare
+# $ python train.py config/finetune_shakespeare.py    # with --init_from=gpt2 it needs much less memory
 
 import time
 

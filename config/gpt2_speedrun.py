@@ -1,5 +1,6 @@
 # A model of GPT-2's size with the recipe of the speedruns: rotary positions, RMSNorm, squared ReLU, normalized queries
 # and keys, zero-initialized blocks, Muon for the matrices, and a constant learning rate with a long linear cooldown.
+# $ python prepare openwebtext
 # One GPU:    $ python train.py config/gpt2_speedrun.py
 # Eight GPUs: $ torchrun --standalone --nproc_per_node=8 train.py config/gpt2_speedrun.py
 

@@ -1,4 +1,5 @@
 # GPT-2 (124M) on OpenWebText, to a loss of about 2.85, on one node of eight A100 40GB:
+# $ python prepare openwebtext
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 wandb_log = True
