@@ -18,10 +18,12 @@ demo: $(STAMPS)/.acorn-requirements
 	$(PYTHON) sample.py --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=300
 	@echo
 	@echo "The loss curve is in out/quickstart/loss.png. What to try next:"
-	@echo "  $(PYTHON) sample.py --out_dir=out/quickstart --interactive=True"
-	@echo "  $(PYTHON) prepare text YOUR_FILES --name mine --tokenizer char"
+	@echo "  $(PYTHON) sample.py --out_dir=out/quickstart --interactive=True   # type a beginning, such as ROMEO:"
+	@echo "  $(PYTHON) -m acorn.serve --out_dir=out/quickstart                 # the same on a page in the browser"
+	@echo "  $(PYTHON) train.py config/quickstart.py --init_from=out/quickstart --out_dir=out/longer --max_iters=5000   # train longer"
+	@echo "  $(PYTHON) prepare text YOUR_FILES --name mine --tokenizer char    # use your own text"
 	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
-	@echo "  $(PYTHON) train.py config/quickstart.py --init_from=out/quickstart --out_dir=out/longer --max_iters=5000"
+	@echo "README.md explains the commands, docs/training.md the figures that a run prints."
 
 demo-zh: $(STAMPS)/.acorn-requirements
 	@test -f data/poems/meta.json || $(PYTHON) prepare poems
@@ -30,6 +32,7 @@ demo-zh: $(STAMPS)/.acorn-requirements
 	@echo
 	@echo "损失曲线在 out/poems/loss.png。接下来可以试试："
 	@echo "  $(PYTHON) sample.py --out_dir=out/poems --interactive=True        # 输入标题或第一句，例如 《山中》王维"
+	@echo "  $(PYTHON) -m acorn.serve --out_dir=out/poems                      # 在浏览器的网页中续写"
 	@echo "  $(PYTHON) train.py config/poems.py --init_from=out/poems --out_dir=out/longer --max_iters=8000   # 训练更久"
 	@echo "  $(PYTHON) prepare text 你的文件 --name mine --tokenizer char        # 换成自己的文本"
 	@echo "  $(PYTHON) train.py config/quickstart.py --dataset=mine --out_dir=out/mine"
