@@ -39,7 +39,7 @@ demo-zh: $(STAMPS)/.acorn-requirements
 	@echo "教程：docs/tutorial.zh-CN.md"
 
 test: $(STAMPS)/.acorn-requirements-dev
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 slow: $(STAMPS)/.acorn-requirements-dev
 	$(PYTHON) -m pytest -n 2 -m "not gpu"

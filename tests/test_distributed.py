@@ -99,7 +99,8 @@ def test_losses_do_not_depend_on_the_number_of_ranks(alone, n):
     data = "--dataset=text:0.6,chat:0.4"
     forms = {"ddp": [], "fsdp": ["--fsdp=True"], "recomputed": ["--fsdp=True", "--activation_checkpointing=True"]}
     runs = {f"{form}-{name}-{n}": [*words, *more] for form, more in forms.items() for name, words in OPTIMIZERS}
-    del runs[f"recomputed-adamw-{n}"]
+    for form in ("recomputed",) if n > 2 else ("ddp", "recomputed"):  # a few of all combinations
+        del runs[f"{form}-adamw-{n}"]
     auto = [*SHAPE, data, "--dtype=auto", "--max_iters=2", "--eval_interval=2", f"--out_dir=auto-{n}"]
     out = train(alone, n, *([*words, data, f"--out_dir={name}"] for name, words in runs.items()), auto)
     assert out.count("step 5: train loss") == len(runs)  # only one process prints

@@ -392,7 +392,7 @@ any_logit = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.samp
 )
 
 
-@rounds(400, 20000)
+@rounds(250, 20000)
 def test_any_sampling_parameters_sample_an_allowed_token(rounds):
     def one(how: Sampling, values: list[float], row: list[int], seed: int) -> None:
         logits = torch.tensor(values, dtype=torch.float32)

@@ -85,7 +85,7 @@ def test_kills_during_training_do_not_change_the_result(dataset, whole_run, star
     print(f"{kills} kills of a run of {processes} processes, which reached its end {ends + 1} times")
 
 
-@pytest.mark.parametrize("corpus", ["text", "chat"])
+@pytest.mark.parametrize("corpus", ["text", pytest.param("chat", marks=pytest.mark.slow)])
 @rounds(2, 15)
 def test_kills_during_preparation_do_not_change_the_dataset(start, tmp_path, corpus, rounds):
     """Kill a preparation by kill -9, run the same command again, and compare the bytes of the dataset."""

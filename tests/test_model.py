@@ -41,7 +41,7 @@ def tokens(B=2, T=12, V=37) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-@rounds(150, math.prod(map(len, SWITCHES.values())))
+@rounds(100, math.prod(map(len, SWITCHES.values())))
 def test_kv_cache_matches_full_forward_for_combined_settings(rounds):
     """Compare a prefill of 6 tokens and 4 decoding steps with one forward pass over all 10 tokens."""
     idx = tokens(T=10)

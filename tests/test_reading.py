@@ -223,7 +223,7 @@ def test_invalid_files_are_rejected():
     assert "\ufffd" in load_dataset("latin").tokenizer.to_dict()["vocab"]
 
 
-@rounds(25, 1500)
+@rounds(18, 1500)
 def test_any_bytes_are_prepared_exactly_or_rejected_with_an_error(tmp_path, monkeypatch, capsys, rounds):
     monkeypatch.chdir(tmp_path)
 
