@@ -209,9 +209,7 @@ def main() -> int:
     parser.add_argument(
         "--control_tokens", action="store_true", help="names such as <|im_end|> in the text are control tokens"
     )
-    parser.add_argument(
-        "--no_ablation", action="store_true", help="skip the measurement of which heads matter, which is slow"
-    )
+    parser.add_argument("--no_ablation", action="store_true", help="skip the head ablation, the slowest part")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps")
     args = parser.parse_args()
     folder = Path(args.out)
