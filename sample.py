@@ -24,14 +24,20 @@ from acorn.inference.generate import encode_prompt
 
 @dataclass
 class SampleSettings:
-    """Sample from a GPT: python sample.py [CONFIG.py ...] [--key=value ...]"""
+    """Sample from a GPT."""
 
+    # model
     init_from: str = "resume"  # resume: the run in out_dir | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-xl, ...
     out_dir: str = "out"  # the run's folder
     checkpoint: str = "best"  # of the run: best (or the newest if there is no best) | latest | step_002000
+    # prompts
     start: str = "\n"  # the prompt, or FILE:prompt.txt; <|endoftext|> alone starts a document, as in nanoGPT
     control_tokens: bool = False  # True: names such as <|im_end|> in start are control tokens; False: they are text
     prompts: str = ""  # a file of prompts to continue as one batch: one per line, or jsonl objects with "prompt"
+    interactive: bool = False  # read prompts from the console
+    chat: bool = False  # chat on the console, with the checkpoint's chat template; --start is the first message
+    system: str = ""  # system message of the chat
+    # sampling
     num_samples: int = 10  # samples per prompt; 1 if not given with --prompts, --interactive or --num_beams
     max_new_tokens: int = 500  # maximum tokens per sample
     temperature: float = 0.8  # below 1: more predictable; above 1: more random; 0: greedy
@@ -45,12 +51,11 @@ class SampleSettings:
     early_stopping: Literal[True, False, "never"] = False  # end at num_beams texts; never: when no better one can come
     stop: list[str] = field(default_factory=list)  # end before this text
     seed: int = 1337  # sample k uses seed + k, so the same seed gives the same samples
+    # output
     stream: Literal["auto", True, False] = "auto"  # print text as it is generated; auto: for one sample on a terminal
     logprobs: bool = False  # also print each token's log-probability
     json: bool = False  # print one JSON object per sample instead of text
-    interactive: bool = False  # read prompts from the console
-    chat: bool = False  # chat on the console, with the checkpoint's chat template; --start is the first message
-    system: str = ""  # system message of the chat
+    # machine
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
     quantize: Literal["none", "int8"] = "none"  # int8: one byte per weight, on CPUs only; faster, slightly less exact

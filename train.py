@@ -40,7 +40,7 @@ from acorn.training.start import describe, load_data, materialize, micro_batch_s
 
 @dataclass
 class TrainSettings:
-    """Train a GPT: python train.py [CONFIG.py ...] [--key=value ...]"""
+    """Train a GPT, from scratch or from a checkpoint."""
 
     # input and output
     out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go

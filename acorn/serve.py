@@ -25,20 +25,24 @@ N_TOKENS = 20_000  # `auto` compiles if this pays after so many tokens
 
 @dataclass
 class ServeSettings:
-    """Serve a GPT with OpenAI's API: python -m acorn.serve [CONFIG.py ...] [--key=value ...]"""
+    """Serve a GPT with OpenAI's API."""
 
+    # model
     init_from: str = "resume"  # resume: the run in out_dir | an acorn out_dir | a nanoGPT ckpt.pt | gpt2, gpt2-xl, ...
     out_dir: str = "out"  # the run's folder
     checkpoint: str = "best"  # of the run: best (or the newest if there is no best) | latest | step_002000
     name: str = ""  # the model's name in the API; default: the name of the run's folder
+    # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all, so that other machines can connect
     port: int = 8000  # 0: any free one
     api_key: str = ""  # key that clients must send; default: the environment variable ACORN_API_KEY, else none
     cors_origin: list[str] = field(default_factory=list)  # web site that may use the API, or *
+    # limits
     max_batch: int = 8  # maximum number of sequences decoded at once
     max_queue: int = 64  # maximum number of waiting sequences; further requests get status 429
     cache_mb: int = 0  # MB for the KV cache, twice this while it grows; 0: enough for max_batch whole blocks
     max_new_tokens: int = 4096  # maximum tokens that a request may ask for, per choice
+    # machine
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU
     quantize: Literal["none", "int8"] = "none"  # int8: one byte per weight, on CPUs only; faster, slightly less exact

@@ -5,11 +5,14 @@ setting. Names that start with an underscore are helpers. The function `reward` 
 of the file. The settings on the command line are global variables in the file, which can derive others from them.
 """
 
+import argparse
 import contextlib
-import dataclasses
 import difflib
+import inspect
 import math
+import re
 import runpy
+import shlex
 import sys
 import traceback
 import types
@@ -192,15 +195,38 @@ def convert(value, kind, name: str):
 
 
 def print_help(cls: type) -> None:
-    """Print the fields of `cls` with their comments, and exit. A line break in a default is printed as \\n."""
-    import tyro
+    """Print the fields of `cls` with the comments after them, and exit.
 
+    A comment on a line of its own is the title of the fields below it. A line break in a default is printed as \\n.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with `python -m`
-    prog = f"python -m {spec.name}" if spec else None
-    texts = {f.name: f.default for f in dataclasses.fields(cls) if isinstance(f.default, str)}
-    default = cls(**{name: text.replace("\n", "\\n") for name, text in texts.items()})
-    config = (tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction)
-    tyro.cli(cls, default=default, prog=prog, args=["--help"], use_underscores=True, config=config)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {spec.name}" if spec else None,
+        usage="%(prog)s [CONFIG.py ...] [--key=value ...]",
+        description=cls.__doc__,
+    )
+    group: argparse._ActionsContainer = parser
+    types_of, defaults = typing.get_type_hints(cls), vars(cls())
+    for line in inspect.getsource(cls).splitlines():
+        title = re.fullmatch(r" {4}# (.+)", line)
+        field = re.fullmatch(r" {4}(\w+): .+?  # (.+)", line)
+        if title:
+            group = parser.add_argument_group(title[1])
+        elif field:
+            name, comment = field.groups()
+            default = "none" if defaults[name] == [] else shlex.quote(str(defaults[name]).replace("\n", "\\n"))
+            text = f"{comment} (default: {default})".replace("%", "%%")
+            group.add_argument(f"--{name}", metavar=metavar_of(types_of[name]), help=text)
+    parser.print_help()
+    sys.exit()
+
+
+def metavar_of(kind) -> str:
+    """Return what stands for a value of this type in the help."""
+    if typing.get_origin(kind) is list:  # the option can be repeated
+        kind = typing.get_args(kind)[0]
+    choices = (True, False) if kind is bool else typing.get_args(kind)  # of a Literal
+    return "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
 
 
 def checked(cls: type, values: dict) -> dict:
