@@ -49,7 +49,7 @@ class SampleSettings:
     num_beams: int = 1  # above 1: beam search for the num_samples most likely texts, instead of sampling
     length_penalty: float = 1.0  # beams are ranked by log-probability / length^length_penalty; above 0 favors long ones
     early_stopping: Literal[True, False, "never"] = False  # end at num_beams texts; never: when no better one can come
-    stop: list[str] = field(default_factory=list)  # end before this text
+    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     seed: int = 1337  # sample k uses seed + k, so the same seed gives the same samples
     # output
     stream: Literal["auto", True, False] = "auto"  # print text as it is generated; auto: for one sample on a terminal

@@ -36,7 +36,7 @@ class ServeSettings:
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all, so that other machines can connect
     port: int = 8000  # 0: any free one
     api_key: str = ""  # key that clients must send; default: the environment variable ACORN_API_KEY, else none
-    cors_origin: list[str] = field(default_factory=list)  # web site that may use the API, or *
+    cors_origin: list[str] = field(default_factory=list)  # web site that may use the API, or *; may be repeated
     # limits
     max_batch: int = 8  # maximum number of sequences decoded at once
     max_queue: int = 64  # maximum number of waiting sequences; further requests get status 429
