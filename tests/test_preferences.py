@@ -56,6 +56,18 @@ def test_pairs_keep_the_input_and_the_earlier_turns():
         assert pair[0].extras == {}
 
 
+@pytest.mark.parametrize("prompt", [[], [ASK]])
+def test_answers_that_repeat_the_question_keep_what_precedes_it(prompt):
+    system = {"role": "system", "content": "Be kind."}
+    answers = {"chosen": [ASK, reply("good")], "rejected": [ASK, reply("bad")]}
+    assert read_pair({"prompt": [system, *prompt], **answers})[0] == [system, ASK, reply("good")]
+    earlier = [{"role": "user", "content": "Hi"}, reply("Yes?")]
+    pair = read_pair({"prompt": [system, *earlier, ASK], **answers})
+    assert pair[1] == [system, earlier[0], reply("Yes?") | {"learn": False}, ASK, reply("bad")]
+    pair = read_pair({"prompt": "Human: Why?", **answers})  # the same question in another format
+    assert pair[0] == [ASK, reply("good")]
+
+
 def test_only_the_final_answers_are_learned():
     turns = [ASK, reply("so"), {"role": "user", "content": "And?"}]
     for messages in read_pair({"messages": turns, "chosen": "good", "rejected": "bad"}):

@@ -139,7 +139,7 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
             )
         if not begins and prompt[-1]["role"] == "assistant":
             raise UserError(f"has a reply before its {name} answer, where a question belongs. Correct or remove it.")
-        pair.append(read_messages(rest | {"messages": messages if begins else prompt + messages}))
+        pair.append(read_messages(rest | {"messages": _joined(prompt, messages)}))
     chosen, rejected = pair
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -153,6 +153,18 @@ def read_pair(record: dict) -> tuple[Conversation, Conversation]:
             if message["role"] == "assistant":
                 message["learn"] = False
     return chosen, rejected
+
+
+def _joined(prompt: list[dict], messages: list[dict]) -> list[dict]:
+    """Return `prompt` and `messages` as one conversation. The messages may repeat the end of the prompt. If they begin
+    with another question, perhaps the same one in another format, only the system messages of `prompt` remain."""
+    if messages and messages[0]["role"] == "assistant":
+        return prompt + messages
+    for i in range(len(prompt)):
+        if messages[: len(prompt) - i] == prompt[i:]:
+            return prompt[:i] + messages
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    return [message for message in prompt if message["role"] == "system" and not has_system] + messages
 
 
 def _prompt(record: dict) -> tuple[list[dict], set[str]]:
