@@ -31,7 +31,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[0] = str(REPO)  # not this folder, because its prepare.py would shadow the package
 
 from acorn.data.shards import load_dataset  # noqa: E402
-from acorn.data.tokenizer import _gpt2_encoding, gpt2_config  # noqa: E402
+from acorn.data.tokenizer_gpt2 import _gpt2_encoding, gpt2_config  # noqa: E402
 
 CORES = os.cpu_count() or 1
 EOT = 50256

@@ -15,7 +15,7 @@ import torch
 from bench import machine, median, table
 
 from acorn.checkpoint import Writer
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.training.optim import make_optimizers
 from model import GPT, GPTConfig
 

@@ -35,7 +35,7 @@ def acorn_server(dtype: torch.dtype, quantize: str, max_batch: int) -> str:
     """Start the server as `python -m acorn.serve --compile=True` does, and return its address."""
     import uvicorn
 
-    from acorn.data.tokenizer import get_tokenizer
+    from acorn.data.tokenizer_kinds import get_tokenizer
     from acorn.inference.server import create_app
 
     runtime.setup("cpu", "float32", False)

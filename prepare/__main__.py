@@ -19,10 +19,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's idle threads would
 
 import acorn  # noqa: E402
 from acorn import UserError, files, printable, settings  # noqa: E402
-from acorn.data import tokenizer as tokenizers  # noqa: E402
 from acorn.data.corpora import corpora  # noqa: E402
 from acorn.data.shards import SHARD_TOKENS, load_dataset  # noqa: E402
-from acorn.data.tokenizer import KINDS, Tokenizer, from_dict  # noqa: E402
+from acorn.data.tokenizer import Tokenizer  # noqa: E402
+from acorn.data.tokenizer_json import add_tokens, is_hf, load_hf  # noqa: E402
+from acorn.data.tokenizer_kinds import KINDS, bpe_options, from_dict, get_tokenizer  # noqa: E402
 from prepare import pipeline  # noqa: E402
 
 # options of every corpus; meta.json records all other options, so that the text can be read again
@@ -139,7 +140,7 @@ def tokenizer_of(name: str) -> str | Tokenizer:
     if name == "bpe" and not Path(name).exists():
         raise UserError("--tokenizer bpe lacks the size of its vocabulary. Add it, such as --tokenizer bpe:8192.")
     if name.startswith("bpe:"):
-        tokenizers.bpe_options(name)  # checked before a long read
+        bpe_options(name)  # checked before a long read
     if name in KINDS or name.startswith("bpe:"):
         return name
     states = _states(name)
@@ -150,8 +151,8 @@ def tokenizer_of(name: str) -> str | Tokenizer:
         published = (Path(name) / "config.json").exists() or checkpoint.is_on_hub(name)
         if published and (tokenizer := huggingface.load_tokenizer(name)) is not None:
             return tokenizer
-    if tokenizers.is_hf(name):
-        return tokenizers.load_hf(name)
+    if is_hf(name):
+        return load_hf(name)
     if Path(name).is_file():  # a nanoGPT checkpoint
         from acorn import checkpoint
 
@@ -196,20 +197,20 @@ def with_bpe_options(tokenizer: str | Tokenizer, digits: int, reserve: int) -> s
             f"{option} applies only to a tokenizer that is trained. Use --tokenizer bpe:8192, or leave it out."
         )
     spec = f"{tokenizer}:{digits}:{reserve}"
-    tokenizers.bpe_options(spec)
+    bpe_options(spec)
     return spec
 
 
 def with_new_tokens(tokenizer: str | Tokenizer, names: list[str]) -> Tokenizer:
     """Return the tokenizer with new control tokens. Raises UserError for a kind that cannot be extended."""
     if tokenizer == "gpt2":
-        tokenizer = tokenizers.get_tokenizer("gpt2")
+        tokenizer = get_tokenizer("gpt2")
     if isinstance(tokenizer, str):
         raise UserError(
             f"--new_tokens cannot be added to --tokenizer {tokenizer}. Use gpt2, or the tokenizer of a checkpoint or "
             "of a dataset prepared with bpe:8192."
         )
-    return tokenizers.add_tokens(tokenizer, names)
+    return add_tokens(tokenizer, names)
 
 
 def summary(meta: dict, out: Path, dataset: str, tokenizer: str) -> str:

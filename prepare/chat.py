@@ -26,7 +26,8 @@ from acorn import UserError, files, printable, settings
 from acorn.data import chat
 from acorn.data.records import Conversation, read_messages
 from acorn.data.shards import PARTIAL, IndexWriter, MaskWriter, ShardWriter, write_meta
-from acorn.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_hash
+from acorn.data.tokenizer import Tokenizer, tokenizer_hash
+from acorn.data.tokenizer_kinds import get_tokenizer
 from prepare import encoding, pipeline, reading, text
 
 TOKENIZER = "gpt2"

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from acorn import UserError, files, settings
 from acorn.data.shards import KINDS, PARTIAL, SHARD_NAME, SHARD_TOKENS, ShardWriter, meta_hash, write_meta
-from acorn.data.tokenizer import Tokenizer, from_dict, get_tokenizer, split_text, tokenizer_hash
+from acorn.data.tokenizer import Tokenizer, split_text, tokenizer_hash
+from acorn.data.tokenizer_kinds import from_dict, get_tokenizer
 
 SEPARATOR = "\n\n"  # between documents, for tokenizers without an end-of-text token
 MIN_DOCUMENTS = 100  # with fewer documents, a validation split of whole documents would be poor

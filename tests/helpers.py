@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import unicodedata
 import unittest.mock
 from pathlib import Path
 
@@ -27,7 +28,9 @@ import acorn
 import prepare.__main__ as prepare_cli
 from acorn import UserError, checkpoint, files, report
 from acorn.data.shards import PARTIAL, Dataset, ShardWriter, Tokens, open_shard, write_meta
-from acorn.data.tokenizer import HFTokenizer, get_tokenizer, tokenizer_hash, train_bpe, train_char
+from acorn.data.tokenizer import tokenizer_hash, train_char
+from acorn.data.tokenizer_json import HFTokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer, train_bpe
 from acorn.training import optim
 from model import GPT, GPTConfig
 
@@ -53,6 +56,31 @@ TEXT = "".join(
     for thing in ("letter", "lantern", "horse", "key")
     for how in ("slowly", "at once", "before night", "with care")
 )
+CATEGORIES: dict[str, str] = {}  # Unicode category -> some of its characters
+for code in range(0x20000):
+    category = unicodedata.category(chr(code))
+    if category != "Cs" and len(CATEGORIES.setdefault(category, "")) < 3 * (1 + code // 0x2000):
+        CATEGORIES[category] += chr(code)
+
+TEXTS = [  # difficult to tokenize
+    "",
+    "a",
+    "Hello, world!\n\nIt's we'll they've  two  spaces \t tab\r\n",
+    "<|endoftext|> stays text <|endoftext|>",
+    "今天天气很好。 Привет, мир! שלום مرحبا",
+    "emoji 👩‍👩‍👧‍👦 🇫🇷 e\u0301 \u00a0nbsp \u3000 wide \x1c\x85\u2028 separators",
+    "\ufeffmark \x00 nul \x7f",
+    "12345 3.14 1,000,000 ½ Ⅷ",
+    "x = [i**2 for i in range(10)]\n    return x\n\n\n\n",
+    " " * 50 + "x" + "\n" * 50,
+    "ſ'S 'LL don’t",
+    "<|endoftext|",
+    "lone \ud800 and \udc00\udc01 surrogates",
+    "".join(map(chr, range(0x250))),  # includes control characters
+    # characters of each category, without and with spaces between them
+    "".join(char for group in CATEGORIES.values() for char in group),
+    "  ".join(" ".join(group) + "a1" for group in CATEGORIES.values()),
+]
 
 FOX = "The quick brown fox jumps over the lazy dog.\n" * 40
 RECORDS = [f"Record {i}: " + FOX[: 10 + i % 60] for i in range(300)]

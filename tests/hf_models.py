@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acorn import checkpoint
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.distributed import runtime
 from acorn.inference.generate import Sampling, generate
 from model import GPT, GPTConfig

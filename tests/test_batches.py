@@ -16,7 +16,8 @@ from acorn import UserError
 from acorn.data import batches, chat
 from acorn.data.mixture import load_mixture
 from acorn.data.shards import load_dataset
-from acorn.data.tokenizer import load_hf, train_bpe
+from acorn.data.tokenizer_json import load_hf
+from acorn.data.tokenizer_kinds import train_bpe
 from acorn.distributed import runtime
 from acorn.evaluation.loss import evaluate
 from acorn.inference.console import fit_conversation

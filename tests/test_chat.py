@@ -14,7 +14,9 @@ from helpers import CALLING, PAIR, TALK, TOOL, conversation, spans, with_control
 from acorn import UserError
 from acorn.data import chat
 from acorn.data.records import Conversation, read_messages
-from acorn.data.tokenizer import ByteTokenizer, from_dict, get_tokenizer, load_hf, train_char
+from acorn.data.tokenizer import ByteTokenizer, train_char
+from acorn.data.tokenizer_json import load_hf
+from acorn.data.tokenizer_kinds import from_dict, get_tokenizer
 
 
 def test_plain_template_byte_by_byte():

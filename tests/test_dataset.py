@@ -18,7 +18,8 @@ from acorn.data import shards
 from acorn.data.batches import sequential_windows, split_windows
 from acorn.data.mixture import load_mixture
 from acorn.data.shards import Dataset, load_dataset
-from acorn.data.tokenizer import ByteTokenizer, train_bpe
+from acorn.data.tokenizer import ByteTokenizer
+from acorn.data.tokenizer_kinds import train_bpe
 
 
 def test_dataset_is_found_by_path_and_by_name(tmp_path, monkeypatch):

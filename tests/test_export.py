@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from acorn import UserError, checkpoint, hub
 from acorn.checkpoint import export
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.inference.generate import Sampling, generate
 from acorn.training import lora
 

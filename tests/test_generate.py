@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from acorn import UserError
-from acorn.data.tokenizer import add_tokens, get_tokenizer
+from acorn.data.tokenizer_json import add_tokens
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.inference.generate import (
     Sampling,
     TextStream,

@@ -9,7 +9,8 @@ from hf_models import MODERN, greedy, ours, saved
 
 from acorn import UserError, checkpoint, hub
 from acorn.checkpoint.gguf_file import LLAMA3_PATTERN, QWEN2_PATTERN, export_gguf, pre_tokenizer_name
-from acorn.data.tokenizer import HFTokenizer, get_tokenizer, train_bpe
+from acorn.data.tokenizer_json import HFTokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer, train_bpe
 from acorn.inference.generate import encode_prompt
 from acorn.training import lora
 

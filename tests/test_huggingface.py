@@ -24,7 +24,8 @@ from acorn.checkpoint import huggingface
 from acorn.checkpoint.huggingface import load_tokenizer
 from acorn.data import chat
 from acorn.data.records import Conversation
-from acorn.data.tokenizer import get_tokenizer, tokenizer_hash
+from acorn.data.tokenizer import tokenizer_hash
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.inference.generate import encode_prompt
 from prepare.__main__ import tokenizer_of as prepare_tokenizer_of
 

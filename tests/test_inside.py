@@ -12,7 +12,7 @@ from helpers import bpe_tokenizer, llama_tokenizer
 from hf_models import MODERN, ours, theirs, tokens
 
 from acorn import UserError, checkpoint
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.inference import inside
 from acorn.inference.cpu_decode import prepare_for_decoding
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from acorn import UserError
 from acorn.data.shards import load_dataset
-from acorn.data.tokenizer import ByteTokenizer, GPT2Tokenizer, train_char
+from acorn.data.tokenizer import ByteTokenizer, train_char
+from acorn.data.tokenizer_gpt2 import GPT2Tokenizer
 from prepare import __main__ as cli
 from prepare import inspection
 

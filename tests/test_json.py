@@ -13,7 +13,9 @@ from acorn.checkpoint import huggingface
 from acorn.data import shards
 from acorn.data.mixture import load_mixture
 from acorn.data.shards import load_dataset
-from acorn.data.tokenizer import ByteTokenizer, from_dict, load_hf
+from acorn.data.tokenizer import ByteTokenizer
+from acorn.data.tokenizer_json import load_hf
+from acorn.data.tokenizer_kinds import from_dict
 from prepare import pipeline
 
 HOSTILE_TEXTS = [

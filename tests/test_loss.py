@@ -12,7 +12,7 @@ import torch
 from acorn import UserError
 from acorn.data import shards
 from acorn.data.mixture import Mixture
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.distributed import runtime
 from acorn.evaluation.loss import evaluate, evaluate_mixture
 from model import GPT, GPTConfig

@@ -11,7 +11,7 @@ from hf_models import ours, saved
 from matplotlib import image
 
 from acorn import UserError, checkpoint
-from acorn.data.tokenizer import get_tokenizer
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.inference import inside, pictures
 
 

@@ -12,7 +12,7 @@ from helpers import FOX, RECORDS, documents_of, hub_folder, ids_of, prepare, pre
 
 from acorn import UserError, files
 from acorn.data.shards import load_dataset
-from acorn.data.tokenizer import _gpt2_encoding
+from acorn.data.tokenizer_gpt2 import _gpt2_encoding
 from prepare import __main__ as cli
 from prepare import pipeline
 from prepare import text as text_corpus

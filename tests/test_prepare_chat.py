@@ -14,7 +14,7 @@ from helpers import CALLING, TALK, TEXT, TOOL, TWO, conversation, spans, with_co
 from acorn import UserError
 from acorn.data import batches, chat
 from acorn.data.shards import load_dataset
-from acorn.data.tokenizer import load_hf
+from acorn.data.tokenizer_json import load_hf
 from prepare.__main__ import prepare_corpus
 from prepare.chat import limited
 

@@ -24,7 +24,8 @@ from helpers import REPO, STATE, bpe_tokenizer, llama_tokenizer, on_linux, start
 from acorn import UserError, checkpoint, serve
 from acorn.checkpoint.export import export
 from acorn.data import chat
-from acorn.data.tokenizer import add_tokens, get_tokenizer
+from acorn.data.tokenizer_json import add_tokens
+from acorn.data.tokenizer_kinds import get_tokenizer
 from acorn.inference import scheduler
 from acorn.inference.generate import Sampling, TextStream, encode_prompt, generate
 from model import GPT, GPTConfig

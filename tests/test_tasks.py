@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from acorn import UserError, checkpoint
 from acorn.data import chat
-from acorn.data.tokenizer import from_dict, get_tokenizer
+from acorn.data.tokenizer_kinds import from_dict, get_tokenizer
 from acorn.distributed import runtime
 from acorn.evaluation.tasks import (
     RougeWords,

@@ -7,30 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from helpers import TEXT, bpe_tokenizer, llama_tokenizer, sentencepiece, tokenizer_json, write_hf
+from helpers import TEXT, TEXTS, bpe_tokenizer, llama_tokenizer, sentencepiece, tokenizer_json, write_hf
 
 from acorn import UserError
 from acorn.data import chat, records, sandbox
 from acorn.data.shards import load_dataset
-from acorn.data.tokenizer import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    HFTokenizer,
-    StreamDecoder,
-    add_tokens,
-    extends,
-    from_dict,
-    get_tokenizer,
-    gpt2_config,
-    is_hf,
-    load_hf,
-    tokenizer_hash,
-)
+from acorn.data.tokenizer import END_OF_TEXT, ByteTokenizer, StreamDecoder, tokenizer_hash
+from acorn.data.tokenizer_gpt2 import GPT2Tokenizer, gpt2_config
+from acorn.data.tokenizer_json import HFTokenizer, add_tokens, extends, is_hf, load_hf
+from acorn.data.tokenizer_kinds import from_dict, get_tokenizer
 from acorn.inference.generate import TextStream, encode_prompt
 from prepare.__main__ import prepare_corpus
 from prepare.pipeline import prepare
 
-BPE, LLAMA = bpe_tokenizer(), llama_tokenizer()
+GPT2, BPE, LLAMA = GPT2Tokenizer(), bpe_tokenizer(), llama_tokenizer()
 
 
 @pytest.mark.parametrize("prepend", ["normalizer", "first", "always", "never"])
@@ -439,3 +429,29 @@ def test_unsupported_tokenizer_files_are_refused_with_advice(tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"lacks \[UNK\].*bpe:8192"):
         load_hf(tmp_path)
+
+
+def test_gpt2_tokenizer_json_is_recognized(tmp_path):
+    tokenizer = get_tokenizer(str(write_hf(tmp_path, gpt2_config(), tokenizer_config={"chat_template": "{{ 1 }}"})))
+    assert tokenizer.kind == "gpt2" and tokenizer.chat_template == "{{ 1 }}"
+    as_hf = HFTokenizer(gpt2_config(), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
+    for text in TEXTS:
+        assert as_hf.encode(text).tolist() == GPT2.encode(text).tolist()
+
+
+@pytest.mark.parametrize("base", [GPT2, BPE, LLAMA])
+def test_new_tokens_follow_existing_ids_and_change_none(base):
+    tokenizer = from_dict(json.loads(json.dumps(add_tokens(base, ["<|x|>", "<|xy|>"]).to_dict())))
+    new = {"<|x|>": base.n_vocab, "<|xy|>": base.n_vocab + 1}
+    assert tokenizer.control == base.control | new and tokenizer.n_vocab == base.n_vocab + 2
+    assert (tokenizer.eot, tokenizer.bos, tokenizer.eos) == (base.eot, base.bos, base.eos)
+    texts = [*TEXTS, "a <|x|> b<|xy|>", "<|x|><|x|>"]  # the new names stay text in ordinary text
+    for one, other in zip(tokenizer.encode_batch(texts), base.encode_batch(texts), strict=True):
+        assert one.tolist() == other.tolist()
+    ids = tokenizer.encode_part("a<|x|>b<|xy|>", False, control=True)
+    assert ids[ids >= base.n_vocab].tolist() == [base.n_vocab, base.n_vocab + 1]
+    assert tokenizer.decode(ids) == "a<|x|>b<|xy|>" and not tokenizer.token_bytes()[-2:].any()
+
+    assert extends(tokenizer, base) and not extends(base, tokenizer) and not extends(base, base)
+    for other in {BPE, LLAMA, ByteTokenizer()} - {base}:
+        assert not extends(tokenizer, other)

@@ -29,12 +29,12 @@ from acorn.checkpoint.huggingface import (
 from acorn.checkpoint.load import load_model
 from acorn.checkpoint.tensors import empty_model
 from acorn.data import chat
-from acorn.data import tokenizer as tokenizers
+from acorn.data.tokenizer import Tokenizer
 from acorn.distributed.runtime import dtype_name
 from model import GPT, GPTConfig, attention_dropout
 
 
-def tokenizer_files(tokenizer: tokenizers.Tokenizer, block_size: int) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """Return the content of a tokenizer's files by file name, for transformers and for `load_tokenizer`."""
     text = tokenizer_json(tokenizer)
     if text is None:

@@ -14,7 +14,8 @@ from acorn.checkpoint.export import check_new, choose_family, hf_tensors, in_dty
 from acorn.checkpoint.huggingface import is_transposed
 from acorn.checkpoint.load import load_model
 from acorn.data import chat
-from acorn.data import tokenizer as tokenizers
+from acorn.data.tokenizer import Tokenizer
+from acorn.data.tokenizer_gpt2 import byte_alphabet, gpt2_config
 from model import GPT, GPTConfig, rope_frequencies
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of matrices; the rest is float32
@@ -166,13 +167,13 @@ def tensor_type(name: str, tensor: Tensor, dtype: str):
     return gguf.GGMLQuantizationType[kind]
 
 
-def tokenizer_fields(tokenizer: tokenizers.Tokenizer, source: str) -> tuple[str, dict[str, int], list[str]]:
+def tokenizer_fields(tokenizer: Tokenizer, source: str) -> tuple[str, dict[str, int], list[str]]:
     """Return llama.cpp's name of a tokenizer's way of splitting words, its vocabulary, and its merges. Raises UserError
     if llama.cpp has no equivalent."""
     advice = "Export it for transformers instead, without --gguf."
     if tokenizer.kind == "byte":  # a merge is required, so there is one whose result is not in the vocabulary
-        return "gpt-2", {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}, ["t h"]
-    config = tokenizers.gpt2_config() if tokenizer.kind == "gpt2" else getattr(tokenizer, "config", None)
+        return "gpt-2", {char: byte[0] for char, byte in byte_alphabet().items()}, ["t h"]
+    config = gpt2_config() if tokenizer.kind == "gpt2" else getattr(tokenizer, "config", None)
     model = (config or {}).get("model", {})
     if config is None or '"ByteLevel"' not in json.dumps(config.get("decoder")) or model.get("type") != "BPE":
         raise UserError(f"llama.cpp has no equivalent of the tokenizer of {source} ({tokenizer.kind}). {advice}")
@@ -207,7 +208,7 @@ def pre_tokenizer_name(config: dict) -> str | None:
     return plain.get(tuple(shapes))
 
 
-def add_tokenizer(writer, tokenizer: tokenizers.Tokenizer, n_vocab: int, fields: tuple) -> None:
+def add_tokenizer(writer, tokenizer: Tokenizer, n_vocab: int, fields: tuple) -> None:
     """Write the tokenizer and its chat template into the header."""
     import gguf
 

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from acorn import UserError, files
 from acorn.checkpoint.tensors import LazyTensor, empty_model, lazy_cat, lazy_slice, lazy_transpose
-from acorn.data import tokenizer as tokenizers
+from acorn.data.tokenizer import END_OF_TEXT, Tokenizer
+from acorn.data.tokenizer_gpt2 import GPT2Tokenizer, byte_alphabet, gpt2_config
+from acorn.data.tokenizer_json import HFTokenizer, is_hf, load_hf, read_ends
+from acorn.data.tokenizer_kinds import from_dict, get_tokenizer
 from model import GPT, ROPE_SCALING, GPTConfig
 
 # the files to download from the hub; a repository there may hold many others
@@ -74,7 +77,7 @@ NAMES = {  # field of GPTConfig -> field of transformers' configuration
 }
 
 
-def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
+def open_model(source: str) -> tuple[GPT, dict, Tokenizer | None]:
     """Open a checkpoint by its name on the hub ("gpt2-xl") or its folder.
 
     Returns the model on the meta device, its parameters, not read yet (see `LazyCheckpoint`), and its tokenizer,
@@ -137,8 +140,8 @@ def open_model(source: str) -> tuple[GPT, dict, tokenizers.Tokenizer | None]:
                 '"tie_word_embeddings": false in its config.json.'
             )
     tokenizer = load_tokenizer(str(folder))
-    if tokenizer is None and config.vocab_size == tokenizers.GPT2Tokenizer.n_vocab:
-        tokenizer = tokenizers.get_tokenizer("gpt2")
+    if tokenizer is None and config.vocab_size == GPT2Tokenizer.n_vocab:
+        tokenizer = get_tokenizer("gpt2")
     if tokenizer is None:
         print(f"note: {source} has no tokenizer.json or vocab.txt, so its token ids cannot be decoded", file=sys.stderr)
     return model, values, tokenizer
@@ -399,21 +402,21 @@ def flatten(views: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: view.detach() for parts in views.values() for name, view in parts.items()}
 
 
-def load_tokenizer(source: str) -> tokenizers.Tokenizer | None:
+def load_tokenizer(source: str) -> Tokenizer | None:
     """Load the tokenizer of a checkpoint by its name on the hub or its folder; None if it has none."""
     folder = Path(source) if Path(source).is_dir() else download(source, TOKENIZER_FILES)
     if not (folder / ACORN_TOKENIZER).exists():
-        return tokenizers.load_hf(folder) if tokenizers.is_hf(folder) else None
+        return load_hf(folder) if is_hf(folder) else None
     saved = read_json(folder / ACORN_TOKENIZER)
-    tokenizer = tokenizers.from_dict(saved)
+    tokenizer = from_dict(saved)
     # older exports have no hashes
     if "files" in saved and (folder / "tokenizer.json").is_file() and saved["files"] != hash_files(folder):
         tokenizer = reload_tokenizer(folder, tokenizer)
-    tokenizer.add_ends(tokenizers.read_ends(folder, tokenizer.control.values()))  # the user may have edited them
+    tokenizer.add_ends(read_ends(folder, tokenizer.control.values()))  # the user may have edited them
     return tokenizer
 
 
-def reload_tokenizer(folder: Path, exported: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def reload_tokenizer(folder: Path, exported: Tokenizer) -> Tokenizer:
     """Return the tokenizer of an exported folder whose tokenizer files were changed later, for example by transformers'
     save_pretrained. If the ids of a text are still those of the `exported` tokenizer, the result has its kind and its
     hash, so that its datasets stay usable."""
@@ -429,12 +432,12 @@ def reload_tokenizer(folder: Path, exported: tokenizers.Tokenizer) -> tokenizers
         f"{ACORN_TOKENIZER}",
         file=sys.stderr,
     )
-    loaded = tokenizers.load_hf(folder)
+    loaded = load_hf(folder)
     config = tokenizer_json(exported)
     if config is None or pipeline(config) != pipeline(json.dumps(read_json(folder / "tokenizer.json"))):
         return loaded
     encoding = {name: value for name, value in exported.to_dict().items() if name in ("kind", "config", "sha256")}
-    return tokenizers.from_dict(loaded.to_dict() | encoding)
+    return from_dict(loaded.to_dict() | encoding)
 
 
 def pipeline(config: str) -> dict:
@@ -450,14 +453,14 @@ def pipeline(config: str) -> dict:
     return steps
 
 
-def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
+def tokenizer_json(tokenizer: Tokenizer) -> str | None:
     """Return the tokenizer in the format of Hugging Face's library `tokenizers`; None if that is not possible."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    if isinstance(tokenizer, tokenizers.HFTokenizer):
+    if isinstance(tokenizer, HFTokenizer):
         return json.dumps(tokenizer.config, ensure_ascii=False)
     if tokenizer.kind == "gpt2":
-        config = tokenizers.gpt2_config()
+        config = gpt2_config()
         return json.dumps(config, ensure_ascii=False) if config else None
     if tokenizer.kind == "char":  # each character is a word
         ids = {char: i for i, char in enumerate(tokenizer.to_dict()["vocab"])}
@@ -466,11 +469,11 @@ def tokenizer_json(tokenizer: tokenizers.Tokenizer) -> str | None:
         backend.decoder = decoders.Fuse()
         return backend.to_str()
     if tokenizer.kind == "byte":  # BPE without merges
-        ids = {char: byte[0] for char, byte in tokenizers.byte_alphabet().items()}
+        ids = {char: byte[0] for char, byte in byte_alphabet().items()}
         backend = Tokenizer(models.BPE(ids, []))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([tokenizers.END_OF_TEXT])
+        backend.add_special_tokens([END_OF_TEXT])
         return backend.to_str()
     return None
 

@@ -11,8 +11,9 @@ from acorn.checkpoint import huggingface
 from acorn.checkpoint.layout import file_names, find, step_folders, weights_kind
 from acorn.checkpoint.nanogpt import open_nanogpt
 from acorn.checkpoint.tensors import empty_model, fill, fitting_model, merge_adapters, open_tensors
-from acorn.data import tokenizer as tokenizers
 from acorn.data.shards import load_dataset
+from acorn.data.tokenizer import Tokenizer
+from acorn.data.tokenizer_kinds import from_dict, get_tokenizer
 from acorn.distributed.runtime import ONE_RANK, Runtime
 from acorn.training import lora
 from model import DROPOUTS, GPT
@@ -26,7 +27,7 @@ class LazyCheckpoint(typing.NamedTuple):
 
     model: GPT  # on the meta device, where it takes no memory
     values: dict  # parameter name -> Tensor or LazyTensor; indexing it with rows reads them
-    tokenizer: tokenizers.Tokenizer | None  # None if it is not known
+    tokenizer: Tokenizer | None  # None if it is not known
     source: str  # a description for messages
     name: str  # an absolute path or hub name, by which adapters refer to their base
 
@@ -80,15 +81,13 @@ def is_on_hub(source: str) -> bool:
     return not path.exists() and (source in HUB_GPT2_NAMES or bool(is_name))
 
 
-def load_model(
-    source: str, choice: str = "best", whole_context: bool = False
-) -> tuple[GPT, tokenizers.Tokenizer | None, str]:
+def load_model(source: str, choice: str = "best", whole_context: bool = False) -> tuple[GPT, Tokenizer | None, str]:
     """Load what `open_model` opens. Returns the model on the CPU in float32, its tokenizer, and a description."""
     opened = open_model(source, choice, whole_context=whole_context)
     return fill(opened.model, opened.values), opened.tokenizer, opened.source
 
 
-def load_with_tokenizer(source: str, choice: str = "best") -> tuple[GPT, tokenizers.Tokenizer, str]:
+def load_with_tokenizer(source: str, choice: str = "best") -> tuple[GPT, Tokenizer, str]:
     """Return the same as `load_model`. Raises UserError if the tokenizer cannot be loaded."""
     model, tokenizer, description = load_model(source, choice)
     if tokenizer is None:
@@ -129,7 +128,7 @@ def open_model(
             tokenizer = load_dataset(dataset).tokenizer if isinstance(dataset, str) else None
         if tokenizer is None or tokenizer.n_vocab > model.config.vocab_size:
             is_gpt2 = model.config.vocab_size in (50257, 50304)
-            tokenizer = tokenizers.get_tokenizer("gpt2") if is_gpt2 else None
+            tokenizer = get_tokenizer("gpt2") if is_gpt2 else None
         if tokenizer is None:
             print(
                 f"note: the vocabulary of {path} is in its dataset {dataset!r}, which was not found. Run this where "
@@ -151,4 +150,4 @@ def open_model(
         values = merge_adapters(values, adapters["alpha"] / adapters["rank"])
     loss = f", val loss {state['val_loss']:.4f}" if state.get("val_loss") is not None else ""
     description = f"{folder}, step {state['step']}{loss}"
-    return LazyCheckpoint(model, values, tokenizers.from_dict(state["tokenizer"]), description, str(folder.absolute()))
+    return LazyCheckpoint(model, values, from_dict(state["tokenizer"]), description, str(folder.absolute()))

@@ -34,7 +34,10 @@ import numpy as np
 from acorn import REPO, UserError, files
 from acorn.data.batches import FORM, Conversations
 from acorn.data.corpora import dataset_names, prepare_command
-from acorn.data.tokenizer import GPT2Tokenizer, Tokenizer, from_dict, is_hf, load_hf, tokenizer_hash
+from acorn.data.tokenizer import Tokenizer, tokenizer_hash
+from acorn.data.tokenizer_gpt2 import GPT2Tokenizer
+from acorn.data.tokenizer_json import is_hf, load_hf
+from acorn.data.tokenizer_kinds import from_dict
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS

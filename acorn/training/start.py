@@ -11,7 +11,9 @@ import torch
 from acorn import UserError, checkpoint, settings
 from acorn.data.batches import samples_per_epoch
 from acorn.data.mixture import Mixture, load_mixture
-from acorn.data.tokenizer import KINDS, Tokenizer, extends, from_dict, tokenizer_hash
+from acorn.data.tokenizer import Tokenizer, tokenizer_hash
+from acorn.data.tokenizer_json import extends
+from acorn.data.tokenizer_kinds import KINDS, from_dict
 from acorn.distributed import heartbeat, sharding
 from acorn.distributed.runtime import Runtime
 from acorn.training import lora, rewards
