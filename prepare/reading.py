@@ -345,6 +345,10 @@ def parquet_batches(source: BinaryIO, path: str, field: str | None, skip: int = 
             raise
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"{path} is not a valid parquet file ({reason}). Copy it again, or leave it out.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} has a field whose name is not UTF-8: {error.object!r:.80}. Rename it, or leave the file out."
+        ) from error
 
 
 def _rows_at_once(group, source: BinaryIO, path: str, field: str | None) -> int:
@@ -408,7 +412,7 @@ def cell(scalar, where: str, field: str, errors: str = "strict", encoding: str |
     scalar = scalar.value if isinstance(scalar, pyarrow.DictionaryScalar) else scalar
     try:
         if not isinstance(scalar, pyarrow.StringScalar | pyarrow.LargeStringScalar | pyarrow.StringViewScalar):
-            return scalar.as_py() if scalar is not None else None
+            return None if scalar is None else _nested_cell(scalar, errors, encoding)
         data = scalar.as_buffer()
         if data is None:
             return None
@@ -418,6 +422,28 @@ def cell(scalar, where: str, field: str, errors: str = "strict", encoding: str |
     except UnicodeDecodeError as error:
         location = f"{where} is not {{}} in its field '{field}': byte {error.start}"
         raise UserError(_byte_error(encoding, location, error)) from error
+
+
+def _nested_cell(scalar, errors: str, encoding: str | None):
+    """Return the Python value of a pyarrow scalar, in which strings are decoded at any depth."""
+    import pyarrow
+
+    if encoding is None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return scalar.as_py()  # three times as fast
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pyarrow.DictionaryScalar):
+        return _nested_cell(scalar.value, errors, encoding)
+    if isinstance(scalar, pyarrow.StringScalar | pyarrow.LargeStringScalar | pyarrow.StringViewScalar):
+        return str(scalar.as_buffer(), encoding or "utf-8", errors)
+    if isinstance(scalar, pyarrow.StructScalar):
+        return {name: _nested_cell(value, errors, encoding) for name, value in scalar.items()}
+    if isinstance(scalar, pyarrow.MapScalar):
+        return [tuple(_nested_cell(part, errors, encoding) for part in pair.values()) for pair in scalar.values]
+    if isinstance(scalar, pyarrow.ListScalar):
+        return [_nested_cell(value, errors, encoding) for value in scalar.values]
+    return scalar.as_py()
 
 
 def _cell_blocks(data, where: str, field: str, errors: str, encoding: str | None) -> Iterator[str]:

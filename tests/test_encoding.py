@@ -323,6 +323,29 @@ def test_parquet_strings_that_are_not_utf8(dictionary, capsys):
     assert "replaced by U+FFFD 1 times" in said and "--encoding" not in said
 
 
+def test_nested_parquet_strings_that_are_not_utf8():
+    turns = [{"role": "user", "content": b"q"}, {"role": "assistant", "content": b"caf\xe9"}]
+    content, role = strings([turn["content"] for turn in turns]), [turn["role"] for turn in turns]
+    turn = pyarrow.StructArray.from_arrays([role, content], ["role", "content"])
+    tags = pyarrow.MapArray.from_arrays([0, 1], strings([b"caf\xe9"]), [None])
+    columns = {"messages": pyarrow.ListArray.from_arrays([0, 2], turn), "tags": tags}
+    pyarrow.parquet.write_table(pyarrow.table(columns), "a.parquet")
+    with pytest.raises(UserError, match=r"row 1 of a\.parquet is not UTF-8 in its field 'messages': byte 3 is 0xe9"):
+        list(reading._parquet("a.parquet", None, "strict"))
+    for errors, encoding_, word in (("replace", None, "caf\ufffd"), ("strict", "cp1252", "caf\u00e9")):
+        ((_, row),) = reading._parquet("a.parquet", None, errors, encoding_)
+        assert row["messages"] == [{"role": "user", "content": "q"}, {"role": "assistant", "content": word}]
+        assert row["tags"] == [(word, None)]
+
+
+def test_parquet_field_whose_name_is_not_utf8():
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "caXX": ["b"]}), "a.parquet", store_schema=False)
+    data = Path("a.parquet").read_bytes()
+    Path("a.parquet").write_bytes(data.replace(b"caXX", b"ca\xe9\xff"))
+    with pytest.raises(UserError, match=r"a\.parquet has a field whose name is not UTF-8"):
+        prepare("a.parquet")
+
+
 def test_long_parquet_cells_are_read_in_blocks(monkeypatch):
     monkeypatch.setattr(reading, "MAX_WHOLE_CELL_BYTES", 1000)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 64)
