@@ -147,14 +147,21 @@ def check_finite(parts: dict[str, dict[str, torch.Tensor]], state: dict) -> str 
 
 
 def error_reason(error: Exception) -> str:
-    """Return the system's message for an error of reading or writing."""
+    """Return the system's message for an error of reading or writing, after the file's name if it is known."""
     number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors wraps system errors
-    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if number:
+        return os.strerror(int(number[1]))
+    name = getattr(error, "filename", None)
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return f"{Path(name).name}: {reason}" if isinstance(name, str) else reason
 
 
 def write_files(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
     """Write safetensors files, by name, into a new folder and sync them to disk. Returns their SHA-256 (hex)."""
     for name, tensors in parts.items():
+        if not folder.is_dir():
+            with contextlib.suppress(OSError):  # another rank may just have made the folder
+                folder.unlink()  # a file of this name would keep the run from saving
         files.make_folder(folder)
         files.remove(folder / name)  # left by a killed process, or a link that safetensors would write through
         save_file(tensors, folder / name)
