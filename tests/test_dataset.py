@@ -41,7 +41,7 @@ def test_dataset_is_found_by_path_and_by_name(tmp_path, monkeypatch):
         ("stdlib", "python prepare stdlib`"),
         ("sums", "python -m acorn.examples data/examples && python prepare chat data/examples/sums.jsonl"),
         ("novel", "python prepare text FILES --name novel`"),
-        ("../../etc", "python prepare text FILES"),
+        ("../../etc", "python prepare text FILES --out ../../etc`"),
         ("", "python prepare text FILES"),
     ],
 )
@@ -58,7 +58,8 @@ def test_error_for_a_missing_dataset_suggests_the_prepare_command(tmp_path, monk
     ("name", "offered"),
     [
         ("othre", "--dataset=other"),  # an existing dataset
-        ("data/othre", "--dataset=other"),
+        ("data/othre", "--dataset=data/other"),
+        ("./data/othre/", "--dataset=data/other"),
         ("shakspeare", "`python prepare shakespeare` makes --dataset=plays"),
         ("shakespeare", "`python prepare shakespeare` makes --dataset=plays"),
         ("tinystory", "`python prepare tinystories`"),

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 from helpers import STATE, damaged, rounds, save_small
 
-from acorn import UserError, checkpoint, files
+import sample
+from acorn import UserError, checkpoint, files, serve
 from acorn.distributed.runtime import ONE_RANK
 from acorn.evaluation import tasks
 from acorn.files import sha256 as files_sha256
@@ -140,6 +142,16 @@ def test_errors_for_a_missing_checkpoint(tmp_path, monkeypatch):
             checkpoint.load_model(single, "step_000009")
     with pytest.raises(UserError, match=r"out/mien.*Did you mean out/mine"):
         tasks.training_dataset("out/mien", "best")
+    with pytest.raises(UserError, match=r"there is no folder none/mine, and a published model does not record its"):
+        tasks.training_dataset("none/mine", "best")  # could be a name on the hub
+
+
+@pytest.mark.parametrize("script", [sample, serve])
+def test_a_missing_out_dir_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", "--out_dir=none/mine", "--device=cpu"])
+    with pytest.raises(UserError, match=r"there is no folder none/mine\. Train first"):
+        script.main()
 
 
 def test_a_pointer_cannot_leave_the_folder(tmp_path):

@@ -1,5 +1,6 @@
 """The names of corpora: the modules in prepare/. Others derive theirs from here."""
 
+import shlex
 from pathlib import Path
 
 from acorn import REPO
@@ -36,4 +37,6 @@ def prepare_command(dataset: str) -> str:
         return f"`{first}python prepare {RENAMED[dataset]}`"
     if dataset in dataset_names():
         return f"`python prepare {dataset}`"
+    if Path(dataset).name not in ("", dataset):  # a path
+        return f"`python prepare text FILES --out {shlex.quote(dataset)}`"
     return f"`python prepare text FILES --name {Path(dataset).name or 'NAME'}`"

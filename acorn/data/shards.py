@@ -442,6 +442,9 @@ def _no_dataset(name: str) -> str:
     if "," in name:
         mixture = ",".join(f"{part.strip()}:0.5" for part in name.split(","))
         return f"{error}. A mixture of datasets needs their proportions, such as --dataset={mixture}"
+    siblings = [str(meta.parent) for meta in Path(name).parent.glob("*/meta.json")] if Path(name).name != name else []
+    if paths := difflib.get_close_matches(str(Path(name)), siblings, 1, 0.75):
+        return f"{error}. Did you mean --dataset={paths[0]}?"
     known = [*existing, *dataset_names()]
     near = next(iter(difflib.get_close_matches(Path(name).name, known, 1, 0.75)), "")
     if near in existing:

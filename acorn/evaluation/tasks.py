@@ -424,7 +424,11 @@ def training_dataset(source: str, choice: str) -> tuple[str, bool]:
     path = Path(source)
     is_foreign = path.is_file() or any((path / name).exists() for name in ("config.json", "ckpt.pt"))
     if (is_foreign or checkpoint.is_on_hub(source)) and not checkpoint.step_folders(path):
-        raise UserError(f"{source} does not record its dataset. Give --dataset, --text, --pairs or --choices.")
+        missing = "" if path.exists() else f"there is no folder {source}, and "
+        weights = source if path.exists() else "a published model"
+        raise UserError(
+            f"{missing}{weights} does not record its dataset. Give --dataset, --text, --pairs or --choices."
+        )
     saved = checkpoint.find(path, choice)[1]["settings"]
     return str(saved.get("dataset")), saved.get("document_mask") is True
 
