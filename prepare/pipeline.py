@@ -301,6 +301,8 @@ class Reader:
 def _blocks(document: str | Iterable[str] | Document) -> Iterator[str]:
     """Return the non-empty blocks of a document."""
     text = document.text if isinstance(document, Document) else document
+    if not isinstance(text, str | Iterable):
+        raise UserError(f"documents(args) of the corpus returns {text!r:.80}, which is not text. Return only str.")
     return filter(None, [text] if isinstance(text, str) else text)
 
 

@@ -54,6 +54,16 @@ def test_error_for_a_missing_dataset_suggests_the_prepare_command(tmp_path, monk
     assert command in str(error.value) and "existing datasets: other" in str(error.value)
 
 
+def test_error_for_a_missing_dataset_with_a_corpus_file_that_is_not_utf8(tmp_path, monkeypatch):
+    (tmp_path / "prepare").mkdir()
+    (tmp_path / "prepare" / "mine.py").write_bytes(b"\xff\xfe")
+    monkeypatch.chdir(tmp_path)
+    for module in ("shards", "corpora"):
+        monkeypatch.setattr(f"acorn.data.{module}.REPO", tmp_path)
+    with pytest.raises(UserError, match="there is no dataset 'novel'"):
+        load_dataset("novel")
+
+
 @pytest.mark.parametrize(
     ("name", "offered"),
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from helpers import metrics, numbers, train_here
 
 import prepare.__main__ as prepare_cli
+import train
 from acorn import UserError, checkpoint
 from acorn.data import batches
 from acorn.data.loader import Batch
 from acorn.data.mixture import load_mixture
 from acorn.distributed.runtime import ONE_RANK
+from acorn.training import objective
 from acorn.training.lora import adapters_off
 from acorn.training.objective import Objective
 from acorn.training.start import drop_unused
@@ -178,6 +181,22 @@ def test_invalid_data_and_settings_are_refused(words, folder, monkeypatch):
     with pytest.raises(UserError, match=words):
         train_here(monkeypatch, *RUN, *REFUSED[words], "--out_dir=none")
     assert not Path("none").exists()
+
+
+def test_unimplemented_objective_and_loss_are_refused(folder, dataset, monkeypatch):
+    """If a name is only in the Literal, the error names the place that lacks it."""
+    monkeypatch.chdir(folder)
+    kinds = {name: typing.Literal["dpo", "other"] for name in ("objective", "preference_loss")}
+    for name, place, words in (
+        ("objective", "FIGURES", [f"--dataset={dataset}"]),
+        ("preference_loss", "losses.py", FORMS["dpo"]),
+    ):
+        monkeypatch.setitem(train.TrainSettings.__annotations__, name, kinds[name])
+        with pytest.raises(UserError, match=f"{name}='other' has no .*{place}"):
+            train_here(monkeypatch, *RUN, *words, f"--{name}=other", f"--out_dir=other_{name}")
+    monkeypatch.setitem(objective.FIGURES, "other", ())
+    with pytest.raises(UserError, match=r"objective='other' has no branch in Objective\.loss"):
+        train_here(monkeypatch, *RUN, f"--dataset={dataset}", "--objective=other", "--out_dir=other_branch")
 
 
 def test_teacher_with_another_tokenizer_is_refused(folder, dataset, monkeypatch):

@@ -56,6 +56,11 @@ def test_documents_are_preceded_by_one_eot(kind):
     assert (want["train"] + want["val"]).count(tokenizer.eot) == meta["documents"] == 5
 
 
+def test_documents_that_are_not_text_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"documents\(args\) of the corpus returns 7, which is not text"):
+        pipeline.prepare(["text", 7], tmp_path / "d", name="d", tokenizer="byte", source={})
+
+
 def test_char_documents_are_joined_by_a_blank_line():
     Path("a.txt").write_text("aaaa")
     Path("b.txt").write_text("bbbb")

@@ -26,7 +26,7 @@ def corpora() -> list[str]:
 
 def dataset_names() -> list[str]:
     """Return the names of the datasets that a corpus makes by default or as in RENAMED."""
-    sources = {name: (REPO / "prepare" / f"{name}.py").read_text("utf-8") for name in corpora()}
+    sources = {name: (REPO / "prepare" / f"{name}.py").read_text("utf-8", "replace") for name in corpora()}
     return [*(name for name in sources if "default_name" not in sources[name]), *RENAMED]
 
 

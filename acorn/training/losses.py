@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from acorn import UserError
 from model import GPT, token_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,8 +89,12 @@ def preference_loss(
         loss = dpo_loss(chosen, rejected, beta, label_smoothing)
     elif kind == "ipo":
         loss = ipo_loss(chosen, rejected, beta)
-    else:
+    elif kind == "simpo":
         loss = simpo_loss(chosen, rejected, beta, gamma)
+    else:
+        raise UserError(
+            f"preference_loss={kind!r} has no branch in preference_loss (acorn/training/losses.py). Add one."
+        )
     return torch.where(is_pair, loss, 0), beta * scores.detach(), is_pair
 
 

@@ -53,6 +53,8 @@ class Objective:
     ):
         self.s, self.data, self.kind, self.policy, self.dist = s, data, s.objective, policy, dist
         self.frozen, self.rollouts, self.hashes = frozen, rollouts, hashes or {}
+        if self.kind not in FIGURES:
+            raise UserError(f"objective={self.kind!r} has no entry in FIGURES (acorn/training/objective.py). Add one.")
         self.names = ("loss", *FIGURES[self.kind]) if FIGURES[self.kind] else ()
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -70,7 +72,9 @@ class Objective:
             return self.distillation_loss(model, x, y, documents)
         if self.kind == "grpo":
             return self.policy_gradient_loss(model, x, y, advantage)
-        raise NotImplementedError(f"objective={self.kind!r} has no branch in Objective.loss")
+        raise UserError(
+            f"objective={self.kind!r} has no branch in Objective.loss (acorn/training/objective.py). Add one."
+        )
 
     def preference_loss(
         self, model: torch.nn.Module, x: Tensor, y: Tensor, documents: Tensor | None
