@@ -351,6 +351,7 @@ def test_hub_downloads_and_hub_errors(tmp_path, monkeypatch):
     asked, answers = [], [None]
 
     def download(name, allow_patterns):
+        assert huggingface_hub.utils.are_progress_bars_disabled()  # because stderr is not a terminal
         asked.append((name, allow_patterns))
         if answers[-1]:
             raise answers[-1]

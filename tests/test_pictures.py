@@ -42,7 +42,8 @@ def test_a_page_and_pictures_are_written(tmp_path, monkeypatch, capsys):
     assert values == inside.look_inside(model, tokenizer, values["ids"]) | {"heads": values["heads"]}
     assert np.allclose(values["heads"], inside.head_ablation(model, values["ids"]), atol=1e-5)
     mean = np.mean(values["loss"][1:])
-    assert f"12 tokens, mean loss {mean:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"12 tokens, mean loss {mean:.4f}" in said.out and "heads" not in said.err  # no bar outside a terminal
     for name in files - {"index.html", "attention_notes.png"}:
         picture = image.imread(out / name)
         assert min(picture.shape[:2]) > 150 and picture[..., :3].std() > 0.05  # not empty

@@ -151,8 +151,11 @@ def download(name: str, patterns: str = MODEL_FILES + TOKENIZER_FILES) -> Path:
     """Return the local folder of a model on the hub; files that are not cached yet are downloaded."""
     try:
         from huggingface_hub import errors, snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         raise UserError(f"{name} is on the Hugging Face hub. To load it, pip install transformers.") from error
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     page = f"https://huggingface.co/{name}"
     try:
         return Path(snapshot_download(name, allow_patterns=patterns.split()))

@@ -4,6 +4,7 @@ python -m acorn.inspect out/quickstart --text "ROMEO: I love thee." --out=inside
 """
 
 import argparse
+import functools
 import json
 import math
 from pathlib import Path
@@ -226,7 +227,8 @@ def main() -> int:
     data = inside.look_inside(model, tokenizer, ids)
     attention = inside.look(model, ids).attention.cpu().numpy()
     if not args.no_ablation:
-        rows = inside.head_ablation(model, ids, lambda layers: tqdm(layers, "heads", unit="layer", leave=False))
+        bar = functools.partial(tqdm, desc="heads", unit="layer", leave=False, disable=None)
+        rows = inside.head_ablation(model, ids, bar)
         data["heads"] = [[round(x, 6) for x in row] for row in rows.tolist()]
     files.make_folder(folder)
     write_page(data, visible(source), folder / "index.html")
