@@ -200,6 +200,13 @@ def test_an_existing_run_is_overwritten_only_on_request(trained, dataset, tmp_pa
     assert "step_000001" in names and "step_000002" not in names and "notes.txt" in names
 
 
+def test_an_out_dir_that_is_a_file_is_refused_before_data_and_model_are_loaded(dataset, tmp_path, monkeypatch, capsys):
+    (tmp_path / "o").write_text("mine")
+    words = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--overwrite=True"]
+    refused_here(monkeypatch, capsys, train_script.main_or_advice, words, "is a file. Give a folder with --out_dir")
+    assert (tmp_path / "o").read_text() == "mine"
+
+
 def test_invalid_settings_print_a_one_line_error(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(train(tmp_path, dataset, "--max_itres=3"), "Did you mean 'max_iters'")
