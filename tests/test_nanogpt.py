@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from helpers import same_weights, small_model
+from helpers import TEXT, prepare, same_weights, small_model
 
 from acorn import UserError, checkpoint
 from model import GPT
 
 
-def nanogpt_checkpoint(m: GPT, path, prefix="_orig_mod."):
+def nanogpt_checkpoint(m: GPT, path, prefix="_orig_mod.", **config):
     args = {
         k: getattr(m.config, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     }
     tensors = {prefix + name: p for name, p in m.state_dict().items()}
-    saved = {"model": tensors, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(1.0), "config": {}}
+    saved = {"model": tensors, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(1.0), "config": config}
     torch.save(saved, path)
 
 
@@ -27,6 +27,18 @@ def test_a_nanogpt_checkpoint_is_loaded(tmp_path):
     loaded, tokenizer, source = checkpoint.load_model(str(tmp_path))
     assert same_weights(loaded, m) and loaded.config.mlp == "gelu"
     assert tokenizer.kind == "gpt2" and "step 5" in source
+
+
+def test_the_vocabulary_is_found_beside_the_run_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text(TEXT)
+    meta = prepare("text", "mine.txt", "--tokenizer=char")
+    (tmp_path / "nano/out-mine").mkdir(parents=True)
+    (tmp_path / "data").rename(tmp_path / "nano/data")
+    file = tmp_path / "nano/out-mine/ckpt.pt"
+    nanogpt_checkpoint(small_model(mlp="gelu", vocab_size=meta["vocab_size"]), file, dataset="mine")
+    tokenizer = checkpoint.load_model(str(file))[1]
+    assert tokenizer.kind == "char" and tokenizer.decode(tokenizer.encode("BORIS")) == "BORIS"
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"{}", b"PK\x03\x04 truncated"])

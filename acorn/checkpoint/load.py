@@ -124,8 +124,10 @@ def open_model(
         model, tensors, checkpoint = open_nanogpt(path)
         config, tokenizer = checkpoint.get("config"), None
         dataset = config.get("dataset") if isinstance(config, dict) else None
-        with contextlib.suppress(UserError):  # nanoGPT keeps the vocabulary in the dataset's folder
-            tokenizer = load_dataset(dataset).tokenizer if isinstance(dataset, str) else None
+        if isinstance(dataset, str):  # nanoGPT keeps the vocabulary in the dataset's folder, next to that of the run
+            for place in (dataset, str(path.absolute().parent.parent / "data" / dataset)):
+                with contextlib.suppress(UserError):
+                    tokenizer = tokenizer or load_dataset(place).tokenizer
         if tokenizer is None or tokenizer.n_vocab > model.config.vocab_size:
             is_gpt2 = model.config.vocab_size in (50257, 50304)
             tokenizer = get_tokenizer("gpt2") if is_gpt2 else None
