@@ -202,8 +202,9 @@ def test_an_existing_run_is_overwritten_only_on_request(trained, dataset, tmp_pa
 
 def test_an_out_dir_that_is_a_file_is_refused_before_data_and_model_are_loaded(dataset, tmp_path, monkeypatch, capsys):
     (tmp_path / "o").write_text("mine")
-    words = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--overwrite=True"]
-    refused_here(monkeypatch, capsys, train_script.main_or_advice, words, "is a file. Give a folder with --out_dir")
+    for out in ("o", "o/below"):
+        words = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}/{out}", "--overwrite=True"]
+        refused_here(monkeypatch, capsys, train_script.main_or_advice, words, "/o is a file. Give another --out_dir")
     assert (tmp_path / "o").read_text() == "mine"
 
 
