@@ -88,6 +88,13 @@ def test_best_loss_is_reset_if_the_loss_changes_its_meaning(run, tmp_path):
     assert best_is_the_best(tmp_path / "out") == state(tmp_path / "out")["val_loss"] != before
 
 
+def test_resuming_with_larger_evaluations_is_noted(run, tmp_path):
+    run("out", "--max_iters=4", "--eval_iters=2", "--batch_size=2")
+    assert "measure" not in run("out", "--init_from=resume", "--max_iters=5")
+    said = run("out", "--init_from=resume", "--max_iters=6", "--eval_iters=3")
+    assert "now measure 6 sequences of a split, earlier ones 4:" in said
+
+
 def test_time_limit_ends_a_run_and_resuming_continues_it(run, tmp_path):
     run("whole")
     said = run("part", "--max_minutes=1e-9")  # ends after the first update

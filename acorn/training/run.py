@@ -124,6 +124,10 @@ def resume(s: "TrainSettings", saved: dict, dist: Runtime) -> tuple[RunState, li
             + (f". To keep the old one, copy {out_dir / f'step_{state.best_step:06d}'}." if exists else "")
         )
         state.stale_evaluations = 0
+    n_before, n_now = (each.eval_iters * each.batch_size for each in (before, s))  # 0: the whole val split
+    if n_now != n_before and not changed and state.best_loss is not None:
+        now, earlier = (n or "all" for n in (n_now, n_before))
+        notes.append(f"evaluations now measure {now} sequences of a split, earlier ones {earlier}: losses may differ")
     if changed or not dist.broadcast(exists):  # the ranks must agree
         state.best_step = state.best_loss = None
     return state, notes
