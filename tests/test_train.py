@@ -1,7 +1,9 @@
 """train.py from the command line: output files, errors, fine-tuning, and nanoGPT's config files."""
 
+import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_script
+from acorn.checkpoint import save
 from acorn.training import accumulate, optim
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -137,22 +140,29 @@ def test_sampling_during_training_does_not_change_the_losses(trained, dataset, t
     ][:8]
 
 
-def test_training_continues_if_a_checkpoint_cannot_be_written(dataset, tmp_path):
+def test_training_continues_if_a_checkpoint_cannot_be_written(dataset, tmp_path, monkeypatch, capsys):
     """A checkpoint that could not be written is never the best. If it is the last, the run exits with an error."""
-    words = "--max_iters=2 --lr_decay_iters=8 --eval_interval=2 --keep_checkpoints=9 --out_dir=o".split()
-    assert train(tmp_path, dataset, *words).returncode == 0
-    (tmp_path / "o" / ".writing-step_000004").write_text("a file is in the way")
-    result = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=6", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "the checkpoint of step 4 could not be written into o (File exists)" in result.stderr
+    write = save.write_files
+
+    def fail(folder, parts):
+        if folder.name.endswith(("4", "8")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "model.safetensors"))
+        return write(folder, parts)
+
+    monkeypatch.setattr(save, "write_files", fail)
+    monkeypatch.chdir(tmp_path)
+    words = "--max_iters=6 --lr_decay_iters=8 --eval_interval=2 --keep_checkpoints=9 --out_dir=o".split()
+    assert train_here(monkeypatch, *TINY, f"--dataset={dataset}", *words) == 0
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 4 could not be written into o (model.safetensors: No space left on device)" in said
     val = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "o") if "val_loss" in m}
     state = json.loads((tmp_path / "o" / "step_000006" / "state.json").read_text())
     assert state["best_loss"] == min(val[2], val[6])
 
-    (tmp_path / "o" / ".writing-step_000008").write_text("a file is in the way")
-    result = script_here("train.py", "--init_from=resume", "--out_dir=o", "--max_iters=8", cwd=tmp_path)
-    refused(result, "the last updates are not saved (File exists)", "--init_from=resume")
-    assert (tmp_path / "o" / "latest").read_text() == "step_000006\n"
+    assert train_here(monkeypatch, "--init_from=resume", "--out_dir=o", "--max_iters=8") == 2
+    said = capsys.readouterr().err
+    assert "the last updates are not saved (model.safetensors: No space left on device)" in said
+    assert "--init_from=resume" in said and (tmp_path / "o" / "latest").read_text() == "step_000006\n"
 
 
 def test_a_dry_run_prints_estimates_and_writes_nothing(dataset, tmp_path):
