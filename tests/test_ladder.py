@@ -55,6 +55,10 @@ def test_dry_run_forecasts_the_loss_from_runs_of_the_ladder(dataset, tmp_path, m
     student = ["--objective=distill", "--teacher=out/step-2", "--out_dir=out/step-9", "--dry_run=True"]
     assert train_here(monkeypatch, *words, *student) == 0
     assert "forecast" not in capsys.readouterr().out  # its loss is not that of the ladder
+    assert train_here(monkeypatch, *words, "--max_iters=0", "--out_dir=out/step-0000") == 0  # has no FLOPs to fit
+    empty = ["--max_iters=0", "--out_dir=out/step-9", "--dry_run=True"]
+    assert train_here(monkeypatch, *words, *empty) == 0
+    assert "forecast" not in capsys.readouterr().out
     shutil.copytree("out/step-2", "out/step-3")
     (tmp_path / "out/step-3/step_000060/state.json").write_text("{")  # a damaged run is ignored
     (tmp_path / "dial.py").write_text("n_layer = 2\nngram = n_layer - 1")  # depth 1 is invalid

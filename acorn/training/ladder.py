@@ -78,7 +78,7 @@ def finished_runs(s: "TrainSettings", identity: str) -> dict[Path, tuple["TrainS
                 saved = settings.build(type(s), settings.checked(type(s), state["settings"]))
             except (checkpoint.Damaged, UserError):  # perhaps a run that is saving
                 continue
-            finished = state.get("evaluated_at") == state["step"] == saved.max_iters
+            finished = state.get("evaluated_at") == state["step"] == saved.max_iters > 0
             if finished and state.get("data") == identity and saved.objective == s.objective:
                 runs[folder] = (saved, state["val_loss"])
     return runs
@@ -90,7 +90,7 @@ def forecast(s: "TrainSettings", argv: list[str], n_vocab: int, identity: str, f
     `argv` are the words of the command, with which other depths are tried, and `flops_per_second` is this machine's
     rate. The budget is max_minutes, or the time that this run needs.
     """
-    if s.objective != "tokens":  # the law is about losses per token; those of rewards may be negative
+    if s.objective != "tokens" or s.max_iters == 0:  # the law is about losses per token after training
         return ""
     runs = finished_runs(s, identity)
     if len(runs) < FEWEST_RUNS:
