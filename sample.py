@@ -9,7 +9,6 @@ A conversation:         python sample.py --out_dir=out/chat --chat=True
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import acorn  # noqa: F401  # isort: skip  # before torch: it selects the OpenMP runtime
@@ -89,9 +88,7 @@ def main() -> int:
     # ---- machine; only samples go to stdout, so that they can be piped
     dist = runtime.setup(s.device, s.dtype, s.compile)
     # ---- model
-    load_from = s.out_dir if s.init_from == "resume" else s.init_from
-    if s.init_from == "resume":
-        checkpoint.check_exists(Path(s.out_dir))  # a missing out_dir is not looked up on the hub
+    load_from = checkpoint.source_of(s.init_from, s.out_dir)
     model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
     model.to(dist.device, dist.dtype)
     if s.quantize != "none" and dist.device.type != "cpu":

@@ -85,9 +85,7 @@ def main() -> int:
 
     # ---- model, as in sample.py
     dist = runtime.setup(s.device, s.dtype, False)
-    load_from = s.out_dir if s.init_from == "resume" else s.init_from
-    if s.init_from == "resume":
-        checkpoint.check_exists(Path(s.out_dir))  # a missing out_dir is not looked up on the hub
+    load_from = checkpoint.source_of(s.init_from, s.out_dir)
     model, tokenizer, source = checkpoint.load_with_tokenizer(load_from, s.checkpoint)
     model.to(dist.device, dist.dtype)
     if dist.device.type != "cpu" and s.quantize != "none":

@@ -205,7 +205,7 @@ def print_help(cls: type) -> None:
         usage="%(prog)s [CONFIG.py ...] [--key=value ...]",
         description=cls.__doc__,
     )
-    group: argparse._ActionsContainer = parser
+    group = parser.add_argument_group()  # of fields above the first title
     types_of, defaults = typing.get_type_hints(cls), vars(cls())
     for line in inspect.getsource(cls).splitlines():
         title = re.fullmatch(r" {4}# (.+)", line)

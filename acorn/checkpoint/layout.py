@@ -175,7 +175,16 @@ def check_files(folder: Path, state: dict, rank: int, world_size: int) -> None:
             raise Damaged(f"{file} was changed: its SHA-256 differs from the one in state.json")
 
 
-def check_exists(out_dir: Path) -> None:
+def source_of(init_from: str, out_dir: str) -> str:
+    """Return what to load: `init_from`, or for "resume" the folder `out_dir`, which is never looked up on the hub.
+    Raises UserError if there is no such folder."""
+    if init_from != "resume":
+        return init_from
+    _check_exists(Path(out_dir))
+    return out_dir
+
+
+def _check_exists(out_dir: Path) -> None:
     """Raise UserError, which suggests runs, if there is no folder `out_dir`."""
     if not out_dir.is_dir():
         raise UserError(f"there is no folder {out_dir}. {_runs_near(out_dir)}")
@@ -184,7 +193,7 @@ def check_exists(out_dir: Path) -> None:
 def in_order(out_dir: Path, choice: str = "latest") -> list[Path]:
     """Return the step folders in `out_dir` in the order of preference: first `choice` ("latest", "best" or the name of
     a step folder), then the newest first. Raises UserError if there is none, or none of that name."""
-    check_exists(out_dir)
+    _check_exists(out_dir)
     if (out_dir / "state.json").exists():  # a step folder
         return [out_dir]
     folders = step_folders(out_dir)

@@ -141,7 +141,9 @@ def read_settings(kind: type["TrainSettings"], argv: list[str]) -> tuple["TrainS
     starts = s.init_from != "resume" and not (s.eval_only or s.dry_run)
     file = next((place for place in (out_dir, *out_dir.parents) if place.exists() and not place.is_dir()), None)
     if starts and file is not None:
-        raise UserError(f"out_dir={out_dir} is not possible: {file} is a file. Give another --out_dir, or remove it.")
+        raise UserError(
+            f"out_dir={out_dir} cannot be a folder, because {file} is a file. Give another --out_dir or remove it."
+        )
     if starts and not s.overwrite and checkpoint.holds_run(out_dir):
         raise UserError(
             f"{out_dir} already contains a run. Continue it with --init_from=resume, replace it with "
